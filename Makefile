@@ -1,0 +1,79 @@
+# Each target sets up all it needs, from nothing, in a virtual environment; what is set up already is not set up again.
+#
+#   make bench                  everything in .venv
+#   make test VENV=/some/where  another environment
+#   make bench ARGS="--models resnet18 --batch-size 4"
+#
+# On a machine whose Python already has a torch that suits it (a CUDA build, say), keep that one:
+#
+#   make bench SYSTEM_TORCH=1               sees $(PYTHON)'s packages, downloads only what is missing beside torch
+#   make bench SYSTEM_TORCH=1 REQUIREMENTS= downloads nothing at all (then lint and test need their tools installed)
+#
+# Variables: PYTHON (python3), VENV (.venv), ARGS (passed on), SYSTEM_TORCH, TORCH_REQ, VISION_REQ, REQUIREMENTS, and
+# those of the build (CONTRIBUTING.md): FUSED_RESNET_CUDA, FUSED_RESNET_NO_EXT, MAX_JOBS.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+SYSTEM_TORCH ?=
+ifneq ($(SYSTEM_TORCH),)
+TORCH_REQ ?=
+VISION_REQ ?=
+else
+TORCH_REQ ?= torch==2.13.0
+VISION_REQ ?= torchvision==0.28.0
+endif
+REQUIREMENTS ?= requirements-dev.txt requirements-nodeps.txt
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Directories are listed too: their time changes when a file comes or goes.
+BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
+
+.PHONY: help bench test lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make bench   validate and measure plain, compiled and fused networks; writes bench-report/ (ARGS=... passes more)"
+	@echo "make test    run the tests (ARGS=... passes more to pytest)"
+	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make clean   remove what was built and measured; the environment $(VENV) stays"
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m fused_resnet bench --preset quick --output bench-report $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fused_resnet
+
+clean:
+	rm -rf build dist *.egg-info bench-report fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed
+
+# With SYSTEM_TORCH, a .pth file rather than --system-site-packages alone: the latter does not see the packages of a
+# PYTHON that is a virtual environment itself. The setuptools that venv brings (Python 3.11) would hide the newer one.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit("fused_resnet needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV)
+ifneq ($(SYSTEM_TORCH),)
+	$(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+		> "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system_torch.pth"
+	$(BIN)/python -m pip uninstall --quiet --yes setuptools
+endif
+	@touch $@
+
+# torchvision goes without its dependencies, as its torch may be another build than ours.
+$(VENV)/.requirements: $(REQUIREMENTS) | $(VENV)/.created
+	$(if $(TORCH_REQ)$(REQUIREMENTS),$(PIP) $(TORCH_REQ) $(patsubst %,-r %,$(filter-out %-nodeps.txt,$(REQUIREMENTS))))
+	$(if $(VISION_REQ)$(REQUIREMENTS),$(PIP) --no-deps $(VISION_REQ) $(patsubst %,-r %,$(filter %-nodeps.txt,$(REQUIREMENTS))))
+	@touch $@
+
+# --no-deps: everything the package needs is there by now, and torch must stay the one that was chosen.
+$(VENV)/.installed: $(VENV)/.requirements $(BUILD_INPUTS)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@

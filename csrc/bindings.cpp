@@ -1,0 +1,63 @@
+// Schemas of the compiled primitives, and the Python module that loading them takes. No logic.
+#include <torch/library.h>
+#include <torch/headeronly/version.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "cpu/ops.h"
+
+TORCH_LIBRARY(fused_resnet_cpu, m) {
+    m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
+    m.def(
+        "bn_act(Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, Tensor[] residual_norm, "
+        "ScalarType out_dtype) -> Tensor");
+    m.def(
+        "bn_act_backward(Tensor dout, Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, "
+        "Tensor[] residual_norm) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("bn_backward(Tensor dz, Tensor y, Tensor[] coef, ScalarType out_dtype) -> Tensor");
+    m.def(
+        "bn_act_max_pool(Tensor y, Tensor[] norm, int act, float act_param, int[2] kernel, int[2] stride, "
+        "int[2] padding) -> (Tensor, Tensor)");
+    m.def(
+        "bn_act_max_pool_backward(Tensor dout, Tensor argmax, Tensor y, Tensor[] norm, int act, float act_param, "
+        "int[2] kernel, int[2] stride, int[2] padding, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "conv_stats(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+        "Tensor[] prologue, int act, float act_param, bool stats, ScalarType compute, bool gemm) "
+        "-> (Tensor, Tensor, Tensor)");
+    m.def(
+        "conv_backward(Tensor dz, Tensor y, Tensor[] coef, Tensor x, Tensor[] prologue, int act, float act_param, "
+        "Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool need_input, bool need_weight, "
+        "Tensor? add, ScalarType compute, bool gemm) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
+    namespace cpu = fused_resnet::cpu;
+    m.impl("bn_stats", cpu::bn_stats);
+    m.impl("bn_act", cpu::bn_act);
+    m.impl("bn_act_backward", cpu::bn_act_backward);
+    m.impl("bn_backward", cpu::bn_backward);
+    m.impl("bn_act_max_pool", cpu::bn_act_max_pool);
+    m.impl("bn_act_max_pool_backward", cpu::bn_act_max_pool_backward);
+    m.impl("conv_stats", cpu::conv_stats);
+    m.impl("conv_backward", cpu::conv_backward);
+}
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "The compiled part of fused_resnet: its operators live in torch.ops.fused_resnet_cpu.";
+    m.def("build_info", [] {
+        return std::map<std::string, std::string>{
+            {"compiler", __VERSION__},
+            {"torch", TORCH_VERSION},
+            {"cpu_isa", fused_resnet::cpu::table().name},
+#ifdef FUSED_RESNET_WITH_CUDA
+            {"cuda", "built"},
+#else
+            {"cuda", "not built"},
+#endif
+        };
+    }, "How this extension was built and which instruction set it uses.");
+}

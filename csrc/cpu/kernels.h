@@ -1,0 +1,76 @@
+// The CPU kernels on raw pointers: one table of functions per instruction set, chosen when the library is first used.
+//
+// A tensor [N, C, H, W] is seen as `blocks` runs of memory. channels_last: a block is a row of C values (a pixel).
+// NCHW: a block is a plane of H*W values of one channel. Every function works on blocks [begin, end); the callers split
+// the range over threads. Per-channel vectors are float (double for double tensors).
+#pragma once
+
+#include <cstdint>
+
+// the vectors are never passed through a call that isn't inlined, so their ABI doesn't matter
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#include "../bn_math.h"
+
+namespace fused_resnet::cpu {
+
+enum class DType : int { f64, f32, bf16, f16 };
+
+struct Layout {
+    int64_t channels;
+    int64_t plane;  // H*W for NCHW, 0 for channels_last
+};
+
+// A unit's BatchNorm and what is added before the activation.
+struct Affine {
+    const void* scale = nullptr;
+    const void* shift = nullptr;
+    const void* center = nullptr;  // the mean, for sums
+};
+
+struct Args {
+    Layout layout;
+    DType y_type;      // of y and residual
+    DType other_type;  // of out / dout / dz / dy
+    DType grad_type;   // of grad in bn_backward, where dz may have y's type and dy another
+    Act act = Act::identity;
+    double act_param = 0;
+    const void* y = nullptr;
+    const void* residual = nullptr;  // null: none
+    Affine norm;
+    Affine residual_norm;         // scale null: the residual is added as it is
+    const void* grad = nullptr;   // dout or dz
+    void* out = nullptr;          // out, dz or dy; may be grad
+    const void* coef[3] = {};     // A, B, C of dy; B null when BatchNorm is frozen
+    void* sums[3] = {};           // [chunks or blocks, C]: sum dz, sum dz (y - center), sum dz (residual - its center)
+};
+
+// A max-pool behind bn_act, and the image it slides over; `begin` and `end` count rows of images (N*oH, or N*H back).
+struct Pool {
+    int64_t height, width, out_height, out_width;
+    int64_t kernel[2], stride[2], padding[2];
+    uint8_t* argmax;  // place in the window, row-major
+};
+
+struct Table {
+    // out = act(z); bytes: y (+ residual) read, out written
+    void (*bn_act)(const Args&, int64_t begin, int64_t end);
+    // dz = grad act'(z) to out and the sums of this range to sums; bytes: grad, y (+ residual) read, dz written
+    void (*bn_act_backward)(const Args&, int64_t begin, int64_t end);
+    // dy = A dz + B (y - center) + C to out; bytes: dz, y read, dy written
+    void (*bn_backward)(const Args&, int64_t begin, int64_t end);
+    // mean and M2 of blocks [begin, end) to sums[0], sums[1]; y (y_type) is first rounded into out (other_type) if given
+    void (*moments)(const Args&, int64_t begin, int64_t end);
+    // out = max over windows of act(z), and where; bytes: y read, out and one byte per output written
+    void (*bn_act_max_pool)(const Args&, const Pool&, int64_t begin, int64_t end);
+    // dz = act'(z) * (grad of the windows whose maximum is here), and sums; bytes: y, grad, argmax read, dz written
+    void (*bn_act_max_pool_backward)(const Args&, const Pool&, int64_t begin, int64_t end);
+    const char* name;
+};
+
+extern const Table table_default, table_avx2, table_avx512;
+
+// The table for this machine, at most FUSED_RESNET_CPU_ISA (default, avx2, avx512).
+const Table& table();
+
+}  // namespace fused_resnet::cpu

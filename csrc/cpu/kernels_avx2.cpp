@@ -1,0 +1,11 @@
+// The kernels for AVX2.
+#include <cmath>
+#include <cstdint>
+
+#pragma GCC target("avx2,fma,f16c")  // from here on, and so never for the standard library
+#include "kernels_impl.h"
+
+namespace fused_resnet::cpu {
+extern const Table table_avx2 = {bn_act_any, bn_act_backward_any, bn_backward_any, moments_any, bn_act_max_pool_any,
+                                   bn_act_max_pool_backward_any, "avx2"};
+}

@@ -1,0 +1,35 @@
+// The CPU backend's primitives on tensors; fused_resnet/backends/__init__.py says what each computes.
+#pragma once
+
+#include <tuple>
+
+#include "launch.h"
+
+namespace fused_resnet::cpu {
+
+using IntList = at::IntArrayRef;
+
+std::tuple<Tensor, Tensor> bn_stats(const Tensor& y);
+Tensor bn_act(const Tensor& y, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
+              at::TensorList residual_norm, at::ScalarType out_dtype);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& y, at::TensorList norm,
+                                                           int64_t act, double act_param, const OptTensor& residual,
+                                                           at::TensorList residual_norm);
+Tensor bn_backward(const Tensor& dz, const Tensor& y, at::TensorList coef, at::ScalarType out_dtype);
+std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& y, at::TensorList norm, int64_t act, double act_param,
+                                           IntList kernel, IntList stride, IntList padding);
+std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, const Tensor& argmax, const Tensor& y,
+                                                            at::TensorList norm, int64_t act, double act_param,
+                                                            IntList kernel, IntList stride, IntList padding,
+                                                            at::ScalarType out_dtype);
+std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
+                                              IntList dilation, int64_t groups, at::TensorList prologue, int64_t act,
+                                              double act_param, bool stats, at::ScalarType compute, bool gemm);
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
+                                                         const Tensor& x, at::TensorList prologue, int64_t act,
+                                                         double act_param, const Tensor& weight, IntList stride,
+                                                         IntList padding, IntList dilation, int64_t groups,
+                                                         bool need_input, bool need_weight, const OptTensor& add,
+                                                         at::ScalarType compute, bool gemm);
+
+}  // namespace fused_resnet::cpu

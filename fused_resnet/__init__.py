@@ -1,0 +1,23 @@
+"""fused_resnet: fused residual blocks for PyTorch. Conv + BatchNorm + activation + shortcut as one chain."""
+
+from fused_resnet import functional, models, spec
+from fused_resnet._version import __version__
+from fused_resnet.backends import BackendUnavailable, backends, use_backend
+from fused_resnet.convert import explain, freeze, fuse, unfuse
+from fused_resnet.modules import ConvBNAct, ResidualChain
+
+__all__ = [
+    "BackendUnavailable",
+    "ConvBNAct",
+    "ResidualChain",
+    "__version__",
+    "backends",
+    "explain",
+    "freeze",
+    "functional",
+    "fuse",
+    "models",
+    "spec",
+    "unfuse",
+    "use_backend",
+]

@@ -1,0 +1,206 @@
+"""Backends: modules that offer some of the primitives a chain is composed of, and say why when they don't.
+
+A backend is a module with ``refuse`` and any of the functions of ``Primitives``. Every tensor is [N, C, H, W], NCHW or
+channels_last dense, per-channel vectors are [C] in ``vector_dtype``; every function returns new tensors and touches
+none of its inputs. The planner asks ``refuse(primitive, case)`` before it calls; a reason means no.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_resnet.spec import Act, ConvSpec, PoolSpec
+
+# In the order in which the planner prefers them; "aten" takes every case on every device.
+NAMES = ("cuda", "triton", "cpu", "aten")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and can't serve; the message says which, what and why."""
+
+
+class Norm(NamedTuple):
+    """A unit's BatchNorm as vectors: z = scale*y + shift; ``center`` is the mean that was subtracted, ``rstd`` 1/std."""
+
+    scale: Tensor
+    shift: Tensor
+    center: Tensor
+    rstd: Tensor
+
+
+class Prologue(NamedTuple):
+    """What is applied to a raw convolution output where it is loaded: act(scale*y + shift)."""
+
+    norm: Norm
+    act: Act
+
+
+class DyCoefficients(NamedTuple):
+    """dy = a*dz + b*(y - center) + c, the gradient through BatchNorm; frozen BN has b = c = None (zero)."""
+
+    a: Tensor
+    b: Tensor | None
+    c: Tensor | None
+    center: Tensor
+
+
+class Sums(NamedTuple):
+    """Per channel over N, H, W: dz = sum dz; dz_y = sum dz*(y - center)."""
+
+    dz: Tensor
+    dz_y: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a primitive is to be applied to, as far as backends decide by it."""
+
+    device: str
+    dtype: torch.dtype
+    channels_last: bool
+    conv: ConvSpec | None = None
+    kernel: tuple[int, int] = (1, 1)
+
+
+class Primitives(Protocol):
+    """The functions a backend may offer (DESIGN: names follow ATen)."""
+
+    def refuse(self, primitive: str, case: Case) -> str | None:
+        """Why this case is not taken, or None."""
+
+    def conv_bias_act(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
+    ) -> Tensor:
+        """act(conv(x, W) + b [+ residual]): an inference unit, BatchNorm folded into W and b."""
+
+    def conv_stats(
+        self, x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """y = conv(prologue(x), W), zero padding after the prologue; mean and biased variance of y if ``stats``."""
+
+    def bn_stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance per channel."""
+
+    def bn_act(
+        self, y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
+    ) -> Tensor:
+        """act(scale*y + shift [+ residual, or + residual_norm of it])."""
+
+    def bn_act_backward(
+        self,
+        dout: Tensor,
+        y: Tensor,
+        norm: Norm,
+        act: Act,
+        residual: Tensor | None = None,
+        residual_norm: Norm | None = None,
+    ) -> tuple[Tensor, Sums, Sums | None]:
+        """dz = dout*act'(z), its sums with y, and with the residual when that has a norm of its own."""
+
+    def bn_backward(self, dz: Tensor, y: Tensor, coef: DyCoefficients) -> Tensor:
+        """dy where no convolution of ours comes before."""
+
+    def conv_backward(
+        self,
+        dz: Tensor,
+        y: Tensor,
+        coef: DyCoefficients,
+        x: Tensor,
+        prologue: Prologue | None,
+        weight: Tensor,
+        conv: ConvSpec,
+        need_input: bool,
+        need_weight: bool,
+        add: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+        """dy formed from (dz, y); the input's gradient and dW. With a prologue, x is the previous unit's raw y and the
+        input's gradient is that unit's dz = da*act'(z), with its sums; without, ``add`` (a shortcut's gradient) is
+        added to it."""
+
+    def bn_act_max_pool(self, y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
+        """max-pool of act(scale*y + shift), and the place of each maximum in its window (uint8, row-major)."""
+
+    def bn_act_max_pool_backward(
+        self, dout: Tensor, argmax: Tensor, y: Tensor, norm: Norm, act: Act, pool: PoolSpec
+    ) -> tuple[Tensor, Sums]:
+        """dz = act'(z) * (dout put back where the maxima were), and its sums with y."""
+
+
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and per-channel vectors: float32, or float64 for float64 tensors."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@lru_cache
+def load(name: str) -> tuple[ModuleType | None, str]:
+    """The backend's module and "ok", or None and the reason. Imports nothing before it is asked."""
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    try:
+        module = importlib.import_module(f"fused_resnet.backends.{name}")
+    except ModuleNotFoundError as missing:
+        if missing.name != f"fused_resnet.backends.{name}":
+            return None, f"not available: {missing}"
+        return None, "not part of this version"
+    reason: str | None = module.unavailable()
+    return (None, reason) if reason else (module, "ok")
+
+
+def backends() -> dict[str, str]:
+    """Every backend and "ok" or the reason why it can't be used here, best first.
+
+    Example:
+        >>> fused_resnet.backends()
+        {'cuda': 'not built: ...', 'triton': 'no GPU: ...', 'cpu': 'ok', 'aten': 'ok'}
+    """
+    return {name: load(name)[1] for name in NAMES}
+
+
+_forced: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
+
+
+def forced() -> str | None:
+    """The backend that ``use_backend`` asks for, if any."""
+    return _forced.get()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context every primitive runs on the named backend, and what it can't take is an error.
+
+    Calls nest; a context holds for the current thread (and the backward passes that start in it).
+
+    Args:
+        name: "cuda", "triton", "cpu" or "aten".
+
+    Raises:
+        ValueError: an unknown name. BackendUnavailable: the backend can't be used here, or (later, at the call)
+            refuses a case; the message says why.
+    """
+    module, reason = load(name)
+    if module is None:
+        raise BackendUnavailable(f"backend {name!r}: {reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@lru_cache
+def warn_once(message: str) -> None:
+    """A warning, once per process and message (FUSED_RESNET_QUIET=1 silences those about lost speed)."""
+    if os.environ.get("FUSED_RESNET_QUIET") != "1":
+        warnings.warn(message, UserWarning, stacklevel=3)

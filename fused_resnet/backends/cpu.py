@@ -1,0 +1,225 @@
+"""The compiled CPU backend: csrc/cpu, loops over csrc/bn_math.h between oneDNN's convolutions.
+
+16-bit convolutions are computed in float32 on a CPU whose 16-bit convolutions are slower (one without a fast 16-bit
+matrix unit); what is kept between units stays 16-bit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import Case, DyCoefficients, Norm, Prologue, Sums, warn_once
+from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, PoolSpec
+
+_ACT_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# oneDNN's names of the activations that its convolutions apply themselves: (name, scalars)
+_POST_OPS = {
+    "identity": ("none", ()),
+    "relu": ("relu", ()),
+    "leaky_relu": ("leaky_relu", ("param",)),
+    "sigmoid": ("sigmoid", ()),
+    "silu": ("swish", ()),
+    "relu6": ("hardtanh", (0.0, 6.0)),
+    "hardswish": ("hardswish", ()),
+}
+_ops = torch.ops.fused_resnet_cpu
+
+
+def unavailable() -> str | None:
+    """The reason why the extension can't be used, or None."""
+    if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
+        reason = "switched off: FUSED_RESNET_NO_EXT=1"
+    else:
+        try:
+            from fused_resnet import _C  # noqa: F401
+
+            return None
+        except ImportError as error:
+            reason = f"the compiled extension is not built: {error}"
+    warn_once(f"fused_resnet runs without its compiled extension, which costs speed on a CPU ({reason})")
+    return reason
+
+
+def refuse(primitive: str, case: Case) -> str | None:
+    """Takes float32, bfloat16, float16 and float64 on the CPU."""
+    if case.device != "cpu":
+        return f"tensors are on {case.device}, not on the CPU"
+    if case.dtype not in _DTYPES:
+        return f"dtype {case.dtype}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- compute dtype
+@lru_cache
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which convolutions of ``dtype`` are computed here.
+
+    float32 for 16-bit tensors where a float32 convolution is faster, as on a CPU without a 16-bit matrix unit: one
+    convolution is timed in both, once per process. FUSED_RESNET_CPU_COMPUTE=float32 or native decides instead.
+    """
+    wish = os.environ.get("FUSED_RESNET_CPU_COMPUTE", "auto")
+    if wish not in ("auto", "float32", "native"):
+        raise ValueError(f"FUSED_RESNET_CPU_COMPUTE: expected auto, float32 or native, got {wish!r}")
+    if dtype not in (torch.bfloat16, torch.float16) or wish == "native":
+        return dtype
+    if wish == "float32":
+        return torch.float32
+    return dtype if _seconds(dtype) < 0.9 * _seconds(torch.float32) else torch.float32
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """The best of five 3x3 convolutions of 128 channels at 28x28."""
+    with torch.no_grad():
+        x = torch.ones(2, 128, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
+        w = torch.ones(128, 128, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.conv2d(x, w, None, 1, 1)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _gemm() -> bool:
+    """Whether a 1x1 convolution may be a matrix product: not where the user lets products lose precision."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _act(act: Act) -> tuple[int, float]:
+    return _ACT_INDEX[act.name], act.param
+
+
+def _pair(norm: Norm | None) -> list[Tensor]:
+    return [norm.scale, norm.shift] if norm is not None else []
+
+
+def _triple(norm: Norm | None) -> list[Tensor]:
+    return [norm.scale, norm.shift, norm.center] if norm is not None else []
+
+
+def _coef(c: DyCoefficients) -> list[Tensor]:
+    return [c.a] if c.b is None or c.c is None else [c.a, c.b, c.c, c.center]
+
+
+# ---------------------------------------------------------------------------------------------------- primitives
+def prepack(weight: Tensor, conv: ConvSpec, x: Tensor) -> Tensor:
+    """The weight in oneDNN's own layout for inputs like x."""
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return weight
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
+    )
+
+
+def conv_bias_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
+) -> Tensor:
+    """See ``Primitives.conv_bias_act``: bias, add and act are oneDNN's post-ops."""
+    compute = compute_dtype(x.dtype)
+    post = _POST_OPS.get(act.name)
+    if compute == torch.float64 or post is None or (residual is not None and act.name not in ("identity", "relu")):
+        from fused_resnet.backends import aten
+
+        w = weight.to_dense() if weight.is_mkldnn else weight
+        return aten.conv_bias_act(x, w, bias, conv, act, residual)
+    name, scalars = post
+    w = weight if weight.is_mkldnn else weight.to(compute)
+    b = bias.to(compute) if bias is not None else None
+    where = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    a = x.to(compute)
+    if residual is None:
+        values = [act.param if s == "param" else s for s in scalars]
+        y = torch.ops.mkldnn._convolution_pointwise(a, w, b, *where, name, values, "")
+    else:
+        unary = name if name != "none" else None
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            a, residual.to(compute), w, b, *where, "add", 1.0, unary, [], ""
+        )
+    fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return y.to(x.dtype).contiguous(memory_format=fmt)
+
+
+def conv_stats(
+    x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See ``Primitives.conv_stats``."""
+    norm, act = prologue if prologue is not None else (None, Act("identity"))
+    out: tuple[Any, Any, Any] = _ops.conv_stats(
+        x, weight, conv.stride, conv.padding, conv.dilation, conv.groups, _pair(norm), *_act(act), stats,
+        compute_dtype(x.dtype), _gemm(),
+    )  # fmt: skip
+    return out
+
+
+def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``Primitives.bn_stats``."""
+    out: tuple[Tensor, Tensor] = _ops.bn_stats(y)
+    return out
+
+
+def bn_act(
+    y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
+) -> Tensor:
+    """See ``Primitives.bn_act``."""
+    out: Tensor = _ops.bn_act(y, _pair(norm), *_act(act), residual, _pair(residual_norm), y.dtype)
+    return out
+
+
+def bn_act_backward(
+    dout: Tensor, y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
+) -> tuple[Tensor, Sums, Sums | None]:
+    """See ``Primitives.bn_act_backward``."""
+    dz, s0, s1, s2 = _ops.bn_act_backward(
+        dout, y, _triple(norm), *_act(act), residual, _triple(residual_norm)
+    )
+    return dz, Sums(s0, s1), Sums(s0, s2) if residual_norm is not None else None
+
+
+def bn_backward(dz: Tensor, y: Tensor, coef: DyCoefficients) -> Tensor:
+    """See ``Primitives.bn_backward``."""
+    out: Tensor = _ops.bn_backward(dz, y, _coef(coef), y.dtype)
+    return out
+
+
+def conv_backward(
+    dz: Tensor,
+    y: Tensor,
+    coef: DyCoefficients,
+    x: Tensor,
+    prologue: Prologue | None,
+    weight: Tensor,
+    conv: ConvSpec,
+    need_input: bool,
+    need_weight: bool,
+    add: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+    """See ``Primitives.conv_backward``."""
+    norm, act = prologue if prologue is not None else (None, Act("identity"))
+    dx, dw, s0, s1 = _ops.conv_backward(
+        dz, y, _coef(coef), x, _triple(norm), *_act(act), weight, conv.stride, conv.padding, conv.dilation, conv.groups,
+        need_input, need_weight, add, compute_dtype(x.dtype), _gemm(),
+    )  # fmt: skip
+    return dx, dw, Sums(s0, s1) if prologue is not None and need_input else None
+
+
+def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
+    """See ``Primitives.bn_act_max_pool``."""
+    out: tuple[Tensor, Tensor] = _ops.bn_act_max_pool(y, _pair(norm), *_act(act), pool.kernel, pool.stride, pool.padding)
+    return out
+
+
+def bn_act_max_pool_backward(
+    dout: Tensor, argmax: Tensor, y: Tensor, norm: Norm, act: Act, pool: PoolSpec
+) -> tuple[Tensor, Sums]:
+    """See ``Primitives.bn_act_max_pool_backward``."""
+    dz, s0, s1 = _ops.bn_act_max_pool_backward(
+        dout, argmax, y, _triple(norm), *_act(act), pool.kernel, pool.stride, pool.padding, compute_dtype(y.dtype)
+    )
+    return dz, Sums(s0, s1)

@@ -1,0 +1,134 @@
+"""What is wrong with a chain's arguments, said before any kernel starts: argument, what came, what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fused_resnet import reference
+from fused_resnet.backends import vector_dtype
+from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec
+
+if TYPE_CHECKING:
+    from fused_resnet.functional import Unit
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BN_NAMES = ("bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def check_arguments(unit: Unit, index: int) -> None:
+    """What can be told of a unit's arguments before its input is seen."""
+    for name in ("weight", "bias", *BN_NAMES):
+        value = getattr(unit, name)
+        if value is not None:
+            check_tensor(name, value)
+    if (unit.bn_weight is None) != (unit.bn_bias is None):
+        came, missing = ("bn_weight", "bn_bias") if unit.bn_bias is None else ("bn_bias", "bn_weight")
+        raise ValueError(f"{missing}: expected a tensor beside {came}, got None (unit {index})")
+    if (unit.running_mean is None) != (unit.running_var is None):
+        came, missing = ("running_mean", "running_var") if unit.running_var is None else ("running_var", "running_mean")
+        raise ValueError(f"{missing}: expected a tensor beside {came}, got None (unit {index})")
+    if not unit.training and unit.running_mean is None:
+        raise ValueError(f"running_mean: expected a tensor when training=False, got None (unit {index})")
+    if unit.bias is not None and unit.weight is None:
+        raise ValueError(f"bias: expected None for a unit without a convolution, got a tensor (unit {index})")
+    if isinstance(unit.momentum, bool) or not isinstance(unit.momentum, int | float):
+        raise TypeError(f"momentum: expected a number, got {unit.momentum!r} (unit {index})")
+    if not 0 <= unit.momentum <= 1:
+        raise ValueError(f"momentum: expected a number between 0 and 1, got {unit.momentum} (unit {index})")
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: expected dtype float32, bfloat16, float16 or float64, got {str(value.dtype).removeprefix('torch.')}"
+        )
+
+
+def check_chain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> None:
+    """Shapes, dtypes and devices, unit by unit."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    shape = tuple(x.shape)
+    for i, (unit, s) in enumerate(zip(units[: len(spec.units)], spec.units, strict=True)):
+        shape = _check_unit(f"unit {i}", x, shape, unit, s, autocast)
+    kind = spec.shortcut.kind
+    if kind == "projection":
+        start = tuple(x.shape)
+        if spec.shortcut.pool is not None:
+            start = tuple(reference.shortcut_input(x.to("meta"), spec.shortcut).shape)
+        assert spec.shortcut.unit is not None
+        got = _check_unit("shortcut", x, start, units[-1], spec.shortcut.unit, autocast)
+        _check_sum("shortcut", got, shape)
+    elif kind == "identity":
+        _check_sum("shortcut 'identity'", tuple(x.shape), shape)
+    elif kind == "pad":
+        strided = tuple(-(-n // s) for n, s in zip(x.shape[2:], spec.shortcut.stride, strict=True))
+        if x.shape[1] > shape[1]:
+            raise ValueError(f"shortcut 'pad': expected at most {shape[1]} channels in x, got {x.shape[1]}")
+        _check_sum("shortcut 'pad'", (x.shape[0], shape[1], *strided), shape)
+    elif kind == "tensor":
+        check_tensor("residual", residual)
+        assert residual is not None
+        _check_sum("residual", tuple(residual.shape), shape)
+        if residual.device != x.device:
+            raise ValueError(f"residual: expected device {x.device} (x's), got {residual.device}")
+        if residual.dtype != x.dtype and not autocast:
+            raise TypeError(f"residual: expected dtype {x.dtype} (x's), got {residual.dtype}")
+    if (
+        spec.pool is not None
+        and min(ConvSpec(spec.pool.stride, spec.pool.padding).out_size(shape[2:], spec.pool.kernel)) < 1
+    ):
+        raise ValueError(f"max_pool: the window {spec.pool.kernel} is larger than its padded input {shape[2:]}")
+
+
+def _check_sum(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
+    if got != want:
+        raise ValueError(f"{name}: expected shape {want} (the last unit's output), got {got}")
+
+
+def _check_unit(
+    where: str, x: Tensor, shape: tuple[int, ...], unit: Unit, s: UnitSpec, autocast: bool
+) -> tuple[int, ...]:
+    """Raises what is wrong with this unit's tensors; returns its output's shape."""
+    if unit.weight is not None and s.conv is not None:
+        w = unit.weight
+        if shape[1] != w.shape[1] * s.conv.groups:
+            raise ValueError(
+                f"weight: expected {shape[1]} input channels ({where}'s input), got shape {tuple(w.shape)} with groups "
+                f"{s.conv.groups}, that is {w.shape[1] * s.conv.groups}"
+            )
+        if w.dtype != x.dtype and not autocast:
+            raise TypeError(f"weight: expected dtype {x.dtype} (x's), got {w.dtype} ({where})")
+        size = s.conv.out_size(shape[2:], w.shape[2:])
+        if min(size) < 1:
+            raise ValueError(
+                f"weight: the kernel {tuple(w.shape[2:])} with dilation {s.conv.dilation} is larger than its padded "
+                f"input {shape[2:]} with padding {s.conv.padding} ({where})"
+            )
+        shape = (shape[0], w.shape[0], *size)
+    for name in ("weight", "bias", *BN_NAMES):
+        value = getattr(unit, name)
+        if value is None:
+            continue
+        if value.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} (x's), got {value.device} ({where})")
+        if name != "weight" and tuple(value.shape) != (shape[1],):
+            raise ValueError(f"{name}: expected shape ({shape[1]},), got {tuple(value.shape)} ({where})")
+        if name in BN_NAMES and value.dtype not in (x.dtype, vector_dtype(x.dtype)) and not autocast:
+            raise TypeError(f"{name}: expected dtype {x.dtype} or {vector_dtype(x.dtype)}, got {value.dtype} ({where})")
+        if name == "bias" and unit.weight is not None and value.dtype != unit.weight.dtype:
+            raise TypeError(f"bias: expected dtype {unit.weight.dtype} (weight's), got {value.dtype} ({where})")
+    if shape[1] < 1:
+        raise ValueError(f"x: expected at least one channel, got shape {tuple(x.shape)} ({where})")
+    if s.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            f"x: expected more than 1 value per channel when training, got input size {shape} at the BatchNorm of {where}"
+        )
+    return shape

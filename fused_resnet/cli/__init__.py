@@ -1,0 +1,40 @@
+"""The command line, ``fused-resnet`` = ``python -m fused_resnet``: env, check, bench.
+
+Every subcommand takes ``--json FILE``, shows progress on a terminal only, and exits with 0 only when what it checks
+holds (1: it does not; 2: the command could not run as asked).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fused_resnet.cli.options import UsageError, parser
+
+# What the commands need beyond torch: the name under which it is imported, and the one under which it is installed.
+EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "PIL": "pillow", "numpy": "numpy"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after the program's name; None takes ``sys.argv``'s.
+
+    Returns:
+        0: everything that was checked holds. 1: something does not. 2: it could not run as asked (unknown model, no
+        such device, a package is missing); a sentence on stderr says why.
+    """
+    args = parser().parse_args(argv)
+    try:
+        return int(importlib.import_module(f"fused_resnet.cli.{args.command}").run(args))
+    except ModuleNotFoundError as missing:
+        name = (missing.name or "").split(".")[0]
+        if name not in EXTRAS:
+            raise
+        problem = f"{EXTRAS[name]} is not installed: pip install 'fused_resnet[bench]'"
+    except UsageError as error:
+        problem = str(error)
+    print(f"fused-resnet {args.command}: {problem}", file=sys.stderr)
+    return 2

@@ -1,0 +1,78 @@
+"""What the commands share in talking to the user: tables, progress on a terminal, JSON files, models and devices."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fused_resnet import models
+from fused_resnet.cli.options import UsageError
+
+
+def console() -> Console:
+    """Standard output; where it is no terminal, tables get the width that they need instead of 80 columns."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def progress() -> Progress:
+    """A progress bar on standard error, silent where that is no terminal."""
+    err = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:
+    """A table whose first ``left`` columns are text and whose other columns are numbers."""
+    t = Table(title=title, title_justify="left", title_style="bold")
+    for i, name in enumerate(columns):
+        t.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        t.add_row(*row)
+    return t
+
+
+def write_json(path: str | Path, found: Any) -> None:
+    """Writes ``found``, creating the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        UsageError: no device, or one that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected auto, cpu or cuda")
+    return device
+
+
+def pick_models(chosen: Sequence[str] | None, default: Sequence[str]) -> list[str]:
+    """The models that ``--models`` names, ``default`` without it.
+
+    Raises:
+        UsageError: a name that is not in ``models.list_models()``, or no name at all.
+    """
+    names = list(default if chosen is None else chosen)
+    known = models.list_models()
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise UsageError(f"--models: expected some of {', '.join(known)}, got {', '.join(unknown) or 'nothing'}")
+    return names

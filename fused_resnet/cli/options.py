@@ -1,0 +1,95 @@
+"""The options of every command. Imports nothing but the standard library, so that ``--help`` always answers."""
+
+from __future__ import annotations
+
+import argparse
+
+from fused_resnet._version import __version__
+
+DTYPES = ("fp64", "fp32", "bf16")
+
+
+class UsageError(Exception):
+    """The command can't run as asked; the message is for the user."""
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _common(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--models", type=_names, metavar="A,B,...", help="only these (fused_resnet.models.list_models())")
+    sub.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...")
+    sub.add_argument("--seed", type=int, default=0, help="of weights, crops and inputs (default 0)")
+
+
+def _env(sub: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _check(sub: argparse.ArgumentParser) -> None:
+    _common(sub)
+    sub.add_argument(
+        "--dtypes", type=_names, default=list(DTYPES), metavar="A,B,...", help=f"of {', '.join(DTYPES)} (default all)"
+    )
+
+
+def _bench(sub: argparse.ArgumentParser) -> None:
+    _common(sub)
+    sub.add_argument("--preset", choices=("quick", "full"), default="quick", help="quick (default): minutes; full: more")
+    sub.add_argument("--batch-size", type=_positive, metavar="N", help="default 8 on a CPU, 256 on a GPU")
+    sub.add_argument("--repeats", type=_positive, metavar="N", help="measure exactly this often (default: by the preset)")
+    sub.add_argument("--output", default="bench-report", metavar="FOLDER", help="where the report goes (bench-report)")
+    sub.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    sub.add_argument("--no-digits", action="store_true", help="leave out the training on handwritten digits")
+    sub.add_argument("--size", type=_positive, default=224, help=argparse.SUPPRESS)  # pixels: for the tests
+
+
+# name -> (one line of help, an example, what adds its options)
+COMMANDS = {
+    "env": (
+        "what this machine has, and which backends can serve",
+        "fused-resnet env\n  fused-resnet env --json env.json",
+        _env,
+    ),
+    "check": (
+        "compare every block of every model with plain PyTorch: forward, gradients, running statistics",
+        "fused-resnet check\n  fused-resnet check --models resnet50,resnet20 --json check.json",
+        _check,
+    ),
+    "bench": (
+        "validate, then time plain, compiled and fused networks on photographs, and write a report",
+        "fused-resnet bench\n  fused-resnet bench --preset full --models resnet50 --output report-resnet50",
+        _bench,
+    ),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="fused-resnet",
+        description="Fused residual networks: see what there is, check the numbers, measure the gain.",
+        epilog="example:\n  fused-resnet bench --preset quick\n\nfused-resnet COMMAND --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"fused_resnet {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, example, add_options) in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--json", metavar="FILE", help="write everything that was found there, too")
+        add_options(sub)
+    return top

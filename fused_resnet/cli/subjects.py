@@ -1,0 +1,131 @@
+"""What ``check`` checks: the distinct blocks of every model, and one whole network of every family."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_resnet import models
+
+# Configurations beyond the defaults of a factory: model -> {name: keyword arguments}.
+VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "resnet20": {"option B": {"shortcut": "B"}, "option C": {"shortcut": "C"}},
+    "resnet50": {
+        "dilated": {"replace_stride_with_dilation": [False, True, True]},
+        "avg_down": {"avg_down": True},
+    },
+}
+BLOCKS = (models.BasicBlock, models.Bottleneck, models.PlainBlock)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A plain float32 module on the CPU, and the input that it takes.
+
+    Attributes:
+        label: what the table calls it. model: the name in ``models.list_models()`` (first of those that have it).
+        build: makes it, with the default generator's weights. shape: of the input. whole: a network, not a block.
+    """
+
+    label: str
+    model: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, int, int, int]
+    whole: bool
+
+
+def _network(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    if "shortcut" in kwargs:
+        return models.cifar_resnet(int(name.removeprefix("resnet")), fused=False, **kwargs)
+    return getattr(models, name)(fused=False, **kwargs)
+
+
+def _shape_of(conv: nn.Conv2d) -> str:
+    """"3x3 /2 d2 g32": what of a convolution decides how it is computed, beside its channels."""
+    parts = [f"{conv.kernel_size[0]}x{conv.kernel_size[1]}"]
+    parts += [f"/{conv.stride[0]}"] if conv.stride[0] > 1 else []
+    parts += [f"d{conv.dilation[0]}"] if conv.dilation[0] > 1 else []
+    parts += [f"g{conv.groups}"] if conv.groups > 1 else []
+    return " ".join(parts)
+
+
+def _shortcut_of(block: nn.Module) -> str:
+    down = block.downsample
+    if isinstance(block, models.PlainBlock):
+        return "no shortcut"
+    if not isinstance(down, nn.Sequential):
+        return "identity" if down is None else "zero-padded"
+    pooled = "pooled " if isinstance(down[0], nn.AvgPool2d) else ""
+    conv = next(m for m in down if isinstance(m, nn.Conv2d))
+    return f"{pooled}projection {_shape_of(conv)}"
+
+
+def _convs(block: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions of the branch, in order."""
+    return [m for name, m in block.named_children() if name.startswith("conv") and isinstance(m, nn.Conv2d)]
+
+
+def _kind(block: nn.Module) -> tuple[str, ...]:
+    """Equal for blocks that differ in nothing but a common factor of their channels."""
+    convs = _convs(block)
+    base = convs[0].in_channels
+    ratios = "-".join(f"{c.out_channels / base:g}" for c in convs)
+    return type(block).__name__, ratios, *map(_shape_of, convs), _shortcut_of(block)
+
+
+def _describe(block: nn.Module) -> str:
+    convs = _convs(block)
+    channels = "-".join(str(c) for c in (convs[0].in_channels, *(conv.out_channels for conv in convs)))
+    shapes = ", ".join(_shape_of(conv) for conv in convs)
+    return f"{type(block).__name__} {channels} ({shapes}; {_shortcut_of(block)})"
+
+
+def _rebuild(block: nn.Module) -> nn.Module:
+    """A block of a network on the meta device, with weights, as the only child of a module."""
+    block = copy.deepcopy(block).to_empty(device="cpu")
+    models.resnet.init_weights(block)
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+    return nn.Sequential(block)
+
+
+def _input_of(block: nn.Module) -> tuple[int, int, int, int]:
+    """Two images: small, odd in width, and large enough for the dilation."""
+    convs = _convs(block)
+    side = 5 + 2 * max(c.dilation[0] * c.stride[0] for c in convs)
+    return 2, convs[0].in_channels, side, side + 1
+
+
+def subjects(names: Sequence[str]) -> Iterator[Subject]:
+    """Every kind of block of the named models, first at its narrowest and then each model's widest; and every network
+    that has a kind of block which no network of its class before it had."""
+    seen_blocks: set[str] = set()
+    seen_kinds: set[tuple[str, ...]] = set()
+    seen_in_network: set[tuple[str, ...]] = set()
+    for name in names:
+        for variation, kwargs in {"": {}, **VARIATIONS.get(name, {})}.items():
+            with torch.device("meta"):
+                network = _network(name, kwargs)
+            blocks = [m for m in network.modules() if isinstance(m, BLOCKS)]
+            kinds = {_kind(block) for block in blocks}
+            firsts = {_kind(block): block for block in reversed(blocks)}  # the narrowest of each kind
+            for block in [*(block for kind, block in firsts.items() if kind not in seen_kinds), blocks[-1]]:
+                label = _describe(block)
+                if label not in seen_blocks:
+                    yield Subject(label, name, partial(_rebuild, block), _input_of(block), False)
+                seen_blocks.add(label)
+            in_network = {(type(network).__name__, *kind) for kind in kinds}
+            if in_network - seen_in_network:
+                large = isinstance(network, models.ResNet)
+                shape = (4, 3, 64, 64) if large else (4, 3, 16, 16)
+                label = f"{name}, {variation}" if variation else name
+                yield Subject(f"whole {label}", name, partial(_network, name, kwargs), shape, True)
+            seen_kinds |= kinds
+            seen_in_network |= in_network

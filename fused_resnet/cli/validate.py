@@ -1,0 +1,233 @@
+"""Whether a model computes what plain PyTorch computes: how both are run, and the one rule by which they are compared.
+
+The truth is the plain model in float64. Two rules, both from the design's section on numerical promises:
+
+    elementwise   |got - ref| <= sqrt(K) * (atol * rms(ref) + rtol * |ref|), torch.testing's atol and rtol for the dtype,
+                  K the longest sum behind a value (``reduction_length``). For float64, and for single blocks in float32.
+    relative      e(got) <= 2 * e(plain in the same dtype) + FLOOR, e = ||. - ref|| / ||ref|| (flash-attention's rule).
+                  For 16 bits, and for whole networks in float32: among millions of values some lie so close to a
+                  ReLU's kink that rounding alone decides their gradient, in plain PyTorch as here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Tensors = dict[str, Tensor]
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+# (rtol, atol) of torch.testing.assert_close for values of order one.
+TOLERANCE = {torch.float64: (1e-7, 1e-7), torch.float32: (1.3e-6, 1e-5)}
+# Relative errors below these are rounding, however lucky plain PyTorch's were: some units in the last place.
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+
+# ---------------------------------------------------------------------------------------------------- the rule
+@dataclass(frozen=True)
+class Finding:
+    """One tensor compared: its relative error, plain PyTorch's in the same dtype, and how much of the bound it uses."""
+
+    name: str
+    error: float
+    plain_error: float
+    used: float
+
+    @property
+    def ok(self) -> bool:
+        """Within the bound; NaN is not."""
+        return self.used <= 1
+
+    def __str__(self) -> str:
+        return f"{self.name}: error {self.error:.1e} (plain {self.plain_error:.1e}), {self.used:.2f} of the bound"
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary, with infinities and NaN as text."""
+        return {k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in asdict(self).items()}
+
+
+def relative_error(got: Tensor, ref: Tensor) -> float:
+    """||got - ref|| / ||ref||, in float64; ||got|| where ref is zero, infinite where got is not finite but ref is."""
+    got, ref = got.double(), ref.double()
+    if got.shape != ref.shape or bool(ref.isfinite().all()) > bool(got.isfinite().all()):
+        return math.inf
+    norm = float(torch.linalg.vector_norm(ref))
+    return float(torch.linalg.vector_norm(got - ref)) / (norm or 1.0)
+
+
+def elementwise_use(got: Tensor, ref: Tensor, dtype: torch.dtype, length: int) -> float:
+    """The largest |got - ref| / bound of the elementwise rule; infinite for NaN."""
+    got, ref = got.double(), ref.double()
+    if got.shape != ref.shape:
+        return math.inf
+    if ref.numel() == 0:
+        return 0.0
+    rtol, atol = TOLERANCE[dtype]
+    rms = float(ref.square().mean().sqrt()) or 1.0
+    bound = math.sqrt(length) * (atol * rms + rtol * ref.abs())
+    used = float(((got - ref).abs() / bound).max())
+    return used if math.isfinite(used) else math.inf
+
+
+def compare(got: Tensors, plain: Tensors, ref: Tensors, dtype: torch.dtype, length: int | None) -> list[Finding]:
+    """Every tensor of ``ref`` by the rule; with a ``length`` (of a single block) float32 goes elementwise.
+
+    Args:
+        got, plain, ref: what ``run`` returns for the model in question, for plain PyTorch in ``dtype`` and in float64.
+
+    Returns:
+        One finding per tensor; one that ``got`` lacks has used the bound infinitely.
+    """
+    elementwise = dtype == torch.float64 or (dtype == torch.float32 and length is not None)
+    findings = []
+    for name, r in ref.items():
+        if name not in got:
+            findings.append(Finding(f"{name} (missing)", math.inf, 0.0, math.inf))
+            continue
+        error, plain_error = relative_error(got[name], r), relative_error(plain[name], r)
+        if elementwise:
+            used = elementwise_use(got[name], r, dtype, length or 1)
+        else:
+            used = error / (2 * plain_error + FLOOR[dtype])
+        findings.append(Finding(name, error, plain_error, used if not math.isnan(used) else math.inf))
+    return findings
+
+
+def worst(findings: Iterable[Finding]) -> Finding:
+    """The finding that uses most of its bound."""
+    return max(findings, key=lambda f: f.used)
+
+
+def reduction_length(model: nn.Module, x: Tensor) -> int:
+    """K: the longest sum behind any value: fprop over C/g*kH*kW, dgrad over K/g*kH*kW, statistics and wgrad over N*H*W."""
+    longest = x.numel() // x.shape[1]
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            longest = max(longest, max(m.in_channels, m.out_channels) // m.groups * math.prod(m.kernel_size))
+    return longest
+
+
+# ---------------------------------------------------------------------------------------------------- running a model
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """``torch.autocast`` for 16-bit dtypes, nothing for None and the others."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, dtype)
+    return nullcontext()
+
+
+def run(
+    forward: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    x: Tensor,
+    dout: Tensor | None,
+    *,
+    train: bool,
+    dtype: torch.dtype | None = None,
+    input_gradient: bool = True,
+) -> Tensors:
+    """Forward and, with ``dout``, backward; copies of everything that came of it.
+
+    Args:
+        forward: the model, or a compiled version of it. model: the module that owns parameters and buffers.
+        x: [N, C, H, W]. dout: the gradient of the output, its shape; None runs without gradients.
+        train: the mode. dtype: 16 bits run under autocast.
+
+    Returns:
+        "out"; with ``dout`` "dx" (unless not ``input_gradient``) and "d <parameter>"; and "<buffer>" of each floating
+        buffer and counter, after the step.
+    """
+    model.train(train)
+    model.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_(dout is not None and input_gradient)
+    with torch.set_grad_enabled(dout is not None), autocast(x.device, dtype):
+        out = forward(x)
+    found = {"out": out.detach().clone()}
+    if dout is not None:
+        out.backward(dout.to(out.dtype))
+        if x.grad is not None:
+            found["dx"] = x.grad
+        found |= {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+    return found | {name: b.detach().clone() for name, b in model.named_buffers()}
+
+
+# ---------------------------------------------------------------------------------------------------- telling inputs
+@torch.no_grad()
+def randomise(model: nn.Module, x: Tensor, generator: torch.Generator) -> None:
+    """Gives every BatchNorm values under which no mistake hides: gamma of both signs, beta, mean and var not 0, 1.
+
+    The running statistics are those of this batch, moved a little, so that deep networks stay in range in eval mode.
+    Leaves ``model`` in training mode; runs it once on ``x``.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        values = torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+        return values.to(like)
+
+    momenta = [bn.momentum for bn in norms]
+    for bn in norms:
+        if bn.affine:
+            sign = torch.where(uniform(bn.weight, 0, 1) < 0.2, -1.0, 1.0)
+            bn.weight.copy_(uniform(bn.weight, 0.5, 1.5) * sign)
+            bn.bias.copy_(uniform(bn.bias, -0.5, 0.5))
+        bn.momentum = 1.0
+    model.train()
+    model(x)
+    for bn, momentum in zip(norms, momenta, strict=True):
+        bn.momentum = momentum
+        if bn.running_mean is not None and bn.running_var is not None:
+            bn.running_mean += uniform(bn.running_mean, -0.3, 0.3) * bn.running_var.sqrt()
+            bn.running_var *= uniform(bn.running_var, 0.7, 1.4)
+
+
+def exact(shape: Iterable[int], generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Normal float64 values that bfloat16 holds exactly, so that every dtype starts from the same input."""
+    values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * std + mean
+    return values.to(torch.bfloat16).double()
+
+
+def kink_distance(plain: nn.Module, x: Tensor) -> float:
+    """The smallest |z| before any ReLU of a float64 model, over training and eval mode.
+
+    Nearer than float32's rounding and two right implementations may disagree about a whole gradient element.
+    """
+    plain = copy.deepcopy(plain)
+    nearest: list[float] = []
+    for m in plain.modules():
+        if isinstance(m, nn.ReLU):
+            m.register_forward_pre_hook(lambda _, inputs: nearest.append(float(inputs[0].abs().min())))
+    with torch.no_grad():
+        plain.eval()(x)
+        plain.train()(x)
+    return min(nearest, default=math.inf)
+
+
+def draw(plain: nn.Module, shape: Iterable[int], generator: torch.Generator, tries: int = 16) -> Tensor:
+    """An input with mean and std not 0, 1; of ``tries``, the first that stays clear of the kinks, or the clearest."""
+    best, distance = exact(shape, generator, 0.5, 2.0), -1.0
+    candidate = best
+    for _ in range(tries):
+        found = kink_distance(plain, candidate)
+        if found > distance:
+            best, distance = candidate, found
+        if distance > 1e-5:
+            break
+        candidate = exact(shape, generator, 0.5, 2.0)
+    return best
+
+
+def summary(findings: Iterable[Finding]) -> Mapping[str, float]:
+    """Root mean square of the relative errors by kind: {"out", "gradients", "statistics"}, kinds that are there only."""
+    kinds: dict[str, list[float]] = {}
+    for f in findings:
+        kind = "out" if f.name == "out" else "gradients" if f.name == "dx" or f.name[:2] == "d " else "statistics"
+        kinds.setdefault(kind, []).append(f.error)
+    return {kind: math.sqrt(sum(e * e for e in errors) / len(errors)) for kind, errors in kinds.items()}

@@ -1,0 +1,360 @@
+"""fuse, unfuse, explain, freeze: the blocks of a model that exists, run as chains and back again.
+
+``fuse`` changes a block's class to a subclass of its own class whose forward runs the block's own children as one
+chain. Nothing is copied or renamed: parameters, buffers, names, hooks on the block, isinstance and pickling stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.backends import Case, warn_once
+from fused_resnet.freezing import Frozen, freeze_chain
+from fused_resnet.modules import ChainModules, UnitModules
+from fused_resnet.planner import why
+
+
+class CannotFuse(Exception):
+    """A block that is left as it is; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """How a class of residual blocks names its children: the units' convs and norms, one activation, the shortcut."""
+
+    units: int
+    shortcut: bool = True
+    method: str = "forward"
+
+    def chain(self, m: nn.Module) -> ChainModules:
+        """The block's children as a chain.
+
+        Raises:
+            CannotFuse: they are not what the class's own constructor makes.
+        """
+        relu = _child(m, "relu")
+        units = [
+            UnitModules(_child(m, f"conv{i}"), _child(m, f"bn{i}"), relu)  # type: ignore[arg-type]
+            for i in range(1, self.units + 1)
+        ]
+        return ChainModules(units, *(_shortcut(m) if self.shortcut else (None,)))
+
+    def forward(self, m: Any, x: Tensor, chain: ChainModules) -> Tensor:
+        """The whole of the class's ``method``."""
+        return chain(x)
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a class of networks names its stem; stages, pooling and classifier follow."""
+
+    stem: tuple[str, ...] = ("conv1", "bn1", "relu", "maxpool")
+    method: str = "forward"
+
+    def chain(self, m: nn.Module) -> ChainModules:
+        """The stem as a chain (raises CannotFuse as ``Block.chain`` does)."""
+        conv, bn, act, *pool = (_child(m, name) for name in self.stem)
+        if pool and type(pool[0]) is not nn.MaxPool2d:
+            raise CannotFuse(f"{type(pool[0]).__name__} in the place of MaxPool2d")
+        return ChainModules([UnitModules(conv, bn, act)], max_pool=pool[0] if pool else None)  # type: ignore[arg-type]
+
+    def forward(self, m: Any, x: Tensor, chain: ChainModules) -> Tensor:
+        """The whole of the class's ``method``."""
+        x = chain(x)
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            if hasattr(m, stage):
+                x = getattr(m, stage)(x)
+        return m.fc(torch.flatten(m.avgpool(x), 1))
+
+
+# Classes by name, so that no library is imported that the user doesn't have.
+PATTERNS: dict[str, Block | Network] = {
+    "fused_resnet.models.resnet.BasicBlock": Block(2),
+    "fused_resnet.models.resnet.Bottleneck": Block(3),
+    "fused_resnet.models.resnet.PlainBlock": Block(2, shortcut=False),
+    "fused_resnet.models.resnet.ResNet": Network(),
+    "fused_resnet.models.cifar.CifarResNet": Network(("conv1", "bn1", "relu")),
+    "torchvision.models.resnet.BasicBlock": Block(2),
+    "torchvision.models.resnet.Bottleneck": Block(3),
+    "torchvision.models.resnet.ResNet": Network(method="_forward_impl"),
+}
+
+
+def _child(m: nn.Module, name: str) -> nn.Module:
+    child = getattr(m, name, None)
+    if not isinstance(child, nn.Module):
+        raise CannotFuse(f"no module {name!r}")
+    return child
+
+
+def _shortcut(m: nn.Module) -> tuple[UnitModules | str | None, int, nn.AvgPool2d | None]:
+    """(shortcut, stride, average pool) of a block's ``downsample``."""
+    down = getattr(m, "downsample", None)
+    if down is None or type(down) is nn.Identity:
+        return "identity", 1, None
+    if type(down).__name__ == "ZeroPadShortcut" and type(down).__module__ == "fused_resnet.models.cifar":
+        return "pad", down.stride, None
+    if type(down) is not nn.Sequential:
+        raise CannotFuse(f"shortcut of type {type(down).__name__}")
+    layers = [layer for layer in down if type(layer) is not nn.Identity]
+    pool = layers.pop(0) if layers and type(layers[0]) is nn.AvgPool2d else None
+    if len(layers) != 2 or any(down._forward_hooks) or any(down._forward_pre_hooks):
+        raise CannotFuse(f"shortcut of {', '.join(type(layer).__name__ for layer in down)} or with hooks")
+    return UnitModules(layers[0], layers[1]), 1, pool  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------- fused classes
+class FusedModule:
+    """What a fused class adds to the class it was made from."""
+
+    _fr_original: type[nn.Module]
+    _fr_pattern: Block | Network
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state = self.__getstate__()  # type: ignore[attr-defined]
+        return _rebuild, (self._fr_original,), state
+
+
+def _rebuild(original: type[nn.Module]) -> nn.Module:
+    """Unpickling and deepcopy: an empty module of the fused class."""
+    fused = _fused_class(original)
+    return fused.__new__(fused)
+
+
+@lru_cache(maxsize=None)
+def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
+    pattern = _pattern(original)
+    assert pattern is not None
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        try:
+            chain = pattern.chain(self)
+            reason = chain.why_not()
+        except CannotFuse as because:
+            reason = str(because)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                warn_once(f"a fused {original.__name__} runs plain: {reason}")
+            return getattr(original, pattern.method)(self, x)
+        return pattern.forward(self, x, chain)
+
+    forward.__doc__ = getattr(original, pattern.method).__doc__
+    name = f"Fused{original.__name__}"
+    return type(
+        name,
+        (FusedModule, original),
+        {"_fr_original": original, "_fr_pattern": pattern, pattern.method: forward, "__module__": __name__},
+    )
+
+
+def _pattern(cls: type) -> Block | Network | None:
+    """The pattern of the class, or of the base class whose forward it still uses."""
+    for base in cls.__mro__:
+        pattern = PATTERNS.get(f"{base.__module__}.{base.__qualname__}")
+        if pattern is not None:
+            same = all(getattr(cls, f) is getattr(base, f) for f in {"forward", pattern.method})
+            return pattern if same else None
+    return None
+
+
+def _known(cls: type) -> bool:
+    return any(f"{base.__module__}.{base.__qualname__}" in PATTERNS for base in cls.__mro__)
+
+
+# ---------------------------------------------------------------------------------------------------- fuse and back
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules | None, str | None]]:
+    """(name, module, its chain, why it can't be fused) of every block and network of a known class."""
+    owners: dict[int, list[str]] = {}
+    for name, m in model.named_modules(remove_duplicate=False):
+        for child_name, child in m.named_children():
+            if isinstance(child, nn.Conv2d | nn.BatchNorm2d):
+                owners.setdefault(id(child), []).append(f"{name}.{child_name}".lstrip("."))
+    for name, m in model.named_modules():
+        if isinstance(m, FusedModule):
+            pattern: Block | Network | None = m._fr_pattern
+        elif _known(type(m)):
+            pattern = _pattern(type(m))
+        else:
+            continue
+        if pattern is None:
+            yield name, m, None, f"{type(m).__name__} has a forward of its own"
+            continue
+        if "forward" in m.__dict__ or pattern.method in m.__dict__:
+            yield name, m, None, "its forward was replaced"
+            continue
+        try:
+            chain = pattern.chain(m)
+        except CannotFuse as because:
+            yield name, m, None, str(because)
+            continue
+        reason = chain.why_not()
+        for unit in chain.all_units:
+            for child in unit:
+                if len(owners.get(id(child), ())) > 1:
+                    reason = f"a {type(child).__name__} is shared: {', '.join(owners[id(child)])}"
+        yield name, m, chain, reason
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Swaps the residual blocks and the stem of ``model`` for fused ones, in place, and returns it.
+
+    Parameters, buffers, names, ``state_dict``, optimizers made before or after, hooks on the blocks: everything stays.
+    A block that can't be fused stays as it is; ``explain`` says why. Fusing twice changes nothing.
+
+    Args:
+        model: fused_resnet's or torchvision's ResNet family (ResNet, wide, ResNeXt), or any module that contains such.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        TypeError: not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    found = False
+    for _, m, _, reason in list(_candidates(model)):
+        if reason is None:
+            found = True
+            if not isinstance(m, FusedModule):
+                m.__class__ = _fused_class(type(m))
+    if not found:
+        warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives every fused block of ``model`` its own class back, in place, and returns it.
+
+    Raises:
+        TypeError: not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    for m in model.modules():
+        if isinstance(m, FusedModule):
+            m.__class__ = m._fr_original
+    return model
+
+
+def freeze(
+    model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None
+) -> Frozen:
+    """A copy of ``model`` for inference only: BatchNorm folded into the weights, weights prepacked for ``example``.
+
+    Args:
+        model: in any mode; it is not changed. Running statistics are used as they are now.
+        example: an input, [N, C, H, W] on the device to run on; other batch sizes work too.
+        dtype: float32, bfloat16 or float16, the dtype of the result; None keeps the parameters' dtype. A CPU without a
+            fast 16-bit matrix unit computes 16-bit models in float32 (see ``fused-resnet env``).
+
+    Returns:
+        A module whose forward takes x and returns what ``model.eval()(x)`` would, without gradients.
+
+    Raises:
+        TypeError, ValueError: a model that is no nn.Module, an example that is no [N, C, H, W] floating tensor, a
+            dtype that is not floating.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+    def chains(copied: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]:
+        for name, m, chain, reason in list(_candidates(unfuse(copied))):
+            if chain is not None and reason is None:
+                yield name, m, chain, _replacer(copied, name, m)
+
+    return freeze_chain(model, example, dtype, chains)
+
+
+def _replacer(model: nn.Module, name: str, m: nn.Module) -> Callable[[nn.Module], None]:
+    """How a frozen chain takes the place of a block, or of the stem's first module (the others become identities)."""
+    pattern = _pattern(type(m))
+    if isinstance(pattern, Network):
+        def replace_stem(frozen: nn.Module) -> None:
+            first, *others = pattern.stem
+            setattr(m, first, frozen)
+            for other in others:
+                setattr(m, other, nn.Identity())
+        return replace_stem
+    parent, _, child = name.rpartition(".")
+    return lambda frozen: setattr(model.get_submodule(parent), child, frozen)
+
+
+# ---------------------------------------------------------------------------------------------------- explain
+@dataclass(frozen=True)
+class Row:
+    """One block: its name in the model, class, whether it runs as a chain, why not, and primitive -> backend."""
+
+    name: str
+    type: str
+    fused: bool
+    reason: str
+    backends: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; prints as a table."""
+
+    rows: list[Row]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no block of a known class in this model"
+        width = max(len(r.name) for r in self.rows) + 2
+        lines = []
+        for r in self.rows:
+            served = ", ".join(f"{p}: {b}" for p, b in r.backends.items())
+            lines.append(f"{r.name:<{width}}{r.type:<14}{'fused' if r.fused else 'plain':<7}{served or r.reason}")
+        fused = sum(r.fused for r in self.rows)
+        return "\n".join([*lines, f"{fused} of {len(self.rows)} fused"])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Each block of ``model``: fused or not, why not, and which backend serves which primitive.
+
+    Modules of unknown classes that own both a Conv2d and a BatchNorm2d are listed too: no pattern knows them.
+
+    Raises:
+        TypeError: not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    rows = []
+    known: set[int] = set()
+    for name, m, chain, reason in _candidates(model):
+        fused = isinstance(m, FusedModule) and reason is None
+        original = m._fr_original if isinstance(m, FusedModule) else type(m)
+        why_plain = reason or ("" if fused else "not fused yet: call fuse(model)")
+        served = _serving(chain) if fused and chain is not None else {}
+        rows.append(Row(name or "(stem)", original.__name__, fused, why_plain, served))
+        known.update(id(c) for c in m.modules())
+    for name, m in model.named_modules():
+        kinds = {type(c) for c in m.children()}
+        if id(m) not in known and nn.Conv2d in kinds and nn.BatchNorm2d in kinds:
+            rows.append(Row(name, type(m).__name__, False, f"no pattern for {type(m).__name__}", {}))
+    return Explanation(rows)
+
+
+def _serving(chain: ChainModules) -> dict[str, str]:
+    """Primitive -> backend for a chain's training step, in the parameters' device, dtype and layout."""
+    served: dict[str, str] = {}
+    for unit in chain.all_units:
+        if unit.conv is None:
+            continue
+        w = unit.conv.weight
+        last = not w.is_contiguous() or w.shape[2:] == (1, 1)
+        case = Case(w.device.type, w.dtype, last, None, (w.shape[2], w.shape[3]))
+        for primitive in ("conv_stats", "conv_backward"):
+            kernel = f"{primitive} {w.shape[2]}x{w.shape[3]}"
+            served[kernel] = why(primitive, case)[0]
+    tail = "bn_act_max_pool" if chain.max_pool is not None else "bn_act"
+    for primitive in (tail, f"{tail}_backward"):
+        served[primitive] = why(primitive, Case(w.device.type, w.dtype, last))[0]
+    return served

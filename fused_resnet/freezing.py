@@ -1,0 +1,135 @@
+"""Inference-only models: BatchNorm folded into the convolutions, weights prepacked, bias, add and act as post-ops."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.backends import load, vector_dtype
+from fused_resnet.chain import fold
+from fused_resnet.modules import ChainModules, UnitModules, act_of
+from fused_resnet.planner import case_of, pick
+from fused_resnet.spec import Act, ConvSpec
+
+Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]]
+
+
+class FrozenUnit(nn.Module):
+    """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers)."""
+
+    def __init__(self, unit: UnitModules, act: Act, dtype: torch.dtype) -> None:
+        super().__init__()
+        u = unit.unit()
+        assert u.weight is not None and u.running_mean is not None and u.running_var is not None
+        wide = vector_dtype(u.weight.dtype)
+        params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
+        norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, u.eps, wide)
+        weight = (u.weight.to(wide) * norm.scale[:, None, None, None]).to(dtype)
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", norm.shift)
+        self.conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
+        self.act = act
+        self._packed: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": {}}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight, bias = self.weight, self.bias
+        backend = pick("conv_bias_act", case_of(x, self.conv, weight))
+        if hasattr(backend, "prepack"):
+            key = (backend.__name__, x.shape, x.dtype)
+            if key not in self._packed:
+                self._packed[key] = backend.prepack(weight, self.conv, x)
+            weight = self._packed[key]
+        return backend.conv_bias_act(x, weight, bias, self.conv, self.act, residual)
+
+
+class FrozenChain(nn.Module):
+    """A chain of frozen units."""
+
+    def __init__(self, chain: ChainModules, dtype: torch.dtype) -> None:
+        super().__init__()
+        k = len(chain.units)
+        last = act_of(chain.units[-1].act) if chain.units[-1].act is not None else Act("identity")
+        self.units = nn.ModuleList(
+            FrozenUnit(u, act_of(u.act) if u.act is not None and i + 1 < k else last, dtype)
+            for i, u in enumerate(chain.units)
+        )
+        self.kind = "projection" if isinstance(chain.shortcut, UnitModules) else chain.shortcut
+        self.projection = FrozenUnit(chain.shortcut, Act("identity"), dtype) if self.kind == "projection" else None
+        self.avg_pool = chain.avg_pool
+        self.max_pool = chain.max_pool
+        self.stride = chain.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor | None = None
+        h = x
+        for unit in self.units[:-1]:
+            h = unit(h)
+        last = self.units[-1]
+        if self.kind == "identity":
+            residual = x
+        elif self.projection is not None:
+            residual = self.projection(x if self.avg_pool is None else self.avg_pool(x))
+        elif self.kind == "pad":
+            x = x[:, :, :: self.stride, :: self.stride]
+            residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.weight.shape[0] - x.shape[1]))
+        h = last(h, residual)
+        return h if self.max_pool is None else self.max_pool(h)
+
+
+class Frozen(nn.Module):
+    """What ``freeze`` returns: x -> the model's output in ``dtype``, without gradients, in channels_last."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype, self.compute = dtype, compute
+        self.eval()
+
+    def train(self, mode: bool = True) -> Frozen:
+        """Only ``eval()``.
+
+        Raises:
+            RuntimeError: asked to train; freeze copies the model, so train that and freeze again.
+        """
+        if mode:
+            raise RuntimeError("train: this model is frozen for inference; train the one it was made from")
+        super().train(False)
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            raise ValueError(f"x: expected a floating-point tensor [N, C, H, W], got {_describe(x)}")
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.model(x.to(self.compute).contiguous(memory_format=torch.channels_last))
+        return out.to(self.dtype) if isinstance(out, Tensor) else out
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def freeze_chain(model: nn.Module, example: Tensor, dtype: torch.dtype | None, chains: Chains) -> Frozen:
+    """See ``fused_resnet.freeze``; ``chains`` finds the chains of the copy and says how to replace each."""
+    if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
+        raise ValueError(f"example: expected a floating-point tensor [N, C, H, W], got {_describe(example)}")
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters()), example.dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    compute = dtype
+    if example.device.type == "cpu" and load("cpu")[0] is not None:
+        compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
+    copied = copy.deepcopy(model).eval()
+    for _, _, chain, replace in list(chains(copied)):
+        replace(FrozenChain(chain, compute))
+    frozen = Frozen(copied.to(example.device, compute), dtype, compute).requires_grad_(False)
+    frozen(example)  # packs the weights, and shows at once what doesn't work
+    return frozen

@@ -1,0 +1,105 @@
+"""The networks of the paper, with torchvision's names: the ImageNet family and the 6n + 2 family for CIFAR-10."""
+
+from fused_resnet.models.cifar import (
+    CifarResNet,
+    ZeroPadShortcut,
+    cifar_resnet,
+    plain20,
+    plain32,
+    plain44,
+    plain56,
+    plain110,
+    resnet20,
+    resnet32,
+    resnet44,
+    resnet56,
+    resnet110,
+    resnet1202,
+)
+from fused_resnet.models.resnet import (
+    BasicBlock,
+    Bottleneck,
+    PlainBlock,
+    ResNet,
+    plain18,
+    plain34,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+
+_IMAGENET = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "plain18",
+    "plain34",
+)
+_CIFAR = (
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet1202",
+    "plain20",
+    "plain32",
+    "plain44",
+    "plain56",
+    "plain110",
+)
+
+
+def list_models() -> list[str]:
+    """The names of all factories of this module: the ImageNet family, then the CIFAR family, by depth within each.
+
+    Returns:
+        Names ``n`` for which ``getattr(fused_resnet.models, n)()`` builds a network.
+    """
+    return [*_IMAGENET, *_CIFAR]
+
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "CifarResNet",
+    "PlainBlock",
+    "ResNet",
+    "ZeroPadShortcut",
+    "cifar_resnet",
+    "list_models",
+    "plain18",
+    "plain20",
+    "plain32",
+    "plain34",
+    "plain44",
+    "plain56",
+    "plain110",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnet1202",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

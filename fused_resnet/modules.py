@@ -1,0 +1,260 @@
+"""Chains of nn.Modules: running statistics live here, in the BatchNorm2d children, under PyTorch's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from fused_resnet.functional import Unit, conv_bn_act, in_backward, residual_chain
+from fused_resnet.spec import Act, PoolSpec
+
+# Activation modules and the name of the attribute that holds their parameter.
+ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Identity: ("identity", ""),
+    nn.ReLU: ("relu", ""),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    nn.Sigmoid: ("sigmoid", ""),
+    nn.SiLU: ("silu", ""),
+    nn.ReLU6: ("relu6", ""),
+    nn.Hardswish: ("hardswish", ""),
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def act_of(module: nn.Module) -> Act:
+    """The table's entry for an activation module.
+
+    Raises:
+        KeyError: not in the table.
+    """
+    name, attribute = ACT_MODULES[type(module)]
+    return Act(name, float(getattr(module, attribute))) if attribute else Act.make(name)
+
+
+@dataclass(eq=False)
+class UnitModules:
+    """The modules of one unit; ``act=None`` is the identity."""
+
+    conv: nn.Conv2d | None
+    bn: nn.BatchNorm2d
+    act: nn.Module | None = None
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (m for m in (self.conv, self.bn, self.act) if m is not None)
+
+    def why_not(self) -> str | None:
+        """Why a chain can't run these modules as they are now, or None."""
+        for m in self:
+            if any(getattr(m, hooks) for hooks in _HOOKS):
+                return f"a {type(m).__name__} has hooks"
+            if "forward" in m.__dict__:
+                return f"the forward of a {type(m).__name__} was replaced"
+        conv, bn, act = self.conv, self.bn, self.act
+        if conv is not None:
+            if type(conv) is not nn.Conv2d:
+                return f"{type(conv).__name__} in the place of Conv2d"
+            if conv.padding_mode != "zeros":
+                return f"padding_mode {conv.padding_mode!r}"
+            if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+                return "padding 'same' with an even kernel"
+        if type(bn) is not nn.BatchNorm2d:
+            return f"{type(bn).__name__} in the place of BatchNorm2d"
+        if act is not None and type(act) not in ACT_MODULES:
+            return f"activation {type(act).__name__}"
+        if conv is not None and conv.out_channels != bn.num_features:
+            return f"BatchNorm2d({bn.num_features}) after a convolution with {conv.out_channels} channels"
+        return None
+
+    def unit(self) -> Unit:
+        """The tensors and hyper-parameters as they are now, for the functional API."""
+        conv, bn = self.conv, self.bn
+        averaging = bn.training and bn.track_running_stats
+        momentum = bn.momentum
+        if momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked + 1) if averaging and bn.num_batches_tracked is not None else 0.0
+        used = averaging or not bn.training
+        unit = Unit(
+            bn_weight=bn.weight,
+            bn_bias=bn.bias,
+            running_mean=bn.running_mean if used else None,
+            running_var=bn.running_var if used else None,
+            act=act_of(self.act) if self.act is not None else None,
+            eps=bn.eps,
+            momentum=momentum,
+            training=bn.training or bn.running_mean is None,
+        )
+        if conv is not None:
+            unit.weight, unit.bias, unit.groups = conv.weight, conv.bias, conv.groups
+            unit.stride, unit.padding, unit.dilation = conv.stride, conv.padding, conv.dilation
+        return unit
+
+    def count_batch(self) -> None:
+        """num_batches_tracked, after the chain has run."""
+        bn = self.bn
+        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None and not in_backward():
+            bn.num_batches_tracked.add_(1)
+
+
+@dataclass(eq=False)
+class ChainModules:
+    """The modules of a chain, read off a block each time it runs, so that what was changed in between is seen.
+
+    Args:
+        units: first to last; the last one's act comes after the add.
+        shortcut: None (plain), "identity", "pad" (option A, with ``stride``), or the projection's modules.
+        avg_pool: before the projection. max_pool: at the end (the stem), then there is no shortcut.
+    """
+
+    units: Sequence[UnitModules]
+    shortcut: UnitModules | str | None = None
+    stride: int = 1
+    avg_pool: nn.AvgPool2d | None = None
+    max_pool: nn.MaxPool2d | None = None
+
+    @property
+    def all_units(self) -> list[UnitModules]:
+        """The units and, behind them, the projection."""
+        return [*self.units, *([self.shortcut] if isinstance(self.shortcut, UnitModules) else [])]
+
+    def why_not(self) -> str | None:
+        """Why the chain can't run these modules as they are now, or None."""
+        if nn_module._has_any_global_hook():  # type: ignore[attr-defined]
+            return "global module hooks are registered"
+        for unit in self.all_units:
+            if reason := unit.why_not():
+                return reason
+        for pool in (self.avg_pool, self.max_pool):
+            if pool is not None and any(getattr(pool, hooks) for hooks in _HOOKS):
+                return f"a {type(pool).__name__} has hooks"
+        m, a = self.max_pool, self.avg_pool
+        if m is not None and (m.return_indices or m.ceil_mode or m.dilation not in (1, (1, 1))):
+            return "max-pool with return_indices, ceil_mode or dilation"
+        if a is not None and a.divisor_override is not None:
+            return "average pool with divisor_override"
+        return None
+
+    def avg_pool_spec(self) -> PoolSpec | None:
+        a = self.avg_pool
+        return PoolSpec.make(a.kernel_size, a.stride, a.padding, a.ceil_mode, a.count_include_pad) if a else None
+
+    def max_pool_spec(self) -> PoolSpec | None:
+        m = self.max_pool
+        return PoolSpec.make(m.kernel_size, m.stride, m.padding) if m else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        units = [u.unit() for u in self.units]
+        if self.shortcut is None and len(units) == 1:
+            u = units[0]
+            assert u.weight is not None
+            out = conv_bn_act(
+                x, u.weight, u.bn_weight, u.bn_bias, u.running_mean, u.running_var, bias=u.bias, stride=u.stride,
+                padding=u.padding, dilation=u.dilation, groups=u.groups, act=u.act, training=u.training,
+                momentum=u.momentum, eps=u.eps, max_pool=self.max_pool_spec(), recompute=self.max_pool is not None,
+            )  # fmt: skip
+        else:
+            shortcut = self.shortcut.unit() if isinstance(self.shortcut, UnitModules) else self.shortcut
+            out = residual_chain(
+                x, units, shortcut=shortcut, shortcut_stride=self.stride, shortcut_pool=self.avg_pool_spec()
+            )
+        for unit in self.all_units:
+            unit.count_batch()
+        return out
+
+
+class ConvBNAct(nn.Module):
+    """conv -> BatchNorm -> act as one module, children ``conv``, ``bn`` and ``act``.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as ``torch.nn.Conv2d``.
+        padding: as ``torch.nn.Conv2d``; None keeps the image's size at stride 1 (odd kernels).
+        act: a name of ``fused_resnet.spec.ACTIVATIONS``, a (name, parameter) pair or None.
+        eps, momentum: as ``torch.nn.BatchNorm2d``.
+
+    Shape: [N, in_channels, H, W] -> [N, out_channels, oH, oW]; dtype and layout of the input.
+
+    Raises:
+        ValueError, TypeError: as ``fused_resnet.functional.conv_bn_act``.
+
+    Source: ``torch.nn.Sequential(Conv2d, BatchNorm2d, ReLU)``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        act: str | tuple[str, float] | Act | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        super().__init__()
+        if padding is None:
+            k = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+            padding = (dilation * (k[0] - 1) // 2, dilation * (k[1] - 1) // 2)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum)
+        a = Act.make(act)
+        kind, attribute = next((k, v[1]) for k, v in ACT_MODULES.items() if v[0] == a.name)
+        self.act = kind(**({attribute: a.param} if attribute else {}))
+
+    def modules_of_unit(self) -> UnitModules:
+        """The children as a chain's unit."""
+        return UnitModules(self.conv, self.bn, self.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _run_or_raise(ChainModules([self.modules_of_unit()]), x)
+
+
+class ResidualChain(nn.Module):
+    """A residual block of any number of units: act(unit_k(... unit_1(x)) + shortcut(x)).
+
+    Args:
+        units: the ``ConvBNAct`` in a row; the last one's act is applied after the add.
+        shortcut: "identity", None (a plain block) or a ``ConvBNAct`` with ``act=None``, the projection.
+
+    Shape: [N, C, H, W] -> [N, out_channels of the last unit, oH, oW]; dtype and layout of the input.
+
+    Raises:
+        ValueError, TypeError: as ``fused_resnet.functional.residual_chain``.
+
+    Source: arXiv 1512.03385, equations (1) and (2).
+
+    Example:
+        >>> block = ResidualChain([ConvBNAct(64, 64, 1), ConvBNAct(64, 64, 3), ConvBNAct(64, 256, 1)],
+        ...                       shortcut=ConvBNAct(64, 256, 1, act=None))
+    """
+
+    def __init__(self, units: Sequence[ConvBNAct], shortcut: ConvBNAct | str | None = "identity") -> None:
+        super().__init__()
+        for i, unit in enumerate(units):
+            if not isinstance(unit, ConvBNAct):
+                raise TypeError(f"units[{i}]: expected a ConvBNAct, got {type(unit).__name__}")
+        if not units:
+            raise ValueError("units: expected at least one ConvBNAct, got none")
+        if not (shortcut in (None, "identity") or isinstance(shortcut, ConvBNAct)):
+            raise ValueError(f"shortcut: expected 'identity', None or a ConvBNAct, got {shortcut!r}")
+        self.units = nn.ModuleList(units)
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        units = [u.modules_of_unit() for u in self.units]  # type: ignore[operator]
+        shortcut = self.shortcut
+        return _run_or_raise(
+            ChainModules(units, shortcut.modules_of_unit() if isinstance(shortcut, ConvBNAct) else shortcut), x
+        )
+
+
+def _run_or_raise(chain: ChainModules, x: Tensor) -> Tensor:
+    if reason := chain.why_not():
+        raise RuntimeError(f"this module runs its children as one chain, which can't be done here: {reason}")
+    return chain(x)

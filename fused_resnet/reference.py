@@ -1,0 +1,99 @@
+"""The truth in plain PyTorch: every formula of a chain, readable beside the paper (arXiv 1512.03385), nothing fast.
+
+Everything is differentiable by autograd, so the gradients of these functions are the truth too. Imports torch only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
+
+# The table of activations: act(z, parameter), PyTorch's own functions.
+ACT: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda z, p: z,
+    "relu": lambda z, p: F.relu(z),
+    "leaky_relu": lambda z, p: F.leaky_relu(z, p),
+    "elu": lambda z, p: F.elu(z, p),
+    "sigmoid": lambda z, p: torch.sigmoid(z),
+    "silu": lambda z, p: F.silu(z),
+    "relu6": lambda z, p: F.relu6(z),
+    "hardswish": lambda z, p: F.hardswish(z),
+}
+
+
+class ChainResult(NamedTuple):
+    """out, and per unit (projection last) the batch's mean and biased variance, or None where running ones served."""
+
+    out: Tensor
+    stats: list[tuple[Tensor, Tensor] | None]
+
+
+def act(z: Tensor, a: Act) -> Tensor:
+    """act(z), any shape."""
+    return ACT[a.name](z, a.param)
+
+
+def conv(x: Tensor, p: dict[str, Tensor], c: ConvSpec) -> Tensor:
+    """y = conv(x, W) (+ b): torch.nn.functional.conv2d."""
+    return F.conv2d(x, p["weight"], p.get("bias"), c.stride, c.padding, c.dilation, c.groups)
+
+
+def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel over N, H, W."""
+    mean = y.mean((0, 2, 3))
+    return mean, (y - mean[:, None, None]).square().mean((0, 2, 3))
+
+
+def normalise(y: Tensor, p: dict[str, Tensor], unit: UnitSpec) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """z = gamma * (y - mean) / sqrt(var + eps) + beta, and the statistics when they are this batch's."""
+    stats = batch_stats(y) if unit.batch_stats else None
+    mean, var = stats if stats is not None else (p["running_mean"], p["running_var"])
+    z = (y - mean[:, None, None]) / torch.sqrt(var + unit.eps)[:, None, None]
+    if unit.affine:
+        z = z * p["bn_weight"][:, None, None] + p["bn_bias"][:, None, None]
+    return z, stats
+
+
+def shortcut_input(x: Tensor, shortcut: ShortcutSpec) -> Tensor:
+    """What a shortcut without parameters makes of x: option A's strided, zero-padded x, or ResNet-D's average pool."""
+    if shortcut.kind == "pad":
+        x = x[:, :, :: shortcut.stride[0], :: shortcut.stride[1]]
+        return F.pad(x, (0, 0, 0, 0, 0, shortcut.channels - x.shape[1]))
+    if shortcut.pool is not None:
+        p = shortcut.pool
+        return F.avg_pool2d(x, p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad)
+    return x
+
+
+def chain(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: ChainSpec) -> ChainResult:
+    """The whole chain: a_i = act_i(BN_i(conv_i(a_{i-1}))), out = act(BN_k(...) + shortcut(x)), then the max-pool.
+
+    Args:
+        x: [N, C, H, W], any layout. residual: the summand of a "tensor" shortcut. params: as ``spec.split`` takes them.
+    """
+    parts = spec.split(params)
+    stats = []
+    a = x
+    for unit, p in zip(spec.units, parts, strict=False):
+        y = conv(a, p, unit.conv) if unit.conv is not None else a
+        z, s = normalise(y, p, unit)
+        stats.append(s)
+        a = act(z, unit.act)
+    if spec.shortcut.kind != "none":
+        summand = residual if spec.shortcut.kind == "tensor" else shortcut_input(x, spec.shortcut)
+        assert summand is not None
+        if spec.shortcut.unit is not None:
+            assert spec.shortcut.unit.conv is not None
+            summand, s = normalise(conv(summand, parts[-1], spec.shortcut.unit.conv), parts[-1], spec.shortcut.unit)
+            stats.append(s)
+        a = act(z + summand, spec.units[-1].act)
+    if spec.pool is not None:
+        a = F.max_pool2d(a, spec.pool.kernel, spec.pool.stride, spec.pool.padding)
+    return ChainResult(a, stats)

@@ -1,0 +1,312 @@
+"""What a chain is, in frozen dataclasses: the vocabulary every other module speaks.
+
+A *unit* is conv -> BatchNorm -> activation; a *chain* is k units, an optional shortcut and a closing add + activation.
+Specs hold no tensors and no sizes: they are hashable, comparable and travel through ``torch.library`` operators as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+# name -> (default parameter, what the parameter is). The formulas live in csrc/bn_math.h, reference.py and backends/aten.py.
+ACTIVATIONS: dict[str, tuple[float, str]] = {
+    "identity": (0.0, ""),
+    "relu": (0.0, ""),
+    "leaky_relu": (0.01, "negative_slope"),
+    "elu": (1.0, "alpha"),
+    "sigmoid": (0.0, ""),
+    "silu": (0.0, ""),
+    "relu6": (0.0, ""),
+    "hardswish": (0.0, ""),
+}
+# Shortcut kinds. "identity": the chain's own x; "tensor": a tensor somebody else made; "projection": conv + BN of x;
+# "pad": option A of the paper, x strided with zero channels appended.
+SHORTCUTS = ("none", "identity", "tensor", "projection", "pad")
+PARAM_NAMES = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def pair(value: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]:
+    """``value`` as (height, width), both at least ``minimum``.
+
+    Raises:
+        TypeError: not an int or two ints. ValueError: below ``minimum`` or not two values.
+    """
+    values = (value, value) if isinstance(value, int) else value
+    if isinstance(values, str) or not isinstance(values, Sequence) or not all(type(v) is int for v in values):
+        raise TypeError(f"{name}: expected an int or two ints, got {value!r}")
+    if len(values) != 2:
+        raise ValueError(f"{name}: expected an int or two ints, got {len(values)} values: {value!r}")
+    if min(values) < minimum:
+        raise ValueError(f"{name}: expected values >= {minimum}, got {value!r}")
+    return values[0], values[1]
+
+
+@dataclass(frozen=True)
+class Act:
+    """An activation of the table and its parameter (negative_slope of leaky_relu, alpha of elu).
+
+    Raises:
+        ValueError: a name that is not in ``ACTIVATIONS``. TypeError: a parameter that is no number.
+    """
+
+    name: str = "relu"
+    param: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in ACTIVATIONS:
+            raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {self.name!r}")
+        if isinstance(self.param, bool) or not isinstance(self.param, int | float):
+            raise TypeError(f"act: expected a number as the parameter of {self.name}, got {self.param!r}")
+
+    @staticmethod
+    def make(act: str | tuple[str, float] | Act | None) -> Act:
+        """``"relu"``, ``("leaky_relu", 0.2)``, ``None`` (identity) or an ``Act``."""
+        if isinstance(act, Act):
+            return act
+        if act is None:
+            return Act("identity")
+        if isinstance(act, str):
+            return Act(act, ACTIVATIONS.get(act, (0.0, ""))[0])
+        if isinstance(act, tuple) and len(act) == 2 and isinstance(act[0], str):
+            return Act(*act)
+        raise TypeError(f"act: expected a name, a (name, parameter) pair or None, got {act!r}")
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """The hyper-parameters of a 2-d convolution as ``torch.nn.functional.conv2d`` takes them, zero padding only."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    bias: bool = False
+
+    @staticmethod
+    def make(
+        weight_shape: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+    ) -> ConvSpec:
+        """Validates and normalises; ``padding`` may be ``"same"`` or ``"valid"``.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what was expected.
+        """
+        if len(weight_shape) != 4:
+            raise ValueError(
+                f"weight: expected 4 dimensions [out_channels, in_channels/groups, kH, kW], got shape {tuple(weight_shape)}"
+            )
+        if min(weight_shape[2:]) < 1:
+            raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight_shape)}")
+        stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+        if type(groups) is not int:
+            raise TypeError(f"groups: expected an int, got {groups!r}")
+        if groups < 1 or weight_shape[0] % groups:
+            raise ValueError(
+                f"groups: expected a positive divisor of the {weight_shape[0]} output channels, got {groups}"
+            )
+        if isinstance(padding, str):
+            reach = [d * (k - 1) for d, k in zip(dilation, weight_shape[2:], strict=True)]
+            if padding not in ("same", "valid"):
+                raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
+            if padding == "valid":
+                padding = 0
+            elif stride != (1, 1):
+                raise ValueError(f"padding: 'same' is defined for stride 1 only, got stride {stride}")
+            elif any(r % 2 for r in reach):
+                raise ValueError(
+                    "padding: 'same' with an even kernel pads one side more than the other, which a chain does not "
+                    f"take: kernel {tuple(weight_shape[2:])}, dilation {dilation}; pad x first"
+                )
+            else:
+                padding = (reach[0] // 2, reach[1] // 2)
+        return ConvSpec(stride, pair(padding, "padding", 0), dilation, groups, bool(bias))
+
+    def out_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Output height and width for an input of ``size`` (the formula of ``torch.nn.Conv2d``)."""
+        h, w = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(size, self.padding, self.dilation, kernel, self.stride, strict=True)
+        )
+        return h, w
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A pooling window as ``torch.nn.MaxPool2d`` / ``AvgPool2d`` take it; the counting flags are AvgPool2d's."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+
+    @staticmethod
+    def make(
+        kernel: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> PoolSpec:
+        """Validates and normalises (``stride=None`` means the kernel size, as in PyTorch)."""
+        k = pair(kernel, "pool kernel", 1)
+        s = k if stride is None else pair(stride, "pool stride", 1)
+        p = pair(padding, "pool padding", 0)
+        if 2 * p[0] > k[0] or 2 * p[1] > k[1]:
+            raise ValueError(f"pool padding: expected at most half the kernel {k}, got {p}")
+        return PoolSpec(k, s, p, bool(ceil_mode), bool(count_include_pad))
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """conv -> BatchNorm -> act: ``z = s*y + t``, ``a = act(z)``, ``s = gamma/sqrt(var + eps)``, ``t = beta - mean*s``.
+
+    ``conv=None``: somebody else's convolution came before, y is the chain's input. ``batch_stats``: mean and var are
+    this batch's (training); otherwise the running ones (frozen or eval). ``affine=False``: gamma = 1, beta = 0.
+    """
+
+    conv: ConvSpec | None = ConvSpec()
+    act: Act = Act()
+    eps: float = 1e-5
+    batch_stats: bool = True
+    affine: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
+            raise TypeError(f"eps: expected a number, got {self.eps!r}")
+        if not 0 < self.eps < float("inf"):
+            raise ValueError(f"eps: expected a positive number, got {self.eps}")
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        """The tensors this unit needs, in the order in which operators take them (``PARAM_NAMES``)."""
+        has = {
+            "weight": self.conv is not None,
+            "bias": self.conv is not None and self.conv.bias,
+            "bn_weight": self.affine,
+            "bn_bias": self.affine,
+            "running_mean": not self.batch_stats,
+            "running_var": not self.batch_stats,
+        }
+        return tuple(name for name in PARAM_NAMES if has[name])
+
+
+@dataclass(frozen=True)
+class ShortcutSpec:
+    """The second summand of the closing add. ``unit`` (its act is the identity) and ``pool`` (ResNet-D's average pool
+    before the projection) belong to "projection"; ``stride`` and ``channels`` (of the sum) to "pad", option A."""
+
+    kind: Literal["none", "identity", "tensor", "projection", "pad"] = "none"
+    unit: UnitSpec | None = None
+    pool: PoolSpec | None = None
+    stride: tuple[int, int] = (1, 1)
+    channels: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in SHORTCUTS:
+            raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {self.kind!r}")
+        if (self.kind == "projection") != (self.unit is not None):
+            raise ValueError("shortcut: a unit belongs to kind 'projection' and to no other")
+        if self.unit is not None and (self.unit.conv is None or self.unit.act.name != "identity"):
+            raise ValueError("shortcut: a projection is a conv + BatchNorm without activation")
+        if self.pool is not None and self.kind != "projection":
+            raise ValueError("shortcut: an average pool belongs to kind 'projection'")
+        if self.kind == "pad" and self.channels < 1:
+            raise ValueError(f"shortcut: 'pad' needs the channels of the sum, got {self.channels}")
+
+
+@dataclass(frozen=True)
+class ChainSpec:
+    """A chain: ``units``, a ``shortcut``, the closing activation (that of the last unit, applied after the add) and,
+    for the stem, a max-pool after it. ``recompute``: the first convolution's output is not kept for the backward but
+    computed again there (cheap for the stem, whose output is the network's largest tensor)."""
+
+    units: tuple[UnitSpec, ...]
+    shortcut: ShortcutSpec = ShortcutSpec()
+    pool: PoolSpec | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ValueError("units: a chain has at least one unit")
+        if any(unit.conv is None for unit in self.units[1:]):
+            raise ValueError("units: only the first unit may come without a conv")
+        if self.pool is not None and self.shortcut.kind != "none":
+            raise ValueError("pool: a chain that ends in a max-pool has no shortcut")
+        if self.pool is not None and self.pool.ceil_mode:
+            raise ValueError("pool: ceil_mode is not supported in a chain")
+        if self.recompute and self.units[0].conv is None:
+            raise ValueError("recompute: the first unit has no conv to compute again")
+
+    @property
+    def all_units(self) -> tuple[UnitSpec, ...]:
+        """The units and, behind them, the projection shortcut's."""
+        return self.units + ((self.shortcut.unit,) if self.shortcut.unit is not None else ())
+
+    @property
+    def frozen(self) -> bool:
+        """No unit uses this batch's statistics: with no gradient wanted, BatchNorm folds into the convolutions."""
+        return not any(unit.batch_stats for unit in self.all_units)
+
+    def split(self, params: Sequence[Any]) -> list[dict[str, Any]]:
+        """The flat list an operator took, as one {name: tensor} per unit of ``all_units``."""
+        it = iter(params)
+        return [{name: next(it) for name in unit.param_names} for unit in self.all_units]
+
+    @property
+    def n_params(self) -> int:
+        return sum(len(unit.param_names) for unit in self.all_units)
+
+    def encode(self) -> str:
+        """This spec as text (JSON), the form in which operators take it."""
+        return _encode(self)
+
+    @staticmethod
+    def decode(text: str) -> ChainSpec:
+        """The inverse of ``encode``."""
+        return _decode(text)
+
+
+@lru_cache(maxsize=4096)
+def _encode(spec: ChainSpec) -> str:
+    return json.dumps(asdict(spec))
+
+
+@lru_cache(maxsize=4096)
+def _decode(text: str) -> ChainSpec:
+    raw = json.loads(text)
+    shortcut = raw["shortcut"]
+    return ChainSpec(
+        tuple(_unit(u) for u in raw["units"]),
+        ShortcutSpec(
+            shortcut["kind"],
+            _unit(shortcut["unit"]) if shortcut["unit"] else None,
+            _pool(shortcut["pool"]),
+            (shortcut["stride"][0], shortcut["stride"][1]),
+            shortcut["channels"],
+        ),
+        _pool(raw["pool"]),
+        raw["recompute"],
+    )
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _pool(raw: dict[str, Any] | None) -> PoolSpec | None:
+    return PoolSpec(**_tuples(raw)) if raw else None
+
+
+def _unit(raw: dict[str, Any]) -> UnitSpec:
+    conv = ConvSpec(**_tuples(raw["conv"])) if raw["conv"] else None
+    return UnitSpec(conv, Act(**raw["act"]), raw["eps"], raw["batch_stats"], raw["affine"])

@@ -1,0 +1,56 @@
+"""Seeds, backends and the reason for every skip: what all tests share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Generator, Iterator
+
+import pytest
+import torch
+
+from fused_resnet.backends import load, use_backend
+
+# The backends that serve a CPU; those of a GPU have tests of their own (marked gpu).
+CPU_BACKENDS = ("aten", "cpu")
+
+
+def seed_of(nodeid: str) -> int:
+    """A fixed seed per test, another one for each."""
+    return zlib.crc32(nodeid.encode())
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """Every test starts from its own fixed random numbers, whichever tests ran before it."""
+    value = seed_of(request.node.nodeid)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure names its seed."""
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", f"torch.manual_seed({seed_of(item.nodeid)})"))
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once per backend, every primitive of it on that backend and no other."""
+    module, reason = load(request.param)
+    if module is None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    with use_backend(request.param):
+        yield request.param
