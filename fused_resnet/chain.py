@@ -16,14 +16,15 @@ and fused_resnet::chain_inference for running statistics without gradients, wher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, Sums, vector_dtype
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, Sums, forced, forced_again, vector_dtype
 from fused_resnet.planner import case_of, pick
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, UnitSpec
 
@@ -226,7 +227,8 @@ def _backward(
         assert shortcut_sums is not None
         u = spec.shortcut.unit
         g = _unit_gradients(u, norms[k], shortcut_sums, ys[k].numel() // ys[k].shape[1])
-        grads[k] = g.params
+        # the same sum as the last unit's dbeta, and an operator's outputs share no memory
+        grads[k] = g.params | {"bn_bias": shortcut_sums.dz.clone()}
         start = reference.shortcut_input(x, spec.shortcut).contiguous(memory_format=fmt)
         dx, dw, _ = _conv_backward(dz, ys[k], g.coef, start, None, parts[k], u, needs[0], wanted[k]["weight"], None)
         if dw is not None:
@@ -234,7 +236,7 @@ def _backward(
         if dx is not None and spec.shortcut.pool is not None:
             p = spec.shortcut.pool
             dx = torch.ops.aten.avg_pool2d_backward(
-                dx, x, p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad, None
+                dx.to(x.dtype), x, p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad, None
             )
 
     # the units, last to first
@@ -403,6 +405,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, residual, params, ctx.text = inputs
+    ctx.forced = forced()
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.has_residual = residual is not None
@@ -423,7 +426,8 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         found = _differentiable_backward(dout, x, residual, params, ctx.text, needs)
     else:
-        found = torch.ops.fused_resnet.chain_backward(dout, x, residual, params, saved, ctx.text, needs)
+        with forced_again(ctx.forced):
+            found = torch.ops.fused_resnet.chain_backward(dout, x, residual, params, saved, ctx.text, needs)
     it = iter(found)
     flat = [next(it) if need else None for need in needs]
     return flat[0], flat[1], flat[2:], None
@@ -445,9 +449,20 @@ def _differentiable_backward(
     )
 
 
-_lib.impl("chain", _forward, "CompositeExplicitAutograd")
-_lib.impl("chain_backward", _backward, "CompositeExplicitAutograd")
-_lib.impl("chain_inference", _inference, "CompositeExplicitAutograd")
+def _below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A chain chooses its own dtypes: autocast must not cast again inside it."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return function(*args)
+
+    return run
+
+
+_lib.impl("chain", _below_autocast(_forward), "CompositeExplicitAutograd")
+_lib.impl("chain_backward", _below_autocast(_backward), "CompositeExplicitAutograd")
+_lib.impl("chain_inference", _below_autocast(_inference), "CompositeExplicitAutograd")
 torch.library.register_fake("fused_resnet::chain", _forward_fake, lib=_lib)
 torch.library.register_fake("fused_resnet::chain_backward", _backward_fake, lib=_lib)
 torch.library.register_fake("fused_resnet::chain_inference", _inference_fake, lib=_lib)

@@ -207,6 +207,7 @@ def test_gradgradcheck(backend: str, shape: str, mode: str) -> None:
 OPCHECKED = [
     ("basic", "relu", "batch"),
     ("basic_projection", "silu", "mixed"),
+    ("basic_projection", "relu", "batch"),
     ("bottleneck", "relu", "frozen"),
     ("resnet_d", "leaky_relu", "frozen-conv_bias"),
     ("option_a", "elu", "batch-no_affine"),
@@ -216,25 +217,43 @@ OPCHECKED = [
 ]
 
 
-def opcheck(op: Any, args: tuple[Any, ...]) -> None:
-    result = torch.library.opcheck(op.default, args)
-    assert set(result.values()) == {"SUCCESS"} and len(result) >= 4, result
+EVERYTHING = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def opcheck(chain: chains.Chain, t: chains.Tensors, tests: tuple[str, ...]) -> None:
+    """torch.library.opcheck of the operators that take this chain."""
+
+    def check(op: Any, *args: Any) -> None:
+        result = torch.library.opcheck(op.default, args, test_utils=tests)
+        assert result == dict.fromkeys(tests, "SUCCESS")
+
+    x, residual, *params = leaves(chain, t)
+    check(ops.chain, x, residual, params, chain.text)
+    x, residual, params = t.x, t.residual, t.params
+    saved = call(chain, [x, residual, *params])[1:]
+    check(ops.chain_backward, t.dout, x, residual, params, saved, chain.text, chains.learnable(chain))
+    if chain.spec.frozen:
+        check(ops.chain_inference, x, residual, params, chain.text)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("case", OPCHECKED, ids="-".join)
 def test_opcheck(backend: str, case: tuple[str, str, str], layout: str) -> None:
     """Schema, fake kernel and autograd registration of each operator hold: shapes, strides, no alias, traceable."""
     chain = chains.make(*case)
     t = in_layout(chain, chains.draw(chain), torch.float32, layout)
-    inputs = leaves(chain, t)
-    opcheck(ops.chain, (inputs[0], inputs[1], inputs[2:], chain.text))
-    inputs = [None if v is None else v.detach() for v in inputs]
-    saved = call(chain, inputs)[1:]
-    needs = chains.learnable(chain)
-    opcheck(ops.chain_backward, (t.dout, inputs[0], inputs[1], inputs[2:], saved, chain.text, needs))
-    if chain.spec.frozen:
-        opcheck(ops.chain_inference, (inputs[0], inputs[1], inputs[2:], chain.text))
+    opcheck(chain, t, EVERYTHING)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fake_kernels(backend: str, shape: str, layout: str) -> None:
+    """Without running, the operators foretell shapes, dtypes, strides and that nothing shares memory."""
+    for act, mode in [("relu", "batch"), ("identity", "frozen"), ("identity", "mixed")]:
+        for dtype in (torch.float32, torch.bfloat16):
+            chain = chains.make(shape, act, mode, width=2, size=(6, 5))
+            t = in_layout(chain, chains.draw(chain, margin=0), dtype, layout)
+            opcheck(chain, t, ("test_faketensor",))
 
 
 AMBIGUOUS = {
@@ -260,11 +279,7 @@ def test_layout_of_size_one(backend: str, sizes: str, layout: str) -> None:
     want, got = chains.truth(chain, t), chains.run(chain, t)
     for name in want:
         assert_close(name, got[name], want[name], chains.reduction(chain))
-    inputs = leaves(chain, t)
-    torch.library.opcheck(ops.chain.default, (inputs[0], None, inputs[2:], chain.text), test_utils="test_faketensor")
-    x, params = t.x, t.params
-    args = (t.dout, x, None, params, ops.chain(x, None, params, chain.text)[1:], chain.text, chains.learnable(chain))
-    torch.library.opcheck(ops.chain_backward.default, args, test_utils="test_faketensor")
+    opcheck(chain, t, ("test_faketensor",))
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -283,9 +298,7 @@ def test_strange_strides(backend: str, view: str, size: tuple[int, int]) -> None
     want, got = chains.truth(chain, t), chains.run(chain, t)
     for name in want:
         assert_close(name, got[name], want[name], chains.reduction(chain))
-    saved = ops.chain(t.x, t.residual, t.params, chain.text)[1:]
-    args = (t.dout, t.x, t.residual, t.params, saved, chain.text, chains.learnable(chain))
-    torch.library.opcheck(ops.chain_backward.default, args, test_utils="test_faketensor")
+    opcheck(chain, t, ("test_faketensor",))
 
 
 # ---------------------------------------------------------------------------------------------- memory and needed work

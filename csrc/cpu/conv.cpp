@@ -166,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
         return gemm_stats(strided(x, stride), weight, prologue, act, act_param, stats, compute);
     const Tensor a = prologue.empty() ? x.to(compute) : bn_act(x, prologue, act, act_param, std::nullopt, {}, compute);
     Tensor y = at::conv2d(a, weight.to(compute), std::nullopt, stride, padding, dilation, groups).contiguous(format_of(x));
+    TORCH_CHECK(y.scalar_type() == compute, "conv_stats: the convolution came back in ", y.scalar_type(), ", not in ", compute);
     const View view = View::of(y);
     if (compute == x.scalar_type() && !stats) return {y, Tensor(), Tensor()};
     Args post{};
@@ -208,6 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     auto [da, dw, _] = at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false,
                                                 {0, 0}, groups, {need_input, need_weight, false});
     if (!need_input) return {Tensor(), dw, Tensor(), Tensor()};
+    TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ", compute);
     da = da.contiguous(format_of(x));
     if (!epilogue) return {add ? da.add_(*add) : da, dw, Tensor(), Tensor()};
     // dz of the unit before, in the place of da

@@ -192,6 +192,13 @@ def use_backend(name: str) -> Iterator[None]:
     module, reason = load(name)
     if module is None:
         raise BackendUnavailable(f"backend {name!r}: {reason}")
+    with forced_again(name):
+        yield
+
+
+@contextmanager
+def forced_again(name: str | None) -> Iterator[None]:
+    """What ``use_backend`` asked for when the forward ran, for its backward, which may run on another thread."""
     token = _forced.set(name)
     try:
         yield

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet import models
@@ -52,7 +52,7 @@ class Result:
         return found | {"compared": len(self.findings), "worst": validate.worst(self.findings).to_json(), "failed": failed}
 
 
-def _all_runs(model: nn.Module, x: torch.Tensor, dout: torch.Tensor, dtype: torch.dtype | None) -> Tensors:
+def _all_runs(model: nn.Module, x: Tensor, dout: Tensor, dtype: torch.dtype | None) -> Tensors:
     """A training step, a step with frozen statistics, and inference; the mode before each tensor's name."""
     state = copy.deepcopy(model.state_dict())
     found: Tensors = {}
@@ -84,32 +84,39 @@ def check(subject: Subject, dtypes: Sequence[str], device: torch.device, seed: i
         torch.manual_seed(seed)
         truth = subject.build().double()
     validate.randomise(truth, validate.exact(subject.shape, generator, 0.5, 2.0), generator)
-    for p in [*truth.parameters(), *truth.buffers()]:
-        p.data = p.data.float().to(p.dtype)  # values that float32 holds, too
-    tries = 1 if subject.whole else 16
-    x = validate.draw(truth, subject.shape, generator, tries).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        dout = validate.exact(copy.deepcopy(truth)(x).shape, generator)
-    truth, x, dout = truth.to(device), x.to(device), dout.to(device)
-    length = None if subject.whole else validate.reduction_length(truth, x)
-    ref = _all_runs(copy.deepcopy(truth), x, dout, None)
+    for t in [*truth.parameters(), *truth.buffers()]:
+        t.data = t.data.float().to(t.dtype)  # values that float32 holds, too
+    truth.to(device)
+    given: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensors]] = {}  # shape -> input, gradient of the output, truth
+
+    def at(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensors]:
+        if shape not in given:
+            x = validate.draw(truth, shape, generator, device, tries=1 if subject.whole else 16)
+            with torch.no_grad():
+                dout = validate.exact(copy.deepcopy(truth)(x).shape, generator).to(device)
+            given[shape] = x, dout, _all_runs(copy.deepcopy(truth), x, dout, None)
+        return given[shape]
 
     results = []
     for name in dtypes:
         dtype = validate.DTYPES[name]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32  # of parameters, and of a network's images
-        plain = copy.deepcopy(truth).to(wide).to(memory_format=torch.channels_last)
+        exactly = dtype == torch.float64
+        x64, dout, ref = at(subject.shape16 if dtype.itemsize == 2 else subject.shape)
+        wide = torch.float64 if exactly else torch.float32  # of parameters, and of a network's images
+        layout = torch.contiguous_format if exactly else torch.channels_last
+        plain = copy.deepcopy(truth).to(wide).to(memory_format=layout)
         fused = fr.fuse(copy.deepcopy(plain))
         if problem := _not_fused(fused):
             results.append(Result(subject, name, [], problem))
             continue
-        given = x.to(wide if subject.whole else dtype)
-        expected = ref if dtype == torch.float64 else _all_runs(copy.deepcopy(plain), given, dout, dtype)
-        findings = validate.compare(_all_runs(fused, given, dout, dtype), expected, ref, dtype, length)
+        x = x64.to(wide if subject.whole else dtype, memory_format=layout)
+        length = None if subject.whole else validate.reduction_length(truth, x)
+        expected = ref if exactly else _all_runs(copy.deepcopy(plain), x, dout, dtype)
+        findings = validate.compare(_all_runs(fused, x, dout, dtype), expected, ref, dtype, length)
         if subject.whole:
-            frozen = fr.freeze(plain, given, dtype=dtype)
+            frozen = fr.freeze(plain, x.to(dtype), dtype=dtype)
             with torch.no_grad():
-                out = {"inference: out": frozen(given.to(dtype))}
+                out = {"inference: out": frozen(x.to(dtype))}
             of = {"inference: out": ref["inference: out"]}
             findings += [
                 Finding(f"frozen {f.name}", f.error, f.plain_error, f.used)

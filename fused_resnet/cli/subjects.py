@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,14 +31,17 @@ class Subject:
 
     Attributes:
         label: what the table calls it. model: the name in ``models.list_models()`` (first of those that have it).
-        build: makes it, with the default generator's weights. shape: of the input. whole: a network, not a block.
+        build: makes it, with the default generator's weights. whole: a network, not a block.
+        shape: of the input. shape16: the same for 16-bit dtypes, where many values fall on the other side of a ReLU's
+            kink: so many that their number, here and in plain PyTorch, is no matter of luck.
     """
 
     label: str
     model: str
     build: Callable[[], nn.Module]
-    shape: tuple[int, int, int, int]
     whole: bool
+    shape: tuple[int, int, int, int]
+    shape16: tuple[int, int, int, int]
 
 
 def _network(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -96,10 +100,12 @@ def _rebuild(block: nn.Module) -> nn.Module:
     return nn.Sequential(block)
 
 
-def _input_of(block: nn.Module) -> tuple[int, int, int, int]:
-    """Two images: small, odd in width, and large enough for the dilation."""
+def _input_of(block: nn.Module, values: int) -> tuple[int, int, int, int]:
+    """Two images, not square, large enough for the dilation and for so many values after the narrowest convolution."""
     convs = _convs(block)
-    side = 5 + 2 * max(c.dilation[0] * c.stride[0] for c in convs)
+    stride = math.prod(c.stride[0] for c in convs)
+    side = stride * math.isqrt(values // (2 * min(c.out_channels for c in convs)))
+    side = max(side, 5 + 2 * max(stride, *(c.dilation[0] for c in convs)))
     return 2, convs[0].in_channels, side, side + 1
 
 
@@ -119,13 +125,13 @@ def subjects(names: Sequence[str]) -> Iterator[Subject]:
             for block in [*(block for kind, block in firsts.items() if kind not in seen_kinds), blocks[-1]]:
                 label = _describe(block)
                 if label not in seen_blocks:
-                    yield Subject(label, name, partial(_rebuild, block), _input_of(block), False)
+                    shapes = _input_of(block, 0), _input_of(block, 100_000)
+                    yield Subject(label, name, partial(_rebuild, block), False, *shapes)
                 seen_blocks.add(label)
             in_network = {(type(network).__name__, *kind) for kind in kinds}
             if in_network - seen_in_network:
-                large = isinstance(network, models.ResNet)
-                shape = (4, 3, 64, 64) if large else (4, 3, 16, 16)
-                label = f"{name}, {variation}" if variation else name
-                yield Subject(f"whole {label}", name, partial(_network, name, kwargs), shape, True)
+                shape = (4, 3, 64, 64) if isinstance(network, models.ResNet) else (8, 3, 32, 32)
+                label = f"whole {name}, {variation}" if variation else f"whole {name}"
+                yield Subject(label, name, partial(_network, name, kwargs), True, shape, shape)
             seen_kinds |= kinds
             seen_in_network |= in_network

@@ -210,17 +210,21 @@ def kink_distance(plain: nn.Module, x: Tensor) -> float:
     return min(nearest, default=math.inf)
 
 
-def draw(plain: nn.Module, shape: Iterable[int], generator: torch.Generator, tries: int = 16) -> Tensor:
-    """An input with mean and std not 0, 1; of ``tries``, the first that stays clear of the kinks, or the clearest."""
-    best, distance = exact(shape, generator, 0.5, 2.0), -1.0
+def draw(
+    plain: nn.Module, shape: Iterable[int], generator: torch.Generator, device: torch.device, tries: int
+) -> Tensor:
+    """A float64 input with mean and std not 0, 1; of ``tries``, the first that stays clear of the kinks of ``plain``,
+    or the clearest."""
+    shape = tuple(shape)
+    best, distance = exact(shape, generator, 0.5, 2.0).to(device), -1.0
     candidate = best
-    for _ in range(tries):
+    for _ in range(tries - 1):
         found = kink_distance(plain, candidate)
         if found > distance:
             best, distance = candidate, found
         if distance > 1e-5:
             break
-        candidate = exact(shape, generator, 0.5, 2.0)
+        candidate = exact(shape, generator, 0.5, 2.0).to(device)
     return best
 
 
