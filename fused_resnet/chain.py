@@ -223,21 +223,8 @@ def _backward(
         dx = dz
     elif kind == "pad" and needs[0]:
         dx = _pad_backward(dz, x, spec)
-    elif spec.shortcut.unit is not None:
-        assert shortcut_sums is not None
-        u = spec.shortcut.unit
-        g = _unit_gradients(u, norms[k], shortcut_sums, ys[k].numel() // ys[k].shape[1])
-        # the same sum as the last unit's dbeta, and an operator's outputs share no memory
-        grads[k] = g.params | {"bn_bias": shortcut_sums.dz.clone()}
-        start = reference.shortcut_input(x, spec.shortcut).contiguous(memory_format=fmt)
-        dx, dw, _ = _conv_backward(dz, ys[k], g.coef, start, None, parts[k], u, needs[0], wanted[k]["weight"], None)
-        if dw is not None:
-            grads[k]["weight"] = dw
-        if dx is not None and spec.shortcut.pool is not None:
-            p = spec.shortcut.pool
-            dx = torch.ops.aten.avg_pool2d_backward(
-                dx.to(x.dtype), x, p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad, None
-            )
+
+    closing = dz
 
     # the units, last to first
     for i in range(k - 1, -1, -1):
@@ -263,6 +250,27 @@ def _backward(
                 dx = dz
             elif not need_input:
                 break
+
+    # the projection adds its own gradient to x
+    if spec.shortcut.unit is not None:
+        assert shortcut_sums is not None
+        g = _unit_gradients(spec.shortcut.unit, norms[k], shortcut_sums, ys[k].numel() // ys[k].shape[1])
+        grads[k] = g.params
+        start = reference.shortcut_input(x, spec.shortcut).contiguous(memory_format=fmt)
+        pooled = spec.shortcut.pool
+        dstart, dw, _ = _conv_backward(
+            closing, ys[k], g.coef, start, None, parts[k], spec.shortcut.unit, needs[0], wanted[k]["weight"],
+            dx if pooled is None else None,
+        )  # fmt: skip
+        if dw is not None:
+            grads[k]["weight"] = dw
+        if pooled is None or dstart is None:
+            dx = dstart
+        else:
+            dx = dx + torch.ops.aten.avg_pool2d_backward(
+                dstart.to(x.dtype), x, pooled.kernel, pooled.stride, pooled.padding, pooled.ceil_mode,
+                pooled.count_include_pad, None,
+            )  # fmt: skip
 
     have: list[Tensor | None] = [dx, dresidual]
     for p, g_ in zip(parts, grads, strict=True):

@@ -206,7 +206,7 @@ def _run(
 
     x, residual = _autocast(x, residual, everyone)
     params = [getattr(u, name) for u, s in zip(everyone, spec.all_units, strict=True) for name in s.param_names]
-    if x.shape[0] == 0:
+    if 0 in x.shape:
         return _plain(x, residual, everyone, spec)
     if spec.frozen and not _wants_grad(x, residual, params):
         return torch.ops.fused_resnet.chain_inference(x, residual, params, text)
@@ -314,7 +314,7 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int) -> None:
 
 
 def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
-    """An empty batch: PyTorch's own functions, which decide what comes out and what becomes of the statistics."""
+    """No batch or no pixels: PyTorch's own functions, which decide what comes out and what becomes of the statistics."""
 
     def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
         if u.weight is not None and s.conv is not None:

@@ -8,7 +8,7 @@ namespace fused_resnet::cpu {
 namespace {
 
 // Rows per slice: about kSlice bytes of both operands, a multiple of the reductions' chunk.
-constexpr int64_t kSlice = 2 << 20;
+constexpr int64_t kSlice = 16 << 20;
 
 int64_t slice_rows(int64_t channels, int64_t element_size) {
     const int64_t rows = kSlice / (channels * element_size);
@@ -117,8 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
     Partials partials({rows_layout(C), M}, 2, wide(x));
     Tensor dx, dx2d, da_scratch, dw;
     const at::ScalarType dx_dtype = epilogue ? compute : x.scalar_type();
+    const bool accumulate = add && dx_dtype == compute && add->scalar_type() == compute && !add->is_alias_of(dz);
     if (need_input) {
-        dx = empty_like(x, dx_dtype);
+        dx = accumulate ? *add : empty_like(x, dx_dtype);
         dx2d = rows_of(dx);
         if (dx_dtype != compute) da_scratch = at::empty({slice, C}, options);
     }
@@ -139,6 +140,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
         if (!need_input) continue;
         Tensor to = dx2d.narrow(0, m, n);
         Tensor da = da_scratch.defined() ? da_scratch.narrow(0, 0, n) : to;
+        if (accumulate) {
+            at::addmm_out(to, to, dy, w);
+            continue;
+        }
         at::mm_out(da, dy, w);
         if (epilogue) {
             Args back = pre;
@@ -200,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
         auto [some, dw, s0, s1] = gemm_backward(dz, y, coef, strided(x, stride), {}, act, act_param, weight, need_input,
                                                 need_weight, std::nullopt, compute);
         if (!need_input) return {Tensor(), dw, s0, s1};
-        Tensor dx = add ? add->clone() : at::zeros_like(x);
+        Tensor dx = !add ? at::zeros_like(x) : add->is_alias_of(dz) ? add->clone() : *add;
         dx.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]).add_(some);
         return {dx, dw, s0, s1};
     }

@@ -2,7 +2,7 @@
 
 A backend is a module with ``refuse`` and any of the functions of ``Primitives``. Every tensor is [N, C, H, W], NCHW or
 channels_last dense, per-channel vectors are [C] in ``vector_dtype``; every function returns new tensors and touches
-none of its inputs. The planner asks ``refuse(primitive, case)`` before it calls; a reason means no.
+none of its inputs but for ``add``. The planner asks ``refuse(primitive, case)`` before it calls; a reason means no.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class Primitives(Protocol):
         add: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
         """dy formed from (dz, y); the input's gradient and dW. With a prologue, x is the previous unit's raw y and the
-        input's gradient is that unit's dz = da*act'(z), with its sums; without, ``add`` (a shortcut's gradient) is
-        added to it."""
+        input's gradient is that unit's dz = da*act'(z), with its sums; without, ``add`` (the gradient that another path
+        brings to x) is added to it, and may be overwritten by the result unless it is dz itself."""
 
     def bn_act_max_pool(self, y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
         """max-pool of act(scale*y + shift), and the place of each maximum in its window (uint8, row-major)."""

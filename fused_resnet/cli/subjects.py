@@ -100,6 +100,17 @@ def _rebuild(block: nn.Module) -> nn.Module:
     return nn.Sequential(block)
 
 
+def _stem(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A network without its stages, and with a small classifier."""
+    network = _network(name, kwargs)
+    channels = network.conv1.out_channels
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        if hasattr(network, stage):
+            setattr(network, stage, nn.Sequential())
+    network.fc = nn.Linear(channels, 10)
+    return network
+
+
 def _input_of(block: nn.Module, values: int) -> tuple[int, int, int, int]:
     """Two images, not square, large enough for the dilation and for so many values after the narrowest convolution."""
     convs = _convs(block)
@@ -130,7 +141,12 @@ def subjects(names: Sequence[str]) -> Iterator[Subject]:
                 seen_blocks.add(label)
             in_network = {(type(network).__name__, *kind) for kind in kinds}
             if in_network - seen_in_network:
-                shape = (4, 3, 64, 64) if isinstance(network, models.ResNet) else (8, 3, 32, 32)
+                large = isinstance(network, models.ResNet)
+                stem = f"stem {_shape_of(network.conv1)}{', max-pool' if large else ''}"
+                if stem not in seen_blocks:
+                    yield Subject(stem, name, partial(_stem, name, kwargs), False, (2, 3, 24, 22), (2, 3, 96, 97))
+                seen_blocks.add(stem)
+                shape = (4, 3, 64, 64) if large else (8, 3, 32, 32)
                 label = f"whole {name}, {variation}" if variation else f"whole {name}"
                 yield Subject(label, name, partial(_network, name, kwargs), True, shape, shape)
             seen_kinds |= kinds
