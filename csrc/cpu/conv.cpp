@@ -9,6 +9,9 @@ namespace {
 
 // Rows per slice: about kSlice bytes of both operands, a multiple of the reductions' chunk.
 constexpr int64_t kSlice = 16 << 20;
+// The same for Winograd's transforms, and the channels from which they pay.
+constexpr int64_t kWinogradSlice = 8 << 20;
+constexpr int64_t kWinogradChannels = 64;
 
 int64_t slice_rows(int64_t channels, int64_t element_size) {
     const int64_t rows = kSlice / (channels * element_size);
@@ -162,6 +165,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
     return {dx, dw, partials.sum(0), partials.sum(1)};
 }
 
+// 3x3, stride 1, channels_last, wide enough that four ninths of the multiplications outweigh the transforms.
+bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups) {
+    return weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && stride[0] == 1 && stride[1] == 1 &&
+           dilation[0] == 1 && dilation[1] == 1 && padding[0] == padding[1] && padding[0] <= 2 &&
+           std::min(weight.size(0), weight.size(1)) >= kWinogradChannels && x.size(2) >= 4 && x.size(3) >= 4 &&
+           x.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// The transformed weights [16, K, C].
+Tensor winograd_weight(const Tensor& weight, bool flip) {
+    const Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
+    const int64_t K = w.size(0), C = w.size(1);
+    const Tensor u = at::empty({16, K, C}, w.options().memory_format(at::MemoryFormat::Contiguous));
+    at::parallel_for(0, K, 4, [&](int64_t b, int64_t e) {
+        table().winograd_weight(w.data_ptr<float>(), u.data_ptr<float>(), K, C, flip, b, e);
+    });
+    return u;
+}
+
+// out = conv3x3(input as `in` sees it), by 16 products with u [16, C, K]; what `post` says is applied to the result.
+void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
+    const int64_t C = u.size(1), K = u.size(2);
+    Winograd q{x.size(2), x.size(3), out.size(2), out.size(3), (out.size(2) + 1) / 2, (out.size(3) + 1) / 2, padding, 0, 0};
+    const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w;
+    const int64_t slice = std::min(tiles, std::max<int64_t>(64, kWinogradSlice / (64 * (C + K))));
+    const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+    const Tensor v = at::empty({16 * slice * C}, options), m = at::empty({16 * slice * K}, options);
+    for (q.first = 0; q.first < tiles; q.first += slice) {
+        q.count = std::min(slice, tiles - q.first);
+        at::parallel_for(q.first, q.first + q.count, 8, [&](int64_t b, int64_t e) {
+            table().winograd_input(in, q, v.data_ptr<float>(), b, e);
+        });
+        Tensor product = m.narrow(0, 0, 16 * q.count * K).view({16, q.count, K});
+        at::bmm_out(product, v.narrow(0, 0, 16 * q.count * C).view({16, q.count, C}), u);
+        at::parallel_for(q.first, q.first + q.count, 8, [&](int64_t b, int64_t e) {
+            table().winograd_output(post, q, m.data_ptr<float>(), b, e);
+        });
+    }
+}
+
+// Args of a raw tensor without a norm
+Args raw_args(const Tensor& t) {
+    Args a{};
+    a.layout = rows_layout(t.size(1));
+    a.y_type = a.other_type = dtype_of(t.scalar_type());
+    a.y = t.data_ptr();
+    return a;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
@@ -169,6 +221,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
                                               double act_param, bool stats, at::ScalarType compute, bool gemm) {
     if (gemm && is_gemm(x, weight, stride, padding, groups))
         return gemm_stats(strided(x, stride), weight, prologue, act, act_param, stats, compute);
+    if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups)) {
+        const Tensor y = at::empty({x.size(0), weight.size(0), x.size(2) + 2 * padding[0] - 2, x.size(3) + 2 * padding[0] - 2},
+                                   x.options().memory_format(at::MemoryFormat::ChannelsLast));
+        prefer_huge_pages(y);
+        Args in = prologue.empty() ? raw_args(x) : prologue_args(x, prologue, act, act_param), post = raw_args(y);
+        in.y = x.data_ptr();
+        post.out = y.data_ptr();
+        winograd(in, x, winograd_weight(weight, false).transpose(1, 2), post, y, padding[0]);
+        if (!stats) return {y, Tensor(), Tensor()};
+        auto [mean, var] = bn_stats(y);
+        return {y, mean, var};
+    }
     const Tensor a = prologue.empty() ? x.to(compute) : bn_act(x, prologue, act, act_param, std::nullopt, {}, compute);
     Tensor y = at::conv2d(a, weight.to(compute), std::nullopt, stride, padding, dilation, groups).contiguous(format_of(x));
     TORCH_CHECK(y.scalar_type() == compute, "conv_stats: the convolution came back in ", y.scalar_type(), ", not in ", compute);
@@ -211,8 +275,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     }
     const Tensor dy = bn_backward(dz, y, coef, compute);
     const Tensor a = epilogue ? bn_act(x, {prologue[0], prologue[1]}, act, act_param, std::nullopt, {}, compute) : x.to(compute);
+    const bool fast = need_input && gemm && compute == at::kFloat && padding[0] <= 1 &&
+                      is_winograd(dy, weight, stride, padding, dilation, groups);
     auto [da, dw, _] = at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false,
-                                                {0, 0}, groups, {need_input, need_weight, false});
+                                                {0, 0}, groups, {need_input && !fast, need_weight, false});
+    if (fast) {
+        // the gradient of a convolution is the convolution with the kernel turned, padded by 2 - padding
+        da = empty_like(x, compute);
+        Args post = raw_args(da);
+        post.out = da.data_ptr();
+        winograd(raw_args(dy), dy, winograd_weight(weight, true), post, da, 2 - padding[0]);
+    }
     if (!need_input) return {Tensor(), dw, Tensor(), Tensor()};
     TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ", compute);
     da = da.contiguous(format_of(x));

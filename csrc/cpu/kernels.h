@@ -52,6 +52,12 @@ struct Pool {
     uint8_t* argmax;  // place in the window, row-major
 };
 
+// A 3x3, stride-1 convolution as Winograd's F(2x2, 3x3): tiles of 4x4 inputs make 2x2 outputs by 16 matrix products.
+struct Winograd {
+    int64_t height, width, out_height, out_width, tiles_h, tiles_w, padding;
+    int64_t first, count;  // the tiles of this slice, whose transforms are [16, count, channels]
+};
+
 struct Table {
     // out = act(z); bytes: y (+ residual) read, out written
     void (*bn_act)(const Args&, int64_t begin, int64_t end);
@@ -65,6 +71,13 @@ struct Table {
     void (*bn_act_max_pool)(const Args&, const Pool&, int64_t begin, int64_t end);
     // dz = act'(z) * (grad of the windows whose maximum is here), and sums; bytes: y, grad, argmax read, dz written
     void (*bn_act_max_pool_backward)(const Args&, const Pool&, int64_t begin, int64_t end);
+    // Winograd, on channels_last; compute in float. V = B'dB of tiles [begin, end) of act(z) (raw y without norm)
+    void (*winograd_input)(const Args&, const Winograd&, float* v, int64_t begin, int64_t end);
+    // out = act(A'mA + shift (+ residual)), without act, shift and residual where norm.shift is null
+    void (*winograd_output)(const Args&, const Winograd&, const float* m, int64_t begin, int64_t end);
+    // U = GgG' [16, K, C] of rows [begin, end) of weights [K, 3, 3, C], turned by 180 degrees if flip
+    void (*winograd_weight)(const float* weight, float* u, int64_t out_channels, int64_t channels, bool flip, int64_t begin,
+                            int64_t end);
     const char* name;
 };
 

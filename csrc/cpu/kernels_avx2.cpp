@@ -6,6 +6,7 @@
 #include "kernels_impl.h"
 
 namespace fused_resnet::cpu {
-extern const Table table_avx2 = {bn_act_any, bn_act_backward_any, bn_backward_any, moments_any, bn_act_max_pool_any,
-                                   bn_act_max_pool_backward_any, "avx2"};
+extern const Table table_avx2 = {
+    bn_act_any,         bn_act_backward_any, bn_backward_any,     moments_any,          bn_act_max_pool_any,
+    bn_act_max_pool_backward_any, winograd_input_any, winograd_output_any, winograd_weight_impl, "avx2"};
 }

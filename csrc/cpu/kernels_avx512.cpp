@@ -6,6 +6,7 @@
 #include "kernels_impl.h"
 
 namespace fused_resnet::cpu {
-extern const Table table_avx512 = {bn_act_any, bn_act_backward_any, bn_backward_any, moments_any, bn_act_max_pool_any,
-                                   bn_act_max_pool_backward_any, "avx512"};
+extern const Table table_avx512 = {
+    bn_act_any,         bn_act_backward_any, bn_backward_any,     moments_any,          bn_act_max_pool_any,
+    bn_act_max_pool_backward_any, winograd_input_any, winograd_output_any, winograd_weight_impl, "avx512"};
 }

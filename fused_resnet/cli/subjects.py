@@ -146,7 +146,7 @@ def subjects(names: Sequence[str]) -> Iterator[Subject]:
                 if stem not in seen_blocks:
                     yield Subject(stem, name, partial(_stem, name, kwargs), False, (2, 3, 24, 22), (2, 3, 96, 97))
                 seen_blocks.add(stem)
-                shape = (4, 3, 64, 64) if large else (8, 3, 32, 32)
+                shape = (4, 3, 48, 48) if large else (8, 3, 32, 32)
                 label = f"whole {name}, {variation}" if variation else f"whole {name}"
                 yield Subject(label, name, partial(_network, name, kwargs), True, shape, shape)
             seen_kinds |= kinds

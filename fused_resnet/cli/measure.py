@@ -1,0 +1,131 @@
+"""How anything is measured: seconds, bytes saved for the backward pass, peak memory; and the quantiles of many."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], Any]
+QUANTILES = {"median": 0.5, "p20": 0.2, "p80": 0.8}
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, interpolated linearly."""
+    values = torch.tensor(samples, dtype=torch.float64)
+    return {name: float(torch.quantile(values, q)) for name, q in QUANTILES.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- time
+def seconds(step: Step, device: torch.device, calls: int = 1) -> float:
+    """Seconds per call, of ``calls`` in a row; a GPU is timed by its own events."""
+    if device.type == "cuda":
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        first.record()
+        for _ in range(calls):
+            step()
+        last.record()
+        torch.cuda.synchronize(device)
+        return first.elapsed_time(last) / 1e3 / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
+def interleaved(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    *,
+    repeats: tuple[int, int],
+    budget_s: float,
+    sample_s: float = 0.1,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Times every step once per round, each round starting with another one, so that a slow spell of the machine and
+    what the step before left in the caches fall on all of them alike.
+
+    Args:
+        repeats: the fewest and the most rounds. budget_s: between the two, no round starts after so many seconds.
+        sample_s: a quicker step is called as often as fills this time. tick: called after each round.
+
+    Returns:
+        Seconds per call of each round, by name, in order of the rounds.
+    """
+    names = list(steps)
+    calls = {}
+    for name, step in steps.items():
+        seconds(step, device)  # warm: allocations, weights packed, kernels chosen
+        calls[name] = max(1, round(sample_s / max(seconds(step, device), 1e-6)))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for done in range(repeats[1]):
+        if done >= repeats[0] and time.perf_counter() - start > budget_s:
+            break
+        for i in range(len(names)):
+            name = names[(done + i) % len(names)]
+            found[name].append(seconds(steps[name], device, calls[name]))
+        tick()
+    return found
+
+
+def ratios(base: Sequence[float], other: Sequence[float]) -> list[float]:
+    """How many times faster ``other`` is than ``base``, round by round."""
+    return [b / o for b, o in zip(base, other, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+def saved_bytes(forward: Step, without: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of ``forward()``: distinct storages, each whole and once.
+
+    Args:
+        forward: returns what backward would start from. without: parameters and buffers, which exist anyway.
+    """
+    ignored = {t.untyped_storage().data_ptr() for t in without}
+    kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address comes twice
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del out
+    return total
+
+
+def _resident(key: str) -> int:
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith(f"{key}:"))
+    return int(line.split()[1]) << 10
+
+
+def peak_bytes(step: Step, device: torch.device) -> int | None:
+    """How far memory rises above where it is, while ``step`` runs: the caching allocator's on a GPU, the process's
+    resident pages under Linux; None where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # free pages that the C library keeps would hide what the step needs
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")  # the peak starts again from now
+        before = _resident("VmRSS")
+        step()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None
