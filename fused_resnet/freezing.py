@@ -29,6 +29,8 @@ class FrozenUnit(nn.Module):
         params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
         norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, u.eps, wide)
         weight = (u.weight.to(wide) * norm.scale[:, None, None, None]).to(dtype)
+        self.weight: Tensor
+        self.bias: Tensor
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", norm.shift)
         self.conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
@@ -38,15 +40,15 @@ class FrozenUnit(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_packed": {}}
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        weight, bias = self.weight, self.bias
-        backend = pick("conv_bias_act", case_of(x, self.conv, weight))
-        if hasattr(backend, "prepack"):
-            key = (backend.__name__, x.shape, x.dtype)
-            if key not in self._packed:
-                self._packed[key] = backend.prepack(weight, self.conv, x)
-            weight = self._packed[key]
-        return backend.conv_bias_act(x, weight, bias, self.conv, self.act, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, inplace: bool = False) -> Tensor:
+        """``inplace``: nobody else holds the residual, its memory may be reused."""
+        backend = pick("conv_bias_act", case_of(x, self.conv, self.weight))
+        if not hasattr(backend, "prepack"):
+            return backend.conv_bias_act(x, self.weight, self.bias, self.conv, self.act, residual)
+        key = (backend.__name__, x.shape, x.dtype)
+        if key not in self._packed:
+            self._packed[key] = backend.prepack(self.weight, self.conv, x)
+        return backend.conv_bias_act(x, self._packed[key], self.bias, self.conv, self.act, residual, inplace)
 
 
 class FrozenChain(nn.Module):
@@ -66,7 +68,8 @@ class FrozenChain(nn.Module):
         self.max_pool = chain.max_pool
         self.stride = chain.stride
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """``inplace``: nobody else holds x, its memory may be reused."""
         residual: Tensor | None = None
         h = x
         for unit in self.units[:-1]:
@@ -79,8 +82,17 @@ class FrozenChain(nn.Module):
         elif self.kind == "pad":
             x = x[:, :, :: self.stride, :: self.stride]
             residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.weight.shape[0] - x.shape[1]))
-        h = last(h, residual)
+        h = last(h, residual, inplace or self.kind != "identity")
         return h if self.max_pool is None else self.max_pool(h)
+
+
+class FrozenStage(nn.Sequential):
+    """Frozen chains in a row: what passes between them is theirs alone, so each adds into the memory it got."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, chain in enumerate(self):
+            x = chain(x, inplace=i > 0)
+        return x
 
 
 class Frozen(nn.Module):
@@ -128,8 +140,14 @@ def freeze_chain(model: nn.Module, example: Tensor, dtype: torch.dtype | None, c
     if example.device.type == "cpu" and load("cpu")[0] is not None:
         compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
     copied = copy.deepcopy(model).eval()
-    for _, _, chain, replace in list(chains(copied)):
-        replace(FrozenChain(chain, compute))
-    frozen = Frozen(copied.to(example.device, compute), dtype, compute).requires_grad_(False)
+    # folded from the parameters as they are, before the rest of the model is rounded
+    frozen_chains = [(replace, FrozenChain(chain, compute)) for _, _, chain, replace in list(chains(copied))]
+    copied.to(example.device, compute)
+    for replace, chain in frozen_chains:
+        replace(chain.to(example.device))
+    for stage in copied.modules():
+        if type(stage) is nn.Sequential and len(stage) and all(isinstance(m, FrozenChain) for m in stage):
+            stage.__class__ = FrozenStage
+    frozen = Frozen(copied, dtype, compute).requires_grad_(False)
     frozen(example)  # packs the weights, and shows at once what doesn't work
     return frozen

@@ -305,4 +305,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     return {da, dw, partials.sum(0), partials.sum(1)};
 }
 
+bool takes_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups) {
+    return is_winograd(x, weight, stride, padding, dilation, groups);
+}
+
+Tensor winograd_prepack(const Tensor& weight) {
+    // [16, C, K], contiguous: the right operand of the products
+    return winograd_weight(weight, false).transpose(1, 2).contiguous();
+}
+
+Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
+                         double act_param, const OptTensor& residual) {
+    const int64_t C = packed.size(1), K = packed.size(2);
+    TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == C, "x: expected channels_last with ", C,
+                " channels, got ", x.sizes());
+    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && bias.numel() == K,
+                "bias: expected ", K, " float32 values");
+    const Tensor y = at::empty({x.size(0), K, x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2},
+                               x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    Args post = raw_args(y);
+    post.out = y.data_ptr();
+    post.act = act_of(act);
+    post.act_param = act_param;
+    post.norm.shift = bias.data_ptr();
+    if (residual) {
+        TORCH_CHECK(residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type() &&
+                        residual->is_contiguous(at::MemoryFormat::ChannelsLast),
+                    "residual: expected the output's shape, dtype and layout");
+        post.residual = residual->data_ptr();
+    }
+    winograd(raw_args(x), x, packed, post, y, padding);
+    return y;
+}
+
 }  // namespace fused_resnet::cpu

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,39 +109,69 @@ def _coef(c: DyCoefficients) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------- primitives
-def prepack(weight: Tensor, conv: ConvSpec, x: Tensor) -> Tensor:
-    """The weight in oneDNN's own layout for inputs like x."""
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+class Packed(NamedTuple):
+    """A weight in the layout of the convolution that will use it: oneDNN's own, or Winograd's transform."""
+
+    weight: Tensor
+    winograd: bool
+
+
+def prepack(weight: Tensor, conv: ConvSpec, x: Tensor) -> Tensor | Packed:
+    """The weight packed for inputs like x; float64 stays as it is."""
+    if weight.dtype == torch.float64:
         return weight
-    return torch.ops.mkldnn._reorder_convolution_weight(
+    where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    if compute_dtype(x.dtype) == torch.float32 and _gemm() and _ops.takes_winograd(x, weight, *where):
+        return Packed(_ops.winograd_prepack(weight), True)
+    weight = weight.to(compute_dtype(x.dtype))
+    packed = torch.ops.mkldnn._reorder_convolution_weight(
         weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
     )
+    return Packed(packed, False)
 
 
 def conv_bias_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor,
+    conv: ConvSpec,
+    act: Act,
+    residual: Tensor | None,
+    inplace: bool = False,
 ) -> Tensor:
-    """See ``Primitives.conv_bias_act``: bias, add and act are oneDNN's post-ops."""
-    compute = compute_dtype(x.dtype)
-    post = _POST_OPS.get(act.name)
-    if compute == torch.float64 or post is None or (residual is not None and act.name not in ("identity", "relu")):
-        from fused_resnet.backends import aten
+    """See ``Primitives.conv_bias_act``: bias, add and act are oneDNN's post-ops, or Winograd's output transform.
 
-        w = weight.to_dense() if weight.is_mkldnn else weight
-        return aten.conv_bias_act(x, w, bias, conv, act, residual)
-    name, scalars = post
-    w = weight if weight.is_mkldnn else weight.to(compute)
-    b = bias.to(compute) if bias is not None else None
+    ``weight`` may be packed; with ``inplace`` the result may take the residual's memory.
+    """
+    if isinstance(weight, Tensor):
+        if x.dtype == torch.float64:
+            from fused_resnet.backends import aten
+
+            return aten.conv_bias_act(x, weight, bias, conv, act, residual)
+        weight = prepack(weight, conv, x)
+    if weight.winograd:
+        y: Tensor = _ops.winograd_bias_act(x, weight.weight, bias, conv.padding[0], *_act(act), residual)
+        return y
+    compute = compute_dtype(x.dtype)
+    name, scalars = _POST_OPS.get(act.name, ("none", ()))
+    if act.name not in _POST_OPS or (residual is not None and act.name not in ("identity", "relu")):
+        # what oneDNN can't do behind its convolution is done in a pass of its own
+        one = torch.ones_like(bias)
+        y = conv_bias_act(x, weight, bias, conv, Act("identity"), None)
+        out: Tensor = _ops.bn_act(y, [one, torch.zeros_like(one)], *_act(act), residual, [], y.dtype)
+        return out
+    b, a = bias.to(compute), x.to(compute)
     where = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    a = x.to(compute)
     if residual is None:
         values = [act.param if s == "param" else s for s in scalars]
-        y = torch.ops.mkldnn._convolution_pointwise(a, w, b, *where, name, values, "")
+        y = torch.ops.mkldnn._convolution_pointwise(a, weight.weight, b, *where, name, values, "")
     else:
-        unary = name if name != "none" else None
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            a, residual.to(compute), w, b, *where, "add", 1.0, unary, [], ""
-        )
+        unary = "relu" if act.name == "relu" else None
+        r = residual.to(compute)
+        if inplace or r is not residual:
+            y = torch.ops.mkldnn._convolution_pointwise_.binary(r, a, weight.weight, b, *where, "add", 1.0, unary, [], "")
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise.binary(a, r, weight.weight, b, *where, "add", 1.0, unary, [], "")
     fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return y.to(x.dtype).contiguous(memory_format=fmt)
 
