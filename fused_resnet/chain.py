@@ -452,9 +452,7 @@ def _differentiable_backward(
     assert a is not None
     out = reference.chain(a, r, [p for p in rest if p is not None], ChainSpec.decode(text)).out
     inputs = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
-    return torch.autograd.grad(
-        out, inputs, dout.to(wide), create_graph=True, allow_unused=True, materialize_grads=True
-    )
+    return torch.autograd.grad(out, inputs, dout.to(wide), create_graph=True, allow_unused=True, materialize_grads=True)
 
 
 def _below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

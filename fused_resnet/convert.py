@@ -243,9 +243,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def freeze(
-    model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None
-) -> Frozen:
+def freeze(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None) -> Frozen:
     """A copy of ``model`` for inference only: BatchNorm folded into the weights, weights prepacked for ``example``.
 
     Args:
@@ -276,11 +274,13 @@ def _replacer(model: nn.Module, name: str, m: nn.Module) -> Callable[[nn.Module]
     """How a frozen chain takes the place of a block, or of the stem's first module (the others become identities)."""
     pattern = _pattern(type(m))
     if isinstance(pattern, Network):
+
         def replace_stem(frozen: nn.Module) -> None:
             first, *others = pattern.stem
             setattr(m, first, frozen)
             for other in others:
                 setattr(m, other, nn.Identity())
+
         return replace_stem
     parent, _, child = name.rpartition(".")
     return lambda frozen: setattr(model.get_submodule(parent), child, frozen)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.backends import load, vector_dtype
+from fused_resnet.backends import Norm, load, vector_dtype
 from fused_resnet.chain import fold
 from fused_resnet.modules import ChainModules, UnitModules, act_of
 from fused_resnet.planner import case_of, pick
@@ -65,7 +65,7 @@ class FrozenChain(nn.Module):
         self.kind = "projection" if isinstance(chain.shortcut, UnitModules) else chain.shortcut
         self.projection = FrozenUnit(chain.shortcut, Act("identity"), dtype) if self.kind == "projection" else None
         self.avg_pool = chain.avg_pool
-        self.max_pool = chain.max_pool
+        self.pool = chain.max_pool_spec()
         self.stride = chain.stride
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
@@ -83,7 +83,14 @@ class FrozenChain(nn.Module):
             x = x[:, :, :: self.stride, :: self.stride]
             residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.weight.shape[0] - x.shape[1]))
         h = last(h, residual, inplace or self.kind != "identity")
-        return h if self.max_pool is None else self.max_pool(h)
+        return h if self.pool is None else self._max_pool(h)
+
+    def _max_pool(self, h: Tensor) -> Tensor:
+        assert self.pool is not None
+        case = case_of(h)
+        one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
+        norm = Norm(one, torch.zeros_like(one), one, one)
+        return pick("bn_act_max_pool", case).bn_act_max_pool(h, norm, Act("identity"), self.pool)[0]
 
 
 class FrozenStage(nn.Sequential):

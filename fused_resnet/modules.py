@@ -60,7 +60,9 @@ class UnitModules:
                 return f"{type(conv).__name__} in the place of Conv2d"
             if conv.padding_mode != "zeros":
                 return f"padding_mode {conv.padding_mode!r}"
-            if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
+            if conv.padding == "same" and any(
+                d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+            ):
                 return "padding 'same' with an even kernel"
         if type(bn) is not nn.BatchNorm2d:
             return f"{type(bn).__name__} in the place of BatchNorm2d"
@@ -76,7 +78,9 @@ class UnitModules:
         averaging = bn.training and bn.track_running_stats
         momentum = bn.momentum
         if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked + 1) if averaging and bn.num_batches_tracked is not None else 0.0
+            momentum = (
+                1.0 / float(bn.num_batches_tracked + 1) if averaging and bn.num_batches_tracked is not None else 0.0
+            )
         used = averaging or not bn.training
         unit = Unit(
             bn_weight=bn.weight,

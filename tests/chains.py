@@ -87,6 +87,8 @@ TWO = (2, 2)
 SHAPES: dict[str, Shape] = {
     "conv": Shape((Conv(1, 2),)),
     "conv_asymmetric": Shape((Conv(1, 2, (1, 3), (2, 1), (0, 2)),)),
+    "conv_identity": Shape((Conv(1, 1),), "identity"),
+    "conv_1x1_identity": Shape((Conv(1, 1, **ONE),), "identity"),
     "conv_residual": Shape((Conv(1, 2),), "tensor"),
     "no_conv": Shape((None,)),
     "no_conv_residual": Shape((None,), "tensor"),

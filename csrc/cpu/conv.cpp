@@ -68,7 +68,6 @@ std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& wei
     const int64_t C = x.size(1), K = weight.size(0), M = x.numel() / C;
     const at::ScalarType dtype = x.scalar_type();
     const Tensor y = at::empty({x.size(0), K, x.size(2), x.size(3)}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
-    prefer_huge_pages(y);
     const Tensor x2d = rows_of(x), y2d = rows_of(y), wt = weight.view({K, C}).to(compute).t();
     const int64_t slice = std::min(M, slice_rows(C + K, y.element_size()));
     const auto options = x.options().dtype(compute);
@@ -224,7 +223,6 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
     if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups)) {
         const Tensor y = at::empty({x.size(0), weight.size(0), x.size(2) + 2 * padding[0] - 2, x.size(3) + 2 * padding[0] - 2},
                                    x.options().memory_format(at::MemoryFormat::ChannelsLast));
-        prefer_huge_pages(y);
         Args in = prologue.empty() ? raw_args(x) : prologue_args(x, prologue, act, act_param), post = raw_args(y);
         in.y = x.data_ptr();
         post.out = y.data_ptr();

@@ -1,23 +1,9 @@
 #include "launch.h"
 
-#include <ATen/core/grad_mode.h>
-#include <sys/mman.h>
-
 namespace fused_resnet::cpu {
 
-void prefer_huge_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t page = 2 << 20;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(t.data_ptr()) + page - 1) & ~(page - 1);
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) & ~(page - 1);
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 Tensor empty_like(const Tensor& t, at::ScalarType dtype) {
-    Tensor made = at::empty(t.sizes(), t.options().dtype(dtype).memory_format(format_of(t)));
-    prefer_huge_pages(made);
-    return made;
+    return at::empty(t.sizes(), t.options().dtype(dtype).memory_format(format_of(t)));
 }
 
 void set_norm(Affine& to, at::TensorList norm, const Tensor& y) {

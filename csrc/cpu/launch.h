@@ -51,8 +51,6 @@ inline char* bytes(const Tensor& t, int64_t elements = 0) {
     return static_cast<char*>(t.data_ptr()) + elements * t.element_size();
 }
 
-// A hint that pays where a large tensor is new: fewer page faults. Changes nothing else.
-void prefer_huge_pages(const Tensor& t);
 Tensor empty_like(const Tensor& t, at::ScalarType dtype);
 
 // [scale, shift] or [scale, shift, center], contiguous, of the wide dtype.

@@ -169,9 +169,13 @@ def conv_bias_act(
         unary = "relu" if act.name == "relu" else None
         r = residual.to(compute)
         if inplace or r is not residual:
-            y = torch.ops.mkldnn._convolution_pointwise_.binary(r, a, weight.weight, b, *where, "add", 1.0, unary, [], "")
+            y = torch.ops.mkldnn._convolution_pointwise_.binary(
+                r, a, weight.weight, b, *where, "add", 1.0, unary, [], ""
+            )
         else:
-            y = torch.ops.mkldnn._convolution_pointwise.binary(a, r, weight.weight, b, *where, "add", 1.0, unary, [], "")
+            y = torch.ops.mkldnn._convolution_pointwise.binary(
+                a, r, weight.weight, b, *where, "add", 1.0, unary, [], ""
+            )
     fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return y.to(x.dtype).contiguous(memory_format=fmt)
 
@@ -206,9 +210,7 @@ def bn_act_backward(
     dout: Tensor, y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
 ) -> tuple[Tensor, Sums, Sums | None]:
     """See ``Primitives.bn_act_backward``."""
-    dz, s0, s1, s2 = _ops.bn_act_backward(
-        dout, y, _triple(norm), *_act(act), residual, _triple(residual_norm)
-    )
+    dz, s0, s1, s2 = _ops.bn_act_backward(dout, y, _triple(norm), *_act(act), residual, _triple(residual_norm))
     return dz, Sums(s0, s1), Sums(s0, s2) if residual_norm is not None else None
 
 
@@ -241,7 +243,9 @@ def conv_backward(
 
 def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
     """See ``Primitives.bn_act_max_pool``."""
-    out: tuple[Tensor, Tensor] = _ops.bn_act_max_pool(y, _pair(norm), *_act(act), pool.kernel, pool.stride, pool.padding)
+    out: tuple[Tensor, Tensor] = _ops.bn_act_max_pool(
+        y, _pair(norm), *_act(act), pool.kernel, pool.stride, pool.padding
+    )
     return out
 
 

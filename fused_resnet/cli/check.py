@@ -49,7 +49,11 @@ class Result:
         if self.problem:
             return found | {"problem": self.problem}
         failed = [f.to_json() for f in self.findings if not f.ok]
-        return found | {"compared": len(self.findings), "worst": validate.worst(self.findings).to_json(), "failed": failed}
+        return found | {
+            "compared": len(self.findings),
+            "worst": validate.worst(self.findings).to_json(),
+            "failed": failed,
+        }
 
 
 class _Given(NamedTuple):

@@ -119,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     found["extension"] = found["extension"] or {}
     for part, entries in found.items():
-        rows = [(key, _text(value)) for key, value in entries.items()] or [("not built", "pure Python: slower on a CPU")]
+        rows = [(key, _text(value)) for key, value in entries.items()] or [
+            ("not built", "pure Python: slower on a CPU")
+        ]
         out.print(table(part, ("", ""), rows, left=2))
     if args.json:
         write_json(args.json, found)

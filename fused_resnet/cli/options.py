@@ -43,9 +43,13 @@ def _check(sub: argparse.ArgumentParser) -> None:
 
 def _bench(sub: argparse.ArgumentParser) -> None:
     _common(sub)
-    sub.add_argument("--preset", choices=("quick", "full"), default="quick", help="quick (default): minutes; full: more")
+    sub.add_argument(
+        "--preset", choices=("quick", "full"), default="quick", help="quick (default): minutes; full: more"
+    )
     sub.add_argument("--batch-size", type=_positive, metavar="N", help="default 8 on a CPU, 256 on a GPU")
-    sub.add_argument("--repeats", type=_positive, metavar="N", help="measure exactly this often (default: by the preset)")
+    sub.add_argument(
+        "--repeats", type=_positive, metavar="N", help="measure exactly this often (default: by the preset)"
+    )
     sub.add_argument("--output", default="bench-report", metavar="FOLDER", help="where the report goes (bench-report)")
     sub.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     sub.add_argument("--no-digits", action="store_true", help="leave out the training on handwritten digits")

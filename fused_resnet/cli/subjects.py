@@ -51,7 +51,7 @@ def _network(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _shape_of(conv: nn.Conv2d) -> str:
-    """"3x3 /2 d2 g32": what of a convolution decides how it is computed, beside its channels."""
+    """ "3x3 /2 d2 g32": what of a convolution decides how it is computed, beside its channels."""
     parts = [f"{conv.kernel_size[0]}x{conv.kernel_size[1]}"]
     parts += [f"/{conv.stride[0]}"] if conv.stride[0] > 1 else []
     parts += [f"d{conv.dilation[0]}"] if conv.dilation[0] > 1 else []
