@@ -18,6 +18,7 @@ from fused_resnet.backends import Case, warn_once
 from fused_resnet.freezing import Frozen, freeze_chain
 from fused_resnet.modules import ChainModules, UnitModules
 from fused_resnet.planner import why
+from fused_resnet.spec import ConvSpec
 
 
 class CannotFuse(Exception):
@@ -348,12 +349,12 @@ def _serving(chain: ChainModules) -> dict[str, str]:
     for unit in chain.all_units:
         if unit.conv is None:
             continue
-        w = unit.conv.weight
+        c, w = unit.conv, unit.conv.weight
+        conv = ConvSpec.make(w.shape, c.stride, c.padding, c.dilation, c.groups, c.bias is not None)
         last = not w.is_contiguous() or w.shape[2:] == (1, 1)
-        case = Case(w.device.type, w.dtype, last, None, (w.shape[2], w.shape[3]))
+        case = Case(w.device.type, w.dtype, last, conv, (w.shape[2], w.shape[3]))
         for primitive in ("conv_stats", "conv_backward"):
-            kernel = f"{primitive} {w.shape[2]}x{w.shape[3]}"
-            served[kernel] = why(primitive, case)[0]
+            served[f"{primitive} {w.shape[2]}x{w.shape[3]}"] = why(primitive, case)[0]
     tail = "bn_act_max_pool" if chain.max_pool is not None else "bn_act"
     for primitive in (tail, f"{tail}_backward"):
         served[primitive] = why(primitive, Case(w.device.type, w.dtype, last))[0]

@@ -21,6 +21,7 @@ Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Call
 class FrozenUnit(nn.Module):
     """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers)."""
 
+    @torch.no_grad()
     def __init__(self, unit: UnitModules, act: Act, dtype: torch.dtype) -> None:
         super().__init__()
         u = unit.unit()

@@ -274,9 +274,7 @@ def reduction(chain: Chain) -> int:
     return max(counts + taps)
 
 
-def statistics(
-    chain: Chain, params: Sequence[Tensor], outs: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor] | None]:
+def statistics(chain: Chain, params: Sequence[Tensor], outs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
     """(mean, variance) per unit out of the chain operator's outputs, None where running ones served.
 
     The operator leaves a convolution's bias out of y; it belongs to the mean.
@@ -293,8 +291,7 @@ def run(chain: Chain, t: Tensors, op: object = None) -> dict[str, Tensor]:
     """out, statistics and every gradient, by name, of the operator or of ``op(x, residual, params, spec)``."""
     leaves = t.map(lambda v: v.detach())
     inputs = [
-        None if v is None else v.requires_grad_(need)
-        for v, need in zip(leaves.inputs, learnable(chain), strict=True)
+        None if v is None else v.requires_grad_(need) for v, need in zip(leaves.inputs, learnable(chain), strict=True)
     ]
     if op is None:
         outs = torch.ops.fused_resnet.chain(inputs[0], inputs[1], inputs[2:], chain.text)

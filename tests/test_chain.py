@@ -171,7 +171,9 @@ def test_nothing_given_is_touched(backend: str, shape: str, layout: str) -> None
         first, second = (torch.autograd.grad(out, wanted, dout, retain_graph=True) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         assert torch.equal(out, kept)
-        assert all(torch.equal(a, b) for a, b in zip(bits, [v for v in (*t.inputs, dout) if v is not None], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(bits, [v for v in (*t.inputs, dout) if v is not None], strict=True)
+        )
 
 
 @pytest.mark.parametrize("shape", ["basic_projection", "bottleneck", "stem", "no_conv_residual", "grouped"])

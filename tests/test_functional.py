@@ -82,9 +82,7 @@ def plain(c: Case) -> Tensor:
     def normalised(h: Tensor, u: Unit) -> Tensor:
         if u.weight is not None:
             h = F.conv2d(h, u.weight, u.bias, u.stride, u.padding, u.dilation, u.groups)
-        return F.batch_norm(
-            h, u.running_mean, u.running_var, u.bn_weight, u.bn_bias, u.training, u.momentum, u.eps
-        )
+        return F.batch_norm(h, u.running_mean, u.running_var, u.bn_weight, u.bn_bias, u.training, u.momentum, u.eps)
 
     h = c.x
     for i, u in enumerate(c.units):
@@ -611,9 +609,7 @@ def test_nan_survives_relu_and_max_pool(backend: str) -> None:
         x[0, 1, place // 3, place % 3] = math.nan
         want = torch.conv2d(x, weight).amax((2, 3)).isnan()
         for w in (weight, weight.clone().requires_grad_()):  # inference, training graph
-            out = fr.conv_bn_act(
-                x, w, torch.ones(3), torch.zeros(3), mean, var, act="relu", max_pool=PoolSpec.make(3)
-            )
+            out = fr.conv_bn_act(x, w, torch.ones(3), torch.zeros(3), mean, var, act="relu", max_pool=PoolSpec.make(3))
             assert torch.equal(out.flatten(1).isnan(), want), f"place {place}, gradient {w.requires_grad}"
 
 
@@ -663,7 +659,9 @@ def test_double_backward(backend: str, kind: str, training: bool) -> None:
     case = {
         "block": lambda: Case(x, units, shortcut="identity"),
         "projection": lambda: Case(x, units, shortcut=in_float64(unit(4, 4, 1, act=None, training=training))),
-        "no_conv": lambda: Case(x, [in_float64(unit(None, 4, training=training))], residual=x.detach().requires_grad_()),
+        "no_conv": lambda: Case(
+            x, [in_float64(unit(None, 4, training=training))], residual=x.detach().requires_grad_()
+        ),
         "stem": lambda: Case(x, units[:1], max_pool=PoolSpec.make(3, 2, 1), recompute=True),
         "shared": lambda: Case(x, [in_float64(unit(None, 4, training=training))]),
         "twice": lambda: Case(x, [in_float64(unit(4, 4, training=training)) for _ in range(2)]),

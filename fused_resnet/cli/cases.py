@@ -1,14 +1,16 @@
-"""One case of the benchmark, a model x mode x dtype: validate every variant, then measure those that hold, interleaved."""
+"""One case of the benchmark, a model x mode x dtype: each variant validated, then measured in turns."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fused_resnet as fr
 from fused_resnet import models
@@ -112,11 +114,12 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             model: nn.Module = getattr(models, name)(fused=False)
-        model = model.to(settings.device, memory_format=torch.channels_last)
+        model = validate.in_layout(model.to(settings.device), torch.channels_last)
         few = self.x[:VALIDATED_IMAGES]
         validate.randomise(model, few, generator)
         self.model = model
-        truth = copy.deepcopy(model).double().to(memory_format=torch.contiguous_format)  # faster in float64 on a CPU
+        # contiguous: faster in float64 on a CPU
+        truth = validate.in_layout(copy.deepcopy(model).double(), torch.contiguous_format)
         wide = few.double().contiguous()
         with torch.no_grad():
             out = copy.deepcopy(truth).eval()(wide)
@@ -141,56 +144,51 @@ class Subject:
         return str(fr.explain(fr.fuse(copy.deepcopy(self.model))))
 
 
-def _validate(subject: Subject, variant: Variant, row: Row, mode: str, dtype: torch.dtype, plain: Tensors) -> Tensors:
-    """Fills in the row's error against float64; marks it failed where the rule does not hold."""
-    got = subject.run(variant, mode)
-    findings = validate.compare(got, plain or got, subject.ref[mode], dtype, relus=subject.relus)
-    row.error, row.worst = dict(validate.summary(findings)), validate.worst(findings)
-    if not row.worst.ok:
-        row.status, row.note = "failed", f"not timed, as it does not compute what plain PyTorch does: {row.worst}"
-    return got
+def _build(name: str, subject: Subject, train: bool, dtype: torch.dtype, budget: CompileBudget | None) -> Variant:
+    model = copy.deepcopy(subject.model)
+    if name == "plain":
+        return variants.plain(model, subject.x, train, dtype)
+    if name == "fused":
+        return variants.fused(model, subject.x, train, dtype)
+    if budget is None:
+        raise Skipped("not compiled: --no-compile")
+    budget.check(model, train)
+    return variants.compiled(model, subject.x, train, dtype)
 
 
 def _variants(
     subject: Subject, case: Case, dtype: torch.dtype, budget: CompileBudget | None
 ) -> Iterator[tuple[Variant, Row]]:
     """Builds and validates each variant; appends its row to the case, yields those that may be timed."""
-    train, x = case.mode == "training", subject.x
-    whole_batch = len(x) <= VALIDATED_IMAGES  # else a compiled model would be compiled again for another batch size
-    expected: Tensors = {}
+    train = case.mode == "training"
+    plain: Tensors = {}
     for name in variants.VARIANTS:
         row = Row(name)
         case.rows.append(row)
+        compiles = name == "compile"
         try:
-            model = copy.deepcopy(subject.model)
-            if name == "plain":
-                variant = variants.plain(model, x, train, dtype)
-            elif name == "fused":
-                variant = variants.fused(model, x, train, dtype)
-            elif budget is None:
-                raise Skipped("not compiled: --no-compile")
-            else:
-                budget.check(model, train)
-                variant = variants.compiled(model, x, train, dtype)
-                before = budget.spent_s
-                first: Callable[[], Any] = (
-                    (lambda v=variant, r=row: _validate(subject, v, r, case.mode, dtype, expected))
-                    if whole_batch
-                    else (lambda v=variant: v.train(subject.labels) if train else v.infer())
-                )
-                budget.first_call(first, model, train)
-                variant.note = f"compiled in {budget.spent_s - before:.0f} s"
+            variant = _build(name, subject, train, dtype, budget)
+            row.note = variant.note
+            before = budget.spent_s if budget else 0.0
+            with budget.compiling(variant.model, train) if compiles and budget else nullcontext():
+                if compiles and len(variant.x) > VALIDATED_IMAGES:  # for fewer it would be compiled once more
+                    variant.train(subject.labels) if train else variant.infer()
+                else:
+                    got = subject.run(variant, case.mode)
+                    plain = plain or got
+                    findings = validate.compare(got, plain, subject.ref[case.mode], dtype, relus=subject.relus)
+                    row.error, row.worst = dict(validate.summary(findings)), validate.worst(findings)
         except Skipped as reason:
             row.status, row.note = "skipped", str(reason)
             continue
-        if name != "compile":
-            got = _validate(subject, variant, row, case.mode, dtype, expected)
-            expected = expected or got
-        elif row.status == "failed":  # somebody else's numbers: reported, and timed all the same
-            row.status, variant.note = "measured", f"{variant.note}; beyond our bound: {row.worst}"
-        if row.status == "measured":
-            row.note = variant.note
-            yield variant, row
+        if compiles and budget:
+            row.note = f"compiled in {budget.spent_s - before:.0f} s"
+        if row.worst is not None and not row.worst.ok:
+            if not compiles:
+                row.status, row.note = "failed", f"not timed, its numbers are wrong: {row.worst}"
+                continue
+            row.note += f"; beyond our bound: {row.worst}"  # somebody else's numbers: reported, and timed all the same
+        yield variant, row
 
 
 def run_case(
@@ -205,17 +203,14 @@ def run_case(
     s = subject.settings
     case = Case(subject.name, mode, dtype, s.batch_size)
     ready = list(_variants(subject, case, validate.DTYPES[dtype], budget))
-    steps: dict[str, measure.Step] = {}
+    steps: dict[str, Callable[[], object]] = {}
     for variant, row in ready:
+        step = partial(variant.train, subject.labels) if mode == "training" else variant.infer
+        step()  # from now on the optimizer's state is there, and weights are packed
         if mode == "training":
-            step = lambda v=variant: v.train(subject.labels)  # noqa: E731
-            step()  # the optimizer's state is there from now on
-            tensors = [*variant.model.parameters(), *variant.model.buffers()]
-            row.saved_bytes = measure.saved_bytes(lambda v=variant: v.loss(subject.labels), tensors)  # type: ignore[misc]
+            existing = [*variant.model.parameters(), *variant.model.buffers()]
+            row.saved_bytes = measure.saved_bytes(partial(variant.loss, subject.labels), existing)
             variant.model.zero_grad(set_to_none=True)
-        else:
-            step = variant.infer
-            step()
         row.peak_bytes = measure.peak_bytes(step, s.device)
         steps[variant.name] = step
     times = measure.interleaved(steps, s.device, repeats=s.repeats, budget_s=s.case_budget_s, tick=tick)

@@ -142,7 +142,7 @@ class _Checker:
         given = self.at(dtype)
         wide = torch.float64 if exactly else torch.float32  # of parameters, and of a network's images
         layout = torch.contiguous_format if exactly else torch.channels_last
-        plain = copy.deepcopy(given.truth).to(wide).to(memory_format=layout)
+        plain = validate.in_layout(copy.deepcopy(given.truth).to(wide), layout)
         x = given.x.to(wide if whole else dtype, memory_format=layout)
         expected = given.ref if exactly else _all_runs(plain, x, given.dout, dtype)
         fused = fr.fuse(copy.deepcopy(plain))

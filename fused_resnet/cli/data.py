@@ -19,8 +19,8 @@ STD = (0.229, 0.224, 0.225)
 def photographs(batch_size: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Random crops of china.jpg and flower.jpg in turn, as a training pipeline for ImageNet makes them.
 
-    Each crop covers 20 to 100 % of its photograph at an aspect ratio of 3/4 to 4/3, is mirrored half of the time, resized
-    with antialiasing and normalised.
+    Each crop covers 20 to 100 % of its photograph at an aspect ratio of 3/4 to 4/3, is mirrored half of the time,
+    resized with antialiasing and normalised.
 
     Returns:
         Images [batch_size, 3, size, size], float32, channels_last, on the CPU; and labels [batch_size], the index of
@@ -50,7 +50,7 @@ def photographs(batch_size: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Digits(NamedTuple):
-    """Handwritten digits, [N, 1, 16, 16] float32 normalised, and which they are, [N]: four fifths to train, one to test."""
+    """Handwritten digits, [N, 1, 16, 16] float32 normalised, and which they are, [N]; four fifths are to train on."""
 
     train_x: Tensor
     train_y: Tensor

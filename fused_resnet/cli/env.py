@@ -15,8 +15,8 @@ import fused_resnet as fr
 from fused_resnet.cli.console import console, table, write_json
 
 # Instructions that decide how fast a convolution can be, as /proc/cpuinfo spells them.
-_ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16")
-_ISA += ("asimd", "bf16", "i8mm", "sve")
+_X86 = ["avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16"]
+_ISA = [*_X86, "asimd", "bf16", "i8mm", "sve"]
 
 
 def _proc(path: str, key: str) -> str:

@@ -2,9 +2,9 @@
 
 The truth is the plain model in float64. Two rules:
 
-    elementwise   |got - ref| <= sqrt(K) * (atol * rms(ref) + rtol * |ref|), torch.testing's atol and rtol for the dtype,
-                  K the longest sum behind a value (``reduction_length``). For float64, and for single blocks in float32,
-                  whose inputs are drawn so that no value lies at a ReLU's kink, where rounding alone decides.
+    elementwise   |got - ref| <= sqrt(K) * (atol * rms(ref) + rtol * |ref|), torch.testing's atol and rtol of the
+                  dtype, K the longest sum behind a value (``reduction_length``). For float64, and for single blocks in
+                  float32, whose inputs are drawn so that no value lies at a ReLU's kink, where rounding alone decides.
     relative      e(got) <= 2 * e(plain in the same dtype) + FLOOR, e = ||. - ref|| / ||ref|| (flash-attention's rule).
                   For 16 bits, and for whole networks in float32. Among the millions of values of a network some do lie
                   at a kink; which of them fall on the wrong side, here and in plain PyTorch, is luck. Each one changes
@@ -116,7 +116,7 @@ def worst(findings: Iterable[Finding]) -> Finding:
 
 
 def reduction_length(model: nn.Module, x: Tensor) -> int:
-    """K: the longest sum behind any value: fprop over C/g*kH*kW, dgrad over K/g*kH*kW, statistics and wgrad over N*H*W."""
+    """K: the longest sum behind any value: fprop's C/g*kH*kW, dgrad's K/g*kH*kW, the statistics' and wgrad's N*H*W."""
     longest = x.numel() // x.shape[1]
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
@@ -125,6 +125,11 @@ def reduction_length(model: nn.Module, x: Tensor) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- running a model
+def in_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """``model`` with its weights in a memory format (of which torch's type stubs know nothing)."""
+    return model.to(memory_format=layout)  # type: ignore[call-overload]
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """``torch.autocast`` for 16-bit dtypes, nothing for None and the others."""
     if dtype in (torch.bfloat16, torch.float16):
@@ -205,7 +210,7 @@ def exact(shape: Iterable[int], generator: torch.Generator, mean: float = 0.0, s
 
 
 def relu_inputs(plain: nn.Module, x: Tensor) -> list[tuple[int, float]]:
-    """(number of values, smallest |z|) of what comes before each ReLU of a plain model, in eval and in training mode."""
+    """(number of values, smallest |z|) of what comes before each ReLU of a plain model, in eval and training mode."""
     plain = copy.deepcopy(plain)
     found: list[tuple[int, float]] = []
     for m in plain.modules():
@@ -241,7 +246,7 @@ def is_gradient(name: str) -> bool:
 
 
 def summary(findings: Iterable[Finding]) -> Mapping[str, float]:
-    """Root mean square of the relative errors by kind: {"out", "gradients", "statistics"}, kinds that are there only."""
+    """Root mean square of the relative errors by kind: of "out", "gradients", "statistics" those that are there."""
     kinds: dict[str, list[float]] = {}
     for f in findings:
         kind = "out" if f.name == "out" else "gradients" if is_gradient(f.name) else "statistics"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ class Variant:
 
     Attributes:
         name: one of ``VARIANTS``. model: owns the parameters. forward: the model or its compiled form.
-        x: the images in the dtype that it takes. autocast: the dtype under which it runs, or None. note: for the reader.
+        x: the images in the dtype that it takes. autocast: the dtype under which it runs, or None.
+        note: for the reader.
     """
 
     name: str
@@ -117,17 +118,18 @@ class CompileBudget:
             budget = f"of {self.limit_s:.0f} s for compilation {self.spent_s:.0f} are spent"
             raise Skipped(f"not compiled: would take about {expected:.0f} s, and {budget} (--preset full compiles all)")
 
-    def first_call(self, call: Callable[[], Any], model: nn.Module, train: bool) -> Any:
-        """Runs ``call``, in which the compilation happens, and takes note of how long it took.
+    @contextmanager
+    def compiling(self, model: nn.Module, train: bool) -> Iterator[None]:
+        """Takes note of how long it takes what is done in here.
 
         Raises:
-            Skipped: torch.compile failed (no compiler on this machine, say).
+            Skipped: it failed (no compiler on this machine, say).
         """
         start = time.perf_counter()
         try:
-            return call()
+            yield
         except Exception as error:  # inductor's own, the compiler's, the backend's: they share no class
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
             raise Skipped(f"torch.compile failed: {type(error).__name__}: {lines[0]}") from error
         finally:
             self.spent_s += time.perf_counter() - start

@@ -1,0 +1,139 @@
+// 64-byte vectors of the compiler's own: element types in memory, lanes in float or double, exp. Included after a file's
+// `#pragma GCC target`; includes no header of the standard library, whose code, compiled here, could be linked elsewhere.
+#pragma once
+
+#include "kernels.h"
+
+typedef float F32 __attribute__((vector_size(64)));
+typedef double F64 __attribute__((vector_size(64)));
+typedef int32_t I32 __attribute__((vector_size(64)));
+typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef uint16_t U16 __attribute__((vector_size(32)));
+typedef _Float16 F16 __attribute__((vector_size(32)));
+
+namespace fused_resnet {
+
+// exp to about 1 ulp: x = n ln2 + r, |r| <= ln2/2, a polynomial in r (Cephes expf), times 2^n in two steps.
+template <>
+struct Exponential<F32> {
+    static FR_INLINE F32 of(F32 x) {
+        const F32 lo = F32{} - 104.f, hi = F32{} + 89.f;
+        const F32 x0 = x < lo ? lo : (x > hi ? hi : x);  // NaN stays
+        const F32 magic = F32{} + 12582912.f;            // 1.5 * 2^23: adding it rounds to an integer
+        const F32 n = (x0 * 1.44269504088896341f + magic) - magic;
+        const F32 r = x0 - n * 0.693359375f - n * -2.12194440e-4f;
+        F32 q = F32{} + 1.9875691500e-4f;
+        q = q * r + 1.3981999507e-3f;
+        q = q * r + 8.3334519073e-3f;
+        q = q * r + 4.1665795894e-2f;
+        q = q * r + 1.6666665459e-1f;
+        q = q * r + 5.0000001201e-1f;
+        q = q * r * r + r + 1.f;
+        const I32 k = __builtin_convertvector(n == n ? n : F32{}, I32), half = k >> 1;
+        return q * (F32)((half + 127) << 23) * (F32)((k - half + 127) << 23);
+    }
+};
+template <>
+struct Exponential<F64> {
+    static FR_INLINE F64 of(F64 x) {
+        for (int i = 0; i < 8; i++) x[i] = __builtin_exp(x[i]);
+        return x;
+    }
+};
+
+}  // namespace fused_resnet
+
+namespace {
+
+using namespace fused_resnet;
+using namespace fused_resnet::cpu;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class T>
+struct Lanes {  // of a tensor's element type: the vector it is computed in
+    using vector = F32;
+    using scalar = float;
+};
+template <>
+struct Lanes<double> {
+    using vector = F64;
+    using scalar = double;
+};
+
+FR_INLINE F32 widen(U16 raw, bf16) { return (F32)(__builtin_convertvector(raw, U32) << 16); }
+FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_convertvector((F16)raw, F32); }
+FR_INLINE U16 narrow(F32 v, bf16) {  // to nearest, ties to even; NaN stays NaN
+    const U32 u = (U32)v;
+    const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const U32 nan = U32{} + 0x7fc0u;
+    return __builtin_convertvector((u & 0x7fffffffu) > (U32{} + 0x7f800000u) ? nan : rounded, U16);
+}
+FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_convertvector(v, F16); }
+
+// n of the vector's lanes from p, the others 0.
+template <class V, class T>
+FR_INLINE V load(const T* p, int n) {
+    constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+    if constexpr (sizeof(T) == sizeof(V{}[0])) {
+        V v{};
+        if (n == lanes) __builtin_memcpy(&v, p, sizeof v);
+        else __builtin_memcpy(&v, p, n * sizeof(T));
+        return v;
+    } else {
+        U16 raw{};
+        if (n == lanes) __builtin_memcpy(&raw, p, sizeof raw);
+        else __builtin_memcpy(&raw, p, n * sizeof(T));
+        return widen(raw, T{});
+    }
+}
+
+template <class V, class T>
+FR_INLINE void store(T* p, V v, int n) {
+    constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
+    if constexpr (sizeof(T) == sizeof(V{}[0])) {
+        if (n == lanes) __builtin_memcpy(p, &v, sizeof v);
+        else __builtin_memcpy(p, &v, n * sizeof(T));
+    } else {
+        const U16 raw = narrow(v, T{});
+        if (n == lanes) __builtin_memcpy(p, &raw, sizeof raw);
+        else __builtin_memcpy(p, &raw, n * sizeof(T));
+    }
+}
+
+FR_INLINE double total(F64 v, int n) {
+    double s = 0;
+    for (int i = 0; i < n; i++) s += v[i];
+    return s;
+}
+FR_INLINE float total(F32 v, int n) {
+    float s = 0;
+    for (int i = 0; i < n; i++) s += v[i];
+    return s;
+}
+
+// A per-channel vector at channel c: lanes are channels (channels_last) or one channel repeated (NCHW).
+template <class V, class S>
+FR_INLINE V at(const void* p, int64_t c, int n, bool plane) {
+    const S* q = static_cast<const S*>(p) + c;
+    return plane ? V{} + *q : load<V>(q, n);
+}
+
+template <class T>
+FR_INLINE typename Lanes<T>::vector z_at(const Args& a, typename Lanes<T>::vector y, int64_t off, int64_t c, int n) {
+    using V = typename Lanes<T>::vector;
+    using S = typename Lanes<T>::scalar;
+    const bool plane = a.layout.plane;
+    V z = affine(y, at<V, S>(a.norm.scale, c, n, plane), at<V, S>(a.norm.shift, c, n, plane));
+    if (a.residual) {
+        const V r = load<V>(static_cast<const T*>(a.residual) + off, n);
+        z = z + (a.residual_norm.scale ? affine(r, at<V, S>(a.residual_norm.scale, c, n, plane),
+                                                at<V, S>(a.residual_norm.shift, c, n, plane))
+                                       : r);
+    }
+    return z;
+}
+
+}  // namespace

@@ -1,0 +1,126 @@
+"""The benchmark's pictures, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fused_resnet.cli.variants import TITLES, VARIANTS
+
+COLOURS = {"plain": "#9aa0a6", "compile": "#4c78a8", "fused": "#e4572e"}
+Report = dict[str, Any]
+
+
+def _panels(report: Report, modes: Sequence[str]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(model, mode, its cases, one per dtype), one per panel."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in report["cases"]:
+        if case["mode"] in modes:
+            found.setdefault((case["model"], case["mode"]), []).append(case)
+    return [(*key, cases) for key, cases in found.items()]
+
+
+def _bars(
+    report: Report,
+    modes: Sequence[str],
+    label: str,
+    value: Callable[[dict[str, Any]], tuple[float, float, float] | None],
+) -> Figure | None:
+    """One panel per model and mode, a group of bars per dtype; ``value`` gives a row's (height, low, high) or None."""
+    panels = _panels(report, modes)
+    if not panels:
+        return None
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.1 * columns, 3.0 * lines + 0.5), layout="constrained")
+    for i, (model, mode, cases) in enumerate(panels):
+        ax: Axes = figure.add_subplot(lines, columns, i + 1)
+        for j, variant in enumerate(VARIANTS):
+            for k, case in enumerate(cases):
+                row = next((r for r in case["variants"] if r["variant"] == variant), None)
+                found = value(row) if row is not None and row["status"] == "measured" else None
+                if found is None:
+                    continue
+                height, low, high = found
+                error = [[max(0.0, height - low)], [max(0.0, high - height)]]
+                at = k + (j - 1) * 0.27
+                ax.bar(at, height, 0.25, color=COLOURS[variant], yerr=error, ecolor="#202124", capsize=2)
+                ax.annotate(f"{height:.3g}", (at, high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        ax.set_xticks(range(len(cases)), [case["dtype"] for case in cases])
+        ax.set_title(f"{model}, {mode}", fontsize=10)
+        ax.set_ylabel(label if i % columns == 0 else "")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(y=0.15)
+    handles = [Axes.bar(ax, 0, 0, color=COLOURS[v], label=TITLES[v]) for v in VARIANTS]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _throughput(row: dict[str, Any]) -> tuple[float, float, float]:
+    q = row["images_per_s"]
+    return q["median"], q["p20"], q["p80"]
+
+
+def _saved(row: dict[str, Any]) -> tuple[float, float, float] | None:
+    value = row.get("saved_bytes_per_image")
+    return (value / 1e6,) * 3 if value else None
+
+
+def _peak(row: dict[str, Any]) -> tuple[float, float, float] | None:
+    value = row.get("peak_bytes")
+    return (value / 1e6,) * 3 if value else None
+
+
+def _losses(digits: Report) -> Figure:
+    """Both loss curves, smoothed a little over the steps' own."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    ax = figure.add_subplot()
+    for training, style in zip(digits["trainings"], ("-", "--"), strict=True):
+        losses, colour = training["losses"], COLOURS[training["variant"]]
+        smooth = [sum(losses[max(0, i - 8) : i + 1]) / len(losses[max(0, i - 8) : i + 1]) for i in range(len(losses))]
+        ax.plot(losses, color=colour, alpha=0.25, linewidth=0.8)
+        name = f"{training['variant']}: {100 * training['accuracy']:.1f} % of the test digits right"
+        ax.plot(smooth, color=colour, linestyle=style, label=name)
+    ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel("cross-entropy")
+    ax.set_title("ResNet-20 on handwritten digits, same seed (thin: each step; thick: mean of nine)", fontsize=10)
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw(report: Report, folder: Path) -> dict[str, str]:
+    """Writes every picture that the report has numbers for.
+
+    Returns:
+        File name in ``folder`` -> caption.
+    """
+    figures = {
+        "throughput.png": (
+            _bars(report, ("inference", "training"), "images/s", _throughput),
+            "Images per second: median of all rounds, whiskers from the 20th to the 80th percentile. Higher is better.",
+        ),
+        "saved.png": (
+            _bars(report, ("training",), "MB per image", _saved),
+            "Kept for the backward pass, MB per image, without parameters. Lower is better.",
+        ),
+        "peak.png": (
+            _bars(report, ("inference", "training"), "MB", _peak),
+            "Peak memory of one step above the model and its images, MB. Lower is better.",
+        ),
+        "digits.png": (
+            _losses(report["digits"]) if report["digits"] else None,
+            "A whole training, fused beside plain, from the same seed.",
+        ),
+    }
+    written = {}
+    for name, (figure, caption) in figures.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=130)
+            written[name] = caption
+    return written

@@ -1,0 +1,258 @@
+"""Every wrong argument is answered by an error that names it, what came and what was expected, and changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import BackendUnavailable, use_backend
+from fused_resnet.functional import Unit, bn_act, conv_bn_act, residual_chain
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec
+
+Call = Callable[[dict[str, Tensor]], Any]
+
+
+def statistics() -> dict[str, Tensor]:
+    """Running statistics of 4 and of 6 channels, which no failing call may touch."""
+    torch.manual_seed(0)
+    found = {f"mean{c}": torch.randn(c) for c in (4, 6)}
+    return found | {f"var{c}": torch.rand(c) + 0.5 for c in (4, 6)}
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape or (2, 4, 5, 5), dtype=dtype)
+
+
+def w(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape or (6, 4, 3, 3), dtype=dtype)
+
+
+def conv(**changes: Any) -> Call:
+    """conv_bn_act in training on [2, 4, 5, 5] with a [6, 4, 3, 3] kernel, but for what is changed."""
+
+    def call(s: dict[str, Tensor]) -> Any:
+        given = {"x": x(), "weight": w(), "bn_weight": torch.ones(6), "bn_bias": torch.zeros(6), "training": True}
+        given |= {"running_mean": s["mean6"], "running_var": s["var6"]}
+        return conv_bn_act(**given | changes)
+
+    return call
+
+
+def norm(**changes: Any) -> Call:
+    """bn_act in training on [2, 4, 5, 5], but for what is changed."""
+
+    def call(s: dict[str, Tensor]) -> Any:
+        given = {"x": x(), "bn_weight": torch.ones(4), "bn_bias": torch.zeros(4), "training": True}
+        given |= {"running_mean": s["mean4"], "running_var": s["var4"]}
+        return bn_act(**given | changes)
+
+    return call
+
+
+def unit(s: dict[str, Tensor], cin: int, cout: int, **changes: Any) -> Unit:
+    given = {"weight": w(cout, cin, 3, 3), "padding": 1, "training": True}
+    given |= {"running_mean": s[f"mean{cout}"], "running_var": s[f"var{cout}"]}
+    return Unit(**given | changes)
+
+
+def chain(
+    first: dict[str, Any] | None = None,
+    second: dict[str, Any] | None = None,
+    shortcut: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Call:
+    """A BasicBlock 4 -> 6 -> 4 (with ``shortcut``, a projected 4 -> 4 -> 6), but for what is changed."""
+
+    def call(s: dict[str, Tensor]) -> Any:
+        ends = (6, 4) if shortcut is None else (4, 6)
+        units = [unit(s, 4, ends[0], **first or {}), unit(s, ends[0], ends[1], **second or {})]
+        given: dict[str, Any] = {"x": x(), "units": units}
+        if shortcut is not None:
+            given["shortcut"] = unit(s, 4, 6, **{"weight": w(6, 4, 1, 1), "padding": 0, "act": None} | shortcut)
+        return residual_chain(**given | changes)
+
+    return call
+
+
+class Bad(NamedTuple):
+    """A call, the error, and what its message says: the argument, then every word of what came and what was expected."""
+
+    call: Call
+    error: type[Exception]
+    argument: str
+    says: tuple[str, ...]
+
+
+META = torch.empty(4, device="meta")
+BAD: dict[str, Bad] = {
+    # x
+    "x_none": Bad(conv(x=None), TypeError, "x", ("Tensor", "NoneType")),
+    "x_list": Bad(conv(x=[[1.0]]), TypeError, "x", ("Tensor", "list")),
+    "x_numpy": Bad(conv(x=x().numpy()), TypeError, "x", ("Tensor", "ndarray")),
+    "x_3d": Bad(conv(x=x(4, 5, 5)), ValueError, "x", ("4 dimensions", "(4, 5, 5)")),
+    "x_5d": Bad(norm(x=x(1, 2, 4, 5, 5)), ValueError, "x", ("4 dimensions", "(1, 2, 4, 5, 5)")),
+    "x_0d": Bad(norm(x=torch.tensor(1.0)), ValueError, "x", ("4 dimensions", "()")),
+    "x_int": Bad(conv(x=x(dtype=torch.int64)), TypeError, "x", ("float32", "int64")),
+    "x_uint8": Bad(norm(x=x(dtype=torch.uint8)), TypeError, "x", ("float32", "uint8")),
+    "x_bool": Bad(conv(x=x(dtype=torch.bool)), TypeError, "x", ("float32", "bool")),
+    "x_complex": Bad(norm(x=x(dtype=torch.complex64)), TypeError, "x", ("float32", "complex64")),
+    "x_float8": Bad(conv(x=x().to(torch.float8_e4m3fn)), TypeError, "x", ("float32", "float8_e4m3fn")),
+    "x_sparse": Bad(norm(x=x().to_sparse()), TypeError, "x", ("dense", "sparse_coo")),
+    "x_mkldnn": Bad(conv(x=x().to_mkldnn()), TypeError, "x", ("dense", "mkldnn")),
+    "x_on_another_device": Bad(conv(x=x().to("meta")), ValueError, "weight", ("meta", "cpu")),
+    "x_no_channels": Bad(norm(x=x(2, 0, 5, 5)), ValueError, "bn_weight", ("(0,)", "(4,)")),
+    # weight
+    "weight_none": Bad(conv(weight=None), TypeError, "weight", ("Tensor", "NoneType")),
+    "weight_2d": Bad(conv(weight=w(6, 4)), ValueError, "weight", ("4 dimensions", "(6, 4)")),
+    "weight_5d": Bad(conv(weight=w(6, 4, 3, 3, 3)), ValueError, "weight", ("4 dimensions", "(6, 4, 3, 3, 3)")),
+    "weight_int": Bad(conv(weight=w(dtype=torch.int32)), TypeError, "weight", ("float32", "int32")),
+    "weight_other_dtype": Bad(conv(weight=w(dtype=torch.float64)), TypeError, "weight", ("float32", "float64")),
+    "weight_other_16_bit": Bad(
+        conv(x=x(dtype=torch.bfloat16), weight=w(dtype=torch.float16)), TypeError, "weight", ("bfloat16", "float16")
+    ),
+    "weight_other_device": Bad(conv(weight=w().to("meta")), ValueError, "weight", ("cpu", "meta")),
+    "weight_channels": Bad(conv(weight=w(6, 3, 3, 3)), ValueError, "weight", ("4 input channels", "(6, 3, 3, 3)")),
+    "weight_channels_of_groups": Bad(
+        conv(groups=2), ValueError, "weight", ("4 input channels", "(6, 4, 3, 3)", "groups 2")
+    ),
+    "weight_no_kernel": Bad(conv(weight=w(6, 4, 0, 3)), ValueError, "weight", ("at least 1x1", "(6, 4, 0, 3)")),
+    "weight_no_output": Bad(conv(weight=w(0, 4, 3, 3)), ValueError, "weight", ("(0, 4, 3, 3)",)),
+    "weight_larger_than_x": Bad(conv(weight=w(6, 4, 6, 3)), ValueError, "weight", ("(6, 3)", "(5, 5)")),
+    "weight_dilated_beyond_x": Bad(conv(dilation=3), ValueError, "weight", ("dilation (3, 3)", "(5, 5)")),
+    # stride, padding, dilation, groups
+    "stride_zero": Bad(conv(stride=0), ValueError, "stride", (">= 1", "0")),
+    "stride_negative": Bad(conv(stride=(1, -2)), ValueError, "stride", (">= 1", "-2")),
+    "stride_float": Bad(conv(stride=2.0), TypeError, "stride", ("int", "2.0")),
+    "stride_three": Bad(conv(stride=(1, 1, 1)), ValueError, "stride", ("two ints", "3 values")),
+    "stride_empty": Bad(conv(stride=()), ValueError, "stride", ("two ints", "0 values")),
+    "stride_bool": Bad(conv(stride=True), TypeError, "stride", ("int", "True")),
+    "stride_none": Bad(conv(stride=None), TypeError, "stride", ("int", "None")),
+    "stride_text": Bad(conv(stride="22"), TypeError, "stride", ("int", "'22'")),
+    "dilation_zero": Bad(conv(dilation=0), ValueError, "dilation", (">= 1", "0")),
+    "dilation_mixed": Bad(conv(dilation=(1, 1.5)), TypeError, "dilation", ("int", "1.5")),
+    "padding_negative": Bad(conv(padding=-1), ValueError, "padding", (">= 0", "-1")),
+    "padding_word": Bad(conv(padding="foo"), ValueError, "padding", ("'same'", "'valid'", "'foo'")),
+    "padding_same_strided": Bad(conv(padding="same", stride=2), ValueError, "padding", ("stride 1", "(2, 2)")),
+    "padding_same_even": Bad(conv(padding="same", weight=w(6, 4, 2, 2)), ValueError, "padding", ("'same'", "(2, 2)")),
+    "padding_float": Bad(conv(padding=0.5), TypeError, "padding", ("int", "0.5")),
+    "padding_four": Bad(conv(padding=(1, 1, 1, 1)), ValueError, "padding", ("two ints", "4 values")),
+    "groups_zero": Bad(conv(groups=0), ValueError, "groups", ("divisor of the 6", "0")),
+    "groups_negative": Bad(conv(groups=-2), ValueError, "groups", ("divisor of the 6", "-2")),
+    "groups_do_not_divide": Bad(conv(groups=4, weight=w(6, 1, 3, 3)), ValueError, "groups", ("divisor of the 6", "4")),
+    "groups_float": Bad(conv(groups=1.0), TypeError, "groups", ("int", "1.0")),
+    "groups_bool": Bad(conv(groups=True), TypeError, "groups", ("int", "True")),
+    # BatchNorm
+    "one_value_per_channel": Bad(
+        norm(x=x(1, 4, 1, 1)), ValueError, "x", ("more than 1 value per channel", "(1, 4, 1, 1)")
+    ),
+    "one_value_per_channel_after_conv": Bad(
+        conv(x=x(1, 4, 3, 3)), ValueError, "x", ("more than 1 value per channel", "(1, 6, 1, 1)")
+    ),
+    "eps_zero": Bad(norm(eps=0), ValueError, "eps", ("positive", "0")),
+    "eps_negative": Bad(conv(eps=-1e-5), ValueError, "eps", ("positive", "-1e-05")),
+    "eps_infinite": Bad(norm(eps=math.inf), ValueError, "eps", ("positive", "inf")),
+    "eps_nan": Bad(norm(eps=math.nan), ValueError, "eps", ("positive", "nan")),
+    "eps_text": Bad(norm(eps="small"), TypeError, "eps", ("number", "'small'")),
+    "eps_none": Bad(conv(eps=None), TypeError, "eps", ("number", "None")),
+    "eps_tensor": Bad(norm(eps=torch.tensor(1e-5)), TypeError, "eps", ("number", "tensor")),
+    "momentum_large": Bad(norm(momentum=1.5), ValueError, "momentum", ("between 0 and 1", "1.5")),
+    "momentum_negative": Bad(conv(momentum=-0.1), ValueError, "momentum", ("between 0 and 1", "-0.1")),
+    "momentum_nan": Bad(norm(momentum=math.nan), ValueError, "momentum", ("between 0 and 1", "nan")),
+    "momentum_text": Bad(norm(momentum="0.1"), TypeError, "momentum", ("number", "'0.1'")),
+    "momentum_none": Bad(norm(momentum=None), TypeError, "momentum", ("number", "None")),
+    "training_text": Bad(norm(training="yes"), TypeError, "training", ("bool", "'yes'")),
+    "gamma_only": Bad(norm(bn_bias=None), ValueError, "bn_bias", ("bn_weight", "None")),
+    "beta_only": Bad(conv(bn_weight=None), ValueError, "bn_weight", ("bn_bias", "None")),
+    "gamma_length": Bad(conv(bn_weight=torch.ones(5)), ValueError, "bn_weight", ("(6,)", "(5,)")),
+    "gamma_2d": Bad(norm(bn_weight=torch.ones(4, 1)), ValueError, "bn_weight", ("(4,)", "(4, 1)")),
+    "gamma_number": Bad(norm(bn_weight=1.0), TypeError, "bn_weight", ("Tensor", "float")),
+    "gamma_dtype": Bad(norm(bn_weight=torch.ones(4).double()), TypeError, "bn_weight", ("float32", "float64")),
+    "gamma_int": Bad(norm(bn_weight=torch.ones(4).int()), TypeError, "bn_weight", ("float32", "int32")),
+    "gamma_other_device": Bad(norm(bn_weight=META), ValueError, "bn_weight", ("cpu", "meta")),
+    "beta_length": Bad(norm(bn_bias=torch.zeros(1)), ValueError, "bn_bias", ("(4,)", "(1,)")),
+    "mean_length": Bad(norm(running_mean=torch.zeros(5)), ValueError, "running_mean", ("(4,)", "(5,)")),
+    "mean_other_device": Bad(norm(running_mean=META), ValueError, "running_mean", ("cpu", "meta")),
+    "var_dtype": Bad(norm(running_var=torch.ones(4).half()), TypeError, "running_var", ("float32", "float16")),
+    "var_only": Bad(norm(running_mean=None), ValueError, "running_mean", ("running_var", "None")),
+    "mean_only": Bad(conv(running_var=None), ValueError, "running_var", ("running_mean", "None")),
+    "eval_without_statistics": Bad(
+        norm(running_mean=None, running_var=None, training=False),
+        ValueError,
+        "running_mean",
+        ("training=False", "None"),
+    ),
+    # bias, activation, residual, pool
+    "bias_length": Bad(conv(bias=torch.zeros(4)), ValueError, "bias", ("(6,)", "(4,)")),
+    "bias_dtype": Bad(conv(bias=torch.zeros(6).double()), TypeError, "bias", ("float32", "float64")),
+    "bias_number": Bad(conv(bias=0.0), TypeError, "bias", ("Tensor", "float")),
+    "act_unknown": Bad(norm(act="gelu"), ValueError, "act", ("relu", "'gelu'")),
+    "act_case": Bad(conv(act="ReLU"), ValueError, "act", ("relu", "'ReLU'")),
+    "act_function": Bad(norm(act=torch.relu), TypeError, "act", ("name", "relu")),
+    "act_parameter": Bad(norm(act=("leaky_relu", "0.1")), TypeError, "act", ("number", "'0.1'")),
+    "act_parameter_bool": Bad(norm(act=("elu", True)), TypeError, "act", ("number", "True")),
+    "act_three": Bad(norm(act=("elu", 1.0, 2.0)), TypeError, "act", ("pair", "2.0")),
+    "act_list": Bad(norm(act=["relu"]), TypeError, "act", ("name", "['relu']")),
+    "residual_shape": Bad(norm(residual=x(2, 4, 5, 4)), ValueError, "residual", ("(2, 4, 5, 5)", "(2, 4, 5, 4)")),
+    "residual_broadcast": Bad(conv(residual=x(1, 6, 1, 1)), ValueError, "residual", ("(2, 6, 3, 3)", "(1, 6, 1, 1)")),
+    "residual_dtype": Bad(norm(residual=x(dtype=torch.float64)), TypeError, "residual", ("float32", "float64")),
+    "residual_device": Bad(norm(residual=x().to("meta")), ValueError, "residual", ("cpu", "meta")),
+    "residual_number": Bad(norm(residual=1.0), TypeError, "residual", ("Tensor", "float")),
+    "residual_and_pool": Bad(
+        conv(residual=x(2, 6, 3, 3), max_pool=PoolSpec.make(2)), ValueError, "pool", ("shortcut", "tensor")
+    ),
+    "pool_number": Bad(conv(max_pool=3), TypeError, "max_pool", ("PoolSpec", "3")),
+    "pool_larger_than_output": Bad(conv(max_pool=PoolSpec.make(4)), ValueError, "max_pool", ("(4, 4)", "(3, 3)")),
+    "pool_ceil": Bad(conv(max_pool=PoolSpec.make(2, ceil_mode=True)), ValueError, "pool", ("ceil_mode",)),
+    "pool_padding": Bad(lambda s: PoolSpec.make(3, 2, 2), ValueError, "pool padding", ("half", "(3, 3)", "(2, 2)")),
+    "pool_padding_direct": Bad(
+        conv(max_pool=PoolSpec.make(3)._replace(padding=(2, 2)) if hasattr(PoolSpec, "_replace") else None)
+        if hasattr(PoolSpec, "_replace")
+        else lambda s: PoolSpec((3, 3), (2, 2), (2, 2)),
+        ValueError,
+        "pool padding",
+        ("half", "(3, 3)", "(2, 2)"),
+    ),
+    "pool_stride_zero": Bad(lambda s: PoolSpec((3, 3), (0, 2)), ValueError, "pool stride", (">= 1", "0")),
+    "pool_kernel_zero": Bad(lambda s: PoolSpec.make(0), ValueError, "pool kernel", (">= 1", "0")),
+    "pool_window_too_big": Bad(
+        conv(x=x(2, 4, 40, 40), max_pool=PoolSpec.make((16, 17))), ValueError, "pool", ("256", "(16, 17)")
+    ),
+    "recompute_text": Bad(conv(recompute="no"), TypeError, "recompute", ("bool", "'no'")),
+    # residual_chain
+    "units_none": Bad(chain(units=None), ValueError, "units", ("at least one Unit", "None")),
+    "units_empty": Bad(chain(units=[]), ValueError, "units", ("at least one Unit", "[]")),
+    "units_a_unit": Bad(chain(units=Unit(w())), ValueError, "units", ("at least one Unit",)),
+    "units_of_modules": Bad(chain(units=[torch.nn.ReLU()]), TypeError, "units[0]", ("Unit", "ReLU")),
+    "unit_without_conv_inside": Bad(chain(second={"weight": None}), ValueError, "units", ("first",)),
+    "bias_without_conv": Bad(
+        lambda s: residual_chain(x(), [unit(s, 4, 4, weight=None, bias=torch.zeros(4))]), ValueError, "bias", ("None",)
+    ),
+    "second_unit_channels": Bad(
+        chain(second={"weight": w(4, 5, 3, 3)}), ValueError, "weight", ("6 input channels", "(4, 5, 3, 3)", "unit 1")
+    ),
+    "second_unit_statistics": Bad(
+        chain(second={"running_mean": torch.zeros(6), "running_var": torch.ones(6)}),
+        ValueError,
+        "running_mean",
+        ("(4,)", "(6,)", "unit 1"),
+    ),
+    "second_unit_kernel": Bad(
+        chain(first={"stride": 3}, second={"weight": w(4, 6, 5, 5), "padding": 0}),
+        ValueError,
+        "weight",
+        ("(5, 5)", "(2, 2)", "unit 1"),
+    ),
+    "second_unit_eps": Bad(chain(second={"eps": 0.0}), ValueError, "eps", ("positive", "0.0")),
+    "second_unit_momentum": Bad(chain(second={"momentum": 2}), ValueError, "momentum", ("between 0 and 1", "2")),
+    "second_unit_device": Bad(
+        chain(second={"weight": w(4, 6, 3, 3).to("meta")}), ValueError, "weight", ("cpu", "meta")
+    ),
+    "shortcut_unknown": Bad(
+        chain(shortcut=None, **{"x": x()}) if False else chain_with("foo"), ValueError, "shortcut", ()
+    ),
+}

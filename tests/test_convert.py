@@ -1,0 +1,471 @@
+"""fuse, unfuse, explain, freeze: the model stays the user's own, and computes the same numbers."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torchvision_shim import torchvision
+
+import fused_resnet as fr
+from fused_resnet.backends import warn_once
+
+SIZE = 48
+
+
+@pytest.fixture(autouse=True)
+def every_warning():
+    """Warnings that come once per process come once per test."""
+    warn_once.cache_clear()
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """Norms with gamma of both signs and running statistics that are not 0 and 1."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            m.weight.data *= torch.where(torch.rand_like(m.weight) < 0.2, -1.0, 1.0)
+            nn.init.normal_(m.bias, 0.1, 0.2)
+            nn.init.normal_(m.running_mean, 0.0, 0.3)
+            nn.init.uniform_(m.running_var, 0.5, 2.0)
+    return model
+
+
+def images(n: int = 2, channels_last: bool = True) -> torch.Tensor:
+    x = torch.randn(n, 3, SIZE, SIZE) * 1.3 + 0.4
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+def step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.train()
+    model.zero_grad()
+    out = model(x)
+    (out.square().mean() + out.sin().mean()).backward()
+    return out.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach(), b.detach()
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
+
+
+@pytest.fixture(params=["ours", "torchvision"])
+def resnet18(request) -> nn.Module:
+    torch.manual_seed(3)
+    family = fr.models if request.param == "ours" else torchvision.models
+    kwargs = {"fused": False} if request.param == "ours" else {}
+    return prepared(family.resnet18(num_classes=7, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {}),
+        ("resnet50", {}),
+        ("resnext50_32x4d", {}),
+        ("wide_resnet50_2", {"width_per_group": 64}),
+        ("resnet50", {"replace_stride_with_dilation": [False, True, True]}),
+        ("resnet50", {"avg_down": True}),
+        ("plain18", {}),
+    ],
+)
+def test_training_equals_plain_in_double(name, options):
+    """Output, every gradient and every running statistic of the whole network, in float64."""
+    plain = prepared(getattr(fr.models, name)(fused=False, num_classes=5, **options)).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert all(row.fused for row in fr.explain(fused).rows)
+    x = images().double()
+    (out, grads), (want, want_grads) = step(fused, x), step(plain, x)
+    assert relative(out, want) < 1e-9
+    assert grads.keys() == want_grads.keys()
+    for key, grad in want_grads.items():
+        assert relative(grads[key], grad) < 1e-7, key
+    for (key, got), (_, expected) in zip(fused.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(got, expected, msg=key)
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B", "C", None])
+def test_cifar_networks_equal_plain(shortcut):
+    plain = prepared(fr.models.cifar_resnet(8, shortcut=shortcut, fused=False)).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    x = (torch.randn(3, 3, 16, 16) + 0.3).double()
+    (out, grads), (want, want_grads) = step(fused, x), step(plain, x)
+    assert relative(out, want) < 1e-10
+    assert max(relative(grads[k], g) for k, g in want_grads.items()) < 1e-7
+
+
+def test_eval_equals_plain(resnet18):
+    fused = fr.fuse(copy.deepcopy(resnet18)).eval()
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), resnet18.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_fuse_keeps_every_object(resnet18):
+    """The very same modules, Parameters and buffers; an optimizer made before goes on working."""
+    before = dict(resnet18.named_parameters()) | dict(resnet18.named_buffers())
+    modules = dict(resnet18.named_modules())
+    classes = {name: type(m) for name, m in modules.items()}
+    optimizer = torch.optim.SGD(resnet18.parameters(), 0.1)
+    assert fr.fuse(resnet18) is resnet18
+    after = dict(resnet18.named_parameters()) | dict(resnet18.named_buffers())
+    assert list(before) == list(after)
+    assert all(after[name] is before[name] for name in before)
+    assert all(m is modules[name] for name, m in resnet18.named_modules())
+    assert all(isinstance(m, classes[name]) for name, m in resnet18.named_modules())
+    weight = resnet18.layer1[0].conv1.weight.detach().clone()
+    step(resnet18, images())
+    optimizer.step()
+    assert not torch.equal(weight, resnet18.layer1[0].conv1.weight)
+
+
+def test_unfuse_restores(resnet18):
+    """Classes, Parameter objects, and the plain outputs bit for bit."""
+    classes = {name: type(m) for name, m in resnet18.named_modules()}
+    parameters = {name: id(p) for name, p in resnet18.named_parameters()}
+    x = images()
+    with torch.no_grad():
+        want = resnet18.eval()(x)
+        fr.unfuse(fr.fuse(resnet18))
+        assert {name: type(m) for name, m in resnet18.named_modules()} == classes
+        assert {name: id(p) for name, p in resnet18.named_parameters()} == parameters
+        assert torch.equal(resnet18(x), want)
+
+
+def test_unfuse_torchvision_resnet50():
+    model = torchvision.models.resnet50(num_classes=4).eval()
+    classes = {name: type(m) for name, m in model.named_modules()}
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    x = images()
+    with torch.no_grad():
+        want = model(x)
+        fr.unfuse(fr.fuse(model))
+        assert torch.equal(model(x), want)
+    assert {name: type(m) for name, m in model.named_modules()} == classes
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+
+
+def test_checkpoints_load_both_ways(resnet18):
+    """strict=True from plain into fused and from fused into plain."""
+    fused = fr.fuse(copy.deepcopy(resnet18))
+    step(fused, images())
+    resnet18.load_state_dict(fused.state_dict(), strict=True)
+    other = fr.fuse(copy.deepcopy(resnet18))
+    other.load_state_dict(resnet18.state_dict(), strict=True)
+    assert list(fused.state_dict()) == list(resnet18.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), fused.state_dict().values(), strict=True))
+
+
+def test_deepcopy_and_pickle(resnet18):
+    """Copies of a fused model are fused, own their parameters, and can be unfused."""
+    fused = fr.fuse(resnet18).eval()
+    x = images()
+    buffer = io.BytesIO()
+    torch.save(fused, buffer)
+    buffer.seek(0)
+    with torch.no_grad():
+        want = fused(x)
+        for other in (
+            copy.deepcopy(fused),
+            pickle.loads(pickle.dumps(fused)),
+            torch.load(buffer, weights_only=False),
+        ):
+            assert type(other) is type(fused)
+            assert torch.equal(other(x), want)
+            assert other.fc.weight is not fused.fc.weight
+            assert "Fused" not in type(fr.unfuse(other).layer1[0]).__name__
+
+
+def test_fusing_twice_changes_nothing(resnet18):
+    fused = fr.fuse(resnet18)
+    classes = [type(m) for m in fused.modules()]
+    assert [type(m) for m in fr.fuse(fused).modules()] == classes
+
+
+def test_fuse_before_or_after_train_and_dtype(resnet18):
+    """.double(), .to(memory_format) and eval()/train() after fuse."""
+    fused = fr.fuse(copy.deepcopy(resnet18)).double().to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(resnet18).double()
+    x = images().double()
+    for mode in (True, False, True):
+        torch.testing.assert_close(fused.train(mode)(x), plain.train(mode)(x), rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ what is left alone
+def reasons(model: nn.Module) -> dict[str, str]:
+    return {row.name: row.reason for row in fr.explain(model).rows if not row.fused}
+
+
+def test_hooks_on_children_before_fuse(resnet18):
+    seen = []
+    resnet18.layer2[0].bn1.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    fr.fuse(resnet18)
+    assert "hooks" in reasons(resnet18)["layer2.0"]
+    resnet18(images())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_hooks_after_fuse_are_honoured(resnet18, kind):
+    """A hook that comes later on a child makes that block run plain, with a warning, and fires; gone, it is fused."""
+    plain = copy.deepcopy(resnet18)
+    fr.fuse(resnet18)
+    calls = []
+    handle = getattr(resnet18.layer3[1].conv2, f"register_{kind}_hook")(lambda *a: calls.append(1))
+    with pytest.warns(UserWarning, match="runs plain: a Conv2d has hooks"):
+        out, _ = step(resnet18, images())
+    assert calls == [1]
+    assert "hooks" in reasons(resnet18)["layer3.1"]
+    handle.remove()
+    assert "layer3.1" not in reasons(resnet18)
+    assert out.shape == plain(images()).shape
+
+
+def test_hooks_on_a_block_work(resnet18):
+    """Forward, pre-forward and backward hooks on the fused block itself see what they saw before."""
+    seen = {}
+    block = fr.fuse(resnet18).layer2[1]
+    block.register_forward_hook(lambda m, i, o: seen.update(out=o.shape))
+    block.register_forward_pre_hook(lambda m, i: seen.update(x=i[0].shape))
+    block.register_full_backward_hook(lambda m, gi, go: seen.update(grad=gi[0].shape))
+    step(resnet18, images())
+    assert seen["out"] == seen["x"] == seen["grad"]
+
+
+def test_parametrized_and_weight_norm_are_left(resnet18):
+    torch.nn.utils.parametrizations.weight_norm(resnet18.layer1[0].conv1)
+    resnet18.layer1[1].conv2 = torch.nn.utils.weight_norm(resnet18.layer1[1].conv2)
+    fr.fuse(resnet18)
+    left = reasons(resnet18)
+    assert "Conv2d" in left["layer1.0"] and "hooks" in left["layer1.1"]
+    step(resnet18, images())
+
+
+def test_parametrization_after_fuse_is_seen(resnet18):
+    fr.fuse(resnet18)
+    torch.nn.utils.parametrize.register_parametrization(resnet18.layer1[0].conv1, "weight", nn.Identity())
+    assert "Parametrized" in reasons(resnet18)["layer1.0"]
+    _, grads = step(resnet18, images())
+    assert grads["layer1.0.conv1.parametrizations.weight.original"].abs().sum() > 0
+
+
+def test_subclassed_forward_is_left():
+    class Mine(torchvision.models.resnet.BasicBlock):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    class Same(torchvision.models.resnet.BasicBlock):
+        """A subclass that keeps the forward is fused."""
+
+    model = nn.Sequential(Mine(8, 8), Same(8, 8))
+    fr.fuse(model)
+    assert type(model[0]) is Mine and "forward of its own" in reasons(model)["0"]
+    assert isinstance(model[1], Same) and type(model[1]) is not Same
+
+
+def test_unknown_modules_are_left(resnet18):
+    """A norm, activation or shortcut that no chain knows; a module of an unknown class with conv and bn is listed."""
+    resnet18.layer1[0].bn1 = nn.GroupNorm(4, 64)
+    resnet18.layer1[1].relu = nn.Tanh()
+    resnet18.layer2[0].downsample = nn.Sequential(*resnet18.layer2[0].downsample, nn.Dropout(0.0))
+    resnet18.layer2[1].conv1.padding_mode = "reflect"
+    fr.fuse(resnet18)
+    left = reasons(resnet18)
+    assert "GroupNorm" in left["layer1.0"] and "Tanh" in left["layer1.1"]
+    assert "Dropout" in left["layer2.0"] and "reflect" in left["layer2.1"]
+    stranger = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match="nothing in this Sequential"):
+        fr.fuse(stranger)
+    assert "no pattern" in fr.explain(stranger).rows[0].reason
+
+
+def test_shared_modules_are_left(resnet18):
+    resnet18.layer1[1].conv1 = resnet18.layer1[0].conv1
+    fr.fuse(resnet18)
+    left = reasons(resnet18)
+    assert "shared: layer1.0.conv1, layer1.1.conv1" in left["layer1.0"]
+    assert "shared" in left["layer1.1"]
+
+
+def test_instance_patch_is_left(resnet18):
+    block = resnet18.layer1[0]
+    block.forward = lambda x: x
+    fr.fuse(resnet18)
+    assert "replaced" in reasons(resnet18)["layer1.0"]
+    assert resnet18.layer1[0](images()).shape == images().shape
+
+
+def test_patch_does_not_leak_to_the_class(resnet18):
+    """Fusing one model leaves others of the same class plain."""
+    other = copy.deepcopy(resnet18)
+    fr.fuse(resnet18)
+    assert all("Fused" not in type(m).__name__ for m in other.modules())
+
+
+def test_explain_prints(resnet18):
+    text = str(fr.explain(resnet18))
+    assert "call fuse" in text and "0 of 9 fused" in text
+    text = str(fr.explain(fr.fuse(resnet18)))
+    assert "9 of 9 fused" in text and "bn_act_max_pool" in text and "conv_backward 3x3" in text
+
+
+@pytest.mark.parametrize("function", [fr.fuse, fr.unfuse, fr.explain])
+def test_wrong_type(function):
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got list"):
+        function([1])
+
+
+# ------------------------------------------------------------------------------------------------ BatchNorm's modes
+def variants():
+    return {
+        "momentum None": {"momentum": None},
+        "momentum 0.3": {"momentum": 0.3},
+        "not affine": {"affine": False},
+        "no running statistics": {"track_running_stats": False},
+        "eps": {"eps": 1e-2},
+    }
+
+
+@pytest.mark.parametrize("name", variants())
+def test_batch_norm_options(name):
+    """Three steps and an evaluation: outputs, statistics and num_batches_tracked as the plain block's."""
+    norm = lambda c: nn.BatchNorm2d(c, **variants()[name])  # noqa: E731
+    plain = torchvision.models.resnet.BasicBlock(8, 8, norm_layer=norm).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    for _ in range(3):
+        x = (torch.randn(3, 8, 5, 5) * 2 + 1).double()
+        torch.testing.assert_close(fused(x), plain(x))
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
+    for (key, a), (_, b) in zip(fused.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
+
+
+def test_frozen_norms_inside_training(resnet18):
+    """Norms in eval mode in a training network: gradients flow, statistics stay."""
+    fused = fr.fuse(copy.deepcopy(resnet18)).double()
+    plain = resnet18.double()
+    x = images().double()
+    results = []
+    for model in (fused, plain):
+        model.train()
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+        out = model(x)
+        out.square().mean().backward()
+        results.append([p.grad for p in model.parameters()] + list(model.buffers()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_updates_statistics_once(reentrant):
+    block = fr.fuse(nn.Sequential(torchvision.models.resnet.BasicBlock(8, 8)))
+    other = copy.deepcopy(block)
+    x = torch.randn(4, 8, 6, 6, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+    other(x).sum().backward()
+    for (key, a), (_, b) in zip(block.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(a, b), key
+    for a, b in zip(block.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_error_leaves_the_module_as_it_was():
+    """One value per channel at the second norm: refused before anything ran; no statistic, no counter moved."""
+    block = fr.fuse(nn.Sequential(fr.models.PlainBlock(4, 4, 2)))
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(torch.randn(1, 4, 2, 2))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), block.state_dict().values(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ modules of our own
+def test_residual_chain_module():
+    """ConvBNAct and ResidualChain against the same children run plainly."""
+    block = fr.ResidualChain(
+        [fr.ConvBNAct(6, 8, 1), fr.ConvBNAct(8, 8, 3, stride=2, act="silu"), fr.ConvBNAct(8, 12, 1, act=("elu", 0.7))],
+        shortcut=fr.ConvBNAct(6, 12, 1, stride=2, act=None),
+    ).double()
+    x = torch.randn(3, 6, 7, 7, dtype=torch.float64)
+    plain = copy.deepcopy(block)
+    h = x
+    for i, u in enumerate(plain.units):
+        h = u.bn(u.conv(h)) if i == 2 else u.act(u.bn(u.conv(h)))
+    want = nn.functional.elu(h + plain.shortcut.bn(plain.shortcut.conv(x)), 0.7)
+    torch.testing.assert_close(block(x), want)
+    for (key, a), (_, b) in zip(block.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
+    block.units[0].conv.register_forward_hook(lambda *a: None)
+    with pytest.raises(RuntimeError, match="has hooks"):
+        block(x)
+
+
+# ------------------------------------------------------------------------------------------------ freeze
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "plain18", "resnet20"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_freeze_equals_eval(name, channels_last):
+    model = prepared(getattr(fr.models, name)(fused=False, num_classes=5))
+    before = copy.deepcopy(model.state_dict())
+    x = images(2, channels_last)
+    frozen = fr.freeze(model, x)
+    with torch.no_grad():
+        want = model.eval()(x)
+    got = frozen(x)
+    assert relative(got, want) < 1e-5 and not got.requires_grad
+    assert torch.equal(frozen(x), got), "an input of its own was overwritten"
+    other = images(3, channels_last)
+    assert relative(frozen(other), model(other)) < 1e-5, "another batch size"
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_freeze_bfloat16(resnet18):
+    """Not further from float64 than twice the plain bfloat16 model; the dtype asked for comes out."""
+    x = images(4)
+    with torch.no_grad():
+        want = copy.deepcopy(resnet18).double().eval()(x.double())
+        plain = copy.deepcopy(resnet18).bfloat16().eval()(x.bfloat16())
+    got = fr.freeze(resnet18, x, dtype=torch.bfloat16)(x)
+    assert got.dtype == torch.bfloat16
+    assert relative(got, want) <= 2 * relative(plain, want)
+
+
+def test_freeze_fused_or_training_model_and_copies(resnet18):
+    x = images()
+    want = fr.freeze(resnet18, x)(x)
+    frozen = fr.freeze(fr.fuse(resnet18).train(), x)
+    assert torch.equal(frozen(x), want)
+    assert torch.equal(copy.deepcopy(frozen)(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), want)
+    with pytest.raises(RuntimeError, match="frozen for inference"):
+        frozen.train()
+
+
+def test_freeze_bad_arguments(resnet18):
+    with pytest.raises(ValueError, match="example: expected a floating-point tensor"):
+        fr.freeze(resnet18, torch.zeros(3, 4))
+    with pytest.raises(TypeError, match="dtype: expected a floating-point"):
+        fr.freeze(resnet18, images(), dtype=torch.int8)
+    with pytest.raises(ValueError, match="x: expected a floating-point tensor"):
+        fr.freeze(resnet18, images())(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
+
+
+# ------------------------------------------------------------------------------------------------ torch.compile
+def test_compile_fullgraph(resnet18):
+    """No graph break, the same training step as eager, statistics included."""
+    fused = fr.fuse(resnet18).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(fused)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    x = images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out, grads = step(compiled, x)
+    want, want_grads = step(other, x)
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+    for (key, a), b in zip(grads.items(), want_grads.values(), strict=True):
+        assert relative(a, b) < 1e-3, key
+    for (key, a), (_, b) in zip(fused.named_buffers(), other.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=key)
