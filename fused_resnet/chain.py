@@ -1,9 +1,9 @@
 """The chain's forward and backward, composed of primitives, and the operators that PyTorch sees.
 
-    forward    y_i = conv(act(s_{i-1} y_{i-1} + t_{i-1}), W_i)          z_i = s_i y_i + t_i,  s = gamma r,  t = beta - mu s
+    forward    y_i = conv(act(s_{i-1} y_{i-1} + t_{i-1}), W_i)       z_i = s_i y_i + t_i,  s = gamma r,  t = beta - mu s
                out = act(z_k + shortcut(x))                             r = 1/sqrt(var + eps)
     backward   dz = dout act'(z)      dbeta = sum dz      dgamma = r sum dz (y - mu)
-               dy = A dz + B (y - mu) + C                 A = s,  B = -s r dgamma / M,  C = -s dbeta / M   (frozen: A dz)
+               dy = A dz + B (y - mu) + C                 A = s,  B = -s r dgamma / M,  C = -s dbeta / M  (frozen: A dz)
 
 Kept for the backward: x, the raw convolution outputs y_i, the batch's mean and variance per channel, and the
 parameters; z and act(z) are computed again, by the expression the forward used, where they are needed.
@@ -286,7 +286,7 @@ def _backward(
 def _recall(
     x: Tensor, parts: list[dict[str, Tensor]], saved: Sequence[Tensor], spec: ChainSpec, fmt: torch.memory_format
 ) -> tuple[list[Tensor], list[Norm], Tensor]:
-    """The raw outputs (x where there was no convolution), their normalisations, and the pool's argmax, as in forward."""
+    """The raw outputs (x where there was no convolution), their normalisations and the pool's argmax, as in forward."""
     it = iter(saved)
     ys: list[Tensor] = []
     for i, (unit, p) in enumerate(zip(spec.all_units, parts, strict=True)):

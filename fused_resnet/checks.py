@@ -48,7 +48,8 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
     if value.dtype not in DTYPES:
         raise TypeError(
-            f"{name}: expected dtype float32, bfloat16, float16 or float64, got {str(value.dtype).removeprefix('torch.')}"
+            f"{name}: expected dtype float32, bfloat16, float16 or float64, "
+            f"got {str(value.dtype).removeprefix('torch.')}"
         )
 
 
@@ -129,6 +130,7 @@ def _check_unit(
         raise ValueError(f"x: expected at least one channel, got shape {tuple(x.shape)} ({where})")
     if s.batch_stats and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(
-            f"x: expected more than 1 value per channel when training, got input size {shape} at the BatchNorm of {where}"
+            f"x: expected more than 1 value per channel when training, got input size {shape} "
+            f"at the BatchNorm of {where}"
         )
     return shape

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_resnet.backends import Case, warn_once
 from fused_resnet.freezing import Frozen, freeze_chain
-from fused_resnet.modules import ChainModules, UnitModules
+from fused_resnet.modules import ChainModules, UnitModules, has_hooks
 from fused_resnet.planner import why
 from fused_resnet.spec import ConvSpec
 
@@ -97,17 +96,21 @@ def _child(m: nn.Module, name: str) -> nn.Module:
 def _shortcut(m: nn.Module) -> tuple[UnitModules | str | None, int, nn.AvgPool2d | None]:
     """(shortcut, stride, average pool) of a block's ``downsample``."""
     down = getattr(m, "downsample", None)
-    if down is None or type(down) is nn.Identity:
+    if down is None:
         return "identity", 1, None
+    if has_hooks(down):
+        raise CannotFuse(f"the shortcut, a {type(down).__name__}, has hooks")
     if type(down).__name__ == "ZeroPadShortcut" and type(down).__module__ == "fused_resnet.models.cifar":
         return "pad", down.stride, None
+    if type(down) is nn.Identity:
+        return "identity", 1, None
     if type(down) is not nn.Sequential:
         raise CannotFuse(f"shortcut of type {type(down).__name__}")
     layers = [layer for layer in down if type(layer) is not nn.Identity]
     pool = layers.pop(0) if layers and type(layers[0]) is nn.AvgPool2d else None
-    if len(layers) != 2 or any(down._forward_hooks) or any(down._forward_pre_hooks):
-        raise CannotFuse(f"shortcut of {', '.join(type(layer).__name__ for layer in down)} or with hooks")
-    return UnitModules(layers[0], layers[1]), 1, pool  # type: ignore[arg-type]
+    if len(layers) != 2:
+        raise CannotFuse(f"shortcut of {', '.join(type(layer).__name__ for layer in down)}")
+    return UnitModules(layers[0], layers[1]), 1, pool  # type: ignore[arg-type, return-value]
 
 
 # ---------------------------------------------------------------------------------------------------- fused classes
@@ -118,7 +121,7 @@ class FusedModule:
     _fr_pattern: Block | Network
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = self.__getstate__()  # type: ignore[attr-defined]
+        state = self.__getstate__()
         return _rebuild, (self._fr_original,), state
 
 
@@ -128,7 +131,7 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
     return fused.__new__(fused)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
     pattern = _pattern(original)
     assert pattern is not None
@@ -224,7 +227,7 @@ def fuse(model: nn.Module) -> nn.Module:
         if reason is None:
             found = True
             if not isinstance(m, FusedModule):
-                m.__class__ = _fused_class(type(m))
+                m.__class__ = _fused_class(type(m))  # type: ignore[assignment]
     if not found:
         warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
     return model

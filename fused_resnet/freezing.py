@@ -64,7 +64,9 @@ class FrozenChain(nn.Module):
             for i, u in enumerate(chain.units)
         )
         self.kind = "projection" if isinstance(chain.shortcut, UnitModules) else chain.shortcut
-        self.projection = FrozenUnit(chain.shortcut, Act("identity"), dtype) if self.kind == "projection" else None
+        self.projection: FrozenUnit | None = None
+        if isinstance(chain.shortcut, UnitModules):
+            self.projection = FrozenUnit(chain.shortcut, Act("identity"), dtype)
         self.avg_pool = chain.avg_pool
         self.pool = chain.max_pool_spec()
         self.stride = chain.stride
@@ -76,6 +78,7 @@ class FrozenChain(nn.Module):
         for unit in self.units[:-1]:
             h = unit(h)
         last = self.units[-1]
+        assert isinstance(last, FrozenUnit)
         if self.kind == "identity":
             residual = x
         elif self.projection is not None:
@@ -83,7 +86,7 @@ class FrozenChain(nn.Module):
         elif self.kind == "pad":
             x = x[:, :, :: self.stride, :: self.stride]
             residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.weight.shape[0] - x.shape[1]))
-        h = last(h, residual, inplace or self.kind != "identity")
+        h = last(h, residual, (inplace and h is not x) or self.kind != "identity")
         return h if self.pool is None else self._max_pool(h)
 
     def _max_pool(self, h: Tensor) -> Tensor:

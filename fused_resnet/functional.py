@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ def _run(
         kind = "tensor"
     else:
         kind = "none" if shortcut is None else str(shortcut)
-    plan = (
+    plan: tuple[Any, ...] = (
         keys,
         kind,
         _hashable(shortcut_stride),
@@ -238,6 +239,14 @@ def _chain_spec(
 
 def _text(*plan: Any) -> str:
     """The chain's spec as operators take it; a constant of a compiled graph, so the arguments are plain tuples."""
+    try:
+        return _cached_text(plan)
+    except TypeError:  # something that can't be hashed: made again, it says what is wrong with it
+        return _chain_spec(*plan).encode()
+
+
+@lru_cache(maxsize=4096)
+def _cached_text(plan: tuple[Any, ...]) -> str:
     return _chain_spec(*plan).encode()
 
 
@@ -279,7 +288,7 @@ def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
 
 
 def _autocast(x: Tensor, residual: Tensor | None, units: Sequence[Unit]) -> tuple[Tensor, Tensor | None]:
-    """Inside autocast the chain works in autocast's dtype; weights stay as they are and are rounded where they are used."""
+    """Inside autocast the chain works in autocast's dtype; weights stay and are rounded where they are used."""
     if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return x, residual
     dtype = torch.get_autocast_dtype(x.device.type) if units[0].weight is not None else x.dtype
@@ -314,7 +323,7 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int) -> None:
 
 
 def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
-    """No batch or no pixels: PyTorch's own functions, which decide what comes out and what becomes of the statistics."""
+    """No batch or no pixels: PyTorch's own functions decide what comes out and what becomes of the statistics."""
 
     def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
         if u.weight is not None and s.conv is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -24,6 +23,11 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
     nn.Hardswish: ("hardswish", ""),
 }
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Forward, pre-forward or backward hooks of the module's own."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def act_of(module: nn.Module) -> Act:
@@ -50,7 +54,7 @@ class UnitModules:
     def why_not(self) -> str | None:
         """Why a chain can't run these modules as they are now, or None."""
         for m in self:
-            if any(getattr(m, hooks) for hooks in _HOOKS):
+            if has_hooks(m):
                 return f"a {type(m).__name__} has hooks"
             if "forward" in m.__dict__:
                 return f"the forward of a {type(m).__name__} was replaced"
@@ -127,13 +131,13 @@ class ChainModules:
 
     def why_not(self) -> str | None:
         """Why the chain can't run these modules as they are now, or None."""
-        if nn_module._has_any_global_hook():  # type: ignore[attr-defined]
+        if nn_module._has_any_global_hook():
             return "global module hooks are registered"
         for unit in self.all_units:
             if reason := unit.why_not():
                 return reason
         for pool in (self.avg_pool, self.max_pool):
-            if pool is not None and any(getattr(pool, hooks) for hooks in _HOOKS):
+            if pool is not None and has_hooks(pool):
                 return f"a {type(pool).__name__} has hooks"
         m, a = self.max_pool, self.avg_pool
         if m is not None and (m.return_indices or m.ceil_mode or m.dilation not in (1, (1, 1))):

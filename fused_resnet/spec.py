@@ -1,7 +1,7 @@
 """What a chain is, in frozen dataclasses: the vocabulary every other module speaks.
 
 A *unit* is conv -> BatchNorm -> activation; a *chain* is k units, an optional shortcut and a closing add + activation.
-Specs hold no tensors and no sizes: they are hashable, comparable and travel through ``torch.library`` operators as text.
+Specs hold no tensors and no sizes: hashable, comparable, they travel through ``torch.library`` operators as text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-# name -> (default parameter, what the parameter is). The formulas live in csrc/bn_math.h, reference.py and backends/aten.py.
+# name -> (default parameter, what it is). The formulas live in csrc/bn_math.h, reference.py and backends/aten.py.
 ACTIVATIONS: dict[str, tuple[float, str]] = {
     "identity": (0.0, ""),
     "relu": (0.0, ""),
@@ -102,7 +102,8 @@ class ConvSpec:
         """
         if len(weight_shape) != 4:
             raise ValueError(
-                f"weight: expected 4 dimensions [out_channels, in_channels/groups, kH, kW], got shape {tuple(weight_shape)}"
+                "weight: expected 4 dimensions [out_channels, in_channels/groups, kH, kW], "
+                f"got shape {tuple(weight_shape)}"
             )
         if min(weight_shape[2:]) < 1:
             raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight_shape)}")

@@ -32,7 +32,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class Norm(NamedTuple):
-    """A unit's BatchNorm as vectors: z = scale*y + shift; ``center`` is the mean that was subtracted, ``rstd`` 1/std."""
+    """A unit's BatchNorm as vectors: z = scale*y + shift; ``center`` is the mean that it subtracts, ``rstd`` 1/std."""
 
     scale: Tensor
     shift: Tensor

@@ -143,38 +143,41 @@ def conv_bias_act(
 
     ``weight`` may be packed; with ``inplace`` the result may take the residual's memory.
     """
-    if isinstance(weight, Tensor):
+    if not isinstance(weight, Packed):
         if x.dtype == torch.float64:
             from fused_resnet.backends import aten
 
             return aten.conv_bias_act(x, weight, bias, conv, act, residual)
-        weight = prepack(weight, conv, x)
-    if weight.winograd:
-        y: Tensor = _ops.winograd_bias_act(x, weight.weight, bias, conv.padding[0], *_act(act), residual)
+        packed = prepack(weight, conv, x)
+        assert isinstance(packed, Packed)
+    else:
+        packed = weight
+    if packed.winograd:
+        y: Tensor = _ops.winograd_bias_act(x, packed.weight, bias, conv.padding[0], *_act(act), residual)
         return y
     compute = compute_dtype(x.dtype)
     name, scalars = _POST_OPS.get(act.name, ("none", ()))
     if act.name not in _POST_OPS or (residual is not None and act.name not in ("identity", "relu")):
         # what oneDNN can't do behind its convolution is done in a pass of its own
         one = torch.ones_like(bias)
-        y = conv_bias_act(x, weight, bias, conv, Act("identity"), None)
+        y = conv_bias_act(x, packed, bias, conv, Act("identity"), None)
         out: Tensor = _ops.bn_act(y, [one, torch.zeros_like(one)], *_act(act), residual, [], y.dtype)
         return out
     b, a = bias.to(compute), x.to(compute)
     where = (conv.padding, conv.stride, conv.dilation, conv.groups)
     if residual is None:
         values = [act.param if s == "param" else s for s in scalars]
-        y = torch.ops.mkldnn._convolution_pointwise(a, weight.weight, b, *where, name, values, "")
+        y = torch.ops.mkldnn._convolution_pointwise(a, packed.weight, b, *where, name, values, "")
     else:
         unary = "relu" if act.name == "relu" else None
         r = residual.to(compute)
         if inplace or r is not residual:
             y = torch.ops.mkldnn._convolution_pointwise_.binary(
-                r, a, weight.weight, b, *where, "add", 1.0, unary, [], ""
+                r, a, packed.weight, b, *where, "add", 1.0, unary, [], ""
             )
         else:
             y = torch.ops.mkldnn._convolution_pointwise.binary(
-                a, r, weight.weight, b, *where, "add", 1.0, unary, [], ""
+                a, r, packed.weight, b, *where, "add", 1.0, unary, [], ""
             )
     fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return y.to(x.dtype).contiguous(memory_format=fmt)
