@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -227,7 +228,7 @@ def fuse(model: nn.Module) -> nn.Module:
         if reason is None:
             found = True
             if not isinstance(m, FusedModule):
-                m.__class__ = _fused_class(type(m))  # type: ignore[assignment]
+                m.__class__ = _fused_class(type(m))
     if not found:
         warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
     return model
@@ -243,7 +244,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for m in model.modules():
         if isinstance(m, FusedModule):
-            m.__class__ = m._fr_original
+            m.__class__ = m._fr_original  # type: ignore[assignment]
     return model
 
 
