@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -132,8 +131,17 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
     return fused.__new__(fused)
 
 
-@cache
-def _fused_class(original: type[nn.Module]) -> type[nn.Module]:
+_FUSED: dict[type, type] = {}
+
+
+def _fused_class(original: type) -> type:
+    """The subclass of ``original`` whose forward runs a chain; one per class and process."""
+    if original not in _FUSED:
+        _FUSED[original] = _make_fused_class(original)
+    return _FUSED[original]
+
+
+def _make_fused_class(original: Any) -> type:
     pattern = _pattern(original)
     assert pattern is not None
 

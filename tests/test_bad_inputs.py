@@ -60,20 +60,22 @@ def unit(s: dict[str, Tensor], cin: int, cout: int, **changes: Any) -> Unit:
     return Unit(**given | changes)
 
 
-def chain(
-    first: dict[str, Any] | None = None,
-    second: dict[str, Any] | None = None,
-    shortcut: dict[str, Any] | None = None,
-    **changes: Any,
-) -> Call:
-    """A BasicBlock 4 -> 6 -> 4 (with ``shortcut``, a projected 4 -> 4 -> 6), but for what is changed."""
+def block(first: dict[str, Any] | None = None, second: dict[str, Any] | None = None, **changes: Any) -> Call:
+    """residual_chain of a BasicBlock 4 -> 6 -> 4 with its identity, but for what is changed."""
 
     def call(s: dict[str, Tensor]) -> Any:
-        ends = (6, 4) if shortcut is None else (4, 6)
-        units = [unit(s, 4, ends[0], **first or {}), unit(s, ends[0], ends[1], **second or {})]
-        given: dict[str, Any] = {"x": x(), "units": units}
-        if shortcut is not None:
-            given["shortcut"] = unit(s, 4, 6, **{"weight": w(6, 4, 1, 1), "padding": 0, "act": None} | shortcut)
+        units = [unit(s, 4, 6, **first or {}), unit(s, 6, 4, **second or {})]
+        return residual_chain(**{"x": x(), "units": units} | changes)
+
+    return call
+
+
+def projected(projection: dict[str, Any] | None = None, **changes: Any) -> Call:
+    """residual_chain of a unit 4 -> 6 with a 1x1 projection, but for what is changed."""
+
+    def call(s: dict[str, Tensor]) -> Any:
+        shortcut = {"weight": w(6, 4, 1, 1), "padding": 0, "act": None, "running_mean": None, "running_var": None}
+        given = {"x": x(), "units": [unit(s, 4, 6)], "shortcut": unit(s, 4, 6, **shortcut | (projection or {}))}
         return residual_chain(**given | changes)
 
     return call
@@ -210,12 +212,7 @@ BAD: dict[str, Bad] = {
     "pool_ceil": Bad(conv(max_pool=PoolSpec.make(2, ceil_mode=True)), ValueError, "pool", ("ceil_mode",)),
     "pool_padding": Bad(lambda s: PoolSpec.make(3, 2, 2), ValueError, "pool padding", ("half", "(3, 3)", "(2, 2)")),
     "pool_padding_direct": Bad(
-        conv(max_pool=PoolSpec.make(3)._replace(padding=(2, 2)) if hasattr(PoolSpec, "_replace") else None)
-        if hasattr(PoolSpec, "_replace")
-        else lambda s: PoolSpec((3, 3), (2, 2), (2, 2)),
-        ValueError,
-        "pool padding",
-        ("half", "(3, 3)", "(2, 2)"),
+        lambda s: PoolSpec((3, 3), (2, 2), (2, 2)), ValueError, "pool padding", ("half", "(3, 3)", "(2, 2)")
     ),
     "pool_stride_zero": Bad(lambda s: PoolSpec((3, 3), (0, 2)), ValueError, "pool stride", (">= 1", "0")),
     "pool_kernel_zero": Bad(lambda s: PoolSpec.make(0), ValueError, "pool kernel", (">= 1", "0")),
@@ -224,35 +221,161 @@ BAD: dict[str, Bad] = {
     ),
     "recompute_text": Bad(conv(recompute="no"), TypeError, "recompute", ("bool", "'no'")),
     # residual_chain
-    "units_none": Bad(chain(units=None), ValueError, "units", ("at least one Unit", "None")),
-    "units_empty": Bad(chain(units=[]), ValueError, "units", ("at least one Unit", "[]")),
-    "units_a_unit": Bad(chain(units=Unit(w())), ValueError, "units", ("at least one Unit",)),
-    "units_of_modules": Bad(chain(units=[torch.nn.ReLU()]), TypeError, "units[0]", ("Unit", "ReLU")),
-    "unit_without_conv_inside": Bad(chain(second={"weight": None}), ValueError, "units", ("first",)),
+    "units_none": Bad(block(units=None), ValueError, "units", ("at least one Unit", "None")),
+    "units_empty": Bad(block(units=[]), ValueError, "units", ("at least one Unit", "[]")),
+    "units_a_unit": Bad(block(units=Unit(w())), ValueError, "units", ("at least one Unit", "Unit")),
+    "units_of_modules": Bad(block(units=[torch.nn.ReLU()]), TypeError, "units[0]", ("Unit", "ReLU")),
+    "unit_without_conv_inside": Bad(block(second={"weight": None}), ValueError, "units", ("the first", "unit 1")),
     "bias_without_conv": Bad(
         lambda s: residual_chain(x(), [unit(s, 4, 4, weight=None, bias=torch.zeros(4))]), ValueError, "bias", ("None",)
     ),
     "second_unit_channels": Bad(
-        chain(second={"weight": w(4, 5, 3, 3)}), ValueError, "weight", ("6 input channels", "(4, 5, 3, 3)", "unit 1")
+        block(second={"weight": w(4, 5, 3, 3)}), ValueError, "weight", ("6 input channels", "(4, 5, 3, 3)", "unit 1")
     ),
     "second_unit_statistics": Bad(
-        chain(second={"running_mean": torch.zeros(6), "running_var": torch.ones(6)}),
+        block(second={"running_mean": torch.zeros(6), "running_var": torch.ones(6)}),
         ValueError,
         "running_mean",
         ("(4,)", "(6,)", "unit 1"),
     ),
     "second_unit_kernel": Bad(
-        chain(first={"stride": 3}, second={"weight": w(4, 6, 5, 5), "padding": 0}),
+        block(first={"stride": 3}, second={"weight": w(4, 6, 5, 5), "padding": 0}),
         ValueError,
         "weight",
         ("(5, 5)", "(2, 2)", "unit 1"),
     ),
-    "second_unit_eps": Bad(chain(second={"eps": 0.0}), ValueError, "eps", ("positive", "0.0")),
-    "second_unit_momentum": Bad(chain(second={"momentum": 2}), ValueError, "momentum", ("between 0 and 1", "2")),
+    "second_unit_eps": Bad(block(second={"eps": 0.0}), ValueError, "eps", ("positive", "0.0")),
+    "second_unit_momentum": Bad(block(second={"momentum": 2}), ValueError, "momentum", ("between 0 and 1", "2")),
     "second_unit_device": Bad(
-        chain(second={"weight": w(4, 6, 3, 3).to("meta")}), ValueError, "weight", ("cpu", "meta")
+        block(second={"weight": w(4, 6, 3, 3).to("meta")}), ValueError, "weight", ("cpu", "meta", "unit 1")
     ),
-    "shortcut_unknown": Bad(
-        chain(shortcut=None, **{"x": x()}) if False else chain_with("foo"), ValueError, "shortcut", ()
+    "shortcut_unknown": Bad(block(shortcut="foo"), ValueError, "shortcut", ("identity", "pad", "'foo'")),
+    "shortcut_number": Bad(block(shortcut=1), TypeError, "shortcut", ("str", "Unit", "1")),
+    "shortcut_word_projection": Bad(block(shortcut="projection"), ValueError, "shortcut", ("Unit", "'projection'")),
+    "shortcut_word_tensor": Bad(block(shortcut="tensor"), ValueError, "shortcut", ("residual", "'tensor'")),
+    "identity_channels": Bad(
+        block(units=[Unit(w(6, 4, 1, 1), training=True)]), ValueError, "shortcut", ("(2, 6, 5, 5)", "(2, 4, 5, 5)")
     ),
+    "identity_size": Bad(block(first={"stride": 2}), ValueError, "shortcut", ("(2, 4, 3, 3)", "(2, 4, 5, 5)")),
+    "pad_fewer_channels": Bad(
+        block(second={"weight": w(3, 6, 3, 3), "running_mean": None, "running_var": None}, shortcut="pad"),
+        ValueError,
+        "shortcut",
+        ("at most 3 channels", "4"),
+    ),
+    "pad_stride": Bad(
+        block(shortcut="pad", shortcut_stride=2), ValueError, "shortcut", ("(2, 4, 5, 5)", "(2, 4, 3, 3)")
+    ),
+    "pad_stride_zero": Bad(block(shortcut="pad", shortcut_stride=0), ValueError, "shortcut_stride", (">= 1", "0")),
+    "pad_stride_float": Bad(block(shortcut="pad", shortcut_stride=1.5), TypeError, "shortcut_stride", ("int", "1.5")),
+    "projection_activated": Bad(
+        projected({"act": "relu"}), ValueError, "shortcut", ("without activation", "relu")
+    ),
+    "projection_without_conv": Bad(
+        projected({"weight": None}), ValueError, "shortcut", ("conv + BatchNorm", "without a conv")
+    ),
+    "projection_channels_in": Bad(
+        projected({"weight": w(6, 5, 1, 1)}), ValueError, "weight", ("4 input channels", "(6, 5, 1, 1)", "shortcut")
+    ),
+    "projection_channels_out": Bad(
+        projected({"weight": w(5, 4, 1, 1)}), ValueError, "shortcut", ("(2, 6, 5, 5)", "(2, 5, 5, 5)")
+    ),
+    "projection_size": Bad(projected({"stride": 2}), ValueError, "shortcut", ("(2, 6, 5, 5)", "(2, 6, 3, 3)")),
+    "projection_one_statistic": Bad(
+        projected({"running_mean": torch.zeros(6)}), ValueError, "running_var", ("running_mean", "None")
+    ),
+    "projection_eps": Bad(projected({"eps": -1.0}), ValueError, "eps", ("positive", "-1.0")),
+    "average_pool_without_projection": Bad(
+        block(shortcut_pool=PoolSpec.make(2)), ValueError, "shortcut_pool", ("projection", "'identity'")
+    ),
+    "average_pool_number": Bad(projected(shortcut_pool=2), TypeError, "shortcut_pool", ("PoolSpec", "2")),
+    "average_pool_too_big": Bad(
+        projected(shortcut_pool=PoolSpec.make(6)), ValueError, "shortcut_pool", ("(6, 6)", "(5, 5)")
+    ),
+    "residual_with_shortcut": Bad(block(residual=x()), ValueError, "residual", ("shortcut=None", "'identity'")),
+    "residual_of_a_block": Bad(
+        block(shortcut=None, residual=x(2, 6, 5, 5)), ValueError, "residual", ("(2, 4, 5, 5)", "(2, 6, 5, 5)")
+    ),
+    # specs made by hand
+    "spec_no_units": Bad(lambda s: ChainSpec(()), ValueError, "units", ("at least one",)),
+    "spec_act": Bad(lambda s: Act("swish"), ValueError, "act", ("silu", "'swish'")),
+    "spec_eps": Bad(lambda s: UnitSpec(eps=0.0), ValueError, "eps", ("positive", "0.0")),
+    "spec_recompute": Bad(
+        lambda s: ChainSpec((UnitSpec(None),), recompute=True), ValueError, "recompute", ("first unit", "no conv")
+    ),
+    "spec_pad_channels": Bad(lambda s: ShortcutSpec("pad"), ValueError, "shortcut", ("channels", "0")),
+    "spec_weight": Bad(lambda s: ConvSpec.make((3, 3)), ValueError, "weight", ("4 dimensions", "(3, 3)")),
 }
+
+
+def test_what_is_changed_is_what_is_bad() -> None:
+    """The calls from which the bad ones differ in one thing are good."""
+    s = statistics()
+    assert conv()(s).shape == (2, 6, 3, 3)
+    assert norm()(s).shape == (2, 4, 5, 5)
+    assert block()(s).shape == (2, 4, 5, 5)
+    assert projected()(s).shape == (2, 6, 5, 5)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    """ValueError or TypeError, beginning with the argument's name, saying what came and what was expected; running
+    statistics keep their bits."""
+    bad = BAD[name]
+    for good in (conv(), norm(), block(), projected()):
+        good(statistics())  # what was accepted before (1 for 1.0, say) makes nothing else acceptable
+    s = statistics()
+    before = {n: v.clone() for n, v in s.items()}
+    with pytest.raises((ValueError, TypeError)) as raised:
+        bad.call(s)
+    text = str(raised.value)
+    assert type(raised.value) is bad.error, text
+    assert text.startswith(bad.argument), text
+    for word in bad.says:
+        assert word in text, f"{word!r} is not in: {text}"
+    for n, v in s.items():
+        assert torch.equal(v, before[n]), f"{n} has changed"
+
+
+def test_training_is_not_needed_to_find_it() -> None:
+    """The same errors in eval, where nothing is updated: shapes are looked at before any kernel starts."""
+    s = statistics()
+    for call in (
+        conv(training=False, weight=w(6, 3, 3, 3)),
+        norm(training=False, bn_weight=torch.ones(5)),
+        block({"training": False}, {"training": False, "weight": w(4, 5, 3, 3)}),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match="expected"):
+            call(s)
+
+
+def test_under_torch_compile() -> None:
+    """A compiled call refuses as the eager one does."""
+    compiled = torch.compile(bn_act, backend="eager")
+    with pytest.raises((ValueError, RuntimeError), match="bn_weight: expected shape"):
+        compiled(x(), torch.ones(5), torch.zeros(5), training=True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["", "CPU", "cudnn"])
+def test_unknown_backend(name: str) -> None:
+    """use_backend names the ones there are."""
+    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, aten, got"), use_backend(name):
+        pass
+
+
+def test_backend_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An explicit request that can't be met says which primitive, which backend and why, and changes no statistic."""
+    from fused_resnet import planner
+    from fused_resnet.backends import aten
+
+    planner._pick.cache_clear()
+    monkeypatch.setattr(aten, "refuse", lambda primitive, case: "not on a Sunday" if primitive == "bn_act" else None)
+    s = statistics()
+    before = {n: v.clone() for n, v in s.items()}
+    try:
+        with use_backend("aten"), pytest.raises(BackendUnavailable, match="bn_act .*aten: not on a Sunday"):
+            block()(s)
+    finally:
+        planner._pick.cache_clear()
+    assert all(torch.equal(v, before[n]) for n, v in s.items())
