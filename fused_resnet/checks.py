@@ -35,10 +35,17 @@ def check_arguments(unit: Unit, index: int) -> None:
         raise ValueError(f"running_mean: expected a tensor when training=False, got None (unit {index})")
     if unit.bias is not None and unit.weight is None:
         raise ValueError(f"bias: expected None for a unit without a convolution, got a tensor (unit {index})")
+    if not isinstance(unit.training, bool):
+        raise TypeError(f"training: expected a bool, got {unit.training!r} (unit {index})")
     if isinstance(unit.momentum, bool) or not isinstance(unit.momentum, int | float):
         raise TypeError(f"momentum: expected a number, got {unit.momentum!r} (unit {index})")
     if not 0 <= unit.momentum <= 1:
         raise ValueError(f"momentum: expected a number between 0 and 1, got {unit.momentum} (unit {index})")
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device (which may be one that has none)."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -55,14 +62,18 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_chain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> None:
     """Shapes, dtypes and devices, unit by unit."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x)
     shape = tuple(x.shape)
     for i, (unit, s) in enumerate(zip(units[: len(spec.units)], spec.units, strict=True)):
         shape = _check_unit(f"unit {i}", x, shape, unit, s, autocast)
     kind = spec.shortcut.kind
     if kind == "projection":
-        start = tuple(x.shape)
-        if spec.shortcut.pool is not None:
+        start, pool = tuple(x.shape), spec.shortcut.pool
+        if pool is not None:
+            reach = pool.stride if pool.ceil_mode else (1, 1)
+            room = [n + 2 * p - k + r for n, p, k, r in zip(start[2:], pool.padding, pool.kernel, reach, strict=True)]
+            if min(room) < 1:
+                raise ValueError(f"shortcut_pool: the window {pool.kernel} is larger than its padded input {start[2:]}")
             start = tuple(reference.shortcut_input(x.to("meta"), spec.shortcut).shape)
         assert spec.shortcut.unit is not None
         got = _check_unit("shortcut", x, start, units[-1], spec.shortcut.unit, autocast)

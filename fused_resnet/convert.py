@@ -127,8 +127,9 @@ class FusedModule:
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
     """Unpickling and deepcopy: an empty module of the fused class."""
-    fused = _fused_class(original)
-    return fused.__new__(fused)
+    fused: Any = _fused_class(original)
+    made: nn.Module = fused.__new__(fused)
+    return made
 
 
 _FUSED: dict[type, type] = {}

@@ -163,8 +163,16 @@ def residual_chain(
     for i, unit in enumerate(units):
         if not isinstance(unit, Unit):
             raise TypeError(f"units[{i}]: expected a Unit, got {type(unit).__name__}")
+    if shortcut is not None and not isinstance(shortcut, str | Unit):
+        raise TypeError(f"shortcut: expected a str, a Unit or None, got {shortcut!r}")
+    if isinstance(shortcut, str) and shortcut not in ("identity", "pad"):
+        raise ValueError(
+            f"shortcut: expected 'identity', 'pad', a Unit (the projection) or None (plain, or with residual=...), "
+            f"got {shortcut!r}"
+        )
     if residual is not None and shortcut is not None:
-        raise ValueError("residual: a chain has either a shortcut or a residual; pass shortcut=None with it")
+        came = repr(shortcut) if isinstance(shortcut, str) else "a Unit"
+        raise ValueError(f"residual: expected shortcut=None with it, got shortcut={came}")
     return _run(x, units, residual, shortcut, shortcut_stride, shortcut_pool)
 
 
@@ -190,7 +198,9 @@ def _run(
     elif residual is not None:
         kind = "tensor"
     else:
-        kind = "none" if shortcut is None else str(shortcut)
+        kind = "none" if shortcut is None else shortcut
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute: expected a bool, got {recompute!r}")
     plan: tuple[Any, ...] = (
         keys,
         kind,
@@ -198,7 +208,7 @@ def _run(
         _pool_key("shortcut_pool", shortcut_pool),
         _channels(units[-1], x) if kind == "pad" else 0,
         _pool_key("max_pool", pool),
-        bool(recompute),
+        recompute,
     )
     text = _text(*plan)
     # a constant object is opaque to the compiler's guards, so it traces the making of one
@@ -240,13 +250,14 @@ def _chain_spec(
 def _text(*plan: Any) -> str:
     """The chain's spec as operators take it; a constant of a compiled graph, so the arguments are plain tuples."""
     try:
-        return _cached_text(plan)
+        return _cached_text(plan, repr(plan))
     except TypeError:  # something that can't be hashed: made again, it says what is wrong with it
         return _chain_spec(*plan).encode()
 
 
 @lru_cache(maxsize=4096)
-def _cached_text(plan: tuple[Any, ...]) -> str:
+def _cached_text(plan: tuple[Any, ...], spelled: str) -> str:
+    """``spelled``: 1, 1.0 and True are equal, and one of them is an error."""
     return _chain_spec(*plan).encode()
 
 
@@ -289,7 +300,7 @@ def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
 
 def _autocast(x: Tensor, residual: Tensor | None, units: Sequence[Unit]) -> tuple[Tensor, Tensor | None]:
     """Inside autocast the chain works in autocast's dtype; weights stay and are rounded where they are used."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not checks.autocasts(x) or x.dtype == torch.float64:
         return x, residual
     dtype = torch.get_autocast_dtype(x.device.type) if units[0].weight is not None else x.dtype
     return x.to(dtype), residual.to(dtype) if residual is not None else None

@@ -105,6 +105,8 @@ class ConvSpec:
                 "weight: expected 4 dimensions [out_channels, in_channels/groups, kH, kW], "
                 f"got shape {tuple(weight_shape)}"
             )
+        if weight_shape[0] < 1:
+            raise ValueError(f"weight: expected at least one output channel, got shape {tuple(weight_shape)}")
         if min(weight_shape[2:]) < 1:
             raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight_shape)}")
         stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
@@ -150,6 +152,12 @@ class PoolSpec:
     ceil_mode: bool = False
     count_include_pad: bool = True
 
+    def __post_init__(self) -> None:
+        k, p = pair(self.kernel, "pool kernel", 1), pair(self.padding, "pool padding", 0)
+        pair(self.stride, "pool stride", 1)
+        if 2 * p[0] > k[0] or 2 * p[1] > k[1]:
+            raise ValueError(f"pool padding: expected at most half the kernel {k}, got {p}")
+
     @staticmethod
     def make(
         kernel: int | Sequence[int],
@@ -161,10 +169,7 @@ class PoolSpec:
         """Validates and normalises (``stride=None`` means the kernel size, as in PyTorch)."""
         k = pair(kernel, "pool kernel", 1)
         s = k if stride is None else pair(stride, "pool stride", 1)
-        p = pair(padding, "pool padding", 0)
-        if 2 * p[0] > k[0] or 2 * p[1] > k[1]:
-            raise ValueError(f"pool padding: expected at most half the kernel {k}, got {p}")
-        return PoolSpec(k, s, p, bool(ceil_mode), bool(count_include_pad))
+        return PoolSpec(k, s, pair(padding, "pool padding", 0), bool(ceil_mode), bool(count_include_pad))
 
 
 @dataclass(frozen=True)
@@ -216,11 +221,14 @@ class ShortcutSpec:
         if self.kind not in SHORTCUTS:
             raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {self.kind!r}")
         if (self.kind == "projection") != (self.unit is not None):
-            raise ValueError("shortcut: a unit belongs to kind 'projection' and to no other")
-        if self.unit is not None and (self.unit.conv is None or self.unit.act.name != "identity"):
-            raise ValueError("shortcut: a projection is a conv + BatchNorm without activation")
+            came = "none" if self.unit is None else "one"
+            raise ValueError(f"shortcut: expected a unit for 'projection' and for no other, got {came} for {self.kind!r}")
+        if self.unit is not None and self.unit.conv is None:
+            raise ValueError("shortcut: expected a conv + BatchNorm as projection, got a unit without a conv")
+        if self.unit is not None and self.unit.act.name != "identity":
+            raise ValueError(f"shortcut: expected a projection without activation, got act {self.unit.act.name!r}")
         if self.pool is not None and self.kind != "projection":
-            raise ValueError("shortcut: an average pool belongs to kind 'projection'")
+            raise ValueError(f"shortcut_pool: expected None but before a projection, got {self.pool} and {self.kind!r}")
         if self.kind == "pad" and self.channels < 1:
             raise ValueError(f"shortcut: 'pad' needs the channels of the sum, got {self.channels}")
 
@@ -239,12 +247,16 @@ class ChainSpec:
     def __post_init__(self) -> None:
         if not self.units:
             raise ValueError("units: a chain has at least one unit")
-        if any(unit.conv is None for unit in self.units[1:]):
-            raise ValueError("units: only the first unit may come without a conv")
+        for i, unit in enumerate(self.units):
+            if i and unit.conv is None:
+                raise ValueError(f"units: expected a conv in every unit but the first, got none in unit {i}")
         if self.pool is not None and self.shortcut.kind != "none":
-            raise ValueError("pool: a chain that ends in a max-pool has no shortcut")
+            raise ValueError(f"max_pool: expected no shortcut and no residual before it, got {self.shortcut.kind!r}")
         if self.pool is not None and self.pool.ceil_mode:
-            raise ValueError("pool: ceil_mode is not supported in a chain")
+            raise ValueError("max_pool: expected ceil_mode=False, got True")
+        if self.pool is not None and self.pool.kernel[0] * self.pool.kernel[1] > 256:
+            # the place of a maximum in its window is kept as a byte
+            raise ValueError(f"max_pool: expected a window of at most 256 values, got {self.pool.kernel}")
         if self.recompute and self.units[0].conv is None:
             raise ValueError("recompute: the first unit has no conv to compute again")
 

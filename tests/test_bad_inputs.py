@@ -123,7 +123,7 @@ BAD: dict[str, Bad] = {
         conv(groups=2), ValueError, "weight", ("4 input channels", "(6, 4, 3, 3)", "groups 2")
     ),
     "weight_no_kernel": Bad(conv(weight=w(6, 4, 0, 3)), ValueError, "weight", ("at least 1x1", "(6, 4, 0, 3)")),
-    "weight_no_output": Bad(conv(weight=w(0, 4, 3, 3)), ValueError, "weight", ("(0, 4, 3, 3)",)),
+    "weight_no_output": Bad(conv(weight=w(0, 4, 3, 3)), ValueError, "weight", ("at least one output", "(0, 4, 3, 3)")),
     "weight_larger_than_x": Bad(conv(weight=w(6, 4, 6, 3)), ValueError, "weight", ("(6, 3)", "(5, 5)")),
     "weight_dilated_beyond_x": Bad(conv(dilation=3), ValueError, "weight", ("dilation (3, 3)", "(5, 5)")),
     # stride, padding, dilation, groups
@@ -205,11 +205,11 @@ BAD: dict[str, Bad] = {
     "residual_device": Bad(norm(residual=x().to("meta")), ValueError, "residual", ("cpu", "meta")),
     "residual_number": Bad(norm(residual=1.0), TypeError, "residual", ("Tensor", "float")),
     "residual_and_pool": Bad(
-        conv(residual=x(2, 6, 3, 3), max_pool=PoolSpec.make(2)), ValueError, "pool", ("shortcut", "tensor")
+        conv(residual=x(2, 6, 3, 3), max_pool=PoolSpec.make(2)), ValueError, "max_pool", ("no residual", "'tensor'")
     ),
     "pool_number": Bad(conv(max_pool=3), TypeError, "max_pool", ("PoolSpec", "3")),
     "pool_larger_than_output": Bad(conv(max_pool=PoolSpec.make(4)), ValueError, "max_pool", ("(4, 4)", "(3, 3)")),
-    "pool_ceil": Bad(conv(max_pool=PoolSpec.make(2, ceil_mode=True)), ValueError, "pool", ("ceil_mode",)),
+    "pool_ceil": Bad(conv(max_pool=PoolSpec.make(2, ceil_mode=True)), ValueError, "max_pool", ("ceil_mode=False", "True")),
     "pool_padding": Bad(lambda s: PoolSpec.make(3, 2, 2), ValueError, "pool padding", ("half", "(3, 3)", "(2, 2)")),
     "pool_padding_direct": Bad(
         lambda s: PoolSpec((3, 3), (2, 2), (2, 2)), ValueError, "pool padding", ("half", "(3, 3)", "(2, 2)")
@@ -217,7 +217,7 @@ BAD: dict[str, Bad] = {
     "pool_stride_zero": Bad(lambda s: PoolSpec((3, 3), (0, 2)), ValueError, "pool stride", (">= 1", "0")),
     "pool_kernel_zero": Bad(lambda s: PoolSpec.make(0), ValueError, "pool kernel", (">= 1", "0")),
     "pool_window_too_big": Bad(
-        conv(x=x(2, 4, 40, 40), max_pool=PoolSpec.make((16, 17))), ValueError, "pool", ("256", "(16, 17)")
+        conv(x=x(2, 4, 40, 40), max_pool=PoolSpec.make((16, 17))), ValueError, "max_pool", ("256", "(16, 17)")
     ),
     "recompute_text": Bad(conv(recompute="no"), TypeError, "recompute", ("bool", "'no'")),
     # residual_chain
