@@ -255,7 +255,8 @@ def _backward(
     if spec.shortcut.unit is not None:
         assert shortcut_sums is not None
         g = _unit_gradients(spec.shortcut.unit, norms[k], shortcut_sums, ys[k].numel() // ys[k].shape[1])
-        grads[k] = g.params
+        # its dbeta is the last unit's, and an operator's outputs share no memory
+        grads[k] = g.params | {"bn_bias": shortcut_sums.dz.clone()}
         start = reference.shortcut_input(x, spec.shortcut).contiguous(memory_format=fmt)
         pooled = spec.shortcut.pool
         dstart, dw, _ = _conv_backward(

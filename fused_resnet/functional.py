@@ -198,7 +198,7 @@ def _run(
     elif residual is not None:
         kind = "tensor"
     else:
-        kind = "none" if shortcut is None else shortcut
+        kind = shortcut if isinstance(shortcut, str) else "none"
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute: expected a bool, got {recompute!r}")
     plan: tuple[Any, ...] = (

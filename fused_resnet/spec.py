@@ -222,7 +222,9 @@ class ShortcutSpec:
             raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {self.kind!r}")
         if (self.kind == "projection") != (self.unit is not None):
             came = "none" if self.unit is None else "one"
-            raise ValueError(f"shortcut: expected a unit for 'projection' and for no other, got {came} for {self.kind!r}")
+            raise ValueError(
+                f"shortcut: expected a unit for 'projection' and for no other, got {came} for {self.kind!r}"
+            )
         if self.unit is not None and self.unit.conv is None:
             raise ValueError("shortcut: expected a conv + BatchNorm as projection, got a unit without a conv")
         if self.unit is not None and self.unit.act.name != "identity":

@@ -82,7 +82,7 @@ def projected(projection: dict[str, Any] | None = None, **changes: Any) -> Call:
 
 
 class Bad(NamedTuple):
-    """A call, the error, and what its message says: the argument, then every word of what came and what was expected."""
+    """A call, the error, and what its message says: the argument first, then words of what came and what was wanted."""
 
     call: Call
     error: type[Exception]
@@ -209,7 +209,9 @@ BAD: dict[str, Bad] = {
     ),
     "pool_number": Bad(conv(max_pool=3), TypeError, "max_pool", ("PoolSpec", "3")),
     "pool_larger_than_output": Bad(conv(max_pool=PoolSpec.make(4)), ValueError, "max_pool", ("(4, 4)", "(3, 3)")),
-    "pool_ceil": Bad(conv(max_pool=PoolSpec.make(2, ceil_mode=True)), ValueError, "max_pool", ("ceil_mode=False", "True")),
+    "pool_ceil": Bad(
+        conv(max_pool=PoolSpec.make(2, ceil_mode=True)), ValueError, "max_pool", ("ceil_mode=False", "True")
+    ),
     "pool_padding": Bad(lambda s: PoolSpec.make(3, 2, 2), ValueError, "pool padding", ("half", "(3, 3)", "(2, 2)")),
     "pool_padding_direct": Bad(
         lambda s: PoolSpec((3, 3), (2, 2), (2, 2)), ValueError, "pool padding", ("half", "(3, 3)", "(2, 2)")
@@ -268,9 +270,7 @@ BAD: dict[str, Bad] = {
     ),
     "pad_stride_zero": Bad(block(shortcut="pad", shortcut_stride=0), ValueError, "shortcut_stride", (">= 1", "0")),
     "pad_stride_float": Bad(block(shortcut="pad", shortcut_stride=1.5), TypeError, "shortcut_stride", ("int", "1.5")),
-    "projection_activated": Bad(
-        projected({"act": "relu"}), ValueError, "shortcut", ("without activation", "relu")
-    ),
+    "projection_activated": Bad(projected({"act": "relu"}), ValueError, "shortcut", ("without activation", "relu")),
     "projection_without_conv": Bad(
         projected({"weight": None}), ValueError, "shortcut", ("conv + BatchNorm", "without a conv")
     ),

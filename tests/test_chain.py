@@ -66,6 +66,56 @@ def test_same_numbers(backend: str, shape: str, layout: str, dtype: torch.dtype)
             assert got[name].dtype == dtype
 
 
+# Sizes from which a backend may do otherwise (Winograd's convolution from 64 channels on; more rows, or tiles, than
+# one slice of a product): shape, width, batch, image.
+LARGE = {
+    "odd_tiles": ("basic", 64, 2, (7, 9)),
+    "smallest_tile": ("basic_projection", 64, 1, (8, 8)),
+    "uneven_widths": ("conv", 65, 2, (5, 4)),
+    "many_tiles": ("conv_identity", 64, 1, (66, 66)),
+    "many_rows": ("conv_1x1_identity", 512, 1, (64, 65)),
+}
+
+
+@pytest.mark.parametrize("mode", ["batch", "frozen"])
+@pytest.mark.parametrize("case", LARGE)
+def test_same_numbers_where_sizes_decide(backend: str, case: str, mode: str) -> None:
+    """The same for wide and for long tensors, inference included."""
+    shape, width, batch, size = LARGE[case]
+    chain = chains.make(shape, "silu", mode, width, batch, size)
+    t = in_layout(chain, chains.draw(chain), torch.float32, "nhwc")
+    want, got = chains.truth(chain, t), chains.run(chain, t)
+    for name in want:
+        assert_close(name, got[name], want[name], chains.reduction(chain))
+    if chain.spec.frozen:
+        out = ops.chain_inference(t.x, t.residual, t.params, chain.text)
+        assert_close("inference", out, want["out"], chains.reduction(chain))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_16_bit_is_as_good_as_plain_where_sizes_decide(backend: str, dtype: torch.dtype) -> None:
+    """The 16-bit rule for wide tensors."""
+    for mode in ("batch", "frozen"):
+        chain = chains.make("basic", "silu", mode, 64, 2, (7, 9))
+        t = in_layout(chain, chains.draw(chain), dtype, "nhwc")
+        want, plain, got = chains.truth(chain, t), chains.run(chain, t, chains.plain), chains.run(chain, t)
+        for name in want:
+            assert_as_good(f"{mode}: {name}", [got[name]], [plain[name]], [want[name]], dtype)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, (1, 0)], ids=str)
+def test_padding_of_wide_convolutions(backend: str, padding: Any) -> None:
+    """Every padding of a wide 3x3 convolution, behind an activation that is not 0 at 0."""
+    p = (padding, padding) if isinstance(padding, int) else padding
+    units = tuple(UnitSpec(ConvSpec(padding=p), Act("sigmoid")) for _ in range(2))
+    shapes = [("weight", (64, 64, 3, 3)), ("bn_weight", (64,)), ("bn_bias", (64,))] * 2
+    chain = chains.Chain(ChainSpec(units), (2, 64, 9, 8), None, tuple(shapes))
+    t = in_layout(chain, chains.draw(chain), torch.float32, "nhwc")
+    want, got = chains.truth(chain, t), chains.run(chain, t)
+    for name in want:
+        assert_close(name, got[name], want[name], chains.reduction(chain))
+
+
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_inference_same_numbers(backend: str, shape: str, layout: str) -> None:
@@ -520,7 +570,7 @@ def test_compile_residual_chain(backend: str, fresh_compiler: None) -> None:
 
 
 def test_compile_conv_bn_act(backend: str, fresh_compiler: None) -> None:
-    """fullgraph: a traced stem (channels_last, max-pool, recompute) in training and in inference equals the eager one."""
+    """fullgraph: a traced stem (channels_last, max-pool, recompute), training and inference, equals the eager one."""
     a = unit(3, 4)
     (b,) = copy_of([a])
     pool = functional.PoolSpec.make(3, 2, 1)

@@ -228,7 +228,7 @@ def test_one_frozen_unit_among_training_ones(backend: str, frozen: int) -> None:
 
 @BOTH
 def test_conv_bias(backend: str, training: bool) -> None:
-    """A bias before BatchNorm moves the running mean; in training its gradient is exactly zero, frozen it is s*sum dz."""
+    """A bias before BatchNorm moves the running mean; its gradient is exactly zero in training, frozen s*sum dz."""
     case = Case(image(3, 4, 5, 5), [unit(4, 6, bias=torch.randn(6).requires_grad_(), training=training)])
     got = same(case)
     assert got["d 0.bias"].any() != training
@@ -446,7 +446,7 @@ def test_stem(backend: str, pool: Any, recompute: bool, layout: str, training: b
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_max_pool_ties(backend: str, layout: str) -> None:
-    """Equal maxima (zeros after relu, saturated relu6): the gradient goes where PyTorch sends it, the first in order."""
+    """Equal maxima (zeros after relu, saturated relu6): the gradient goes where PyTorch sends it, to the first."""
     x = torch.randint(-2, 3, (2, 3, 9, 8)).float().contiguous(memory_format=LAYOUTS[layout])
     for act in ("relu", "relu6", "identity"):
         u = unit(3, 3, 1, act=act, training=False, running_mean=torch.zeros(3), running_var=torch.ones(3))
@@ -494,7 +494,7 @@ def test_input_views(backend: str, view: str, training: bool) -> None:
 
 @BOTH
 def test_strided_vectors(backend: str, training: bool) -> None:
-    """gamma, beta, the bias and running statistics may be strided, expanded or misaligned; in-place updates reach them."""
+    """gamma, beta, bias and running statistics may be strided, expanded or misaligned; in-place updates reach them."""
     for view in (lambda v: torch.stack([v, v + 1], 1)[:, 0], offset):
         tensors = {n: view(torch.rand(6) + 0.5) for n in TENSORS[1:]}
         case = Case(image(3, 4, 5, 5), [unit(4, 6, training=training, **tensors)])
@@ -543,7 +543,7 @@ def test_odd_sizes(backend: str, shape: tuple[int, ...]) -> None:
 @BOTH
 @pytest.mark.parametrize("kind", ["conv", "no_conv", "block", "projection", "stem", "residual"])
 def test_empty_batch(backend: str, kind: str, training: bool) -> None:
-    """A batch of 0 is plain PyTorch's: shapes, zero gradients, statistics as PyTorch leaves them, forward and backward."""
+    """A batch of 0 is plain PyTorch's: shapes, zero gradients, statistics as PyTorch leaves them."""
     x = image(0, 4, 6, 6)
     case = {
         "conv": lambda: Case(x, [unit(4, 6, training=training, bias=torch.randn(6).requires_grad_())]),
@@ -616,10 +616,9 @@ def test_nan_survives_relu_and_max_pool(backend: str) -> None:
 # ------------------------------------------------------------------------------------------------ autograd, autocast
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_checkpointing_updates_statistics_once(backend: str, reentrant: bool) -> None:
-    """Under gradient checkpointing the block runs twice and the running statistics move once; gradients are the same."""
+    """Under gradient checkpointing the block runs twice, the running statistics move once, gradients are the same."""
     case = Case(image(3, 4, 6, 6), block(), shortcut="identity")
     plainly, again = case.clone(), case.clone()
-    plainly.x.retain_grad() if not plainly.x.is_leaf else None
     fused(plainly).square().sum().backward()
     checkpoint(lambda x: fused(replace(again, x=x)), again.x, use_reentrant=reentrant).square().sum().backward()
     torch.testing.assert_close(again.x.grad, plainly.x.grad)
@@ -686,7 +685,7 @@ def test_double_backward(backend: str, kind: str, training: bool) -> None:
 def test_double_backward_16_bit(backend: str, dtype: torch.dtype) -> None:
     """A gradient penalty in 16 bits is as good as plain PyTorch's."""
     results: list[list[list[Tensor]]] = [[], [], []]
-    for _ in range(3):
+    for _ in range(7):
         low = Case(image(3, 4, 6, 6, dtype=dtype), block(), shortcut="identity")
         for u in low.units:
             u.weight = u.weight.detach().to(dtype).requires_grad_()
@@ -810,7 +809,7 @@ def test_no_grad_is_the_same(backend: str, training: bool) -> None:
 
 @BOTH
 def test_output_is_nobody_elses(backend: str, training: bool) -> None:
-    """The output shares no memory with an argument, even where the chain is the identity; x may be overwritten after."""
+    """The output shares no memory with an argument, even where the chain is the identity."""
     x = torch.randn(2, 3, 4, 4)
     for residual in (None, x):
         out = fr.bn_act(

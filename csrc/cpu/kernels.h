@@ -32,7 +32,7 @@ struct Args {
     Layout layout;
     DType y_type;      // of y and residual
     DType other_type;  // of out / dout / dz / dy
-    DType grad_type;   // of grad in bn_backward, where dz may have y's type and dy another
+    DType grad_type;   // of grad in bn_backward: y's type, or float (double)
     Act act = Act::identity;
     double act_param = 0;
     const void* y = nullptr;

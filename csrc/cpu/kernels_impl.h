@@ -49,9 +49,9 @@ void bn_backward_impl(const Args& a, int64_t begin, int64_t end) {
                   n);
         });
     };
-    // dz has dy's type, or (a block's closing gradient) y's
-    if (a.grad_type == a.other_type) with(static_cast<const O*>(a.grad));
-    else with(static_cast<const T*>(a.grad));
+    // dz has y's type (a block's closing gradient), or that in which convolutions are computed
+    if (a.grad_type == a.y_type) with(static_cast<const T*>(a.grad));
+    else with(static_cast<const typename Lanes<T>::scalar*>(a.grad));
 }
 
 // Rows are taken in tiles, so that a channel's sums stay in registers for a while and the rows in L1.

@@ -74,6 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, c
 
 Tensor bn_backward(const Tensor& dz, const Tensor& y, at::TensorList coef, at::ScalarType out_dtype) {
     check_like("dz", dz, y);
+    TORCH_CHECK(dz.scalar_type() == y.scalar_type() || dz.scalar_type() == wide(y), "dz: expected y's dtype or ", wide(y),
+                ", got ", dz.scalar_type());
     TORCH_CHECK(coef.size() == 1 || coef.size() == 4, "coef: expected [a] or [a, b, c, center]");
     Args a{};
     a.layout = View::of(y).layout;

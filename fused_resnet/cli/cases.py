@@ -116,7 +116,7 @@ class Subject:
             model: nn.Module = getattr(models, name)(fused=False)
         model = validate.in_layout(model.to(settings.device), torch.channels_last)
         few = self.x[:VALIDATED_IMAGES]
-        validate.randomise(model, few, generator)
+        validate.randomise(model, few, generator, validate.BRANCH)
         self.model = model
         # contiguous: faster in float64 on a CPU
         truth = validate.in_layout(copy.deepcopy(model).double(), torch.contiguous_format)

@@ -108,7 +108,8 @@ class _Checker:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.truth = subject.build().double()
-        validate.randomise(self.truth, validate.exact(subject.shape, self.generator, 0.5, 2.0), self.generator)
+        x = validate.exact(subject.shape, self.generator, 0.5, 2.0)
+        validate.randomise(self.truth, x, self.generator, validate.BRANCH if subject.whole else 1.0)
         for t in [*self.truth.parameters(), *self.truth.buffers()]:
             t.data = t.data.float().to(t.dtype)  # values that float32 holds, too
         self.truth.to(device)

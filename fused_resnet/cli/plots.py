@@ -39,15 +39,12 @@ def _bars(
     figure = Figure(figsize=(3.1 * columns, 3.0 * lines + 0.5), layout="constrained")
     for i, (model, mode, cases) in enumerate(panels):
         ax: Axes = figure.add_subplot(lines, columns, i + 1)
-        for j, variant in enumerate(VARIANTS):
-            for k, case in enumerate(cases):
-                row = next((r for r in case["variants"] if r["variant"] == variant), None)
-                found = value(row) if row is not None and row["status"] == "measured" else None
-                if found is None:
-                    continue
-                height, low, high = found
-                error = [[max(0.0, height - low)], [max(0.0, high - height)]]
-                at = k + (j - 1) * 0.27
+        for k, case in enumerate(cases):
+            rows = [row for row in case["variants"] if row["status"] == "measured"]
+            bars = [(row["variant"], found) for row in rows if (found := value(row)) is not None]
+            for j, (variant, (height, low, high)) in enumerate(bars):
+                at = k + (j - (len(bars) - 1) / 2) * 0.27
+                error = [[max(0.0, height - low)], [max(0.0, high - height)]] if high > low else None
                 ax.bar(at, height, 0.25, color=COLOURS[variant], yerr=error, ecolor="#202124", capsize=2)
                 ax.annotate(f"{height:.3g}", (at, high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
         ax.set_xticks(range(len(cases)), [case["dtype"] for case in cases])

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet import models
+
 Tensors = dict[str, Tensor]
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,6 +33,8 @@ TOLERANCE = {torch.float64: (1e-7, 1e-7), torch.float32: (1.3e-6, 1e-5)}
 # Values on the wrong side of a kink, among the n of a network's smallest ReLU, that are luck: their number is a Poisson
 # variable of mean n * (relative error of the forward pass), well under 1.
 KINKS = 4
+# Of ``randomise``, for whole networks.
+BRANCH = 0.3
 # Relative errors below these are rounding, however lucky plain PyTorch's were.
 FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 
@@ -175,13 +179,19 @@ def run(
 
 # ---------------------------------------------------------------------------------------------------- telling inputs
 @torch.no_grad()
-def randomise(model: nn.Module, x: Tensor, generator: torch.Generator) -> None:
+def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: float = 1.0) -> None:
     """Gives every BatchNorm values under which no mistake hides: gamma of both signs, beta, mean and var not 0, 1.
 
     The running statistics are those of this batch, moved a little, so that deep networks stay in range in eval mode.
     Leaves ``model`` in training mode; runs it once on ``x``.
+
+    Args:
+        branch: scales gamma and beta at the end of each residual branch. Under 1, as in trained networks, errors do
+            not grow from block to block until nothing can be told from them (16 bits lose all of ResNet-50's gradient).
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    blocks = [m for m in model.modules() if isinstance(m, models.BasicBlock | models.Bottleneck)]
+    last = {id(m.bn3 if isinstance(m, models.Bottleneck) else m.bn2) for m in blocks}
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         values = torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
@@ -193,6 +203,9 @@ def randomise(model: nn.Module, x: Tensor, generator: torch.Generator) -> None:
             sign = torch.where(uniform(bn.weight, 0, 1) < 0.2, -1.0, 1.0)
             bn.weight.copy_(uniform(bn.weight, 0.5, 1.5) * sign)
             bn.bias.copy_(uniform(bn.bias, -0.5, 0.5))
+            if id(bn) in last:
+                bn.weight *= branch
+                bn.bias *= branch
         bn.momentum = 1.0
     model.train()
     model(x)
