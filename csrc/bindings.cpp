@@ -31,7 +31,7 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def(
         "conv_backward(Tensor dz, Tensor y, Tensor[] coef, Tensor x, Tensor[] prologue, int act, float act_param, "
         "Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool need_input, bool need_weight, "
-        "Tensor? add, ScalarType compute, bool gemm) -> (Tensor, Tensor, Tensor, Tensor)");
+        "Tensor(a!)? add, ScalarType compute, bool gemm) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def("takes_winograd(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> bool");
     m.def("winograd_prepack(Tensor weight) -> Tensor");
     m.def(

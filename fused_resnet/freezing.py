@@ -18,6 +18,10 @@ from fused_resnet.spec import Act, ConvSpec
 Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]]
 
 
+# Bytes of the stem's convolution per thread that are made before they are pooled.
+_STEM_BYTES = 4 << 20
+
+
 class FrozenUnit(nn.Module):
     """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers)."""
 
@@ -73,6 +77,17 @@ class FrozenChain(nn.Module):
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """``inplace``: nobody else holds x, its memory may be reused."""
+        if self.pool is None:
+            return self._forward(x, inplace)
+        # a few images at a time, so that the network's largest tensor is never whole: it would be new memory each call
+        weight = self.units[-1].weight
+        assert isinstance(weight, Tensor)
+        image = x.element_size() * weight.shape[0] * x.shape[2] * x.shape[3] // 4
+        some = max(1, torch.get_num_threads() * _STEM_BYTES // max(1, image))
+        parts = [self._max_pool(self._forward(part, False)) for part in x.split(some)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _forward(self, x: Tensor, inplace: bool) -> Tensor:
         residual: Tensor | None = None
         h = x
         for unit in self.units[:-1]:
@@ -87,7 +102,7 @@ class FrozenChain(nn.Module):
             x = x[:, :, :: self.stride, :: self.stride]
             residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.weight.shape[0] - x.shape[1]))
         h = last(h, residual, (inplace and h is not x) or self.kind != "identity")
-        return h if self.pool is None else self._max_pool(h)
+        return h
 
     def _max_pool(self, h: Tensor) -> Tensor:
         assert self.pool is not None

@@ -254,9 +254,9 @@ def test_digits() -> None:
 
 
 def test_digits_are_learnt() -> None:
-    trainings = digits.train_both(3, CPU, seed=0)
+    trainings = digits.train_both(2, CPU, seed=0)
     assert [t.variant for t in trainings] == ["plain", "fused"]
-    assert all(t.accuracy > 0.9 and t.losses[-1] < t.losses[0] / 3 for t in trainings)
+    assert all(t.accuracy > 0.8 and t.losses[-1] < t.losses[0] / 3 for t in trainings)
     assert trainings[0].losses[0] == pytest.approx(trainings[1].losses[0], rel=1e-4)
 
 

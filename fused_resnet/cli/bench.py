@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fused_resnet.cli import report
 from fused_resnet.cli.cases import Case, Settings, Subject, run_case
 from fused_resnet.cli.console import console, pick_device, pick_models, progress, table, write_json
@@ -49,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     preset = PRESETS[args.preset]
     names = pick_models(args.models, preset.models)
     device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # plain PyTorch at its best: the shapes never change
     settings = Settings(
         device,
         args.batch_size or (8 if device.type == "cpu" else 256),

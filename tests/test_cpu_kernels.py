@@ -1,0 +1,217 @@
+"""The compiled kernels by themselves: every instruction set against aten, bn_math.h as C++ on the host, the schemas."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_resnet import reference
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, aten, cpu, load
+from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, PoolSpec
+
+ROOT = Path(__file__).parent.parent
+needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
+# kinks, both signs, overflow of exp on either side, and what is no number
+POINTS = [-200.0, -104.5, -87.4, -20.0, -3.0, -1.5, -1e-8, -0.0, 0.0, 1e-8, 0.5, 3.0, 6.0, 7.0, 88.5, 200.0]
+SPECIAL = [float("inf"), -float("inf"), float("nan")]
+
+
+def random_norm(c: int, wide: torch.dtype) -> Norm:
+    """scale of both signs."""
+    return Norm(*(torch.randn(c, dtype=wide) for _ in range(4)))
+
+
+def worst(got: tuple[object, ...], want: tuple[object, ...]) -> float:
+    """The largest relative error (norm) over the tensors of two results."""
+    errors = [0.0]
+    for g, w in zip(got, want, strict=True):
+        if isinstance(g, Tensor) and isinstance(w, Tensor):
+            errors.append(float((g.double() - w.double()).norm() / w.double().norm().clamp_min(1e-6)))
+        elif isinstance(g, tuple) and isinstance(w, tuple):
+            errors.append(worst(g, w))
+    return max(errors)
+
+
+def compare_all() -> dict[str, float]:
+    """Every primitive of the cpu backend against aten, in float32 on small awkward shapes: {case: relative error}."""
+    errors: dict[str, float] = {}
+    for channels, last in ((3, True), (17, True), (17, False), (64, True)):
+        fmt = torch.channels_last if last else torch.contiguous_format
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            y = (torch.randn(2, channels, 9, 7) * 2 + 1).to(dtype).contiguous(memory_format=fmt)
+            r = torch.randn(2, channels, 9, 7).to(dtype).contiguous(memory_format=fmt)
+            n, m = random_norm(channels, wide), random_norm(channels, wide)
+            key = f"{channels}-{'nhwc' if last else 'nchw'}-{str(dtype).removeprefix('torch.')}"
+            errors[f"bn_stats {key}"] = worst(cpu.bn_stats(y), aten.bn_stats(y))
+            for act in ACTIVATIONS:
+                a = Act.make(act)
+                errors[f"bn_act {act} {key}"] = worst((cpu.bn_act(y, n, a, r, m),), (aten.bn_act(y, n, a, r, m),))
+                got, want = cpu.bn_act_backward(r, y, n, a, r, m), aten.bn_act_backward(r, y, n, a, r, m)
+                errors[f"bn_act_backward {act} {key}"] = worst(got, want)
+            coef = DyCoefficients(*random_norm(channels, wide))
+            errors[f"bn_backward {key}"] = worst((cpu.bn_backward(r, y, coef),), (aten.bn_backward(r, y, coef),))
+            pool = PoolSpec.make(3, 2, 1)
+            out, place = cpu.bn_act_max_pool(y, n, Act(), pool)
+            want_out, _ = aten.bn_act_max_pool(y, n, Act(), pool)
+            errors[f"max_pool {key}"] = worst((out,), (want_out,))
+            got = cpu.bn_act_max_pool_backward(out, place, y, n, Act(), pool)
+            errors[f"max_pool_backward {key}"] = worst(
+                got, aten.bn_act_max_pool_backward(out, place, y, n, Act(), pool)
+            )
+            for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
+                w = torch.randn(70, channels, kernel, kernel, dtype=wide) / channels**0.5
+                conv = ConvSpec((stride, stride), (kernel // 2, kernel // 2))
+                pre = Prologue(n, Act()) if stride == 1 or kernel == 3 else None
+                got_y, want_y = cpu.conv_stats(y, w, conv, pre, True), aten.conv_stats(y, w, conv, pre, True)
+                case = f"{kernel}x{kernel}/{stride} {key}"
+                errors[f"conv_stats {case}"] = worst(got_y, want_y)
+                z, dz = want_y[0], torch.randn_like(want_y[0])
+                c = DyCoefficients(*random_norm(70, wide))
+                args = (z, c, y, pre, w, conv, True, True, None)
+                errors[f"conv_backward {case}"] = worst(cpu.conv_backward(dz, *args), aten.conv_backward(dz, *args))
+    return errors
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+def test_every_instruction_set_agrees_with_aten(isa: str) -> None:
+    """In a process of its own, since the choice is made once; a machine without the set takes the next lower one."""
+    code = (
+        "import json, torch; torch.manual_seed(5); from fused_resnet import _C; import test_cpu_kernels as t;"
+        "print(json.dumps([_C.build_info()['cpu_isa'], t.compare_all()]))"
+    )
+    env = os.environ | {"FUSED_RESNET_CPU_ISA": isa, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    used, errors = json.loads(done.stdout)
+    assert used in ("default", "avx2", "avx512")[: ("default", "avx2", "avx512").index(isa) + 1]
+    bounds = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 3e-2, "float16": 5e-3}
+    wrong = {case: e for case, e in errors.items() if not e <= bounds[case.rsplit("-", 1)[1]]}
+    assert not wrong
+    assert len(errors) > 300
+
+
+@needs_extension
+def test_unknown_instruction_set_is_an_error() -> None:
+    code = "import torch; from fused_resnet import _C; _C.build_info()"
+    env = os.environ | {"FUSED_RESNET_CPU_ISA": "mmx", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and "expected default, avx2 or avx512, got 'mmx'" in done.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("last", [True, False])
+def test_activations_at_kinks_and_extremes(act: str, last: bool) -> None:
+    """act and act' where they bend, where exp overflows, and at NaN and infinities: as ATen's, in float32 and float64."""
+    a = Act.make(act)
+    for dtype in (torch.float32, torch.float64):
+        z = torch.tensor(POINTS + SPECIAL, dtype=dtype).repeat(20)[None, :, None, None].expand(1, -1, 1, 3)
+        z = z.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        one = torch.ones(z.shape[1], dtype=dtype)
+        norm = Norm(one, torch.zeros_like(one), torch.zeros_like(one), one)
+        got, want = cpu.bn_act(z, norm, a), reference.act(z, a)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, equal_nan=True)
+        g = torch.full_like(z, 1.5)
+        got, want = cpu.bn_act_backward(g, z, norm, a)[0], aten.bn_act_backward(g, z, norm, a)[0]
+        finite = want.isfinite()  # where exp overflows inside a product, inf*0 may be NaN or 0
+        if act == "relu6":
+            finite &= ~z.isnan()  # ATen's own vector and scalar loops disagree there
+        torch.testing.assert_close(got[finite], want[finite], rtol=2e-6, atol=1e-7)
+
+
+PROGRAM = r"""
+#include <cstdio>
+#include <cstdlib>
+#include "bn_math.h"
+using namespace fused_resnet;
+template <Act A> void table(const char* name, double p, int n, char** z) {
+    for (int i = 0; i < n; i++) {
+        const double x = atof(z[i]);
+        printf("%s %.17g %.17g\n", name, act<A>(x, p), act_backward<A>(1.5, x, p));
+    }
+}
+int main(int n, char** z) {
+    n--, z++;
+    table<Act::identity>("identity", 0, n, z), table<Act::relu>("relu", 0, n, z);
+    table<Act::leaky_relu>("leaky_relu", 0.01, n, z), table<Act::elu>("elu", 1, n, z);
+    table<Act::sigmoid>("sigmoid", 0, n, z), table<Act::silu>("silu", 0, n, z);
+    table<Act::relu6>("relu6", 0, n, z), table<Act::hardswish>("hardswish", 0, n, z);
+    // float moments of 1e4 +- 1, merged unevenly
+    Moments<float, float> all{0, 0, 0}, part{0, 0, 0};
+    for (int i = 0; i < 1000; i++) {
+        part.merge({1, 1e4f + (i % 2 ? 1.f : -1.f), 0});
+        if (i % 7 == 0) all.merge(part), part = {0, 0, 0};
+    }
+    all.merge(part);
+    printf("moments %.9g %.9g\n", all.mean, all.m2 / all.count);
+    printf("affine %.17g\ndy %.17g\n", affine(2.0, 3.0, -1.0), bn_backward(2.0, 5.0, 1.0, 0.5, -0.25, 0.125));
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on this machine")
+def test_bn_math_as_plain_cpp(tmp_path: Path) -> None:
+    """Every formula of the header, compiled on its own, against PyTorch."""
+    (tmp_path / "main.cpp").write_text(PROGRAM)
+    subprocess.run(
+        ["c++", "-std=c++17", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}", "main.cpp", "-o", "main"],
+        cwd=tmp_path,
+        check=True,
+    )
+    points = [p for p in POINTS if abs(p) < 150]
+    done = subprocess.run([tmp_path / "main", *map(repr, points)], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    z = torch.tensor(points, dtype=torch.float64)
+    for name in ACTIVATIONS:
+        rows = torch.tensor([[float(v) for v in row[1:]] for row in lines if row[0] == name], dtype=torch.float64)
+        a = Act.make(name)
+        torch.testing.assert_close(rows[:, 0], reference.act(z, a), rtol=1e-12, atol=1e-12)
+        flat = z[None, :, None, None]
+        one = torch.ones(len(points), dtype=torch.float64)
+        norm = Norm(one, torch.zeros_like(one), torch.zeros_like(one), one)
+        want = aten.bn_act_backward(torch.full_like(flat, 1.5), flat, norm, a)[0].flatten()
+        torch.testing.assert_close(rows[:, 1], want, rtol=1e-12, atol=1e-12)
+    rest = {row[0]: [float(v) for v in row[1:]] for row in lines}
+    assert abs(rest["moments"][0] - 1e4) < 2e-3 and abs(rest["moments"][1] - 1) < 1e-3
+    assert rest["affine"] == [5.0] and rest["dy"] == [0.5 * 2 - 0.25 * 4 + 0.125]
+
+
+@needs_extension
+def test_schemas_of_the_compiled_operators() -> None:
+    """opcheck's schema test (no undeclared mutation or aliasing) on each operator of the extension."""
+    ops = torch.ops.fused_resnet_cpu
+    y = torch.randn(2, 64, 6, 6).contiguous(memory_format=torch.channels_last)
+    v = [torch.randn(64) for _ in range(3)]
+    w1, w3 = torch.randn(64, 64, 1, 1), torch.randn(64, 64, 3, 3)
+    f32, one, none = torch.float32, [1, 1], [0, 0]
+    place = torch.zeros(2, 64, 3, 3, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    small = torch.randn(2, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    coef = [torch.randn(64) for _ in range(4)]
+    packed = ops.winograd_prepack(w3)
+    calls = {
+        "bn_stats": (y,),
+        "bn_act": (y, v[:2], 1, 0.0, y, [], f32),
+        "bn_act_backward": (y, y, v, 1, 0.0, y, v),
+        "bn_backward": (y, y, coef, f32),
+        "bn_act_max_pool": (y, v[:2], 1, 0.0, [3, 3], [2, 2], one),
+        "bn_act_max_pool_backward": (small, place, y, v, 1, 0.0, [3, 3], [2, 2], one, f32),
+        "conv_stats": (y, w3, one, one, one, 1, v[:2], 1, 0.0, True, f32, True),
+        "conv_backward": (y, y, coef, y, v, 1, 0.0, w1, one, none, one, 1, True, True, None, f32, True),
+        "takes_winograd": (y, w3, one, one, one, 1),
+        "winograd_prepack": (w3,),
+        "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),
+    }
+    registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_resnet_cpu::")}
+    assert registered == set(calls)
+    for name, args in calls.items():
+        torch.library.opcheck(getattr(ops, name).default, args, test_utils="test_schema")
