@@ -204,8 +204,8 @@ def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: f
             bn.weight.copy_(uniform(bn.weight, 0.5, 1.5) * sign)
             bn.bias.copy_(uniform(bn.bias, -0.5, 0.5))
             if id(bn) in last:
-                bn.weight *= branch
-                bn.bias *= branch
+                bn.weight.mul_(branch)
+                bn.bias.mul_(branch)
         bn.momentum = 1.0
     model.train()
     model(x)
