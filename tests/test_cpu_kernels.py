@@ -112,7 +112,7 @@ def test_unknown_instruction_set_is_an_error() -> None:
 @pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("last", [True, False])
 def test_activations_at_kinks_and_extremes(act: str, last: bool) -> None:
-    """act and act' where they bend, where exp overflows, and at NaN and infinities: as ATen's, in float32 and float64."""
+    """act and act' where they bend, where exp overflows, at NaN and infinities: ATen's, in float32 and float64."""
     a = Act.make(act)
     for dtype in (torch.float32, torch.float64):
         z = torch.tensor(POINTS + SPECIAL, dtype=dtype).repeat(20)[None, :, None, None].expand(1, -1, 1, 3)
