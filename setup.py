@@ -146,7 +146,8 @@ def extension_arguments() -> dict:
     # the one its own headers need (C++20 from 2.14 on, where they refuse C++17).
     # -ffp-contract=fast because GCC's ISO modes turn fused multiply-adds off; the -fno's let sqrt and selects vectorise
     # without giving up on NaN, Inf or the order of additions, as -ffast-math would.
-    cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+    cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno"]
+    cxx += ["-fno-trapping-math", "-g0"]
     if sys.platform == "linux":
         cxx.append("-fopenmp")
     nvcc_flags = ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]

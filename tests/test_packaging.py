@@ -471,3 +471,9 @@ def test_import_works_with_the_extension_blocked() -> None:
     aten, cpu = result.stdout.strip().split(" | ")
     assert aten == "ok"
     assert cpu != "ok"
+
+
+def test_readme_figures_come_from_the_committed_results() -> None:
+    """The README's table is what benchmarks/readme_table.py makes of the newest results file."""
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "readme_table.py", "--check"], check=False)
+    assert done.returncode == 0, "run python benchmarks/readme_table.py"
