@@ -69,7 +69,7 @@ FR_INLINE T act_backward(T g, T z, T p) {
     const T zero = splat<T>(0), one = splat<T>(1), three = splat<T>(3), six = splat<T>(6);
     if constexpr (A == Act::relu) return z <= zero ? zero : g;
     if constexpr (A == Act::leaky_relu) return z > zero ? g : g * p;
-    if constexpr (A == Act::elu) return z <= zero ? g * p * Exponential<T>::of(z) : g;
+    if constexpr (A == Act::elu) return z > zero ? g : g * p * Exponential<T>::of(z);
     if constexpr (A == Act::sigmoid) {
         const T s = sigmoid(z);
         return g * s * (one - s);
@@ -81,7 +81,7 @@ FR_INLINE T act_backward(T g, T z, T p) {
     if constexpr (A == Act::relu6) return z <= zero ? zero : (z >= six ? zero : g);
     if constexpr (A == Act::hardswish) {
         const T slope = z / three + splat<T>(0.5);
-        return z <= -three ? zero : (z < three ? g * slope : g);
+        return z <= -three ? zero : (z >= three ? g : g * slope);
     }
     return g;
 }

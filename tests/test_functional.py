@@ -485,10 +485,13 @@ def test_input_views(backend: str, view: str, training: bool) -> None:
     """x, residual and weights of any strides and offset give the values of plain PyTorch, and stay as they are."""
     x, residual = (INPUTS[view](torch.randn(3, 4, 5, 6) * 1.5 + 0.7).detach() for _ in range(2))
     bits = x.clone()
-    for units in ([unit(None, 4, training=training)], [unit(4, 4, training=training)], block(training=training)):
+    # equal channels are one channel to a 1x1 convolution, whose gradient before BatchNorm is then all rounding
+    kernel = 3 if view == "expanded_channels" else 1
+    bottleneck = [unit(4, 3, kernel, training=training), *block(training=training)[1:]]
+    for units in ([unit(None, 4, training=training)], [unit(4, 4, training=training)], bottleneck):
         same(Case(x.requires_grad_(), units, residual=residual.requires_grad_()))
-    kernel = INPUTS[view](torch.randn(4, 4, 3, 3) / 6).detach().requires_grad_()
-    same(Case(x, [unit(4, 4, weight=kernel, training=training)]))
+    weight = INPUTS[view](torch.randn(4, 4, 3, 3) / 6).detach().requires_grad_()
+    same(Case(x, [unit(4, 4, weight=weight, training=training)]))
     assert torch.equal(x, bits)
 
 
@@ -537,7 +540,9 @@ def test_odd_sizes(backend: str, shape: tuple[int, ...]) -> None:
     for fmt in LAYOUTS.values():
         x = image(*shape).detach().contiguous(memory_format=fmt).requires_grad_()
         same(Case(x, [unit(None, shape[1])]))
-        same(Case(x, [unit(shape[1], 3, 1), unit(3, shape[1], 1)], shortcut="identity"))
+        # a 1x1 convolution of one channel before BatchNorm has no gradient but for eps: rounding is all there is to see
+        kernel = 1 if shape[1] > 1 else 3
+        same(Case(x, [unit(shape[1], 3, kernel), unit(3, shape[1], 1)], shortcut="identity"))
 
 
 @BOTH

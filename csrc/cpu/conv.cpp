@@ -20,7 +20,7 @@ int64_t slice_rows(int64_t channels, int64_t element_size) {
 
 bool is_gemm(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups) {
     return weight.size(2) == 1 && weight.size(3) == 1 && groups == 1 && padding[0] == 0 && padding[1] == 0 &&
-           x.is_contiguous(at::MemoryFormat::ChannelsLast);
+           format_of(x) == at::MemoryFormat::ChannelsLast;
 }
 
 // [M, C], the same memory as a channels_last [N, C, H, W]

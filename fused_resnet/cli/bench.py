@@ -34,7 +34,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(("resnet18", "resnet50"), (5, 30), 7.0, 90.0, 8),
+    "quick": Preset(("resnet18", "resnet50"), (4, 30), 6.0, 80.0, 8),
     "full": Preset(
         ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d"),
         (10, 50),
