@@ -123,7 +123,7 @@ def test_activations_at_kinks_and_extremes(act: str, last: bool) -> None:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7, equal_nan=True)
         g = torch.full_like(z, 1.5)
         got, want = cpu.bn_act_backward(g, z, norm, a)[0], aten.bn_act_backward(g, z, norm, a)[0]
-        # where exp overflows inside a product, inf*0 may be NaN or 0; at NaN ATen's own vector and scalar loops disagree
+        # inf*0 may be NaN or 0 where exp overflows; at NaN ATen's own vector and scalar loops disagree
         finite = want.isfinite() & ~z.isnan()
         torch.testing.assert_close(got[finite], want[finite], rtol=2e-6, atol=1e-7)
 
