@@ -83,11 +83,6 @@ def _kind(block: nn.Module) -> tuple[str, ...]:
     return type(block).__name__, ratios, *map(_shape_of, convs), _shortcut_of(block)
 
 
-def _in_network(kind: tuple[str, ...]) -> tuple[str, ...]:
-    """Equal for blocks that a network composes alike, whatever their channels."""
-    return kind[0], *kind[2:]
-
-
 def _describe(block: nn.Module) -> str:
     convs = _convs(block)
     channels = "-".join(str(c) for c in (convs[0].in_channels, *(conv.out_channels for conv in convs)))
@@ -127,7 +122,7 @@ def _input_of(block: nn.Module, values: int) -> tuple[int, int, int, int]:
 
 def subjects(names: Sequence[str]) -> Iterator[Subject]:
     """Every kind of block of the named models, first at its narrowest and then each model's widest; and every network
-    that has a kind of block which no network of its class before it had, in whatever width."""
+    that has a kind of block which no network of its class before it had."""
     seen_blocks: set[str] = set()
     seen_kinds: set[tuple[str, ...]] = set()
     seen_in_network: set[tuple[str, ...]] = set()
@@ -144,7 +139,7 @@ def subjects(names: Sequence[str]) -> Iterator[Subject]:
                     shapes = _input_of(block, 0), _input_of(block, 100_000)
                     yield Subject(label, name, partial(_rebuild, block), False, *shapes)
                 seen_blocks.add(label)
-            in_network = {(type(network).__name__, *_in_network(kind)) for kind in kinds}
+            in_network = {(type(network).__name__, *kind) for kind in kinds}
             if in_network - seen_in_network:
                 large = isinstance(network, models.ResNet)
                 stem = f"stem {_shape_of(network.conv1)}{', max-pool' if large else ''}"
