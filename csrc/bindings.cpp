@@ -32,8 +32,8 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "conv_backward(Tensor dz, Tensor y, Tensor[] coef, Tensor x, Tensor[] prologue, int act, float act_param, "
         "Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool need_input, bool need_weight, "
         "Tensor(a!)? add, ScalarType compute, bool gemm) -> (Tensor, Tensor, Tensor, Tensor)");
-    m.def("takes_winograd(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> bool");
-    m.def("winograd_prepack(Tensor weight) -> Tensor");
+    m.def("winograd_tile(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> int");
+    m.def("winograd_prepack(Tensor weight, int tile) -> Tensor");
     m.def(
         "winograd_bias_act(Tensor x, Tensor packed, Tensor bias, int padding, int act, float act_param, Tensor? residual) "
         "-> Tensor");
@@ -49,7 +49,7 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("bn_act_max_pool_backward", cpu::bn_act_max_pool_backward);
     m.impl("conv_stats", cpu::conv_stats);
     m.impl("conv_backward", cpu::conv_backward);
-    m.impl("takes_winograd", cpu::takes_winograd);
+    m.impl("winograd_tile", cpu::winograd_tile);
     m.impl("winograd_prepack", cpu::winograd_prepack);
     m.impl("winograd_bias_act", cpu::winograd_bias_act);
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_resnet.backends import NAMES, BackendUnavailable, Case, forced, load
@@ -18,7 +19,8 @@ from fused_resnet.spec import ConvSpec
 def case_of(x: Tensor, conv: ConvSpec | None = None, weight: Tensor | None = None) -> Case:
     """What backends decide by, read off the tensors."""
     kernel = (weight.shape[2], weight.shape[3]) if weight is not None else (1, 1)
-    return Case(x.device.type, x.dtype, not x.is_contiguous(), conv, kernel)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return Case(x.device.type, x.dtype, channels_last, conv, kernel)
 
 
 def pick(primitive: str, case: Case) -> Any:

@@ -196,7 +196,7 @@ def test_schemas_of_the_compiled_operators() -> None:
     place = torch.zeros(2, 64, 3, 3, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     small = torch.randn(2, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     coef = [torch.randn(64) for _ in range(4)]
-    packed = ops.winograd_prepack(w3)
+    packed = ops.winograd_prepack(w3, 4)
     calls = {
         "bn_stats": (y,),
         "bn_act": (y, v[:2], 1, 0.0, y, [], f32),
@@ -206,8 +206,8 @@ def test_schemas_of_the_compiled_operators() -> None:
         "bn_act_max_pool_backward": (small, place, y, v, 1, 0.0, [3, 3], [2, 2], one, f32),
         "conv_stats": (y, w3, one, one, one, 1, v[:2], 1, 0.0, True, f32, True),
         "conv_backward": (y, y, coef, y, v, 1, 0.0, w1, one, none, one, 1, True, True, None, f32, True),
-        "takes_winograd": (y, w3, one, one, one, 1),
-        "winograd_prepack": (w3,),
+        "winograd_tile": (y, w3, one, one, one, 1),
+        "winograd_prepack": (w3, 4),
         "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),
     }
     registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_resnet_cpu::")}

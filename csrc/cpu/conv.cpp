@@ -12,6 +12,8 @@ constexpr int64_t kSlice = 16 << 20;
 // The same for Winograd's transforms, and the channels from which they pay.
 constexpr int64_t kWinogradSlice = 8 << 20;
 constexpr int64_t kWinogradChannels = 64;
+// Output pixels from which tiles of 4x4 repay the larger transform of weights that change with every step.
+constexpr int64_t kLargeTiles = 4096;
 
 int64_t slice_rows(int64_t channels, int64_t element_size) {
     const int64_t rows = kSlice / (channels * element_size);
@@ -172,37 +174,44 @@ bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList 
            x.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// The transformed weights [16, K, C].
-Tensor winograd_weight(const Tensor& weight, bool flip) {
+// The transformed weights [(tile + 2)^2, K, C].
+Tensor winograd_weight(const Tensor& weight, bool flip, int tile) {
     const Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
     const int64_t K = w.size(0), C = w.size(1);
-    const Tensor u = at::empty({16, K, C}, w.options().memory_format(at::MemoryFormat::Contiguous));
+    const Tensor u = at::empty({(tile + 2) * (tile + 2), K, C}, w.options().memory_format(at::MemoryFormat::Contiguous));
     at::parallel_for(0, K, 4, [&](int64_t b, int64_t e) {
-        table().winograd_weight(w.data_ptr<float>(), u.data_ptr<float>(), K, C, flip, b, e);
+        table().winograd_weight(tile, w.data_ptr<float>(), u.data_ptr<float>(), K, C, flip, b, e);
     });
     return u;
 }
 
-// out = conv3x3(input as `in` sees it), by 16 products with u [16, C, K]; what `post` says is applied to the result.
+// out = conv3x3(input as `in` sees it), by products with u [(tile + 2)^2, C, K]; what `post` says is applied to the result.
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
-    const int64_t C = u.size(1), K = u.size(2);
-    Winograd q{x.size(2), x.size(3), out.size(2), out.size(3), (out.size(2) + 1) / 2, (out.size(3) + 1) / 2, padding, 0, 0};
+    const int64_t products = u.size(0), C = u.size(1), K = u.size(2);
+    const int tile = products == 36 ? 4 : 2;
+    Winograd q{};
+    q.tile = tile;
+    q.height = x.size(2), q.width = x.size(3), q.out_height = out.size(2), q.out_width = out.size(3);
+    q.tiles_h = (q.out_height + tile - 1) / tile, q.tiles_w = (q.out_width + tile - 1) / tile;
+    q.padding = padding;
     const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w;
-    const int64_t slice = std::min(tiles, std::max<int64_t>(64, kWinogradSlice / (64 * (C + K))));
+    const int64_t slice = std::min(tiles, std::max<int64_t>(64, kWinogradSlice / (4 * products * (C + K))));
     const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
-    const Tensor v = at::empty({16 * slice * C}, options), m = at::empty({16 * slice * K}, options);
+    const Tensor v = at::empty({products * slice * C}, options), m = at::empty({products * slice * K}, options);
     for (q.first = 0; q.first < tiles; q.first += slice) {
         q.count = std::min(slice, tiles - q.first);
         at::parallel_for(q.first, q.first + q.count, 8, [&](int64_t b, int64_t e) {
             table().winograd_input(in, q, v.data_ptr<float>(), b, e);
         });
-        Tensor product = m.narrow(0, 0, 16 * q.count * K).view({16, q.count, K});
-        at::bmm_out(product, v.narrow(0, 0, 16 * q.count * C).view({16, q.count, C}), u);
+        Tensor product = m.narrow(0, 0, products * q.count * K).view({products, q.count, K});
+        at::bmm_out(product, v.narrow(0, 0, products * q.count * C).view({products, q.count, C}), u);
         at::parallel_for(q.first, q.first + q.count, 8, [&](int64_t b, int64_t e) {
             table().winograd_output(post, q, m.data_ptr<float>(), b, e);
         });
     }
 }
+
+int tile_for(const Tensor& out) { return out.numel() / out.size(1) >= kLargeTiles ? 4 : 2; }
 
 // Args of a raw tensor without a norm
 Args raw_args(const Tensor& t) {
@@ -226,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
         Args in = prologue.empty() ? raw_args(x) : prologue_args(x, prologue, act, act_param), post = raw_args(y);
         in.y = x.data_ptr();
         post.out = y.data_ptr();
-        winograd(in, x, winograd_weight(weight, false).transpose(1, 2), post, y, padding[0]);
+        winograd(in, x, winograd_weight(weight, false, tile_for(y)).transpose(1, 2), post, y, padding[0]);
         if (!stats) return {y, Tensor(), Tensor()};
         auto [mean, var] = bn_stats(y);
         return {y, mean, var};
@@ -282,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
         da = empty_like(x, compute);
         Args post = raw_args(da);
         post.out = da.data_ptr();
-        winograd(raw_args(dy), dy, winograd_weight(weight, true), post, da, 2 - padding[0]);
+        winograd(raw_args(dy), dy, winograd_weight(weight, true, tile_for(da)), post, da, 2 - padding[0]);
     }
     if (!need_input) return {Tensor(), dw, Tensor(), Tensor()};
     TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ", compute);
@@ -303,17 +312,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     return {da, dw, partials.sum(0), partials.sum(1)};
 }
 
-bool takes_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups) {
-    return is_winograd(x, weight, stride, padding, dilation, groups);
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                      int64_t groups) {
+    return is_winograd(x, weight, stride, padding, dilation, groups) ? 4 : 0;
 }
 
-Tensor winograd_prepack(const Tensor& weight) {
-    // [16, C, K], contiguous: the right operand of the products
-    return winograd_weight(weight, false).transpose(1, 2).contiguous();
+Tensor winograd_prepack(const Tensor& weight, int64_t tile) {
+    TORCH_CHECK(tile == 2 || tile == 4, "tile: expected 2 or 4, got ", tile);
+    // [(tile + 2)^2, C, K], contiguous: the right operand of the products
+    return winograd_weight(weight, false, int(tile)).transpose(1, 2).contiguous();
 }
 
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual) {
+    TORCH_CHECK(packed.dim() == 3 && (packed.size(0) == 16 || packed.size(0) == 36),
+                "packed: expected what winograd_prepack returns, got ", packed.sizes());
     const int64_t C = packed.size(1), K = packed.size(2);
     TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == C, "x: expected channels_last with ", C,
                 " channels, got ", x.sizes());

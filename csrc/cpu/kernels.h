@@ -52,10 +52,11 @@ struct Pool {
     uint8_t* argmax;  // place in the window, row-major
 };
 
-// A 3x3, stride-1 convolution as Winograd's F(2x2, 3x3): tiles of 4x4 inputs make 2x2 outputs by 16 matrix products.
+// A 3x3, stride-1 convolution as Winograd's F(MxM, 3x3): tiles of (M+2)^2 inputs make MxM outputs by (M+2)^2 matrix products.
 struct Winograd {
+    int tile;  // M: 2 or 4
     int64_t height, width, out_height, out_width, tiles_h, tiles_w, padding;
-    int64_t first, count;  // the tiles of this slice, whose transforms are [16, count, channels]
+    int64_t first, count;  // the tiles of this slice, whose transforms are [(M+2)^2, count, channels]
 };
 
 struct Table {
@@ -75,8 +76,8 @@ struct Table {
     void (*winograd_input)(const Args&, const Winograd&, float* v, int64_t begin, int64_t end);
     // out = act(A'mA + shift (+ residual)), without act, shift and residual where norm.shift is null
     void (*winograd_output)(const Args&, const Winograd&, const float* m, int64_t begin, int64_t end);
-    // U = GgG' [16, K, C] of rows [begin, end) of weights [K, 3, 3, C], turned by 180 degrees if flip
-    void (*winograd_weight)(const float* weight, float* u, int64_t out_channels, int64_t channels, bool flip, int64_t begin,
+    // U = GgG' [(M+2)^2, K, C] of rows [begin, end) of weights [K, 3, 3, C], turned by 180 degrees if flip
+    void (*winograd_weight)(int tile, const float* weight, float* u, int64_t out_channels, int64_t channels, bool flip, int64_t begin,
                             int64_t end);
     const char* name;
 };

@@ -1,11 +1,12 @@
 // The kernels for any machine the compiler's default target runs on.
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels_impl.h"
 
 namespace fused_resnet::cpu {
 extern const Table table_default = {
     bn_act_any,         bn_act_backward_any, bn_backward_any,     moments_any,          bn_act_max_pool_any,
-    bn_act_max_pool_backward_any, winograd_input_any, winograd_output_any, winograd_weight_impl, "default"};
+    bn_act_max_pool_backward_any, winograd_input_any, winograd_output_any, winograd_weight_any, "default"};
 }

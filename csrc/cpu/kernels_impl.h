@@ -289,19 +289,32 @@ FR_INLINE void by_float_type(DType t, F f) {
     if (t == DType::f16) return f(Tag<_Float16>{});
     f(Tag<float>{});
 }
+template <class F>
+FR_INLINE void by_tile(int tile, F f) {
+    if (tile == 4) return f(std::integral_constant<int, 4>{});
+    f(std::integral_constant<int, 2>{});
+}
 void winograd_input_any(const Args& a, const Winograd& q, float* v, int64_t begin, int64_t end) {
-    by_float_type(a.y_type, [&](auto t) {
-        by_act(a.act, [&](auto k) {
-            winograd_input_impl<typename decltype(t)::type, typename decltype(k)::type>(a, q, v, begin, end);
+    by_tile(q.tile, [&](auto m) {
+        by_float_type(a.y_type, [&](auto t) {
+            by_act(a.act, [&](auto k) {
+                winograd_input_impl<m, typename decltype(t)::type, typename decltype(k)::type>(a, q, v, begin, end);
+            });
         });
     });
 }
-void winograd_output_any(const Args& a, const Winograd& q, const float* m, int64_t begin, int64_t end) {
-    by_float_type(a.other_type, [&](auto t) {
-        by_act(a.act, [&](auto k) {
-            winograd_output_impl<typename decltype(t)::type, typename decltype(k)::type>(a, q, m, begin, end);
+void winograd_output_any(const Args& a, const Winograd& q, const float* product, int64_t begin, int64_t end) {
+    by_tile(q.tile, [&](auto m) {
+        by_float_type(a.other_type, [&](auto t) {
+            by_act(a.act, [&](auto k) {
+                winograd_output_impl<m, typename decltype(t)::type, typename decltype(k)::type>(a, q, product, begin, end);
+            });
         });
     });
+}
+void winograd_weight_any(int tile, const float* weight, float* u, int64_t K, int64_t C, bool flip, int64_t begin,
+                         int64_t end) {
+    by_tile(tile, [&](auto m) { winograd_weight_impl<m>(weight, u, K, C, flip, begin, end); });
 }
 
 }  // namespace

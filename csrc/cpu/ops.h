@@ -32,9 +32,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
                                                          bool need_input, bool need_weight, const OptTensor& add,
                                                          at::ScalarType compute, bool gemm);
 
-// Inference by Winograd: whether it is to be used, the transformed weights, and act(conv(x) + bias (+ residual)).
-bool takes_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups);
-Tensor winograd_prepack(const Tensor& weight);
+// Inference by Winograd: the outputs per side of a tile (0: not to be used), the transformed weights, and act(conv(x) + bias (+ residual)).
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                      int64_t groups);
+Tensor winograd_prepack(const Tensor& weight, int64_t tile);
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual);
 

@@ -121,8 +121,10 @@ def prepack(weight: Tensor, conv: ConvSpec, x: Tensor) -> Tensor | Packed:
     if weight.dtype == torch.float64:
         return weight
     where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    if compute_dtype(x.dtype) == torch.float32 and _gemm() and _ops.takes_winograd(x, weight, *where):
-        return Packed(_ops.winograd_prepack(weight), True)
+    if compute_dtype(x.dtype) == torch.float32 and _gemm():
+        tile = _ops.winograd_tile(x, weight, *where)
+        if tile:
+            return Packed(_ops.winograd_prepack(weight, tile), True)
     weight = weight.to(compute_dtype(x.dtype))
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
