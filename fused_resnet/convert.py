@@ -20,6 +20,10 @@ from fused_resnet.planner import why
 from fused_resnet.spec import ConvSpec
 
 
+# What networks of the known classes call their stages.
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
 class CannotFuse(Exception):
     """A block that is left as it is; the message is the reason."""
 
@@ -67,7 +71,7 @@ class Network:
     def forward(self, m: Any, x: Tensor, chain: ChainModules) -> Tensor:
         """The whole of the class's ``method``."""
         x = chain(x)
-        for stage in ("layer1", "layer2", "layer3", "layer4"):
+        for stage in _STAGES:
             if hasattr(m, stage):
                 x = getattr(m, stage)(x)
         return m.fc(torch.flatten(m.avgpool(x), 1))
@@ -281,7 +285,13 @@ def freeze(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = Non
             if chain is not None and reason is None:
                 yield name, m, chain, _replacer(copied, name, m)
 
-    return freeze_chain(model, example, dtype, chains)
+    def networks(frozen: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+        for m in frozen.modules():
+            pattern = _pattern(type(m))
+            if isinstance(pattern, Network):
+                yield m, (pattern.stem[0], *_STAGES)
+
+    return freeze_chain(model, example, dtype, chains, networks)
 
 
 def _replacer(model: nn.Module, name: str, m: nn.Module) -> Callable[[nn.Module], None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from fused_resnet.backends import Norm, load, vector_dtype
 from fused_resnet.chain import fold
-from fused_resnet.modules import ChainModules, UnitModules, act_of
+from fused_resnet.modules import ChainModules, UnitModules, act_of, has_hooks
 from fused_resnet.planner import case_of, pick
 from fused_resnet.spec import Act, ConvSpec
 
 Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]]
+Networks = Callable[[nn.Module], Iterable[tuple[nn.Module, Sequence[str]]]]
+# The stages that belong to the trunk, by the size of their tensors in the paper's networks.
+_TRUNK_STAGES = 2
 
-
-# Bytes of the stem's convolution per thread that are made before they are pooled.
-_STEM_BYTES = 4 << 20
+# Bytes of the stem's convolution per thread that a trunk makes at a time.
+_TRUNK_BYTES = 8 << 20
 
 
 class FrozenUnit(nn.Module):
@@ -77,17 +79,6 @@ class FrozenChain(nn.Module):
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """``inplace``: nobody else holds x, its memory may be reused."""
-        if self.pool is None:
-            return self._forward(x, inplace)
-        # a few images at a time, so that the network's largest tensor is never whole: it would be new memory each call
-        weight = self.units[-1].weight
-        assert isinstance(weight, Tensor)
-        image = x.element_size() * weight.shape[0] * x.shape[2] * x.shape[3] // 4
-        some = max(1, torch.get_num_threads() * _STEM_BYTES // max(1, image))
-        parts = [self._max_pool(self._forward(part, False)) for part in x.split(some)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _forward(self, x: Tensor, inplace: bool) -> Tensor:
         residual: Tensor | None = None
         h = x
         for unit in self.units[:-1]:
@@ -102,7 +93,7 @@ class FrozenChain(nn.Module):
             x = x[:, :, :: self.stride, :: self.stride]
             residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.weight.shape[0] - x.shape[1]))
         h = last(h, residual, (inplace and h is not x) or self.kind != "identity")
-        return h
+        return h if self.pool is None else self._max_pool(h)
 
     def _max_pool(self, h: Tensor) -> Tensor:
         assert self.pool is not None
@@ -119,6 +110,23 @@ class FrozenStage(nn.Sequential):
         for i, chain in enumerate(self):
             x = chain(x, inplace=i > 0)
         return x
+
+
+class FrozenTrunk(nn.Sequential):
+    """A stem and the stages behind it. On a CPU a few images at a time: these tensors are the network's largest, and
+    whole they would be new memory from the system in every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self[0]
+        assert isinstance(stem, FrozenChain)
+        unit = stem.units[-1]
+        assert isinstance(unit, FrozenUnit)
+        h, w = unit.conv.out_size(x.shape[2:], unit.weight.shape[2:])
+        image = x.element_size() * unit.weight.shape[0] * h * w
+        some = max(1, torch.get_num_threads() * _TRUNK_BYTES // max(1, image))
+        if x.device.type != "cpu" or some >= x.shape[0]:
+            return super().forward(x)
+        return torch.cat([super(FrozenTrunk, self).forward(part) for part in x.split(some)])
 
 
 class Frozen(nn.Module):
@@ -154,8 +162,24 @@ def _describe(x: object) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def freeze_chain(model: nn.Module, example: Tensor, dtype: torch.dtype | None, chains: Chains) -> Frozen:
-    """See ``fused_resnet.freeze``; ``chains`` finds the chains of the copy and says how to replace each."""
+def _join_trunk(network: nn.Module, names: Sequence[str]) -> None:
+    """Puts stem and first stages into one module in the stem's place; the stages' own places become identities."""
+    stem, *stages = names
+    joined = [getattr(network, stem)]
+    for name in stages[:_TRUNK_STAGES]:
+        stage = getattr(network, name, None)
+        if not isinstance(stage, FrozenStage) or has_hooks(stage):
+            break
+        joined.append(stage)
+        setattr(network, name, nn.Identity())
+    setattr(network, stem, FrozenTrunk(*joined))
+
+
+def freeze_chain(
+    model: nn.Module, example: Tensor, dtype: torch.dtype | None, chains: Chains, networks: Networks
+) -> Frozen:
+    """See ``fused_resnet.freeze``; ``chains`` finds the chains of the copy and says how to replace each, ``networks``
+    the networks and the names of their stem and stages, in order."""
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
         raise ValueError(f"example: expected a floating-point tensor [N, C, H, W], got {_describe(example)}")
     if dtype is None:
@@ -174,6 +198,9 @@ def freeze_chain(model: nn.Module, example: Tensor, dtype: torch.dtype | None, c
     for stage in copied.modules():
         if type(stage) is nn.Sequential and len(stage) and all(isinstance(m, FrozenChain) for m in stage):
             stage.__class__ = FrozenStage
+    for network, names in list(networks(copied)):
+        if isinstance(getattr(network, names[0]), FrozenChain):
+            _join_trunk(network, names)
     frozen = Frozen(copied, dtype, compute).requires_grad_(False)
     frozen(example)  # packs the weights, and shows at once what doesn't work
     return frozen
