@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -25,10 +24,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    sys.exit("codegen: TRITON_INTERPRET=1 interprets kernels, it compiles none; unset it")
 
 import torch
 import triton
@@ -38,8 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fused_resnet import chain, models
-from fused_resnet.backends import aten
-from fused_resnet.backends import triton as backend
+from fused_resnet.backends import forced_again
 from fused_resnet.backends.triton import configs, runtime
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -139,13 +133,10 @@ class _Recorder(TorchDispatchMode):
         self.dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.is_set_to.default:
-            return args[0] is args[1]  # PyTorch has none for meta tensors
         if func.namespace != "fused_resnet":
             return func(*args, **(kwargs or {}))
         args = [a.to(self.dtype) if isinstance(a, Tensor) else a for a in args]
-        with self:
-            outs = getattr(chain, _IMPLEMENTATIONS[func._opname])(*args)
+        outs = getattr(chain, _IMPLEMENTATIONS[func._opname])(*args)
         # out, or a gradient per input, in the dtype that autograd expects; what is saved stays as it is
         if isinstance(outs, Tensor):
             return outs.float()
@@ -211,9 +202,8 @@ def network_calls(
     with torch.device("meta"):
         net = getattr(models, model)().to(memory_format=torch.channels_last)
         x = torch.empty(batch, 3, size, size).to(memory_format=torch.channels_last)
-    pick = mock.patch.object(chain, "pick", lambda primitive, case: backend if hasattr(backend, primitive) else aten)
     for name in passes:
-        with pick, configs.use_target(target), recorded(calls, every), _Recorder(dtype):
+        with forced_again("triton"), configs.use_target(target), recorded(calls, every), _Recorder(dtype):
             if name == "infer":
                 with torch.no_grad():
                     net.eval()(x)
@@ -328,6 +318,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--markdown", type=Path, help="write the table here")
     args = parser.parse_args(argv)
+    if runtime.INTERPRET:
+        parser.error("TRITON_INTERPRET=1 interprets kernels and compiles none: unset it")
     jobs: dict[tuple[Call, str], None] = {}
     for target in args.targets:
         seen: set[Call] = set()

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, Sums, forced, forced_again, vector_dtype
-from fused_resnet.planner import case_of, pick
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, UnitSpec
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, Sums, aten, forced, forced_again, vector_dtype
+from fused_resnet.planner import case_of, pick, run
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, UnitSpec
 
 _lib = torch.library.Library("fused_resnet", "DEF")
 _lib.define("chain(Tensor x, Tensor? residual, Tensor[] params, str spec) -> Tensor[]")
@@ -57,15 +57,11 @@ def _channels_last(t: Tensor) -> bool:
     return True
 
 
-def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype) -> Norm:
-    """The unit's BatchNorm as vectors. A convolution's bias b never touches y: it moves the running mean instead."""
-    center = mean.to(wide)
-    if "bias" in p and "running_mean" in p:
-        center = center - p["bias"].to(wide)
-    rstd = torch.rsqrt(var.to(wide) + eps)
-    scale = p["bn_weight"].to(wide) * rstd if "bn_weight" in p else rstd
-    shift = (p["bn_bias"].to(wide) if "bn_bias" in p else 0) - center * scale
-    return Norm(scale, shift, center, rstd)
+def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Any = aten) -> Norm:
+    """The unit's BatchNorm as vectors, by the backend ``vectors``."""
+    bias = p.get("bias") if "running_mean" in p else None
+    norm: Norm = vectors.bn_fold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps)
+    return norm
 
 
 class _Gradients(NamedTuple):
@@ -75,25 +71,21 @@ class _Gradients(NamedTuple):
     coef: DyCoefficients
 
 
-def _unit_gradients(unit: UnitSpec, norm: Norm, sums: Sums, count: int) -> _Gradients:
+def _unit_gradients(unit: UnitSpec, norm: Norm, sums: Sums, y: Tensor, vectors: Any) -> _Gradients:
     """dgamma, dbeta (and the convolution bias's) from the sums; A, B, C of dy."""
-    dgamma = norm.rstd * sums.dz_y
+    dgamma, coef = vectors.bn_coefficients(norm, sums, y.numel() // y.shape[1] if unit.batch_stats else None)
     grads = {"bn_weight": dgamma, "bn_bias": sums.dz}
-    if unit.batch_stats:
+    if unit.conv is not None and unit.conv.bias:
         # y minus its mean does not depend on the bias
-        grads["bias"] = torch.zeros_like(sums.dz)
-        b = norm.scale * norm.rstd * dgamma / -count
-        return _Gradients(grads, DyCoefficients(norm.scale, b, norm.scale * sums.dz / -count, norm.center))
-    grads["bias"] = norm.scale * sums.dz
-    return _Gradients(grads, DyCoefficients(norm.scale, None, None, norm.center))
+        grads["bias"] = torch.zeros_like(sums.dz) if unit.batch_stats else norm.scale * sums.dz
+    return _Gradients(grads, coef)
 
 
 # ---------------------------------------------------------------------------------------------------- forward
 def _conv(
     x: Tensor, p: dict[str, Tensor], conv: ConvSpec, prologue: Prologue | None, stats: bool, fmt: torch.memory_format
 ) -> tuple[Tensor, Any, Any]:
-    backend = pick("conv_stats", case_of(x, conv, p["weight"]))
-    y, mean, var = backend.conv_stats(x, p["weight"], conv, prologue, stats)
+    y, mean, var = run("conv_stats", x, p["weight"], conv, prologue, stats)
     # a copy only where sizes of 1 leave a convolution another layout than the chain's
     return y.contiguous(memory_format=fmt), mean, var
 
@@ -106,11 +98,11 @@ def _unit_forward(
         y, mean, var = _conv(x, p, unit.conv, prologue, unit.batch_stats, fmt)
     else:
         y = x
-        mean, var = pick("bn_stats", case_of(x)).bn_stats(x) if unit.batch_stats else (None, None)
-    wide = vector_dtype(x.dtype)
+        mean, var = run("bn_stats", x) if unit.batch_stats else (None, None)
+    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
     if unit.batch_stats:
-        return y, fold(p, mean, var, unit.eps, wide), [mean, var]
-    return y, fold(p, p["running_mean"], p["running_var"], unit.eps, wide), []
+        return y, fold(p, mean, var, unit.eps, wide, vectors), [mean, var]
+    return y, fold(p, p["running_mean"], p["running_var"], unit.eps, wide, vectors), []
 
 
 def _forward(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> list[Tensor]:
@@ -129,8 +121,7 @@ def _forward(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text:
             ys.append(h)
     assert prologue is not None
     if spec.pool is not None:
-        pool = pick("bn_act_max_pool", case_of(h))
-        out, argmax = pool.bn_act_max_pool(h, *prologue, spec.pool)
+        out, argmax = run("bn_act_max_pool", h, *prologue, spec.pool)
         return [out, *ys, *stats, argmax]
     summand, summand_norm = _summand(x, residual, spec, fmt), None
     if spec.shortcut.unit is not None:
@@ -138,7 +129,7 @@ def _forward(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text:
         summand, summand_norm, unit_stats = _unit_forward(summand, parts[-1], spec.shortcut.unit, None, fmt)
         ys.append(summand)
         stats += unit_stats
-    out = pick("bn_act", case_of(h)).bn_act(h, *prologue, summand, summand_norm)
+    out = run("bn_act", h, *prologue, summand, summand_norm)
     return [out, *ys, *stats]
 
 
@@ -152,32 +143,47 @@ def _summand(x: Tensor, residual: Tensor | None, spec: ChainSpec, fmt: torch.mem
 
 
 def _inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> Tensor:
-    """BatchNorm with running statistics folded into the convolutions: conv(x, s W) + t."""
+    """BatchNorm with running statistics folded into the convolutions, conv(x, s W) + t, and into a closing max-pool."""
     spec = ChainSpec.decode(text)
     fmt = memory_format(x, params)
     x = x.contiguous(memory_format=fmt)
     parts = spec.split(params)
-    wide = vector_dtype(x.dtype)
+    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
 
     def unit(h: Tensor, p: dict[str, Tensor], u: UnitSpec, act: Act, summand: Tensor | None) -> Tensor:
-        norm = fold(p, p["running_mean"], p["running_var"], u.eps, wide)
+        norm = fold(p, p["running_mean"], p["running_var"], u.eps, wide, vectors)
         if u.conv is None:
-            return pick("bn_act", case_of(h)).bn_act(h, norm, act, summand, None)
+            bn_act: Tensor = run("bn_act", h, norm, act, summand, None)
+            return bn_act
         weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
-        backend = pick("conv_bias_act", case_of(h, u.conv, weight))
-        return backend.conv_bias_act(h, weight, norm.shift, u.conv, act, summand)
+        out: Tensor = run("conv_bias_act", h, weight, norm.shift, u.conv, act, summand)
+        return out
 
     summand = _summand(x, residual, spec, fmt)
     if spec.shortcut.unit is not None:
         assert summand is not None
         summand = unit(summand, parts[-1], spec.shortcut.unit, Act("identity"), None)
     h = x
-    for i, (u, p) in enumerate(zip(spec.units, parts, strict=False)):
-        h = unit(h, p, u, u.act, summand if i + 1 == len(spec.units) else None)
-    if spec.pool is not None:
-        h = torch.nn.functional.max_pool2d(h, spec.pool.kernel, spec.pool.stride, spec.pool.padding)
+    for u, p in zip(spec.units[:-1], parts, strict=False):
+        h = unit(h, p, u, u.act, None)
+    last, p = spec.units[-1], parts[len(spec.units) - 1]
+    if spec.pool is None:
+        h = unit(h, p, last, last.act, summand)
+    else:
+        # the pool normalises what it loads: nothing to fold into W, and no tensor of places as wide as PyTorch's
+        y, norm, _ = _unit_forward(h, p, last, None, fmt)
+        h = _max_pool(y, norm, last.act, spec.pool)
     # an operator's output may be none of its inputs
     return h.clone() if h is x or h is residual else h
+
+
+def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:
+    backend = pick("bn_act_max_pool", case_of(y))
+    if backend is aten:  # which would work out the places as well, in operators of their own
+        a = aten.bn_act(y, norm, act)
+        return torch.nn.functional.max_pool2d(a, pool.kernel, pool.stride, pool.padding)
+    out: Tensor = backend.bn_act_max_pool(y, norm, act, pool)[0]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------- backward
@@ -206,13 +212,11 @@ def _backward(
     act = spec.units[-1].act
     shortcut_sums: Sums | None = None
     if spec.pool is not None:
-        pool = pick("bn_act_max_pool_backward", case_of(ys[k - 1]))
-        dz, sums = pool.bn_act_max_pool_backward(dout, argmax, ys[k - 1], norms[k - 1], act, spec.pool)
+        dz, sums = run("bn_act_max_pool_backward", dout, argmax, ys[k - 1], norms[k - 1], act, spec.pool)
     else:
         summand = ys[k] if spec.shortcut.unit is not None else _summand(x, residual, spec, fmt)
-        dz, sums, shortcut_sums = pick("bn_act_backward", case_of(ys[k - 1])).bn_act_backward(
-            dout, ys[k - 1], norms[k - 1], act, summand, norms[k] if spec.shortcut.unit is not None else None
-        )
+        summand_norm = norms[k] if spec.shortcut.unit is not None else None
+        dz, sums, shortcut_sums = run("bn_act_backward", dout, ys[k - 1], norms[k - 1], act, summand, summand_norm)
 
     # the shortcut
     kind = spec.shortcut.kind
@@ -224,17 +228,17 @@ def _backward(
     elif kind == "pad" and needs[0]:
         dx = _pad_backward(dz, x, spec)
 
-    closing = dz
+    closing, vectors = dz, pick("bn_coefficients", case_of(x))
 
     # the units, last to first
     for i in range(k - 1, -1, -1):
         unit, y = spec.units[i], ys[i]
-        g = _unit_gradients(unit, norms[i], sums, y.numel() // y.shape[1])
+        g = _unit_gradients(unit, norms[i], sums, y, vectors)
         grads[i] |= g.params
         need_input = needs[0] or any(any(w.values()) for w in wanted[:i])
         if unit.conv is None:
             if need_input:
-                dy = pick("bn_backward", case_of(y)).bn_backward(dz, y, g.coef)
+                dy = run("bn_backward", dz, y, g.coef)
                 dx = dy if dx is None else dx + dy
             continue
         prologue = Prologue(norms[i - 1], spec.units[i - 1].act) if i else None
@@ -254,7 +258,7 @@ def _backward(
     # the projection adds its own gradient to x
     if spec.shortcut.unit is not None:
         assert shortcut_sums is not None
-        g = _unit_gradients(spec.shortcut.unit, norms[k], shortcut_sums, ys[k].numel() // ys[k].shape[1])
+        g = _unit_gradients(spec.shortcut.unit, norms[k], shortcut_sums, ys[k], vectors)
         # its dbeta is the last unit's, and an operator's outputs share no memory
         grads[k] = g.params | {"bn_bias": shortcut_sums.dz.clone()}
         start = reference.shortcut_input(x, spec.shortcut).contiguous(memory_format=fmt)
@@ -278,7 +282,7 @@ def _backward(
         have += [g_.get(name) for name in p]
     return [
         # an operator's output may be none of its inputs: the identity's dz is dout
-        _like(g.clone() if g is not None and g.is_set_to(given) else g, t)
+        _like(given.clone() if g is given else g, t)
         for g, t, need in zip(have, like, needs, strict=True)
         if need and t is not None  # in order
     ]
@@ -297,11 +301,11 @@ def _recall(
             ys.append(_conv(x, p, unit.conv, None, False, fmt)[0])
         else:
             ys.append(next(it))
-    wide = vector_dtype(x.dtype)
+    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
     norms = []
     for unit, p in zip(spec.all_units, parts, strict=True):
         mean, var = (next(it), next(it)) if unit.batch_stats else (p["running_mean"], p["running_var"])
-        norms.append(fold(p, mean, var, unit.eps, wide))
+        norms.append(fold(p, mean, var, unit.eps, wide, vectors))
     return ys, norms, next(it, x)
 
 
@@ -320,8 +324,9 @@ def _conv_backward(
     if not (need_input or need_weight):
         return None, None, None
     assert unit.conv is not None
-    backend = pick("conv_backward", case_of(start, unit.conv, p["weight"]))
-    return backend.conv_backward(dz, y, coef, start, prologue, p["weight"], unit.conv, need_input, need_weight, add)
+    return run(
+        "conv_backward", dz, y, coef, start, prologue, p["weight"], unit.conv, need_input, need_weight, add
+    )  # fmt: skip
 
 
 def _pad_backward(dz: Tensor, x: Tensor, spec: ChainSpec) -> Tensor:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from fused_resnet.backends import Case, warn_once
 from fused_resnet.freezing import Frozen, freeze_chain
 from fused_resnet.modules import ChainModules, UnitModules, has_hooks
-from fused_resnet.planner import why
+from fused_resnet.planner import planned, why
 from fused_resnet.spec import ConvSpec
-
 
 # What networks of the known classes call their stages.
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -377,8 +376,10 @@ def _serving(chain: ChainModules) -> dict[str, str]:
         last = not w.is_contiguous() or w.shape[2:] == (1, 1)
         case = Case(w.device.type, w.dtype, last, conv, (w.shape[2], w.shape[3]))
         for primitive in ("conv_stats", "conv_backward"):
-            served[f"{primitive} {w.shape[2]}x{w.shape[3]}"] = why(primitive, case)[0]
+            label = f"{primitive} {w.shape[2]}x{w.shape[3]}"
+            served[label] = planned(primitive, conv, tuple(w.shape)) or why(primitive, case)[0]
     tail = "bn_act_max_pool" if chain.max_pool is not None else "bn_act"
     for primitive in (tail, f"{tail}_backward"):
-        served[primitive] = why(primitive, Case(w.device.type, w.dtype, last))[0]
+        channels = chain.units[-1].bn.num_features
+        served[primitive] = planned(primitive, None, channels) or why(primitive, Case(w.device.type, w.dtype, last))[0]
     return served

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_resnet.backends import Norm, load, vector_dtype
 from fused_resnet.chain import fold
 from fused_resnet.modules import ChainModules, UnitModules, act_of, has_hooks
-from fused_resnet.planner import case_of, pick
+from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import Act, ConvSpec
 
 Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]]
@@ -51,7 +51,8 @@ class FrozenUnit(nn.Module):
         """``inplace``: nobody else holds the residual, its memory may be reused."""
         backend = pick("conv_bias_act", case_of(x, self.conv, self.weight))
         if not hasattr(backend, "prepack"):
-            return backend.conv_bias_act(x, self.weight, self.bias, self.conv, self.act, residual)
+            out: Tensor = run("conv_bias_act", x, self.weight, self.bias, self.conv, self.act, residual)
+            return out
         key = (backend.__name__, x.shape, x.dtype)
         if key not in self._packed:
             self._packed[key] = backend.prepack(self.weight, self.conv, x)
@@ -97,10 +98,10 @@ class FrozenChain(nn.Module):
 
     def _max_pool(self, h: Tensor) -> Tensor:
         assert self.pool is not None
-        case = case_of(h)
         one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
         norm = Norm(one, torch.zeros_like(one), one, one)
-        return pick("bn_act_max_pool", case).bn_act_max_pool(h, norm, Act("identity"), self.pool)[0]
+        out: Tensor = run("bn_act_max_pool", h, norm, Act("identity"), self.pool)[0]
+        return out
 
 
 class FrozenStage(nn.Sequential):

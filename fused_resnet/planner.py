@@ -1,21 +1,52 @@
-"""Which backend serves which primitive, and why not the others.
+"""Which backend serves which primitive: chosen by preference, or measured on the device and remembered.
 
-The choice is the first of ``backends.NAMES`` that is available and takes the case; ``use_backend`` overrides it and
-turns a refusal into an error. Choices are cached per (primitive, case), so they cost a dictionary look-up.
+``run(primitive, *args)`` is how a chain calls a primitive. Where nothing is measured the choice is the first of
+``backends.NAMES`` that is available and takes the case. On a GPU each new signature (shapes, dtype, hyper-parameters;
+the batch rounded up to a power of two) is measured once: every backend that takes it, with every configuration that it
+offers, beside ``aten``, caches flushed between runs; a convolution's backward also as two calls, input and weight
+apart. The fastest is kept in a file (``plan_cache``), so it is the same in every later process. ``use_backend`` overrides
+all of this.
+
+FUSED_RESNET_PLAN: "auto" (measure on GPUs; the default), "measure" (on CPUs too), "preference" (never).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import NAMES, BackendUnavailable, Case, forced, load
-from fused_resnet.spec import ConvSpec
+from fused_resnet.backends import (
+    COMPANIONS,
+    NAMES,
+    OPTIONAL,
+    BackendUnavailable,
+    Case,
+    DyCoefficients,
+    Norm,
+    Prologue,
+    forced,
+    load,
+    warn_once,
+)
+from fused_resnet.spec import Act, ConvSpec, PoolSpec
+
+if TYPE_CHECKING:
+    from fused_resnet.plan_cache import PlanCache
+
+# Where a primitive's convolution and weight stand among its arguments.
+_CONV = {"conv_bias_act": (3, 1), "conv_stats": (2, 1), "conv_backward": (6, 5)}
+# conv_backward's: need_input, need_weight, add
+_NEEDS, _ADD = (7, 8), 9
 
 
+# ---------------------------------------------------------------------------------------------------- by preference
 def case_of(x: Tensor, conv: ConvSpec | None = None, weight: Tensor | None = None) -> Case:
     """What backends decide by, read off the tensors."""
     kernel = (weight.shape[2], weight.shape[3]) if weight is not None else (1, 1)
@@ -24,7 +55,7 @@ def case_of(x: Tensor, conv: ConvSpec | None = None, weight: Tensor | None = Non
 
 
 def pick(primitive: str, case: Case) -> Any:
-    """The backend module that serves this primitive here.
+    """The backend module that serves this primitive here, by preference.
 
     Raises:
         BackendUnavailable: ``use_backend`` asks for one that refuses the case.
@@ -35,20 +66,296 @@ def pick(primitive: str, case: Case) -> Any:
 def why(primitive: str, case: Case) -> tuple[str, dict[str, str]]:
     """The name of the backend that serves, and the reasons of those that were preferred and don't."""
     module, reasons = _pick(primitive, case, forced())
-    return module.__name__.rsplit(".", 1)[-1], reasons
+    return _name(module), reasons
+
+
+def _name(module: Any) -> str:
+    name: str = module.__name__.rsplit(".", 1)[-1]
+    return name
+
+
+def _order(primitive: str, only: str | None) -> tuple[str, ...]:
+    if only is None:
+        return NAMES
+    return (only, *COMPANIONS.get(only, ()), *(("aten",) if primitive in OPTIONAL else ()))
 
 
 @lru_cache(maxsize=4096)
 def _pick(primitive: str, case: Case, only: str | None) -> tuple[Any, dict[str, str]]:
     reasons: dict[str, str] = {}
-    for name in (only,) if only else NAMES:
-        module, reason = load(name)
+    for name in _order(primitive, only):
+        # a backend that is asked for by name may plan for meta tensors where it can't run
+        module, reason = load(name, to_run=case.device != "meta" or only is None)
         if module is not None:
-            refusal = (
-                module.refuse(primitive, case) if hasattr(module, primitive) else f"does not implement {primitive}"
-            )
+            refusal = _refusal(module, primitive, case)
             if refusal is None:
                 return module, reasons
             reason = refusal
         reasons[name] = reason
     raise BackendUnavailable(f"{primitive} on {case}: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+
+
+def _refusal(module: Any, primitive: str, case: Case) -> str | None:
+    if not hasattr(module, primitive):
+        return f"does not implement {primitive}"
+    reason: str | None = module.refuse(primitive, case)
+    return reason
+
+
+# ---------------------------------------------------------------------------------------------------- choices
+@dataclass(frozen=True)
+class Choice:
+    """Who serves a signature: a backend and the configuration that it is to use (its own to read, None: its default);
+    or, for conv_backward, one choice for the input's gradient and one for the weight's."""
+
+    backend: str
+    config: tuple[Any, ...] | None = None
+    parts: tuple[Choice, Choice] | None = None
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        if self.parts is not None:
+            return {"backend": self.backend, "parts": [part.encode() for part in self.parts]}
+        return {"backend": self.backend, "config": self.config}
+
+    @staticmethod
+    def decode(raw: dict[str, Any]) -> Choice:
+        """The inverse of ``encode``."""
+        parts = raw.get("parts")
+        both = (Choice.decode(parts[0]), Choice.decode(parts[1])) if parts is not None else None
+        return Choice(raw["backend"], _tuples(raw.get("config")), both)
+
+    def __str__(self) -> str:
+        if self.parts is not None:
+            return " + ".join(str(part) for part in self.parts)
+        return self.backend
+
+
+_APART = "apart"
+
+
+def _tuples(raw: Any) -> Any:
+    return tuple(_tuples(v) for v in raw) if isinstance(raw, list | tuple) else raw
+
+
+def _configured(choice: Choice) -> AbstractContextManager[Any]:
+    if choice.config is None:
+        return nullcontext()
+    context: AbstractContextManager[Any] = load(choice.backend)[0].configured(choice.config)  # type: ignore[union-attr]
+    return context
+
+
+def _call(choice: Choice, primitive: str, args: tuple[Any, ...]) -> Any:
+    if choice.parts is not None:
+        for_input, for_weight = choice.parts
+        # the weight's first: the input's may overwrite ``add``
+        _, dw, _ = _call(for_weight, primitive, _with(args, {_NEEDS[0]: False, _ADD: None}))
+        dx, _, sums = _call(for_input, primitive, _with(args, {_NEEDS[1]: False}))
+        return dx, dw, sums
+    function = getattr(load(choice.backend)[0], primitive)
+    if choice.config is None:
+        return function(*args)
+    with _configured(choice):
+        return function(*args)
+
+
+def _with(args: tuple[Any, ...], changes: dict[int, Any]) -> tuple[Any, ...]:
+    return tuple(changes.get(i, a) for i, a in enumerate(args))
+
+
+# key of the arguments -> choice; and what ``explain`` reads: (primitive, conv, weight's shape or channels) -> entry
+_known: dict[Any, Choice] = {}
+_entries: dict[Any, dict[str, Any]] = {}
+
+
+def run(primitive: str, *args: Any) -> Any:
+    """Calls the primitive on the backend that serves these arguments (``Primitives`` tells them).
+
+    Raises:
+        BackendUnavailable: ``use_backend`` asks for one that refuses the case.
+    """
+    x = args[0]
+    if forced() is not None or not _measures(x.device.type):
+        return getattr(pick(primitive, _case(primitive, args)), primitive)(*args)
+    key = (primitive, x.device, *map(_part, args))
+    choice = _known.get(key)
+    if choice is None:
+        choice = _choose(primitive, args)
+        if choice is None:  # not now: by preference, and measured at a later call
+            return getattr(pick(primitive, _case(primitive, args)), primitive)(*args)
+        _known[key] = choice
+    return _call(choice, primitive, args)
+
+
+def _measures(device: str) -> bool:
+    plan = os.environ.get("FUSED_RESNET_PLAN", "auto")
+    if plan not in ("auto", "measure", "preference"):
+        raise ValueError(f"FUSED_RESNET_PLAN: expected auto, measure or preference, got {plan!r}")
+    return (plan == "auto" and device == "cuda") or (plan == "measure" and device != "meta")
+
+
+def _case(primitive: str, args: tuple[Any, ...]) -> Case:
+    if primitive not in _CONV:
+        return case_of(args[0])
+    conv, weight = _CONV[primitive]
+    return case_of(args[3] if primitive == "conv_backward" else args[0], args[conv], args[weight])
+
+
+def _part(a: Any) -> Any:
+    """What of an argument a measurement depends on, hashable."""
+    if isinstance(a, Tensor):
+        return a.shape, a.dtype, a.is_contiguous()
+    if isinstance(a, Prologue):
+        return a.act
+    if isinstance(a, DyCoefficients):
+        return a.b is None
+    if isinstance(a, Norm):
+        return True
+    if isinstance(a, tuple) and not isinstance(a, ConvSpec | Act | PoolSpec):
+        return len(a)
+    return a
+
+
+def signature(primitive: str, args: tuple[Any, ...]) -> str:
+    """What was measured, as the cache file names it; batches are rounded up to a power of two."""
+    return " ".join([primitive, *(f"{_text(a)}" for a in args)])
+
+
+def _text(a: Any) -> str:
+    if isinstance(a, Tensor):
+        shape = list(a.shape)
+        if a.dim() == 4 and shape[0] > 0:
+            shape[0] = 1 << (shape[0] - 1).bit_length()
+        layout = "nhwc" if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last) else ""
+        return f"{str(a.dtype).removeprefix('torch.')}{layout}{'x'.join(map(str, shape))}"
+    if isinstance(a, ConvSpec):
+        return f"conv(stride={a.stride},padding={a.padding},dilation={a.dilation},groups={a.groups})".replace(" ", "")
+    if isinstance(a, Act):
+        return f"{a.name}({a.param:g})"
+    if isinstance(a, Prologue):
+        return f"prologue({_text(a.act)})"
+    if isinstance(a, DyCoefficients):
+        return "frozen" if a.b is None else "batch"
+    if isinstance(a, Norm):
+        return "norm"
+    if isinstance(a, PoolSpec):
+        return f"pool({a.kernel},{a.stride},{a.padding})".replace(" ", "")
+    if isinstance(a, tuple):
+        return f"{type(a).__name__.lower()}"
+    return "-" if a is None else str(a)
+
+
+@lru_cache
+def cache(device: torch.device) -> PlanCache:
+    """The plan of a device."""
+    from fused_resnet.plan_cache import PlanCache, identity  # not before something is measured
+
+    return PlanCache(identity(device))
+
+
+def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
+    """From the cache, or measured now; None where that can't be: nothing to measure, or a CUDA graph is captured."""
+    x, case = args[0], _case(primitive, args)
+    device: torch.device = x.device
+    text = signature(primitive, args)
+    entry = cache(device).choices.get(text)
+    if entry is None:
+        if x.numel() == 0 or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return None
+        candidates = _candidates(primitive, case)
+        if len(candidates) == 1:
+            return Choice(candidates[0])
+        choice, times = _measure(primitive, candidates, args)
+        entry = cache(device).add(text, {"choice": choice.encode(), "ms": times})
+    about = args[_CONV[primitive][0]] if primitive in _CONV else None
+    shape = tuple(args[_CONV[primitive][1]].shape) if primitive in _CONV else x.shape[1]
+    _entries[(primitive, about, shape)] = entry
+    choice = Choice.decode(entry["choice"])
+    return choice if _usable(choice, primitive, case) else None
+
+
+def _usable(choice: Choice, primitive: str, case: Case) -> bool:
+    """A cache outlives a build: the backend it names may be gone."""
+    if choice.parts is not None:
+        return all(_usable(part, primitive, case) for part in choice.parts)
+    module = load(choice.backend)[0] if choice.backend in NAMES else None
+    return module is not None and _refusal(module, primitive, case) is None
+
+
+def planned(primitive: str, conv: ConvSpec | None, shape: Any) -> str | None:
+    """What serves a convolution's weight shape (or, without one, a number of channels) by the last measurement that this
+    process looked up: the choice, its time and that of aten; None where nothing was measured."""
+    entry = _entries.get((primitive, conv, shape))
+    if entry is None:
+        return None
+    choice, ms = Choice.decode(entry["choice"]), entry["ms"]
+    return f"{choice} ({ms[_label(choice)]:.3f} ms, aten {ms['aten']:.3f})"
+
+
+def forget() -> None:
+    """Drops what this process knows, so that the next call reads the cache file again."""
+    _known.clear()
+    _entries.clear()
+    cache.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+def _candidates(primitive: str, case: Case) -> list[str]:
+    """The backends that take the case, best first."""
+    modules = [(name, load(name)[0]) for name in NAMES]
+    return [name for name, m in modules if m is not None and _refusal(m, primitive, case) is None]
+
+
+def _measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[Choice, dict[str, float]]:
+    """The fastest choice, and the milliseconds of all."""
+    found = _times(primitive, names, args)
+    ms = {_label(choice): time for choice, time in found.items()}
+    if primitive == "conv_backward" and args[_NEEDS[0]] and args[_NEEDS[1]]:
+        for_input = _times(primitive, names, _with(args, {_NEEDS[1]: False}))
+        for_weight = _times(primitive, names, _with(args, {_NEEDS[0]: False, _ADD: None}))
+        parts = min(for_input, key=for_input.__getitem__), min(for_weight, key=for_weight.__getitem__)
+        apart = Choice(_APART, parts=parts)
+        found[apart] = ms[_label(apart)] = for_input[parts[0]] + for_weight[parts[1]]
+        for what, times in (("input", for_input), ("weight", for_weight)):
+            ms |= {f"{what}: {_label(choice)}": time for choice, time in times.items()}
+    # of equals the first, which is preferred; aten is the last backend
+    return min(found, key=found.__getitem__), ms
+
+
+def _label(choice: Choice) -> str:
+    if choice.parts is not None:
+        return "apart: " + " + ".join(_label(part) for part in choice.parts)
+    return choice.backend if choice.config is None else f"{choice.backend} {choice.config}"
+
+
+def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choice, float]:
+    found: dict[Choice, float] = {}
+    # a primitive may overwrite ``add``
+    own = _with(args, {_ADD: args[_ADD].clone()}) if primitive == "conv_backward" and args[_ADD] is not None else args
+    for name in names:
+        module: Any = load(name)[0]
+        choices = [Choice(name)]
+        try:
+            if hasattr(module, "configurations"):
+                choices += [Choice(name, c) for c in module.configurations(partial(_call, choices[0], primitive, own))]
+            for choice in choices:
+                found[choice] = _milliseconds(partial(_call, choice, primitive, own), own[0].device)
+        except Exception as error:  # a kernel that does not compile here, or memory that does not suffice
+            if name == "aten":
+                raise
+            warn_once(f"backend {name!r} can't run {signature(primitive, args)}: {type(error).__name__}: {error}")
+    return found
+
+
+def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a call: on a GPU by its events with the L2 cache flushed between runs, on a CPU by the clock."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        with torch.cuda.device(device):
+            median: float = do_bench(call, warmup=5, rep=20, return_mode="median")
+        return median
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.02).median * 1e3

@@ -322,8 +322,8 @@ def plain(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: Ch
     def unit(h: Tensor, u: UnitSpec, p: dict[str, Tensor]) -> Tensor:
         y = reference.conv(h, p, u.conv) if u.conv is not None else h
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        mean = p.get("running_mean", torch.zeros(y.shape[1], dtype=wide)).detach().clone()
-        var = p.get("running_var", torch.zeros(y.shape[1], dtype=wide)).detach().clone()
+        mean = p.get("running_mean", torch.zeros(y.shape[1], dtype=wide, device=y.device)).detach().clone()
+        var = p.get("running_var", torch.zeros(y.shape[1], dtype=wide, device=y.device)).detach().clone()
         z = F.batch_norm(y, mean, var, p.get("bn_weight"), p.get("bn_bias"), u.batch_stats, 1.0, u.eps)
         count = y.numel() // y.shape[1]
         stats.append((mean, var * ((count - 1) / count)) if u.batch_stats else None)

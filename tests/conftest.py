@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Generator, Iterator
 
@@ -10,8 +11,14 @@ import torch
 
 from fused_resnet.backends import load, use_backend
 
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter; it asks once, at its import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The backends that serve a CPU; those of a GPU have tests of their own (marked gpu).
 CPU_BACKENDS = ("aten", "cpu")
+# Those that a CPU only interprets, slowly: tests of small shapes ask for them by the fixture ``interpreted``.
+INTERPRETED = ("triton",)
 
 
 def seed_of(nodeid: str) -> int:
@@ -54,3 +61,27 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"backend {request.param!r}: {reason}")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=INTERPRETED)
+def interpreted(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, for the backends that are interpreted; on a GPU they have tests of their own."""
+    module, reason = load(request.param)
+    if module is None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    if not module.INTERPRET:
+        pytest.skip(f"backend {request.param!r}: compiled here, not interpreted")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that comes uninitialised holds NaN (255 where it is bytes): what a kernel doesn't write shows."""
+    empty = torch.empty
+
+    def filled(*args: object, **kwargs: object) -> torch.Tensor:
+        t = empty(*args, **kwargs)  # type: ignore[call-overload]
+        return t.fill_(float("nan") if t.is_floating_point() else 255)
+
+    monkeypatch.setattr(torch, "empty", filled)

@@ -846,14 +846,14 @@ def test_statistics_untouched_after_an_error(backend: str, monkeypatch: pytest.M
 
     case = Case(image(3, 4, 6, 6), block(), shortcut="identity")
     before = case.clone()
-    real = fused_resnet.chain.pick
+    real = fused_resnet.chain.run
 
-    def pick(primitive: str, case: Any) -> Any:
+    def run(primitive: str, *args: Any) -> Any:
         if primitive == "bn_act":
             raise RuntimeError("out of memory")
-        return real(primitive, case)
+        return real(primitive, *args)
 
-    monkeypatch.setattr(fused_resnet.chain, "pick", pick)
+    monkeypatch.setattr(fused_resnet.chain, "run", run)
     with pytest.raises(RuntimeError, match="out of memory"):
         fused(case)
     for a, b in zip(case.units, before.units, strict=True):

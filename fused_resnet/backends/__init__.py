@@ -23,8 +23,12 @@ from torch import Tensor
 
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
-# In the order in which the planner prefers them; "aten" takes every case on every device.
-NAMES = ("cuda", "triton", "cpu", "aten")
+# In the order in which the planner prefers them where it has measured nothing; "aten" takes every case on every device.
+NAMES = ("cuda", "cudnn", "triton", "cpu", "aten")
+# Whose kernels serve what a backend asked for by name does not have: cuDNN has no memory-bound ones.
+COMPANIONS = {"cudnn": ("triton",)}
+# Primitives on vectors of C elements: a backend that has none of its own uses aten's, by ``use_backend`` too.
+OPTIONAL = ("bn_fold", "bn_coefficients")
 
 
 class BackendUnavailable(RuntimeError):
@@ -137,6 +141,22 @@ class Primitives(Protocol):
     ) -> tuple[Tensor, Sums]:
         """dz = act'(z) * (dout put back where the maxima were), and its sums with y."""
 
+    def bn_fold(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        conv_bias: Tensor | None,
+        eps: float,
+    ) -> Norm:
+        """BatchNorm as vectors, in ``vector_dtype`` of the mean's: scale = weight*rstd, shift = bias - center*scale.
+
+        A convolution's bias never touches y: with running statistics it comes off the mean instead."""
+
+    def bn_coefficients(self, norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
+        """dgamma = rstd*sums.dz_y, and A, B, C of dy over ``count`` values per channel; None: frozen."""
+
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics and per-channel vectors: float32, or float64 for float64 tensors."""
@@ -144,8 +164,11 @@ def vector_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @lru_cache
-def load(name: str) -> tuple[ModuleType | None, str]:
-    """The backend's module and "ok", or None and the reason. Imports nothing before it is asked."""
+def load(name: str, to_run: bool = True) -> tuple[ModuleType | None, str]:
+    """The backend's module and "ok", or None and the reason. Imports nothing before it is asked.
+
+    ``to_run=False``: also where its kernels can't run; meta tensors need none.
+    """
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
     try:
@@ -154,7 +177,7 @@ def load(name: str) -> tuple[ModuleType | None, str]:
         if missing.name != f"fused_resnet.backends.{name}":
             return None, f"not available: {missing}"
         return None, "not part of this version"
-    reason: str | None = module.unavailable()
+    reason: str | None = module.unavailable() if to_run else None
     return (None, reason) if reason else (module, "ok")
 
 
@@ -163,7 +186,7 @@ def backends() -> dict[str, str]:
 
     Example:
         >>> fused_resnet.backends()
-        {'cuda': 'not built: ...', 'triton': 'no GPU: ...', 'cpu': 'ok', 'aten': 'ok'}
+        {'cuda': 'not built: ...', 'cudnn': 'no GPU: ...', 'triton': 'no GPU: ...', 'cpu': 'ok', 'aten': 'ok'}
     """
     return {name: load(name)[1] for name in NAMES}
 
@@ -183,7 +206,7 @@ def use_backend(name: str) -> Iterator[None]:
     Calls nest; a context holds for the current thread (and the backward passes that start in it).
 
     Args:
-        name: "cuda", "triton", "cpu" or "aten".
+        name: "cuda", "cudnn", "triton", "cpu" or "aten".
 
     Raises:
         ValueError: an unknown name. BackendUnavailable: the backend can't be used here, or (later, at the call)

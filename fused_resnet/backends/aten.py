@@ -172,3 +172,26 @@ def bn_act_max_pool_backward(
     )
     dz, sums, _ = bn_act_backward(da, y, norm, act)
     return dz.to(dout.dtype), sums
+
+
+def bn_fold(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, conv_bias: Tensor | None, eps: float
+) -> Norm:
+    """See ``Primitives.bn_fold``."""
+    wide = vector_dtype(mean.dtype)
+    center = mean.to(wide)
+    if conv_bias is not None:
+        center = center - conv_bias.to(wide)
+    rstd = torch.rsqrt(var.to(wide) + eps)
+    scale = weight.to(wide) * rstd if weight is not None else rstd
+    shift = (bias.to(wide) if bias is not None else 0) - center * scale
+    return Norm(scale, shift, center, rstd)
+
+
+def bn_coefficients(norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
+    """See ``Primitives.bn_coefficients``."""
+    dgamma = norm.rstd * sums.dz_y
+    if count is None:
+        return dgamma, DyCoefficients(norm.scale, None, None, norm.center)
+    b = norm.scale * norm.rstd * dgamma / -count
+    return dgamma, DyCoefficients(norm.scale, b, norm.scale * sums.dz / -count, norm.center)

@@ -1,0 +1,245 @@
+"""dgrad: the gradient of a convolution's input, BatchNorm's backward before it and the activation's behind it fused."""
+
+from __future__ import annotations
+
+from itertools import product, repeat
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_resnet.backends import DyCoefficients, Prologue
+from fused_resnet.backends.triton import configs, formulas
+from fused_resnet.backends.triton.geometry import Geometry, Phase, allow_tf32, inside_table
+from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
+from fused_resnet.spec import Act
+
+
+@triton.jit(do_not_specialize=["M"])
+def conv_dgrad_kernel(
+    dz_ptr,
+    y_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    center_ptr,
+    w_ptr,
+    inside_ptr,
+    dx_ptr,
+    add_ptr,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    x_center_ptr,
+    sum_dz_ptr,
+    sum_dzx_ptr,
+    M,
+    act_param,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PHASE_H: tl.constexpr,
+    SIZE_H: tl.constexpr,
+    TAP_H: tl.constexpr,
+    TAPS_H: tl.constexpr,
+    TAP_STEP_H: tl.constexpr,
+    FIRST_H: tl.constexpr,
+    STEP_H: tl.constexpr,
+    PHASE_W: tl.constexpr,
+    SIZE_W: tl.constexpr,
+    TAP_W: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    TAP_STEP_W: tl.constexpr,
+    FIRST_W: tl.constexpr,
+    STEP_W: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    MASKED: tl.constexpr,
+    FROZEN: tl.constexpr,
+    ACT: tl.constexpr,
+    TF32: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """da[n, h, w, c] = sum over (r, s, k) of dy[n, p, q, k] * w[k, r, s, c],   p*stride - pad + r*dil = h, q as p
+
+    dy = A dz + B (y - center) + C is formed on load, and 0 outside the image (set after it, as C is not 0).
+    Epilogue: dx = da (+ add), or, where x is the previous unit's raw output, dx = da act'(scale*x + shift) with the
+    tile's sums of dx and dx*(x - x_center).
+
+    One launch per phase (geometry.Phase): the pixels h = PHASE_H + STRIDE_H*i, w = PHASE_W + STRIDE_W*j of dx that the
+    same taps reach, so that no tap is multiplied in vain and nothing is added atomically. Stride 1 has one phase.
+    Tile: BLOCK_M pixels by BLOCK_N channels of dx; the sum runs flat over taps*K in steps of BLOCK_K.
+    Traffic: dz and y once per phase that has taps (frozen: dz alone), w once, dx once, add or x once.
+    Source: implicit GEMM; strided dgrad by parity as in CUTLASS (conv2d_dgrad, Analytic iterator).
+    """
+    TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    COLUMNS: tl.constexpr = TAPS_H * TAPS_W * K
+    OWN_TAPS: tl.constexpr = K % BLOCK_K != 0
+    pid = tl.program_id(0)
+    tile_m = pid // TILES_N
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_K)
+    in_m = m < M
+    in_c = c < C
+
+    if POINTWISE:
+        pixel = m
+        dy_offsets = (m * K)[:, None]
+    else:
+        n = m // (SIZE_H * SIZE_W)
+        i = m // SIZE_W - n * SIZE_H
+        j = m % SIZE_W
+        pixel = (n * H + PHASE_H + i * STRIDE_H) * W + PHASE_W + j * STRIDE_W
+        place = (m % (SIZE_H * SIZE_W)).to(tl.int32)
+        bottom = (i + FIRST_H).to(tl.int32)
+        right = (j + FIRST_W).to(tl.int32)
+        dy_offsets = (((n * OH + bottom) * OW + right) * K)[:, None]
+    w_offsets = c[None, :]
+    if not OWN_TAPS:
+        dy_offsets += lane[None, :]
+        w_offsets += (lane * (R * S * C))[:, None]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for j0 in range(0, COLUMNS, BLOCK_K):
+        inside = in_m[:, None]
+        w_mask = in_c[None, :]
+        if OWN_TAPS:
+            tap = (j0 + lane) // K
+            k = j0 + lane - tap * K
+            u = tap // TAPS_W
+            v = tap % TAPS_W
+            in_columns = j0 + lane < COLUMNS
+            inside &= in_columns[None, :]
+            w_mask &= in_columns[:, None]
+            dy_step = (k - (u * STEP_H * OW + v * STEP_W) * K)[None, :]
+            w_step = (k * (R * S * C) + ((TAP_H + u * TAP_STEP_H) * S + TAP_W + v * TAP_STEP_W) * C)[:, None]
+            if MASKED:
+                p = bottom[:, None] - (u * STEP_H)[None, :]
+                q = right[:, None] - (v * STEP_W)[None, :]
+                inside &= (p >= 0) & (p < OH) & (q >= 0) & (q < OW)
+        else:
+            tap = j0 // K
+            k0 = j0 - tap * K
+            k = k0 + lane
+            u = tap // TAPS_W
+            v = tap % TAPS_W
+            dy_step = k0 - (u * STEP_H * OW + v * STEP_W) * K
+            w_step = k0 * (R * S * C) + ((TAP_H + u * TAP_STEP_H) * S + TAP_W + v * TAP_STEP_W) * C
+            if MASKED:
+                p = bottom - u * STEP_H
+                q = right - v * STEP_W
+                inside &= ((p >= 0) & (p < OH) & (q >= 0) & (q < OW))[:, None]
+        offsets = dy_offsets + dy_step
+        w = tl.load(w_ptr + (w_offsets + w_step), mask=w_mask, other=0.0)
+        dz = tl.load(dz_ptr + offsets, mask=inside, other=0.0)
+        a = tl.load(a_ptr + k)
+        if FROZEN:
+            dy = formulas.bn_backward(dz, dz, a, a, a, a, True)
+        else:
+            y = tl.load(y_ptr + offsets, mask=inside, other=0.0)
+            b = tl.load(b_ptr + k)
+            dy = formulas.bn_backward(dz, y, a, b, tl.load(c_ptr + k), tl.load(center_ptr + k), False)
+            if inside_ptr is not None:
+                dy = tl.where((tl.load(inside_ptr + (tap * (SIZE_H * SIZE_W) + place)) != 0)[:, None], dy, 0.0)
+            elif MASKED or OWN_TAPS:
+                dy = tl.where(inside, dy, 0.0)
+        acc = formulas.dot(formulas.narrow(dy, w.dtype), w, acc, TF32)
+
+    offsets = (pixel * C)[:, None] + c[None, :]
+    mask = in_m[:, None] & in_c[None, :]
+    if add_ptr is not None:
+        acc += tl.load(add_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if x_ptr is not None:
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+        scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
+        shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
+        center = tl.load(x_center_ptr + c, mask=in_c, other=0.0)
+        acc = formulas.act_backward(acc, formulas.affine(x, scale, shift), ACT, act_param)
+        # rows beyond M have no dy of 0 where nothing is masked
+        acc = tl.where(in_m[:, None], acc, 0.0)
+        tl.store(sum_dz_ptr + tile_m * C + c, tl.sum(acc, 0), mask=in_c)
+        tl.store(sum_dzx_ptr + tile_m * C + c, tl.sum(acc * (x.to(tl.float32) - center[None, :]), 0), mask=in_c)
+    tl.store(dx_ptr + offsets, formulas.narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_dgrad(
+    dz: Tensor,
+    y: Tensor,
+    coef: DyCoefficients,
+    x: Tensor,
+    prologue: Prologue | None,
+    weight: Tensor,
+    g: Geometry,
+    add: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx; with a prologue the previous unit's dz, with its per-tile sums [tiles, C] of dz and dz*(x - center).
+
+    Args:
+        dz, y, x, add: NHWC in memory; ``add`` (only without prologue) may be overwritten, unless it is dz.
+        weight: KRSC in memory, in x's dtype.
+    """
+    tf32 = allow_tf32(x.dtype)
+    frozen = coef.b is None
+    in_place = add is not None and add.dtype == x.dtype and not _same_memory(add, dz)
+    dx = add if add is not None and in_place else empty_nhwc(x, x.shape)
+    rows = Phase.all(g.h, g.oh, g.r, g.conv.stride[0], g.conv.padding[0], g.conv.dilation[0])
+    columns = Phase.all(g.w, g.ow, g.s, g.conv.stride[1], g.conv.padding[1], g.conv.dilation[1])
+    # where a phase has no tap, there is nothing to add to what is there
+    phases = [(h, w) for h, w in product(rows, columns) if h.taps * w.taps or not in_place]
+    pixels = max((g.n * h.size * w.size for h, w in phases), default=0)
+    most = max((h.taps * w.taps for h, w in phases), default=0)
+    config = configs.choose("dgrad", pixels, g.c, g.k * most, g.k, x, tf32=tf32, formed=not frozen)
+    tiles = [cdiv(g.n * h.size * w.size, config.block_m) for h, w in phases]
+    norm, act = (None, Act("identity")) if prologue is None else prologue
+    sums = [torch.empty((sum(tiles), g.c), dtype=torch.float32, device=x.device) for _ in range(2)] if norm else []
+    parts = zip(*(t.split(tiles) for t in sums)) if norm else repeat((None, None))
+    for (h, w), n_tiles, part in zip(phases, tiles, parts, strict=False):
+        taps = h.taps * w.taps
+        pixels = g.n * h.size * w.size
+        masked = h.masked or w.masked
+        one_tap = g.k % config.block_k == 0
+        table = inside_table(h.axis(g.oh), w.axis(g.ow), x.device) if masked and one_tap and not frozen else None
+        launch(
+            conv_dgrad_kernel,
+            (n_tiles * cdiv(g.c, config.block_n),),
+            dz, y, coef.a, coef.b, coef.c, coef.center, weight, table, dx, add,
+            x if norm else None, norm and norm.scale, norm and norm.shift, norm and norm.center, *part,
+            pixels, float(act.param),
+            C=g.c, K=g.k, H=g.h, W=g.w, OH=g.oh, OW=g.ow, R=g.r, S=g.s,
+            STRIDE_H=g.conv.stride[0], STRIDE_W=g.conv.stride[1],
+            **h.constants("H"), **w.constants("W"),
+            POINTWISE=g.pointwise,
+            MASKED=masked,
+            FROZEN=frozen,
+            ACT=formulas.ACT_INDEX[act.name],
+            TF32=tf32,
+            WIDE=wide(dz, x, weight),
+            **config.constants(),
+            reads=(
+                dz if taps else None,
+                y if taps and not frozen else None,
+                weight.numel() * weight.element_size() * taps // g.taps,
+                table,
+                None if add is None else pixels * g.c * add.element_size(),
+                pixels * g.c * x.element_size() if norm else None,
+            ),
+            writes=(pixels * g.c * dx.element_size(), *part),
+        )  # fmt: skip
+    return (dx, sums[0], sums[1]) if norm else (dx, None, None)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr())

@@ -1,0 +1,206 @@
+"""A convolution's sizes as kernels take them, and its operands in the layout they take.
+
+Memory is NHWC, weights are KRSC (a channels_last [K, C, R, S] tensor). A kernel knows every size but the batch when it
+is compiled: networks have few shapes, and with known loop bounds the compiler keeps the matrix instructions in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends.triton.runtime import cdiv
+from fused_resnet.spec import ConvSpec
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """y [N, OH, OW, K] = conv(x [N, H, W, C], weight [K, R, S, C])."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    oh: int
+    ow: int
+    r: int
+    s: int
+    conv: ConvSpec
+
+    @staticmethod
+    def of(x: Tensor, weight: Tensor, conv: ConvSpec) -> Geometry:
+        """Read off the tensors."""
+        n, c, h, w = x.shape
+        k, _, r, s = weight.shape
+        return Geometry(n, c, h, w, k, *conv.out_size((h, w), (r, s)), r, s, conv)
+
+    @property
+    def m(self) -> int:
+        """Output pixels."""
+        return self.n * self.oh * self.ow
+
+    @property
+    def taps(self) -> int:
+        return self.r * self.s
+
+    @property
+    def pointwise(self) -> bool:
+        """A plain matrix product: pixel m of y comes from pixel m of x alone."""
+        return self.taps == 1 and self.conv.stride == (1, 1) and not self.padded
+
+    @property
+    def padded(self) -> bool:
+        """Whether a tap can lie outside the image."""
+        return self.conv.padding != (0, 0)
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.k, self.oh, self.ow
+
+    def x_bytes(self, x: Tensor) -> int:
+        """The bytes of x that the taps touch, each once: a 1x1 of stride 2 reads a quarter."""
+        rows, columns = (min(a.limit, a.size * min(a.taps, a.step)) for a in self.axes())
+        return self.n * rows * columns * self.c * x.element_size()
+
+    def axes(self) -> tuple[Axis, Axis]:
+        """Where the taps of y's rows and columns fall in x."""
+        (top, left), (dil_h, dil_w), (stride_h, stride_w) = self.conv.padding, self.conv.dilation, self.conv.stride
+        rows = Axis(-top, dil_h, self.r, stride_h, self.oh, self.h)
+        return rows, Axis(-left, dil_w, self.s, stride_w, self.ow, self.w)
+
+    def constants(self) -> dict[str, int | bool]:
+        """As the compile-time arguments of the kernels that walk over the pixels of y."""
+        return {
+            "C": self.c,
+            "K": self.k,
+            "H": self.h,
+            "W": self.w,
+            "OH": self.oh,
+            "OW": self.ow,
+            "R": self.r,
+            "S": self.s,
+            "STRIDE_H": self.conv.stride[0],
+            "STRIDE_W": self.conv.stride[1],
+            "PAD_H": self.conv.padding[0],
+            "PAD_W": self.conv.padding[1],
+            "DIL_H": self.conv.dilation[0],
+            "DIL_W": self.conv.dilation[1],
+            "POINTWISE": self.pointwise,
+        }
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The input's rows (or columns) h = phase + stride*i, i < size, and the taps that reach them.
+
+    Tap r of output row p reads h = p*stride - padding + r*dilation. For one phase those taps are r = tap + j*tap_step,
+    j < taps, and output row p = i + first - j*step: a convolution of stride 1. A phase may have no tap at all.
+    """
+
+    phase: int
+    size: int
+    tap: int
+    taps: int
+    tap_step: int
+    first: int
+    step: int
+    masked: bool
+
+    @staticmethod
+    def all(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Phase]:
+        """The phases of one axis, of an input of ``size`` and an output of ``out``."""
+        phases = []
+        for phase in range(min(stride, size)):
+            rows = cdiv(size - phase, stride)
+            taps = [r for r in range(kernel) if (phase + padding - r * dilation) % stride == 0]
+            if not taps:
+                phases.append(Phase(phase, rows, 0, 0, 1, 0, 0, False))
+                continue
+            tap_step = taps[1] - taps[0] if len(taps) > 1 else 1
+            first = (phase + padding - taps[0] * dilation) // stride
+            step = tap_step * dilation // stride if len(taps) > 1 else 0
+            masked = first - (len(taps) - 1) * step < 0 or rows - 1 + first >= out
+            phases.append(Phase(phase, rows, taps[0], len(taps), tap_step, first, step, masked))
+        return phases
+
+    def axis(self, out: int) -> Axis:
+        """Where its taps fall in an output of ``out`` rows."""
+        return Axis(self.first, -self.step, self.taps, 1, self.size, out)
+
+    def constants(self, axis: str) -> dict[str, int]:
+        """As compile-time arguments of the dgrad kernel; ``axis``: "H" or "W"."""
+        return {
+            f"PHASE_{axis}": self.phase,
+            f"SIZE_{axis}": self.size,
+            f"TAP_{axis}": self.tap,
+            f"TAPS_{axis}": self.taps,
+            f"TAP_STEP_{axis}": self.tap_step,
+            f"FIRST_{axis}": self.first,
+            f"STEP_{axis}": self.step,
+        }
+
+
+class Axis(NamedTuple):
+    """Where the taps of one axis fall: tap j of position i at start + j*tap_step + i*step, inside if in [0, limit)."""
+
+    start: int
+    tap_step: int
+    taps: int
+    step: int
+    size: int
+    limit: int
+
+    def inside(self, device: torch.device) -> Tensor:
+        """[taps, size], bool."""
+        taps = self.start + self.tap_step * torch.arange(self.taps, device=device)
+        at = taps[:, None] + self.step * torch.arange(self.size, device=device)
+        return (at >= 0) & (at < self.limit)
+
+
+def inside_table(rows: Axis, columns: Axis, device: torch.device) -> Tensor:
+    """int32 [taps, pixels of an image], 1 where the tap of the pixel lies in the image.
+
+    A mask that is loaded, unlike one that is computed, lets the compiler take the operand that it is applied to from
+    shared memory straight to the matrix unit: on sm_90 a sixth fewer registers and shared memory in 3x3 convolutions.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _inside_table(rows, columns, device)  # the memory is the graph's
+    return _kept_table(rows, columns, device)
+
+
+@lru_cache(maxsize=512)
+def _kept_table(rows: Axis, columns: Axis, device: torch.device) -> Tensor:
+    table = _inside_table(rows, columns, device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # another stream may use it next
+    return table
+
+
+def _inside_table(rows: Axis, columns: Axis, device: torch.device) -> Tensor:
+    table = rows.inside(device)[:, None, :, None] & columns.inside(device)[None, :, None, :]
+    return table.to(torch.int32).reshape(rows.taps * columns.taps, rows.size * columns.size)
+
+
+def nhwc(t: Tensor) -> Tensor:
+    """The tensor itself where its memory is NHWC, else a copy that is."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as kernels read it: in the activations' dtype, channels_last. A copy where it isn't (fp32 masters)."""
+    return nhwc(weight.to(dtype))
+
+
+def allow_tf32(dtype: torch.dtype) -> bool:
+    """Whether float32 convolutions may round their operands to tf32, by PyTorch's own setting.
+
+    ``torch.backends.cudnn.allow_tf32`` shows in this newer setting, while reading the old one raises after the
+    newer has been used.
+    """
+    setting: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return dtype == torch.float32 and setting == "tf32"

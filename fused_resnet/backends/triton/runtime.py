@@ -1,0 +1,127 @@
+"""How kernels are started, and what they are known to read and write.
+
+``launch`` is the one way into a kernel. It takes, beside the arguments, the tensors that are read and written, each
+once: a ``traffic`` context sums their bytes, and on meta tensors nothing else happens, so a whole network's traffic
+can be counted without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# Triton decides at import whether kernels are compiled or interpreted: TRITON_INTERPRET=1 before the first import.
+INTERPRET: bool = triton.knobs.runtime.interpret
+# Elements from which a tensor's offsets need 64 bits; tiles reach a little beyond the last one.
+_WIDE = 2**31 - 2**24
+
+
+@dataclass
+class Launch:
+    """One kernel launch: its name and the bytes it reads and writes."""
+
+    kernel: str
+    read: int
+    written: int
+
+
+@dataclass
+class Traffic:
+    """The launches within a ``traffic`` context, in order."""
+
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        """Bytes read and written."""
+        return sum(launch.read + launch.written for launch in self.launches)
+
+
+_traffic: ContextVar[Traffic | None] = ContextVar("fused_resnet_traffic", default=None)
+_observer: ContextVar[Callable[..., None] | None] = ContextVar("fused_resnet_launches", default=None)
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Records every launch within it (of this thread)."""
+    record = Traffic()
+    token = _traffic.set(record)
+    try:
+        yield record
+    finally:
+        _traffic.reset(token)
+
+
+@contextmanager
+def observe(call: Callable[..., None]) -> Iterator[None]:
+    """``call(kernel, args, constants)`` for every launch within it (of this thread), on meta tensors too."""
+    token = _observer.set(call)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def _bytes(operands: Sequence[Tensor | int | None]) -> int:
+    sizes = (t.numel() * t.element_size() if isinstance(t, Tensor) else t for t in operands)
+    return sum(size for size in sizes if size is not None)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    reads: Sequence[Tensor | int | None],
+    writes: Sequence[Tensor | int | None],
+    **constants: Any,
+) -> None:
+    """kernel[grid](*args, **constants), recorded. ``reads``, ``writes``: tensors or bytes, each counted once; None is
+    an operand that isn't there."""
+    record = _traffic.get()
+    if record is not None:
+        name = getattr(kernel, "__name__", None) or kernel.fn.__name__
+        record.launches.append(Launch(name, _bytes(reads), _bytes(writes)))
+    observer = _observer.get()
+    if observer is not None:
+        observer(kernel, args, constants)
+    # forward and backward recompute z by one expression: both must contract it, whatever Triton's default
+    constants["enable_fp_fusion"] = True
+    device = next(t.device for t in args if isinstance(t, Tensor))
+    if device.type == "meta" or 0 in grid:
+        return
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants)
+
+
+def wide(*tensors: Tensor | None) -> bool:
+    """Whether an offset into one of them can exceed 32 bits."""
+    return any(t is not None and t.numel() >= _WIDE for t in tensors)
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; where none is asked (the interpreter, meta tensors), as many as an H100 has."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised [N, C, H, W] tensor whose memory is NHWC, whatever its sizes."""
+    n, c, h, w = shape
+    return torch.empty((n, h, w, c), dtype=dtype or like.dtype, device=like.device).permute(0, 3, 1, 2)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

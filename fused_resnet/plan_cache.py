@@ -1,0 +1,125 @@
+"""The planner's memory: what was measured on a device, in a JSON file of its own per device and set of versions.
+
+    {"format": 1, "identity": {"device": "NVIDIA H200", "torch": "2.11.0", ...},
+     "choices": {"conv_stats bf16 ...": {"choice": {"backend": "cudnn", ...}, "ms": {"cudnn": 0.21, "aten": 0.34}}}}
+
+Files lie in FUSED_RESNET_CACHE, or in ``fused_resnet/`` of the user's cache folder (XDG_CACHE_HOME, ~/.cache). A file
+that is not readable as such, or was made elsewhere, is left alone with a warning. Every write reads the file again
+under a lock and keeps what another process added, then replaces the file in one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_resnet._version import __version__
+from fused_resnet.backends import warn_once
+
+FORMAT = 1
+
+
+def folder() -> Path:
+    """Where plans are kept."""
+    given = os.environ.get("FUSED_RESNET_CACHE")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "fused_resnet"
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """What a measurement depends on beside its signature: the device and every version that makes or runs kernels."""
+    try:
+        from importlib.metadata import version
+
+        triton = version("triton")
+    except ImportError:
+        triton = "none"
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        name = f"{p.name}, {p.multi_processor_count} processors"
+    else:
+        name = f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name,
+        "fused_resnet": __version__,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": triton,
+    }
+
+
+class PlanCache:
+    """The choices for one identity: a dictionary, and the file that outlives the process.
+
+    Args:
+        identity: see ``identity``; a file that names another one is not used.
+        path: the file; None: one in ``folder()``, named by the identity.
+    """
+
+    def __init__(self, identity: dict[str, str], path: Path | None = None) -> None:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.identity = identity
+        self.path = path or folder() / f"plan-{digest}.json"
+        self.choices: dict[str, Any] = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            raw = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            warn_once(f"plan cache {self.path} is ignored: not readable as JSON ({error})")
+            return {}
+        reason = self._foreign(raw)
+        if reason:
+            warn_once(f"plan cache {self.path} is ignored: {reason}")
+            return {}
+        choices: dict[str, Any] = raw["choices"]
+        return choices
+
+    def _foreign(self, raw: Any) -> str | None:
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            return f"expected format {FORMAT}"
+        if raw.get("identity") != self.identity:
+            return f"it was made for {raw.get('identity')}, this is {self.identity}"
+        choices = raw.get("choices")
+        if not isinstance(choices, dict) or not all(isinstance(c, dict) and "choice" in c for c in choices.values()):
+            return "its choices are damaged"
+        return None
+
+    def add(self, signature: str, entry: dict[str, Any]) -> dict[str, Any]:
+        """Keeps ``entry`` unless another process was first; returns the one that holds. Never raises for the file's
+        sake: where it can't be written, the choice holds for this process."""
+        from filelock import FileLock  # torch requires it
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.path}.lock"):
+                self.choices = {**self.choices, **self._read()}
+                self.choices.setdefault(signature, entry)
+                self._write()
+        except OSError as error:
+            warn_once(f"plan cache {self.path} can't be written: {error}")
+            self.choices.setdefault(signature, entry)
+        held: dict[str, Any] = self.choices[signature]
+        return held
+
+    def _write(self) -> None:
+        text = json.dumps({"format": FORMAT, "identity": self.identity, "choices": self.choices}, indent=1)
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(temporary, self.path)
+        except BaseException:
+            os.unlink(temporary)
+            raise

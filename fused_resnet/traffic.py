@@ -1,0 +1,155 @@
+"""What a network reads and writes on a GPU, counted without one.
+
+The network is walked on tensors without memory; each of its chains is then executed by the code that executes it on a
+GPU, on meta tensors, where kernels are not started but written down with the bytes they read and write. PyTorch's own
+operators, between the chains and inside them, are counted too, as often as they run.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fused_resnet import chain
+from fused_resnet.backends import BackendUnavailable, forced_again, load
+from fused_resnet.freezing import Frozen
+
+if TYPE_CHECKING:
+    from fused_resnet.backends.triton.runtime import Launch, Traffic
+
+_CHAIN: dict[Any, Callable[..., Any]] = {
+    torch.ops.fused_resnet.chain.default: chain._forward,
+    torch.ops.fused_resnet.chain_backward.default: chain._backward,
+    torch.ops.fused_resnet.chain_inference.default: chain._inference,
+}
+# Operators that read nothing of the tensors they are given, and those that neither read nor write.
+_FILL = ("zeros", "ones", "full", "fill", "zero", "new_zeros", "new_ones", "new_full")
+_FREE = ("empty", "empty_strided", "new_empty", "new_empty_strided", "as_strided_", "_unsafe_view", "lift_fresh")
+
+
+def network_traffic(
+    model: nn.Module,
+    batch: int,
+    size: int | tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    training: bool = True,
+) -> Traffic:
+    """The launches of one step of a network and the bytes that each reads and writes, by the Triton backend's plan.
+
+    A training step is forward and backward (of the sum of the outputs; no optimizer), inside autocast where the
+    parameters have another dtype. Bytes are those of distinct elements: what a kernel reads twice comes from a cache.
+
+    Args:
+        model: a fused network, or what ``freeze`` returned, on the CPU or a GPU. Left as it is.
+        batch, size: of the input [batch, 3, size, size] (or size as (height, width)), channels_last, in ``dtype``.
+        dtype: float32, bfloat16 or float16.
+        training: forward and backward with batch statistics, or the forward alone in eval mode without gradients.
+
+    Returns:
+        A ``Traffic``: ``total`` bytes and ``launches``, each with ``kernel``, ``read`` and ``written``; operators of
+        PyTorch are named "aten::...".
+
+    Raises:
+        BackendUnavailable: Triton is not installed. ValueError: a frozen model can't train.
+
+    Example:
+        >>> model = fused_resnet.models.resnet50().to(memory_format=torch.channels_last)
+        >>> network_traffic(model, 256, 224).total / 256 / 1e9  # GB per image
+    """
+    module, reason = load("triton", to_run=False)
+    if module is None:
+        raise BackendUnavailable(f"backend 'triton': {reason}")
+    from fused_resnet.backends.triton.runtime import traffic
+
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (batch, 3, height, width)
+    if isinstance(model, Frozen):
+        if training:
+            raise ValueError("training: this model is frozen for inference, count the one it was made from")
+        frozen, x = copy.deepcopy(model.model).to("meta", dtype), _input(shape, dtype, torch.device("meta"))
+        with traffic() as record, forced_again("triton"), _Count(record.launches), torch.no_grad():
+            frozen(x)
+        return record
+    steps: list[Any] = []
+    _walk(model, shape, dtype, training, steps)
+    with traffic() as record, forced_again("triton"), _Count(record.launches):
+        for step in steps:
+            if isinstance(step, tuple):
+                function, args = step
+                function(*tree_map_only(_Shape, _Shape.meta, args))
+            else:
+                record.launches.append(step)
+    return record
+
+
+def _input(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+
+
+def _walk(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, training: bool, steps: list[Any]) -> None:
+    """Runs a copy of the model without memory; ``steps`` becomes its operators and its chains' arguments, in order."""
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+
+    parameter = next(model.parameters())
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(fake):
+        copied = copy.deepcopy(model).train(training)
+    mixed = dtype != parameter.dtype
+    with fake, torch.autocast(parameter.device.type, dtype, enabled=mixed), torch.set_grad_enabled(training):
+        x = _input(shape, dtype, parameter.device)
+        with _Count(steps):
+            out = copied(x)
+            if training:
+                out.sum().backward()
+
+
+class _Shape:
+    """What there is to know of a tensor without memory."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.sizes, self.strides, self.dtype = tuple(t.shape), t.stride(), t.dtype
+
+    def meta(self) -> Tensor:
+        return torch.empty_strided(self.sizes, self.strides, dtype=self.dtype, device="meta")
+
+
+class _Count(TorchDispatchMode):
+    """Writes down every operator as a launch, and a chain's as what it is called with."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        step = (
+            (_CHAIN[func], tree_map_only(Tensor, _Shape, args)) if func in _CHAIN else _launch(func, args, kwargs, out)
+        )
+        if step is not None:
+            self.steps.append(step)
+        return out
+
+
+def _launch(func: Any, args: Any, kwargs: Any, out: Any) -> Launch | None:
+    """What an operator moves, None where that is nothing."""
+    from fused_resnet.backends.triton.runtime import Launch
+
+    name = func._schema.name.split("::")[-1].removesuffix("_like")
+    if func.is_view or func.namespace == "prim" or name in _FREE:
+        return None
+    reads = [] if name.rstrip("_") in _FILL else [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    writes = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    if not any(map(_bytes, reads + writes)):
+        return None
+    return Launch(func._schema.name, sum(map(_bytes, reads)), sum(map(_bytes, writes)))
+
+
+def _bytes(t: Tensor) -> int:
+    """An expanded tensor has fewer than its sizes say."""
+    return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())

@@ -1,0 +1,217 @@
+"""On a GPU: chains of every backend against the reference, run after run, in graphs, and what a launch costs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import chains
+import pytest
+import torch
+from tolerances import assert_as_good, assert_close
+
+import fused_resnet as fr
+from fused_resnet import planner
+from fused_resnet.backends import Norm, load, use_backend
+from fused_resnet.spec import Act
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = ("triton", "cudnn")
+SHAPES = [shape for shape in chains.SHAPES if shape != "grouped"]
+LARGE = {  # shape, width, batch, image: several tiles of every kernel, odd sizes, channels that are no multiple of 8
+    "basic": ("basic", 64, 4, (28, 28)),
+    "bottleneck": ("bottleneck", 64, 4, (14, 14)),
+    "projection": ("bottleneck_projection", 64, 3, (15, 13)),
+    "odd_channels": ("basic_projection", 65, 2, (17, 19)),
+    "stem": ("stem", 24, 4, (33, 31)),
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def forced(request: pytest.FixtureRequest) -> Iterator[str]:
+    module, reason = load(request.param)
+    if module is None:
+        pytest.skip(f"backend {request.param!r}: {reason}")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    """float32 means float32 in these comparisons."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def on_gpu(chain: chains.Chain, t: chains.Tensors, dtype: torch.dtype) -> chains.Tensors:
+    return chains.cast(chain, t, dtype, torch.channels_last).map(lambda v: v.cuda())
+
+
+def compare(chain: chains.Chain, dtype: torch.dtype) -> None:
+    draws = []
+    for _ in range(1 if dtype == torch.float32 else 3):
+        t = on_gpu(chain, chains.draw(chain, attempts=20_000) if chain.x_shape[1] < 8 else wide_draw(chain), dtype)
+        with use_backend("aten"):
+            plain = chains.run(chain, t, chains.plain)
+        draws.append((chains.run(chain, t), plain, chains.truth(chain, t)))
+    for name in draws[0][0]:
+        got, plain, truth = ([d[i][name] for d in draws] for i in range(3))
+        if dtype == torch.float32:
+            assert_close(name, got[0], truth[0], chains.reduction(chain))
+        else:
+            assert_as_good(name, got, plain, truth, dtype)
+
+
+def wide_draw(chain: chains.Chain) -> chains.Tensors:
+    """So many values lie near a kink anyway that the activation has to be smooth: the caller's is."""
+    return chains.draw(chain, margin=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", ["batch", "mixed"])
+def test_small_chains(forced: str, shape: str, mode: str) -> None:
+    compare(chains.make(shape, "relu", mode, width=3, batch=2, size=(7, 6)), torch.float32)
+
+
+@pytest.mark.parametrize("act", list(chains.ACTS))
+def test_activations(forced: str, act: str) -> None:
+    compare(chains.make("basic", act, "batch", width=3, batch=2, size=(5, 6)), torch.float32)
+
+
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_large_chains(forced: str, case: str, dtype: torch.dtype) -> None:
+    shape, width, batch, size = LARGE[case]
+    compare(chains.make(shape, "silu", "batch", width, batch, size), dtype)
+
+
+@pytest.mark.parametrize("case", ["basic", "projection", "stem"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_inference(forced: str, case: str, dtype: torch.dtype) -> None:
+    shape, width, batch, size = LARGE[case]
+    chain = chains.make(shape, "silu", "frozen", width, batch, size)
+    draws = []
+    for _ in range(3):
+        t = on_gpu(chain, wide_draw(chain), dtype)
+        got = torch.ops.fused_resnet.chain_inference(t.x, t.residual, t.params, chain.text)
+        draws.append((got, chains.run(chain, t, chains.plain)["out"], chains.truth(chain, t)["out"]))
+    got, plain, truth = zip(*draws, strict=True)
+    if dtype == torch.float32:
+        assert_close("out", got[0], truth[0], chains.reduction(chain))
+    else:
+        assert_as_good("out", got, plain, truth, dtype)
+
+
+@pytest.mark.parametrize("case", ["projection", "stem"])
+def test_same_bits_run_after_run(case: str) -> None:
+    """Triton's kernels use no atomics: two runs agree in every bit, also while another stream is busy."""
+    shape, width, batch, size = LARGE[case]
+    chain = chains.make(shape, "relu", "batch", width, batch, size)
+    t = on_gpu(chain, wide_draw(chain), torch.bfloat16)
+    with use_backend("triton"):
+        first = chains.run(chain, t)
+        busy, stream = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                busy = busy @ busy / 64
+        second = chains.run(chain, t)
+    torch.cuda.synchronize()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_tf32_follows_pytorch(forced: str) -> None:
+    """Allowed, float32 products lose precision; forbidden, they do not."""
+    chain = chains.make("conv", "identity", "batch", 64, 2, (14, 14))
+    t = on_gpu(chain, wide_draw(chain), torch.float32)
+    want = chains.truth(chain, t)["out"]
+    errors = []
+    for allowed in (False, True):
+        torch.backends.cudnn.allow_tf32 = allowed
+        errors.append((chains.run(chain, t)["out"] - want).norm().item() / want.norm().item())
+    assert errors[0] < 1e-6 < errors[1] < 1e-2, errors
+
+
+def test_another_device_is_respected(forced: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    chain = chains.make("basic", "relu", "batch", 8, 2, (6, 6))
+    t = chains.cast(chain, chains.draw(chain), torch.float32, torch.channels_last)
+    here, there = (chains.run(chain, t.map(lambda v, d=d: v.to(d)))["out"] for d in ("cuda:0", "cuda:1"))
+    torch.testing.assert_close(here.cpu(), there.cpu())
+
+
+def trained(model: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()}
+
+
+def network() -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = fr.models.resnet18(num_classes=10).cuda().to(memory_format=torch.channels_last)
+    return model, torch.randn(8, 3, 64, 64, device="cuda").to(memory_format=torch.channels_last)
+
+
+def test_a_cuda_graph_of_a_training_step(forced: str) -> None:
+    """Captured and replayed, a step gives the bits of one that is not; nothing allocates or waits outside torch."""
+    model, x = network()
+    twin = copy.deepcopy(model)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, packs
+            trained(twin, x)
+            twin.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    twin.load_state_dict(model.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = trained(twin, x)
+    graph.replay()
+    want = trained(model, x)
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-3 * value.abs().max().item() + 1e-6)
+
+
+def test_the_planner_measures_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every choice is at least as fast as aten; a second model like the first measures nothing."""
+    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
+    monkeypatch.delenv("FUSED_RESNET_PLAN", raising=False)
+    planner.forget()
+    try:
+        model, x = network()
+        trained(model, x)
+        choices = planner.cache(x.device).choices
+        assert choices
+        for entry in choices.values():
+            assert min(entry["ms"].values()) <= entry["ms"]["aten"]
+        before = len(choices)
+        trained(network()[0], x)
+        assert len(planner.cache(x.device).choices) == before
+        assert "ms, aten" in str(fr.explain(model))
+    finally:
+        planner.forget()
+
+
+def test_host_time_of_a_primitive() -> None:
+    """A launch costs the host less than the contract's 15 us, after the first call."""
+    y = torch.randn(2, 64, 8, 8, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    one = torch.ones(64, device="cuda")
+    norm = Norm(one, one, one, one)
+    with use_backend("triton"):
+        best = float("inf")
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(100):
+                planner.run("bn_act", y, norm, Act("relu"), None, None)
+            best = min(best, (time.perf_counter() - start) / 100)
+    torch.cuda.synchronize()
+    assert best < 15e-6, f"{best * 1e6:.1f} us"
