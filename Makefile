@@ -30,12 +30,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Directories are listed too: their time changes when a file comes or goes.
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
 
-.PHONY: help bench test lint clean
+.PHONY: help bench test lint codegen gpu-report clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make bench   validate and measure plain, compiled and fused networks; writes bench-report/ (ARGS=... passes more)"
 	@echo "make test    run the tests (ARGS=... passes more to pytest)"
+	@echo "make codegen     compile every Triton kernel of ResNet-18/50 for three GPUs and read the machine code; needs no GPU"
+	@echo "make gpu-report  on a GPU: tests, sanitizer, kernels and networks; writes gpu-report/ (ARGS=--dry-run: on a CPU)"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make clean   remove what was built and measured; the environment $(VENV) stays"
 
@@ -44,6 +46,12 @@ bench: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests $(ARGS)
+
+codegen: $(VENV)/.installed
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/codegen.py --markdown benchmarks/results/codegen.md $(ARGS)
+
+gpu-report: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_report.py --output gpu-report $(ARGS)
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@
 ``backends.NAMES`` that is available and takes the case. On a GPU each new signature (shapes, dtype, hyper-parameters;
 the batch rounded up to a power of two) is measured once: every backend that takes it, with every configuration that it
 offers, beside ``aten``, caches flushed between runs; a convolution's backward also as two calls, input and weight
-apart. The fastest is kept in a file (``plan_cache``), so it is the same in every later process. ``use_backend`` overrides
-all of this.
+apart. The fastest is kept in a file (``plan_cache``), so it is the same in every later process. ``use_backend``
+overrides all of this.
 
 FUSED_RESNET_PLAN: "auto" (measure on GPUs; the default), "measure" (on CPUs too), "preference" (never).
 """
@@ -166,6 +166,8 @@ def _with(args: tuple[Any, ...], changes: dict[int, Any]) -> tuple[Any, ...]:
 # key of the arguments -> choice; and what ``explain`` reads: (primitive, conv, weight's shape or channels) -> entry
 _known: dict[Any, Choice] = {}
 _entries: dict[Any, dict[str, Any]] = {}
+# Called with (primitive, args, {"choice": ..., "ms": ...}) after each measurement, for reports.
+listeners: list[Callable[[str, tuple[Any, ...], dict[str, Any]], None]] = []
 
 
 def run(primitive: str, *args: Any) -> Any:
@@ -267,6 +269,8 @@ def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
             return Choice(candidates[0])
         choice, times = _measure(primitive, candidates, args)
         entry = cache(device).add(text, {"choice": choice.encode(), "ms": times})
+        for listener in listeners:
+            listener(primitive, args, entry)
     about = args[_CONV[primitive][0]] if primitive in _CONV else None
     shape = tuple(args[_CONV[primitive][1]].shape) if primitive in _CONV else x.shape[1]
     _entries[(primitive, about, shape)] = entry
@@ -283,13 +287,13 @@ def _usable(choice: Choice, primitive: str, case: Case) -> bool:
 
 
 def planned(primitive: str, conv: ConvSpec | None, shape: Any) -> str | None:
-    """What serves a convolution's weight shape (or, without one, a number of channels) by the last measurement that this
-    process looked up: the choice, its time and that of aten; None where nothing was measured."""
+    """What serves a convolution's weight shape (or, without one, a number of channels) by the last measurement that
+    this process looked up: the choice, its time and that of aten; None where nothing was measured."""
     entry = _entries.get((primitive, conv, shape))
     if entry is None:
         return None
     choice, ms = Choice.decode(entry["choice"]), entry["ms"]
-    return f"{choice} ({ms[_label(choice)]:.3f} ms, aten {ms['aten']:.3f})"
+    return f"{choice} ({ms[label(choice)]:.3f} ms, aten {ms['aten']:.3f})"
 
 
 def forget() -> None:
@@ -309,22 +313,23 @@ def _candidates(primitive: str, case: Case) -> list[str]:
 def _measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[Choice, dict[str, float]]:
     """The fastest choice, and the milliseconds of all."""
     found = _times(primitive, names, args)
-    ms = {_label(choice): time for choice, time in found.items()}
+    ms = {label(choice): time for choice, time in found.items()}
     if primitive == "conv_backward" and args[_NEEDS[0]] and args[_NEEDS[1]]:
         for_input = _times(primitive, names, _with(args, {_NEEDS[1]: False}))
         for_weight = _times(primitive, names, _with(args, {_NEEDS[0]: False, _ADD: None}))
         parts = min(for_input, key=for_input.__getitem__), min(for_weight, key=for_weight.__getitem__)
         apart = Choice(_APART, parts=parts)
-        found[apart] = ms[_label(apart)] = for_input[parts[0]] + for_weight[parts[1]]
+        found[apart] = ms[label(apart)] = for_input[parts[0]] + for_weight[parts[1]]
         for what, times in (("input", for_input), ("weight", for_weight)):
-            ms |= {f"{what}: {_label(choice)}": time for choice, time in times.items()}
+            ms |= {f"{what}: {label(choice)}": time for choice, time in times.items()}
     # of equals the first, which is preferred; aten is the last backend
     return min(found, key=found.__getitem__), ms
 
 
-def _label(choice: Choice) -> str:
+def label(choice: Choice) -> str:
+    """What a choice is called among the measured times."""
     if choice.parts is not None:
-        return "apart: " + " + ".join(_label(part) for part in choice.parts)
+        return "apart: " + " + ".join(label(part) for part in choice.parts)
     return choice.backend if choice.config is None else f"{choice.backend} {choice.config}"
 
 
@@ -339,7 +344,7 @@ def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choi
             if hasattr(module, "configurations"):
                 choices += [Choice(name, c) for c in module.configurations(partial(_call, choices[0], primitive, own))]
             for choice in choices:
-                found[choice] = _milliseconds(partial(_call, choice, primitive, own), own[0].device)
+                found[choice] = milliseconds(partial(_call, choice, primitive, own), own[0].device)
         except Exception as error:  # a kernel that does not compile here, or memory that does not suffice
             if name == "aten":
                 raise
@@ -347,7 +352,7 @@ def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choi
     return found
 
 
-def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     """Median time of a call: on a GPU by its events with the L2 cache flushed between runs, on a CPU by the clock."""
     if device.type == "cuda":
         from triton.testing import do_bench

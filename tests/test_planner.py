@@ -43,13 +43,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     def read(call: Any, device: torch.device) -> float:
         times["calls"] += 1
         choice, _, args = call.args
-        label = planner._label(choice)
+        label = planner.label(choice)
         if len(args) == 10 and args[7] != args[8]:
             label = f"{'input' if args[7] else 'weight'}: {label}"
         call()
         return times.get(label, 5.0)
 
-    monkeypatch.setattr(planner, "_milliseconds", read)
+    monkeypatch.setattr(planner, "milliseconds", read)
     return times
 
 

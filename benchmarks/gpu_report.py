@@ -1,0 +1,365 @@
+"""Everything that is to be known of a GPU, in one run: tests, sanitizer, limits, kernels beside roofline, networks.
+
+    python benchmarks/gpu_report.py --output gpu-report            on a GPU; `make gpu-report` sets up what it needs
+    python benchmarks/gpu_report.py --dry-run                      every step, at toy size, on a CPU
+    python benchmarks/gpu_report.py --steps limits,kernels         some of them
+
+Writes report.json, report.md and PNGs. A step that fails is written down as such, the others go on; the exit code is 1
+if one failed. report.json is what benchmarks/results/ keeps: machine, versions and date are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+import fused_resnet as fr
+from fused_resnet import planner
+from fused_resnet.backends import load
+from fused_resnet.cli import cases, measure, variants
+from fused_resnet.cli.env import describe, device_name
+from fused_resnet.cli.variants import CompileBudget, Variant
+
+ROOT = Path(__file__).resolve().parents[1]
+CONVOLUTIONS = ("conv_bias_act", "conv_stats", "conv_backward")
+
+
+@dataclass
+class Run:
+    """One report in the making.
+
+    Attributes:
+        found: what report.json becomes. sizes: of networks and batches, a GPU's or a toy's.
+    """
+
+    device: torch.device
+    output: Path
+    models: list[str]
+    batch: int
+    size: int
+    minutes: float
+    autotune: bool = False
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def toy(self) -> bool:
+        return self.device.type != "cuda"
+
+
+# ---------------------------------------------------------------------------------------------------- steps
+def limits(run: Run) -> dict[str, Any]:
+    """What this device reaches: bytes per second of a copy, operations per second of a bf16 matrix product."""
+    n, side = (1 << 22, 512) if run.toy else (1 << 29, 8192)
+    source = torch.empty(n, dtype=torch.bfloat16, device=run.device).normal_()
+    target = torch.empty_like(source)
+    a = torch.randn(side, side, device=run.device, dtype=torch.bfloat16)
+    copy_ms = planner.milliseconds(lambda: target.copy_(source), run.device)
+    product_ms = planner.milliseconds(lambda: a @ a, run.device)
+    return {"bytes_per_s": 4 * n / copy_ms * 1e3, "flops_per_s": 2 * side**3 / product_ms * 1e3}
+
+
+def tests(run: Run) -> dict[str, Any]:
+    """The tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-q", "--no-header", "-rf"]
+    return _command(run, command, timeout_s=400)
+
+
+def sanitizer(run: Run) -> dict[str, Any]:
+    """compute-sanitizer's memcheck over the smoke shapes."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return {"ok": True, "skipped": "compute-sanitizer is not installed here"}
+    picked = "(test_small_chains and triton and (basic or bottleneck_projection or stem) and batch) or odd_channels"
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--launch-timeout", "0"]
+    command += [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "--no-header", "-k", picked]
+    return _command(run, command, timeout_s=300)
+
+
+def _command(run: Run, command: list[str], timeout_s: float) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+        code, out = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as late:
+        code, out = -1, f"{(late.stdout or b'').decode(errors='replace')}\nstopped after {timeout_s:.0f} s"
+    return {"ok": code == 0, "seconds": round(time.perf_counter() - start, 1), "output": out[-6000:]}
+
+
+def kernels(run: Run) -> dict[str, Any]:
+    """Every signature of a training step and of inference: all candidates' times beside the roofline's."""
+    bound = run.found.get("limits") or limits(run)
+    rows: list[dict[str, Any]] = []
+
+    def note(primitive: str, args: tuple[Any, ...], entry: dict[str, Any]) -> None:
+        flops, moved = account(primitive, args)
+        row = {"primitive": primitive, "signature": planner.signature(primitive, args), **entry}
+        row |= {"flops": flops, "bytes": moved}
+        if moved is not None:
+            row["roofline_ms"] = 1e3 * max(moved / bound["bytes_per_s"], flops / bound["flops_per_s"])
+        rows.append(row)
+
+    with measuring(run, note):
+        for name in run.models:
+            model, x = network(run, name)
+            model.train()
+            with torch.autocast(run.device.type, torch.bfloat16):
+                loss = model(x).float().sum()
+            loss.backward()
+            infer = fr.freeze(model, x, dtype=torch.bfloat16)
+            infer(x.bfloat16())
+    return {"ok": bool(rows), "rows": rows}
+
+
+@contextmanager
+def measuring(run: Run, note: Callable[..., None]) -> Any:
+    """A plan measured from nothing, and ``note`` called for every signature of it."""
+    folder = run.output / "plan"
+    shutil.rmtree(folder, ignore_errors=True)
+    before = {name: os.environ.get(name) for name in ("FUSED_RESNET_PLAN", "FUSED_RESNET_CACHE")}
+    os.environ |= {"FUSED_RESNET_PLAN": "measure", "FUSED_RESNET_CACHE": str(folder)}
+    planner.forget()
+    planner.listeners.append(note)
+    try:
+        yield
+    finally:
+        planner.listeners.remove(note)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        planner.forget()
+
+
+def account(primitive: str, args: tuple[Any, ...]) -> tuple[float, int | None]:
+    """Operations of the convolutions (additions and multiplications), and the bytes that our fused kernels move."""
+    flops = 0.0
+    if primitive in CONVOLUTIONS:
+        backward = primitive == "conv_backward"
+        conv, weight = (args[6], args[5]) if backward else (args[3 if primitive == "conv_bias_act" else 2], args[1])
+        h, w = conv.out_size((args[3] if backward else args[0]).shape[2:], weight.shape[2:])
+        flops = 2.0 * args[0].shape[0] * h * w * weight.numel() * (args[7] + args[8] if backward else 1)
+    module, _ = load("triton", to_run=False)
+    if module is None:
+        return flops, None
+    from fused_resnet.backends.triton.runtime import traffic
+
+    meta = tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), args)
+    with traffic() as record:
+        getattr(module, primitive)(*meta)
+    return flops, record.total
+
+
+def network(run: Run, name: str) -> tuple[nn.Module, Tensor]:
+    """A fused network and a batch for it, channels_last, on the device."""
+    torch.manual_seed(0)
+    model = fr.fuse(getattr(fr.models, name)()).to(run.device, memory_format=torch.channels_last)
+    x = torch.randn(run.batch, 3, run.size, run.size, device=run.device).to(memory_format=torch.channels_last)
+    return model, x
+
+
+def networks(run: Run) -> dict[str, Any]:
+    """Images per second of networks: plain, compiled, fused, fused in a CUDA graph; validated as ``bench`` does."""
+    settings = cases.Settings(run.device, run.batch, run.size, 0, (3, 30), 3.0)
+    budget = CompileBudget(60.0 * run.minutes)
+    rows, ok = [], True
+    for name in run.models:
+        subject = cases.Subject(name, settings)
+        for mode in ("training", "inference"):
+            case = cases.run_case(subject, mode, "bf16", budget)
+            ok &= case.ok
+            row = case.to_json()
+            if not run.toy:
+                row["cuda_graph_images_per_s"] = _graphed(run, subject, mode)
+            if run.autotune:
+                row["max_autotune_images_per_s"] = _autotuned(run, subject, mode)
+            rows.append(row)
+    return {"ok": ok, "cases": rows}
+
+
+def _autotuned(run: Run, subject: cases.Subject, mode: str) -> float:
+    """Images per second of torch.compile's best, which takes minutes to find."""
+    torch.compiler.reset()
+    model = copy.deepcopy(subject.model).train(mode == "training")
+    x, autocast = subject.x, torch.bfloat16 if mode == "training" else None
+    if mode == "inference":
+        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    variant = Variant("compile", model, torch.compile(model, mode="max-autotune"), x, autocast)
+    return _rate(run, partial(variant.train, subject.labels) if mode == "training" else variant.infer)
+
+
+def _rate(run: Run, step: Callable[[], Any]) -> float:
+    """Images per second: the median of five spells."""
+    for _ in range(3):
+        step()
+    return run.batch / sorted(measure.seconds(step, run.device, 10) for _ in range(5))[2]
+
+
+def _graphed(run: Run, subject: cases.Subject, mode: str) -> float:
+    """Images per second of our network, a whole step captured as one CUDA graph."""
+    train = mode == "training"
+    variant = variants.fused(copy.deepcopy(subject.model), subject.x, train, torch.bfloat16)
+    if train:
+        variant.optimizer = torch.optim.SGD(variant.model.parameters(), lr=1e-3, momentum=0.9)
+    step: Callable[[], Any] = partial(_step, variant, subject.labels) if train else variant.infer
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return _rate(run, graph.replay)
+
+
+def _step(variant: Variant, labels: Tensor) -> None:
+    """A training step whose gradients stay where they are, as a graph needs it."""
+    assert variant.optimizer is not None
+    variant.optimizer.zero_grad(set_to_none=False)
+    variant.loss(labels).backward()
+    variant.optimizer.step()
+
+
+STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "limits": limits,
+    "tests": tests,
+    "sanitizer": sanitizer,
+    "kernels": kernels,
+    "networks": networks,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+def markdown(found: dict[str, Any]) -> str:
+    """The report as text: what was reached, and of what."""
+    lines = [f"# {found['device']}", "", f"{found['date']}, torch {found['versions']['torch']}, "]
+    lines[-1] += f"triton {found['versions']['triton']}, batch {found['config']['batch']}, {found['config']['size']} px"
+    bound = found.get("limits") or {}
+    if "bytes_per_s" in bound:
+        lines += [
+            "",
+            f"Copy {bound['bytes_per_s'] / 1e12:.2f} TB/s, bf16 product {bound['flops_per_s'] / 1e12:.0f} TFLOP/s.",
+        ]
+    for step in STEPS:
+        result = found.get(step)
+        if result is not None and (not result.get("ok", True) or "skipped" in result):
+            lines += [
+                "",
+                f"**{step}**: {result.get('skipped') or result.get('error') or result.get('output', '')[-1500:]}",
+            ]
+    rows = (found.get("kernels") or {}).get("rows", [])
+    if rows:
+        lines += ["", "| signature | chosen | ms | roofline ms | share | aten ms |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        choice = planner.Choice.decode(row["choice"])
+        ms, ideal = row["ms"][planner.label(choice)], row.get("roofline_ms")
+        share = f"{ideal:.4f} | {ideal / ms:.0%}" if ideal is not None else "– | –"
+        lines.append(f"| {row['signature']} | {choice} | {ms:.4f} | {share} | {row['ms']['aten']:.4f} |")
+    networks_found = (found.get("networks") or {}).get("cases", [])
+    if networks_found:
+        lines += ["", "| network | mode | variant | images/s | x plain |", "|---|---|---|---|---|"]
+    for case in networks_found:
+        for row in case["variants"]:
+            if row["status"] != "measured":
+                lines.append(
+                    f"| {case['model']} | {case['mode']} | {row['variant']} | {row['status']}: {row['note']} | |"
+                )
+                continue
+            speedup = row["speedup"]["median"]
+            lines.append(
+                f"| {case['model']} | {case['mode']} | {row['variant']} "
+                f"| {row['images_per_s']['median']:.1f} | {speedup:.2f} |"
+            )
+        for key, variant in (("cuda_graph", "fused, CUDA graph"), ("max_autotune", "compile, max-autotune")):
+            if f"{key}_images_per_s" in case:
+                rate = case[f"{key}_images_per_s"]
+                lines.append(f"| {case['model']} | {case['mode']} | {variant} | {rate:.1f} | |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, Any], output: Path) -> None:
+    """kernels.png: the share of its roofline that each signature reaches."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in (found.get("kernels") or {}).get("rows", []) if r.get("roofline_ms")]
+    if not rows:
+        return
+    figure = Figure(figsize=(8, 0.2 * len(rows) + 1.5), layout="constrained")
+    ax = figure.add_subplot()
+    for i, row in enumerate(rows):
+        ms = row["ms"][planner.label(planner.Choice.decode(row["choice"]))]
+        ax.barh(i, 100 * row["roofline_ms"] / ms, color="#e4572e")
+        ax.plot(100 * row["roofline_ms"] / row["ms"]["aten"], i, "|", color="#202124")
+    ax.set_yticks(range(len(rows)), [r["signature"][:70] for r in rows], fontsize=5)
+    ax.invert_yaxis()
+    ax.set_xlabel("% of roofline (bar: chosen, line: aten)")
+    figure.savefig(output / "kernels.png", dpi=130)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("gpu-report"))
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--models", default="resnet50,resnet18")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--compile-minutes", type=float, default=3.0, help="for torch.compile, in all")
+    parser.add_argument("--max-autotune", action="store_true", help="torch.compile(mode='max-autotune') too: minutes")
+    parser.add_argument("--dry-run", action="store_true", help="every step at toy size on the CPU")
+    args = parser.parse_args(argv)
+    unknown = set(args.steps.split(",")) - set(STEPS)
+    if unknown:
+        parser.error(f"--steps: expected some of {', '.join(STEPS)}, got {', '.join(sorted(unknown))}")
+    if not args.dry_run and not torch.cuda.is_available():
+        parser.error("no GPU: torch.cuda.is_available() is False (--dry-run walks through every step on the CPU)")
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.dry_run:
+        run = Run(torch.device("cpu"), args.output, ["resnet20"], 2, 32, 0.0)
+    else:
+        torch.backends.cudnn.benchmark = True  # plain PyTorch at its best: the shapes never change
+        names = args.models.split(",")
+        run = Run(
+            torch.device("cuda"), args.output, names, args.batch_size, 224, args.compile_minutes, args.max_autotune
+        )
+    found = run.found
+    found |= {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "device": device_name(run.device), **describe()}
+    found["config"] = {"models": run.models, "batch": run.batch, "size": run.size, "dry_run": args.dry_run}
+    ok = True
+    for name in STEPS:
+        if name not in args.steps.split(","):
+            continue
+        start = time.perf_counter()
+        print(f"{name} ...", flush=True)
+        try:
+            found[name] = STEPS[name](run)
+        except Exception as error:  # the other steps are worth having all the same
+            found[name] = {"ok": False, "error": f"{type(error).__name__}: {error}", "output": traceback.format_exc()}
+        ok &= found[name].get("ok", True)
+        seconds = time.perf_counter() - start
+        print(f"{name}: {'ok' if found[name].get('ok', True) else 'FAILED'}, {seconds:.0f} s", flush=True)
+        found[name].setdefault("seconds", round(seconds, 1))
+        (args.output / "report.json").write_text(json.dumps(found, indent=1, default=str))
+        (args.output / "report.md").write_text(markdown(found))
+    plot(found, args.output)
+    print(markdown(found))
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""`make gpu-report` is ready before a GPU is: its dry run walks every step here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def report(*args: str) -> subprocess.CompletedProcess[str]:
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.run(
+        [sys.executable, "benchmarks/gpu_report.py", *args],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path: Path) -> None:
+    """Every step ends well; every primitive of a training step is there with its choice and roofline."""
+    pytest.importorskip("triton", reason="the account of bytes needs Triton")
+    done = report("--dry-run", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert {"limits", "tests", "sanitizer", "kernels", "networks", "versions", "machine", "date"} <= found.keys()
+    rows = found["kernels"]["rows"]
+    kinds = {row["primitive"] for row in rows}
+    assert {"conv_stats", "conv_backward", "bn_act", "bn_act_backward"} <= kinds
+    for row in rows:
+        assert row["ms"]["aten"] > 0 and row["roofline_ms"] > 0 and row["bytes"] > 0
+        assert (row["flops"] > 0) == row["primitive"].startswith("conv")
+    variants = {(c["mode"], v["variant"], v["status"]) for c in found["networks"]["cases"] for v in c["variants"]}
+    for mode in ("training", "inference"):
+        assert {(mode, "plain", "measured"), (mode, "fused", "measured")} <= variants
+    text = (tmp_path / "report.md").read_text()
+    assert "| resnet20 | training | fused |" in text and "conv_backward" in text
+    assert (tmp_path / "kernels.png").stat().st_size > 10_000
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = report("--output", str(tmp_path))
+    assert done.returncode == 2 and "no GPU" in done.stderr and "--dry-run" in done.stderr
+
+
+def test_an_unknown_step(tmp_path: Path) -> None:
+    done = report("--dry-run", "--steps", "kernels,speed", "--output", str(tmp_path))
+    assert done.returncode == 2 and "expected some of limits, tests" in done.stderr and "got speed" in done.stderr
