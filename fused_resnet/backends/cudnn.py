@@ -1,5 +1,5 @@
-"""PyTorch's own convolutions (cuDNN, MIOpen) between passes of ours: what a convolution's prologue and epilogue would do
-happens in memory-bound Triton kernels before and after it.
+"""PyTorch's own convolutions (cuDNN, MIOpen) between passes of ours: what a convolution's prologue and epilogue would
+do happens in memory-bound Triton kernels before and after it.
 
 The strongest rival of a fused convolution wherever the library's is faster than ours by more than those passes cost.
 The memory-bound primitives themselves are the triton backend's.

@@ -97,11 +97,40 @@ def launch(
     device = next(t.device for t in args if isinstance(t, Tensor))
     if device.type == "meta" or 0 in grid:
         return
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, **constants)
-    else:
+    if device.type != "cuda":
         kernel[grid](*args, **constants)
+    elif device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _start(kernel, device.index, grid, args, constants)
+    else:
+        _start(kernel, device.index, grid, args, constants)
+
+
+# (kernel, device, what of the arguments decides the machine code) -> the compiled kernel and its constants in order
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _start(kernel: Any, device: int, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """Starts the machine code of an earlier launch like this one. Triton's own launcher binds and specialises every
+    argument by name each time, which costs the host more than most of these kernels take."""
+    key = (kernel, device, tuple(map(_special, args)), tuple(constants.items()))
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **constants)
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        return
+    compiled, rest = found
+    compiled[(*grid, 1, 1)[:3]](*args, *rest)
+
+
+def _special(a: Any) -> Any:
+    """What Triton specialises on: a tensor's dtype, its alignment and whether 32 bits reach all of it; of an integer
+    whether it is 1, divisible by 16, and its width."""
+    if isinstance(a, Tensor):
+        return a.dtype, a.data_ptr() % 16 == 0, a.numel() * a.element_size() < 2**31
+    if type(a) is int:
+        return a == 1, a % 16 == 0, -(2**31) <= a < 2**31
+    return None if a is None else type(a)
 
 
 def wide(*tensors: Tensor | None) -> bool:
