@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, Sums, aten, forced, forced_again, vector_dtype
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, Sums, forced, forced_again, load, vector_dtype
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, UnitSpec
 
@@ -57,8 +57,9 @@ def _channels_last(t: Tensor) -> bool:
     return True
 
 
-def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Any = aten) -> Norm:
-    """The unit's BatchNorm as vectors, by the backend ``vectors``."""
+def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Any = None) -> Norm:
+    """The unit's BatchNorm as vectors, by the backend ``vectors`` (aten)."""
+    vectors = vectors or load("aten")[0]
     bias = p.get("bias") if "running_mean" in p else None
     norm: Norm = vectors.bn_fold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps)
     return norm
@@ -179,6 +180,7 @@ def _inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], tex
 
 def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:
     backend = pick("bn_act_max_pool", case_of(y))
+    aten: Any = load("aten")[0]
     if backend is aten:  # which would work out the places as well, in operators of their own
         a = aten.bn_act(y, norm, act)
         return torch.nn.functional.max_pool2d(a, pool.kernel, pool.stride, pool.padding)

@@ -175,7 +175,7 @@ def _tiles(problem: Problem, target: Target) -> list[Config]:
         if problem.m <= 64:
             return [flat, small] if problem.n > 64 else [small]
         return [wide, flat, narrow] if problem.n > 64 else [narrow, small]
-    chosen = _depth(problem.channels, problem.k, depth)
+    chosen = _depth(problem.channels, problem.k, depth, lone=target.arch != 90)
     wide, narrow, small, tall = (replace(c, block_k=chosen) for c in (wide, narrow, small, tall))
     if problem.n <= 64:
         found = [narrow, tall, small]
@@ -187,11 +187,11 @@ def _tiles(problem: Problem, target: Target) -> list[Config]:
     return [*found, replace(found[0], block_k=depth)] if problem.channels % depth == 0 else found
 
 
-def _depth(channels: int, k: int, most: int) -> int:
-    """The step of the sum: a divisor of the channels if it can be, so that a step has one tap, and no lone step, whose
-    matrix instructions older compilers serialize."""
+def _depth(channels: int, k: int, most: int, lone: bool) -> int:
+    """The step of the sum: a divisor of the channels if it can be, so that a step has one tap. ``lone``: it may be the
+    only one; of a lone step older compilers serialize the wgmma."""
     for depth in (most, most // 2):
-        if channels % depth == 0 and k > depth:
+        if channels % depth == 0 and (lone or k > depth):
             return depth
     return max(16, min(most, triton.next_power_of_2(k)))
 
