@@ -200,7 +200,7 @@ def _backward(
 ) -> list[Tensor]:
     spec = ChainSpec.decode(text)
     fmt = memory_format(x, params)
-    like, given = [x, residual, *params], dout
+    like = [x, residual, *params]
     x, dout = x.contiguous(memory_format=fmt), dout.contiguous(memory_format=fmt)
     parts = spec.split(params)
     wanted = spec.split(needs[2:])
@@ -283,8 +283,7 @@ def _backward(
     for p, g_ in zip(parts, grads, strict=True):
         have += [g_.get(name) for name in p]
     return [
-        # an operator's output may be none of its inputs: the identity's dz is dout
-        _like(given.clone() if g is given else g, t)
+        _like(g, t)
         for g, t, need in zip(have, like, needs, strict=True)
         if need and t is not None  # in order
     ]

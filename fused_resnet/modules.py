@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from fused_resnet.checks import autocasts
 from fused_resnet.functional import Unit, conv_bn_act, in_backward, residual_chain
 from fused_resnet.spec import Act, PoolSpec
 
@@ -154,6 +156,11 @@ class ChainModules:
         m = self.max_pool
         return PoolSpec.make(m.kernel_size, m.stride, m.padding) if m else None
 
+    def _recompute(self, x: Tensor) -> bool:
+        """A stem's raw output is the network's largest tensor: in 32 bits memory is worth convolving again."""
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+        return self.max_pool is not None and dtype.itemsize > 2
+
     def __call__(self, x: Tensor) -> Tensor:
         units = [u.unit() for u in self.units]
         if self.shortcut is None and len(units) == 1:
@@ -162,7 +169,7 @@ class ChainModules:
             out = conv_bn_act(
                 x, u.weight, u.bn_weight, u.bn_bias, u.running_mean, u.running_var, bias=u.bias, stride=u.stride,
                 padding=u.padding, dilation=u.dilation, groups=u.groups, act=u.act, training=u.training,
-                momentum=u.momentum, eps=u.eps, max_pool=self.max_pool_spec(), recompute=self.max_pool is not None,
+                momentum=u.momentum, eps=u.eps, max_pool=self.max_pool_spec(), recompute=self._recompute(x),
             )  # fmt: skip
         else:
             shortcut = self.shortcut.unit() if isinstance(self.shortcut, UnitModules) else self.shortcut

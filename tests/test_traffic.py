@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="needs Triton")
 BATCH = 256
 # GB per image of ResNet-50 at 224x224 in bfloat16, weights shared by the batch. PyTorch's eager mode: 0.47 to train,
 # 0.16 to infer.
-LIMITS = {"training": 0.281, "eval": 0.058, "frozen": 0.057}
+LIMITS = {"training": 0.278, "eval": 0.058, "frozen": 0.057}
 # Elements per image of the 16 blocks' outputs.
 CLOSED = 3 * 56 * 56 * 256 + 4 * 28 * 28 * 512 + 6 * 14 * 14 * 1024 + 3 * 7 * 7 * 2048
 
@@ -49,8 +49,8 @@ def test_training(resnet50: Any) -> None:
     assert n == 16
     assert (read, written) == (pytest.approx(3 * 2 * CLOSED, rel=1e-3), pytest.approx(2 * CLOSED, rel=1e-2))
     assert kernels["_bn_act_max_pool_kernel"][0] == kernels["_bn_act_max_pool_backward_kernel"][0] == 1
-    # 53 convolutions, the stem's once more in the backward; one of them has no gradient of its input
-    assert kernels["conv_fprop_kernel"][0] == 54 and kernels["conv_wgrad_kernel"][0] == 53
+    # 53 convolutions, none of them once more in the backward
+    assert kernels["conv_fprop_kernel"][0] == 53 and kernels["conv_wgrad_kernel"][0] == 53
     operators = sum(read + written for name, (_, read, written) in kernels.items() if "::" in name)
     assert operators <= 0.01 * record.total / BATCH
 

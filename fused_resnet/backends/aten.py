@@ -102,7 +102,9 @@ def bn_act_backward(
     """See ``Primitives.bn_act_backward``."""
     dz = _ACT_BACKWARD[act.name](_wide(dout), _z(y, norm, residual, residual_norm), act.param)
     with_residual = _sums(dz, residual, residual_norm) if residual is not None and residual_norm is not None else None
-    return dz.to(dout.dtype), _sums(dz, y, norm), with_residual
+    new = dz.to(dout.dtype)
+    # of the identity it is dout itself, which a later primitive must not find in its ``add``
+    return new.clone() if new is dout else new, _sums(dz, y, norm), with_residual
 
 
 def bn_backward(dz: Tensor, y: Tensor, coef: DyCoefficients) -> Tensor:

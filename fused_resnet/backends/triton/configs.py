@@ -224,11 +224,10 @@ def _splits(config: Config, problem: Problem, target: Target) -> int:
     per element of dw cost 1.7e-12 s)."""
     tiles = cdiv(problem.m, config.block_m) * cdiv(problem.n, config.block_n)
     steps = cdiv(problem.k, config.block_k)
-    slots = target.processors * max(1, min(2, target.shared // max(1, _shared(config, problem))))
     part = problem.m * problem.n * 3e-6
 
     def cost(splits: int) -> float:
-        return cdiv(tiles * splits, slots) * cdiv(steps, splits) + (splits * part if splits > 1 else 0)
+        return cdiv(tiles * splits, target.processors) * cdiv(steps, splits) + (splits * part if splits > 1 else 0)
 
-    most = max(1, min(steps, cdiv(4 * slots, tiles)))
+    most = max(1, min(steps, cdiv(4 * target.processors, tiles)))
     return min(range(1, most + 1), key=cost)
