@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 # The backends that serve a CPU; those of a GPU have tests of their own (marked gpu).
 CPU_BACKENDS = ("aten", "cpu")
 # Those that a CPU only interprets, slowly: tests of small shapes ask for them by the fixture ``interpreted``.
-INTERPRETED = ("triton",)
+INTERPRETED = ("triton", "cudnn")
 
 
 def seed_of(nodeid: str) -> int:

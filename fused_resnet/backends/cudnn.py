@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import Case, DyCoefficients, Norm, Prologue, Sums, forced, triton
-from fused_resnet.backends.triton import bn_act, bn_act_backward, bn_backward, bn_stats
+from fused_resnet.backends.triton import INTERPRET, bn_act, bn_act_backward, bn_backward, bn_stats
 from fused_resnet.spec import Act, ConvSpec
 
-__all__ = ["conv_backward", "conv_bias_act", "conv_stats", "refuse", "unavailable"]
+__all__ = ["INTERPRET", "conv_backward", "conv_bias_act", "conv_stats", "refuse", "unavailable"]
 _IDENTITY = Act("identity")
 
 
@@ -25,7 +25,7 @@ def unavailable() -> str | None:
 
 def refuse(primitive: str, case: Case) -> str | None:
     """What the passes can't take; convolutions of any kind are taken."""
-    if case.device == "cpu" and not (triton.INTERPRET and forced() == "cudnn"):
+    if case.device == "cpu" and not (INTERPRET and forced() == "cudnn"):
         return "on a CPU only in Triton's interpreter (TRITON_INTERPRET=1) and by use_backend('cudnn')"
     return triton.refuse_pass(case)
 
