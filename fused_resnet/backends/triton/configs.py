@@ -175,7 +175,7 @@ def _tiles(problem: Problem, target: Target) -> list[Config]:
         if problem.m <= 64:
             return [flat, small] if problem.n > 64 else [small]
         return [wide, flat, narrow] if problem.n > 64 else [narrow, small]
-    chosen = _depth(problem.channels, problem.k, depth, lone=target.arch != 90)
+    chosen = _depth(problem.channels, problem.k, depth, lone=target.arch != 90 and problem.kind == "fprop")
     wide, narrow, small, tall = (replace(c, block_k=chosen) for c in (wide, narrow, small, tall))
     if problem.n <= 64:
         found = [narrow, tall, small]
