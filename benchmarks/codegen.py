@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,18 @@ def markdown(reports: Iterable[Report]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def heading(args: argparse.Namespace, compiled: int, failed: int) -> str:
+    """What was compiled, by what, when."""
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    what = f"{', '.join(args.models)} at 224x224, batch {args.batch_size}, {', '.join(args.dtypes)}"
+    done = f"{compiled} specialisations for {', '.join(args.targets)}, {failed} fail"
+    return (
+        f"# Machine code of the Triton kernels\n\nWritten by `make codegen`, {today}, Triton {triton.__version__}, "
+        f"torch {torch.__version__}, no GPU: {what}, passes {', '.join(args.passes)}.\n{done}. `matrix`: wgmma (sm_90), mma "
+        "(sm_80) or mfma (gfx942) instructions.\nRows that differ in the image's size alone are compiled once."
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
@@ -341,9 +354,9 @@ def main(argv: list[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
     table = markdown(reports)
     print(table)
-    if args.markdown:
-        args.markdown.write_text(table)
     failed = sum(bool(r.failures) for r in reports)
+    if args.markdown:
+        args.markdown.write_text(f"{heading(args, len(reports), failed)}\n\n{table}")
     print(f"{len(reports)} compiled, {failed} fail", file=sys.stderr)
     return 1 if failed else 0
 
