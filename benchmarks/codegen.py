@@ -314,8 +314,8 @@ def heading(args: argparse.Namespace, compiled: int, failed: int) -> str:
     done = f"{compiled} specialisations for {', '.join(args.targets)}, {failed} fail"
     return (
         f"# Machine code of the Triton kernels\n\nWritten by `make codegen`, {today}, Triton {triton.__version__}, "
-        f"torch {torch.__version__}, no GPU: {what}, passes {', '.join(args.passes)}.\n{done}. `matrix`: wgmma (sm_90), mma "
-        "(sm_80) or mfma (gfx942) instructions.\nRows that differ in the image's size alone are compiled once."
+        f"torch {torch.__version__}, no GPU: {what}, passes {', '.join(args.passes)}.\n{done}. `matrix`: "
+        "wgmma (sm_90), mma (sm_80) or mfma (gfx942) instructions.\nRows that differ in the image's size alone are compiled once."
     )
 
 
