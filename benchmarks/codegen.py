@@ -312,16 +312,15 @@ def heading(args: argparse.Namespace, compiled: int, failed: int) -> str:
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     what = f"{', '.join(args.models)} at 224x224, batch {args.batch_size}, {', '.join(args.dtypes)}"
     done = f"{compiled} specialisations for {', '.join(args.targets)}, {failed} fail"
-    return "\n".join(
-        [
-            "# Machine code of the Triton kernels",
-            "",
-            f"Written by `make codegen`, {today}, Triton {triton.__version__}, torch {torch.__version__}, no GPU: {what},",
-            f"passes {', '.join(args.passes)}. {done}.",
-            "`matrix`: wgmma (sm_90), mma (sm_80) or mfma (gfx942) instructions. Rows that differ in the image's size alone",
-            "are compiled once.",
-        ]
+    lines = (
+        "# Machine code of the Triton kernels",
+        "",
+        f"Written by `make codegen`, {today}, Triton {triton.__version__}, torch {torch.__version__}, no GPU:",
+        f"{what}, passes {', '.join(args.passes)}. {done}.",
+        "`matrix`: wgmma (sm_90), mma (sm_80) or mfma (gfx942) instructions.",
+        "Rows that differ in the image's size alone are compiled once.",
     )
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
