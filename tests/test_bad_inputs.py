@@ -357,10 +357,13 @@ def test_under_torch_compile() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["", "CPU", "cudnn"])
+@pytest.mark.parametrize("name", ["", "CPU", "onednn"])
 def test_unknown_backend(name: str) -> None:
     """use_backend names the ones there are."""
-    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, aten, got"), use_backend(name):
+    with (
+        pytest.raises(ValueError, match="backend: expected one of cuda, cudnn, triton, cpu, aten, got"),
+        use_backend(name),
+    ):
         pass
 
 
