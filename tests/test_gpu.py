@@ -160,7 +160,8 @@ def network() -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 def test_a_cuda_graph_of_a_training_step(forced: str) -> None:
-    """Captured and replayed, a step gives the bits of one that is not; nothing allocates or waits outside torch."""
+    """Captured and replayed, a step gives the gradients of one that is not, within bfloat16's rounding; capture itself
+    fails on anything that allocates or waits outside torch."""
     model, x = network()
     twin = copy.deepcopy(model)
     stream = torch.cuda.Stream()
@@ -191,7 +192,8 @@ def test_the_planner_measures_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
         choices = planner.cache(x.device).choices
         assert choices
         for entry in choices.values():
-            assert min(entry["ms"].values()) <= entry["ms"]["aten"]
+            chosen = planner.label(planner.Choice.decode(entry["choice"]))
+            assert entry["ms"][chosen] <= entry["ms"]["aten"], entry
         before = len(choices)
         trained(network()[0], x)
         assert len(planner.cache(x.device).choices) == before
