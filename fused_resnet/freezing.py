@@ -13,7 +13,7 @@ from fused_resnet.backends import Norm, load, vector_dtype
 from fused_resnet.chain import fold
 from fused_resnet.modules import ChainModules, UnitModules, act_of, has_hooks
 from fused_resnet.planner import case_of, pick, run
-from fused_resnet.spec import Act, ConvSpec
+from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]]
 Networks = Callable[[nn.Module], Iterable[tuple[nn.Module, Sequence[str]]]]
@@ -58,6 +58,22 @@ class FrozenUnit(nn.Module):
             self._packed[key] = backend.prepack(self.weight, self.conv, x)
         return backend.conv_bias_act(x, self._packed[key], self.bias, self.conv, self.act, residual, inplace)
 
+    def pooled(self, x: Tensor, pool: PoolSpec) -> Tensor:
+        """max-pool of the unit's output, in one pass where the backend has one."""
+        backend = pick("conv_bias_act", case_of(x, self.conv, self.weight))
+        if hasattr(backend, "prepack_stem"):
+            key = (backend.__name__, x.dtype, pool)
+            if key not in self._packed:
+                self._packed[key] = backend.prepack_stem(self.weight, self.conv, x, pool)
+            if self._packed[key] is not None:
+                out: Tensor = backend.conv_bias_act_max_pool(x, self._packed[key], self.bias, self.conv, self.act, pool)
+                return out
+        h = self(x)
+        one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
+        norm = Norm(one, torch.zeros_like(one), one, one)
+        pooled: Tensor = run("bn_act_max_pool", h, norm, Act("identity"), pool)[0]
+        return pooled
+
 
 class FrozenChain(nn.Module):
     """A chain of frozen units."""
@@ -82,9 +98,9 @@ class FrozenChain(nn.Module):
         """``inplace``: nobody else holds x, its memory may be reused."""
         residual: Tensor | None = None
         h = x
-        for unit in self.units[:-1]:
+        *before, last = self.units
+        for unit in before:
             h = unit(h)
-        last = self.units[-1]
         assert isinstance(last, FrozenUnit)
         if self.kind == "identity":
             residual = x
@@ -93,14 +109,9 @@ class FrozenChain(nn.Module):
         elif self.kind == "pad":
             x = x[:, :, :: self.stride, :: self.stride]
             residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.weight.shape[0] - x.shape[1]))
-        h = last(h, residual, (inplace and h is not x) or self.kind != "identity")
-        return h if self.pool is None else self._max_pool(h)
-
-    def _max_pool(self, h: Tensor) -> Tensor:
-        assert self.pool is not None
-        one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
-        norm = Norm(one, torch.zeros_like(one), one, one)
-        out: Tensor = run("bn_act_max_pool", h, norm, Act("identity"), self.pool)[0]
+        if self.pool is not None:  # a chain that a pool closes has no shortcut
+            return last.pooled(h, self.pool)
+        out: Tensor = last(h, residual, (inplace and h is not x) or self.kind != "identity")
         return out
 
 
@@ -124,10 +135,10 @@ class FrozenTrunk(nn.Sequential):
         assert isinstance(unit, FrozenUnit)
         h, w = unit.conv.out_size(x.shape[2:], unit.weight.shape[2:])
         image = x.element_size() * unit.weight.shape[0] * h * w
-        some = max(1, torch.get_num_threads() * _TRUNK_BYTES // max(1, image))
-        if x.device.type != "cpu" or some >= x.shape[0]:
+        parts = -(-x.shape[0] * image // (torch.get_num_threads() * _TRUNK_BYTES))
+        if x.device.type != "cpu" or parts <= 1:
             return super().forward(x)
-        return torch.cat([super(FrozenTrunk, self).forward(part) for part in x.split(some)])
+        return torch.cat([super(FrozenTrunk, self).forward(part) for part in x.chunk(min(parts, x.shape[0]))])
 
 
 class Frozen(nn.Module):

@@ -9,8 +9,10 @@ namespace {
 
 // Rows per slice: about kSlice bytes of both operands, a multiple of the reductions' chunk.
 constexpr int64_t kSlice = 16 << 20;
-// The same for Winograd's transforms, and the channels from which they pay.
-constexpr int64_t kWinogradSlice = 8 << 20;
+// Bytes of Winograd's transforms per slice of tiles, tiles per thread from which each has slices of its own, and the
+// channels from which the algorithm pays.
+constexpr int64_t kWinogradSlice = 2 << 20;
+constexpr int64_t kWinogradTiles = 32;
 constexpr int64_t kWinogradChannels = 64;
 // Output pixels from which tiles of 4x4 repay the larger transform of weights that change with every step.
 constexpr int64_t kLargeTiles = 4096;
@@ -186,6 +188,8 @@ Tensor winograd_weight(const Tensor& weight, bool flip, int tile) {
 }
 
 // out = conv3x3(input as `in` sees it), by products with u [(tile + 2)^2, C, K]; what `post` says is applied to the result.
+// Each thread takes slices of tiles from the input's transform to the output's; too few tiles, and it takes some of the
+// products of all of them, or the weights would be read once per thread.
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
     const int64_t products = u.size(0), C = u.size(1), K = u.size(2);
     const int tile = products == 36 ? 4 : 2;
@@ -194,21 +198,34 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
     q.height = x.size(2), q.width = x.size(3), q.out_height = out.size(2), q.out_width = out.size(3);
     q.tiles_h = (q.out_height + tile - 1) / tile, q.tiles_w = (q.out_width + tile - 1) / tile;
     q.padding = padding;
-    const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w;
-    const int64_t slice = std::min(tiles, std::max<int64_t>(64, kWinogradSlice / (4 * products * (C + K))));
+    const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w, threads = at::get_num_threads();
+    const int64_t takers = tiles >= kWinogradTiles * threads ? threads : 1;
+    // so many that the weights are not read more often than the transforms
+    const int64_t most = std::max(kWinogradSlice / (4 * products * (C + K)), C * K / (C + K));
+    // a multiple of the takers, so that all have the same to do
+    const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers, slice = (tiles + slices - 1) / slices;
     const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
-    const Tensor v = at::empty({products * slice * C}, options), m = at::empty({products * slice * K}, options);
-    for (q.first = 0; q.first < tiles; q.first += slice) {
-        q.count = std::min(slice, tiles - q.first);
-        at::parallel_for(q.first, q.first + q.count, 8, [&](int64_t b, int64_t e) {
-            table().winograd_input(in, q, v.data_ptr<float>(), b, e);
-        });
-        Tensor product = m.narrow(0, 0, products * q.count * K).view({products, q.count, K});
-        at::bmm_out(product, v.narrow(0, 0, products * q.count * C).view({products, q.count, C}), u);
-        at::parallel_for(q.first, q.first + q.count, 8, [&](int64_t b, int64_t e) {
-            table().winograd_output(post, q, m.data_ptr<float>(), b, e);
-        });
-    }
+    const Tensor v = at::empty({takers, products * slice * C}, options), m = at::empty({takers, products * slice * K}, options);
+    at::parallel_for(0, takers, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++)
+            for (int64_t j = i; j < slices; j += takers) {
+                Winograd part = q;
+                part.first = j * slice;
+                part.count = std::min(slice, tiles - part.first);
+                if (part.count <= 0) continue;
+                const int64_t end = part.first + part.count;
+                const Tensor left = v[i].narrow(0, 0, products * part.count * C), right = m[i].narrow(0, 0, products * part.count * K);
+                Tensor product = right.view({products, part.count, K});
+                // at::parallel_for inside another one is a loop
+                at::parallel_for(part.first, end, 8, [&](int64_t b, int64_t e) {
+                    table().winograd_input(in, part, left.data_ptr<float>(), b, e);
+                });
+                at::bmm_out(product, left.view({products, part.count, C}), u);
+                at::parallel_for(part.first, end, 8, [&](int64_t b, int64_t e) {
+                    table().winograd_output(post, part, right.data_ptr<float>(), b, e);
+                });
+            }
+    });
 }
 
 int tile_for(const Tensor& out) { return out.numel() / out.size(1) >= kLargeTiles ? 4 : 2; }

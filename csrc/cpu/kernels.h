@@ -59,6 +59,14 @@ struct Winograd {
     int64_t first, count;  // the tiles of this slice, whose transforms are [(M+2)^2, count, channels]
 };
 
+// A convolution of an image of few channels, weights [out_channels / kStemBlock, kernel, channels, kStemBlock].
+struct Stem {
+    int64_t height, width, channels, out_height, out_width, out_channels;
+    int64_t kernel[2], stride[2], padding[2];
+    const void* weight;
+};
+constexpr int kStemBlock = 64, kStemWindow = 16;  // of channels; the most rows of a pool's window
+
 struct Table {
     // out = act(z); bytes: y (+ residual) read, out written
     void (*bn_act)(const Args&, int64_t begin, int64_t end);
@@ -79,7 +87,11 @@ struct Table {
     // U = GgG' [(M+2)^2, K, C] of rows [begin, end) of weights [K, 3, 3, C], turned by 180 degrees if flip
     void (*winograd_weight)(int tile, const float* weight, float* u, int64_t out_channels, int64_t channels, bool flip, int64_t begin,
                             int64_t end);
+    // out = max-pool(act(conv(y) + shift)), rows [begin, end) of N*oH, in float; bytes: y read, out written.
+    // scratch: kernel rows of the padded image, and as many rows of the convolution's output as the pool's window has
+    void (*stem)(const Args&, const Stem&, const Pool&, float* scratch, int64_t begin, int64_t end);
     const char* name;
+    int registers;  // how many 64-byte vectors the instruction set holds
 };
 
 extern const Table table_default, table_avx2, table_avx512;

@@ -4,6 +4,7 @@
 #include "vectors_impl.h"
 #include "pool_impl.h"
 #include "winograd_impl.h"
+#include "stem_impl.h"
 
 namespace {
 
@@ -315,6 +316,9 @@ void winograd_output_any(const Args& a, const Winograd& q, const float* product,
 void winograd_weight_any(int tile, const float* weight, float* u, int64_t K, int64_t C, bool flip, int64_t begin,
                          int64_t end) {
     by_tile(tile, [&](auto m) { winograd_weight_impl<m>(weight, u, K, C, flip, begin, end); });
+}
+void stem_any(const Args& a, const Stem& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
+    by_act(a.act, [&](auto k) { stem_impl<typename decltype(k)::type>(a, q, pool, scratch, begin, end); });
 }
 
 }  // namespace

@@ -187,6 +187,25 @@ def conv_bias_act(
     return y.to(x.dtype).contiguous(memory_format=fmt)
 
 
+def prepack_stem(weight: Tensor, conv: ConvSpec, x: Tensor, pool: PoolSpec) -> Tensor | None:
+    """The weight packed for ``conv_bias_act_max_pool``; None where a pass for the pool of its own is faster."""
+    if not _ops.stem_suits(x, weight, conv.dilation, conv.groups, pool.kernel):
+        return None
+    packed: Tensor = _ops.stem_prepack(weight)
+    return packed
+
+
+def conv_bias_act_max_pool(x: Tensor, packed: Tensor, bias: Tensor, conv: ConvSpec, act: Act, pool: PoolSpec) -> Tensor:
+    """A stem in inference, max-pool(act(conv(x, W) + b)), the convolution's output never in memory.
+
+    ``packed``: from ``prepack_stem`` for an input like x.
+    """
+    out: Tensor = _ops.stem_bias_act_max_pool(
+        x, packed, bias, conv.stride, conv.padding, *_act(act), pool.kernel, pool.stride, pool.padding
+    )
+    return out
+
+
 def conv_stats(
     x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
