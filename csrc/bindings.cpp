@@ -37,8 +37,12 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def(
         "winograd_bias_act(Tensor x, Tensor packed, Tensor bias, int padding, int act, float act_param, Tensor? residual) "
         "-> Tensor");
+    m.def("pointwise_suits(Tensor x, Tensor weight, int[2] stride, int[2] padding, int groups) -> bool");
+    m.def(
+        "pointwise_bias_act(Tensor x, Tensor packed, Tensor bias, int act, float act_param, Tensor? residual, "
+        "Tensor(a!) out) -> ()");
     m.def("stem_suits(Tensor x, Tensor weight, int[2] dilation, int groups, int[2] pool_kernel) -> bool");
-    m.def("stem_prepack(Tensor weight) -> Tensor");
+    m.def("direct_prepack(Tensor weight) -> Tensor");
     m.def(
         "stem_bias_act_max_pool(Tensor x, Tensor packed, Tensor bias, int[2] stride, int[2] padding, int act, "
         "float act_param, int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> Tensor");
@@ -57,8 +61,10 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("winograd_tile", cpu::winograd_tile);
     m.impl("winograd_prepack", cpu::winograd_prepack);
     m.impl("winograd_bias_act", cpu::winograd_bias_act);
+    m.impl("pointwise_suits", cpu::pointwise_suits);
+    m.impl("pointwise_bias_act", cpu::pointwise_bias_act);
     m.impl("stem_suits", cpu::stem_suits);
-    m.impl("stem_prepack", cpu::stem_prepack);
+    m.impl("direct_prepack", cpu::direct_prepack);
     m.impl("stem_bias_act_max_pool", cpu::stem_bias_act_max_pool);
 }
 

@@ -78,7 +78,84 @@ def compare_all() -> dict[str, float]:
                 c = DyCoefficients(*random_norm(70, wide))
                 args = (z, c, y, pre, w, conv, True, True, None)
                 errors[f"conv_backward {case}"] = worst(cpu.conv_backward(dz, *args), aten.conv_backward(dz, *args))
+    return errors | compare_inference()
+
+
+def nhwc(*shape: int) -> Tensor:
+    """mean 1, standard deviation 2."""
+    return (torch.randn(shape) * 2 + 1).contiguous(memory_format=torch.channels_last)
+
+
+def compare_inference() -> dict[str, float]:
+    """The convolutions of our own that frozen models use, whether or not they pay on this instruction set."""
+    ops, errors = torch.ops.fused_resnet_cpu, {}
+    for act in ACTIVATIONS:
+        a = Act.make(act)
+        code, b = cpu._ACT_INDEX[act], torch.randn(64)
+        for kernel, stride, pad, size in (
+            ((7, 7), 2, 3, (37, 50)),
+            ((3, 3), 1, 1, (9, 9)),
+            ((3, 5), (2, 1), (0, 2), (21, 40)),
+        ):
+            conv, pool = ConvSpec.make((64, 3, *kernel), stride, pad), PoolSpec.make(3, 2, 1)
+            x, w = nhwc(3, 3, *size), torch.randn(64, 3, *kernel) / 12
+            want = torch.max_pool2d(aten.conv_bias_act(x, w, b, conv, a, None), 3, 2, 1)
+            got = cpu.conv_bias_act_max_pool(x, ops.direct_prepack(w), b, conv, a, pool)
+            errors[f"stem {kernel} {act}-float32"] = worst((got,), (want,))
+        for channels, size in ((64, (9, 5)), (24, (20, 31)), (3, (1, 1))):
+            x, w, r = nhwc(2, channels, *size), torch.randn(64, channels, 1, 1) / channels**0.5, nhwc(2, 64, *size)
+            for residual in (None, r):
+                want = aten.conv_bias_act(x, w, b, ConvSpec(), a, residual)
+                out = torch.full_like(r, float("nan"))
+                ops.pointwise_bias_act(x, ops.direct_prepack(w), b, code, a.param, residual, out)
+                errors[f"pointwise {channels} {act} {residual is None}-float32"] = worst((out,), (want,))
+            ops.pointwise_bias_act(x, ops.direct_prepack(w), b, code, a.param, r, r)  # in the residual's place
+            errors[f"pointwise {channels} {act} in place-float32"] = worst((r,), (want,))
+    # slices of tiles for each thread, several of them, the last one shorter
+    x, w, b = nhwc(4, 64, 43, 36), torch.randn(80, 64, 3, 3) / 24, torch.randn(80)
+    want = aten.conv_bias_act(x, w, b, ConvSpec((1, 1), (1, 1)), Act(), None)
+    for tile in (2, 4):
+        got = ops.winograd_bias_act(x, ops.winograd_prepack(w, tile), b, 1, cpu._ACT_INDEX["relu"], 0.0, None)
+        errors[f"winograd {tile}-float32"] = worst((got,), (want,))
     return errors
+
+
+@needs_extension
+def test_not_a_number_goes_through_the_stem() -> None:
+    """A NaN pixel reaches the outputs of its windows, and no other, as in PyTorch."""
+    x, w, b = nhwc(2, 3, 40, 40), torch.randn(64, 3, 7, 7) / 12, torch.randn(64)
+    x[1, 2, 20, 33] = float("nan")
+    conv, pool = ConvSpec.make(w.shape, 2, 3), PoolSpec.make(3, 2, 1)
+    got = cpu.conv_bias_act_max_pool(x, torch.ops.fused_resnet_cpu.direct_prepack(w), b, conv, Act(), pool)
+    want = torch.max_pool2d(aten.conv_bias_act(x, w, b, conv, Act(), None), 3, 2, 1)
+    assert 0 < int(want.isnan().sum()) < want.numel() / 2
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 8, 4, 4)}, "^x: expected float32, channels_last, with 16 channels"),
+        ({"x": torch.zeros(1, 16, 4, 4)}, "^x: expected float32, channels_last"),
+        ({"packed": torch.zeros(64, 16)}, "^packed: expected what direct_prepack returns"),
+        ({"bias": torch.zeros(32)}, "^bias: expected 64 float32 values"),
+        ({"out": torch.zeros(1, 64, 4, 5)}, "^out: expected the convolution's result"),
+        ({"residual": torch.zeros(1, 64, 4, 4)}, "^residual: expected the convolution's result"),
+    ],
+)
+def test_bad_operands_of_a_1x1_convolution(change: dict[str, Tensor], message: str) -> None:
+    ops = torch.ops.fused_resnet_cpu
+    args: dict[str, Tensor] = {
+        "x": nhwc(1, 16, 4, 4),
+        "packed": ops.direct_prepack(torch.randn(64, 16, 1, 1)),
+        "bias": torch.zeros(64),
+        "residual": nhwc(1, 64, 4, 4),
+        "out": nhwc(1, 64, 4, 4),
+    }
+    ops.pointwise_bias_act(act=1, act_param=0.0, **args)
+    with pytest.raises(RuntimeError, match=message):
+        ops.pointwise_bias_act(act=1, act_param=0.0, **args | change)
 
 
 @needs_extension
@@ -197,6 +274,7 @@ def test_schemas_of_the_compiled_operators() -> None:
     small = torch.randn(2, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     coef = [torch.randn(64) for _ in range(4)]
     packed = ops.winograd_prepack(w3, 4)
+    image, w7 = nhwc(2, 3, 20, 20), torch.randn(64, 3, 7, 7)
     calls = {
         "bn_stats": (y,),
         "bn_act": (y, v[:2], 1, 0.0, y, [], f32),
@@ -209,6 +287,19 @@ def test_schemas_of_the_compiled_operators() -> None:
         "winograd_tile": (y, w3, one, one, one, 1),
         "winograd_prepack": (w3, 4),
         "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),
+        "pointwise_suits": (y, w1, one, none, 1),
+        "pointwise_bias_act": (
+            y,
+            ops.direct_prepack(w1),
+            v[0],
+            1,
+            0.0,
+            y,
+            y.clone(memory_format=torch.preserve_format),
+        ),
+        "stem_suits": (image, w7, one, 1, [3, 3]),
+        "direct_prepack": (w7,),
+        "stem_bias_act_max_pool": (image, ops.direct_prepack(w7), v[0], [2, 2], [3, 3], 1, 0.0, [3, 3], [2, 2], one),
     }
     registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_resnet_cpu::")}
     assert registered == set(calls)

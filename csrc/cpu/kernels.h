@@ -59,13 +59,13 @@ struct Winograd {
     int64_t first, count;  // the tiles of this slice, whose transforms are [(M+2)^2, count, channels]
 };
 
-// A convolution of an image of few channels, weights [out_channels / kStemBlock, kernel, channels, kStemBlock].
-struct Stem {
+// A convolution with weights [out_channels / kDirectBlock, kernel, channels, kDirectBlock].
+struct Direct {
     int64_t height, width, channels, out_height, out_width, out_channels;
     int64_t kernel[2], stride[2], padding[2];
     const void* weight;
 };
-constexpr int kStemBlock = 64, kStemWindow = 16;  // of channels; the most rows of a pool's window
+constexpr int kDirectBlock = 64, kPoolRows = 16;  // of channels; the most rows of a pool's window
 
 struct Table {
     // out = act(z); bytes: y (+ residual) read, out written
@@ -89,7 +89,9 @@ struct Table {
                             int64_t end);
     // out = max-pool(act(conv(y) + shift)), rows [begin, end) of N*oH, in float; bytes: y read, out written.
     // scratch: kernel rows of the padded image, and as many rows of the convolution's output as the pool's window has
-    void (*stem)(const Args&, const Stem&, const Pool&, float* scratch, int64_t begin, int64_t end);
+    void (*stem)(const Args&, const Direct&, const Pool&, float* scratch, int64_t begin, int64_t end);
+    // out = act(y W + shift (+ residual)), a 1x1 convolution, pixels [begin, end), in float; bytes: y (+ residual) read, out written
+    void (*pointwise)(const Args&, const Direct&, int64_t begin, int64_t end);
     const char* name;
     int registers;  // how many 64-byte vectors the instruction set holds
 };

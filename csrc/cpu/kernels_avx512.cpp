@@ -10,5 +10,5 @@
 namespace fused_resnet::cpu {
 extern const Table table_avx512 = {
     bn_act_any,         bn_act_backward_any, bn_backward_any,     moments_any,          bn_act_max_pool_any,
-    bn_act_max_pool_backward_any, winograd_input_any, winograd_output_any, winograd_weight_any, stem_any, "avx512", FR_WIDE_REGISTERS};
+    bn_act_max_pool_backward_any, winograd_input_any, winograd_output_any, winograd_weight_any, stem_any, pointwise_any, "avx512", FR_WIDE_REGISTERS};
 }

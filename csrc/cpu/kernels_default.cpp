@@ -9,5 +9,5 @@
 namespace fused_resnet::cpu {
 extern const Table table_default = {
     bn_act_any,         bn_act_backward_any, bn_backward_any,     moments_any,          bn_act_max_pool_any,
-    bn_act_max_pool_backward_any, winograd_input_any, winograd_output_any, winograd_weight_any, stem_any, "default", FR_WIDE_REGISTERS};
+    bn_act_max_pool_backward_any, winograd_input_any, winograd_output_any, winograd_weight_any, stem_any, pointwise_any, "default", FR_WIDE_REGISTERS};
 }

@@ -4,7 +4,7 @@
 #include "vectors_impl.h"
 #include "pool_impl.h"
 #include "winograd_impl.h"
-#include "stem_impl.h"
+#include "direct_impl.h"
 
 namespace {
 
@@ -317,7 +317,10 @@ void winograd_weight_any(int tile, const float* weight, float* u, int64_t K, int
                          int64_t end) {
     by_tile(tile, [&](auto m) { winograd_weight_impl<m>(weight, u, K, C, flip, begin, end); });
 }
-void stem_any(const Args& a, const Stem& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
+void pointwise_any(const Args& a, const Direct& q, int64_t begin, int64_t end) {
+    by_act(a.act, [&](auto k) { pointwise_impl<typename decltype(k)::type>(a, q, begin, end); });
+}
+void stem_any(const Args& a, const Direct& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
     by_act(a.act, [&](auto k) { stem_impl<typename decltype(k)::type>(a, q, pool, scratch, begin, end); });
 }
 

@@ -39,10 +39,14 @@ Tensor winograd_prepack(const Tensor& weight, int64_t tile);
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual);
 
-// Inference of a stem: whether it is to be used, the weight packed for it, and max-pool(act(conv(x) + bias)).
+// Inference by convolutions of our own: whether to be used, the weight packed for them, max-pool(act(conv(x) + bias)) of a
+// stem, and out = act(x W + bias (+ residual)) of a 1x1 convolution, where out may be the residual.
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel);
-Tensor stem_prepack(const Tensor& weight);
+bool pointwise_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups);
+Tensor direct_prepack(const Tensor& weight);
 Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
                               int64_t act, double act_param, IntList pool_kernel, IntList pool_stride, IntList pool_padding);
+void pointwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t act, double act_param,
+                        const OptTensor& residual, const Tensor& out);
 
 }  // namespace fused_resnet::cpu

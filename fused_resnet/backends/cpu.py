@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,10 +110,10 @@ def _coef(c: DyCoefficients) -> list[Tensor]:
 
 # ---------------------------------------------------------------------------------------------------- primitives
 class Packed(NamedTuple):
-    """A weight in the layout of the convolution that will use it: oneDNN's own, or Winograd's transform."""
+    """A weight in the layout of the convolution that will use it: oneDNN's, Winograd's or our own for 1x1."""
 
     weight: Tensor
-    winograd: bool
+    kind: Literal["onednn", "winograd", "pointwise"]
 
 
 def prepack(weight: Tensor, conv: ConvSpec, x: Tensor) -> Tensor | Packed:
@@ -124,12 +124,14 @@ def prepack(weight: Tensor, conv: ConvSpec, x: Tensor) -> Tensor | Packed:
     if compute_dtype(x.dtype) == torch.float32 and _gemm():
         tile = _ops.winograd_tile(x, weight, *where)
         if tile:
-            return Packed(_ops.winograd_prepack(weight, tile), True)
+            return Packed(_ops.winograd_prepack(weight, tile), "winograd")
+        if _ops.pointwise_suits(x, weight, conv.stride, conv.padding, conv.groups):
+            return Packed(_ops.direct_prepack(weight), "pointwise")
     weight = weight.to(compute_dtype(x.dtype))
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
     )
-    return Packed(packed, False)
+    return Packed(packed, "onednn")
 
 
 def conv_bias_act(
@@ -154,7 +156,14 @@ def conv_bias_act(
         assert isinstance(packed, Packed)
     else:
         packed = weight
-    if packed.winograd:
+    if packed.kind == "pointwise":
+        out = residual
+        if out is None or not inplace:
+            shape = (x.shape[0], bias.shape[0], *x.shape[2:])
+            out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        _ops.pointwise_bias_act(x, packed.weight, bias, *_act(act), residual, out)
+        return out
+    if packed.kind == "winograd":
         y: Tensor = _ops.winograd_bias_act(x, packed.weight, bias, conv.padding[0], *_act(act), residual)
         return y
     compute = compute_dtype(x.dtype)
@@ -165,7 +174,7 @@ def conv_bias_act(
         # what oneDNN can't do behind its convolution is done in a pass of its own
         one = torch.ones_like(bias)
         y = conv_bias_act(x, packed, bias, conv, Act("identity"), None)
-        out: Tensor = _ops.bn_act(y, [one, torch.zeros_like(one)], *_act(act), residual, [], y.dtype)
+        out = _ops.bn_act(y, [one, torch.zeros_like(one)], *_act(act), residual, [], y.dtype)
         return out
     b, a = bias.to(compute), x.to(compute)
     where = (conv.padding, conv.stride, conv.dilation, conv.groups)
@@ -191,7 +200,7 @@ def prepack_stem(weight: Tensor, conv: ConvSpec, x: Tensor, pool: PoolSpec) -> T
     """The weight packed for ``conv_bias_act_max_pool``; None where a pass for the pool of its own is faster."""
     if not _ops.stem_suits(x, weight, conv.dilation, conv.groups, pool.kernel):
         return None
-    packed: Tensor = _ops.stem_prepack(weight)
+    packed: Tensor = _ops.direct_prepack(weight)
     return packed
 
 
