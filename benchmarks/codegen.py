@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_resnet import chain, models
+from fused_resnet import chain_backward, chain_forward, models
 from fused_resnet.backends import forced_again
 from fused_resnet.backends.triton import configs, runtime
 
@@ -123,7 +123,11 @@ class Report:
         return found
 
 
-_IMPLEMENTATIONS = {"chain": "_forward", "chain_backward": "_backward", "chain_inference": "_inference"}
+_IMPLEMENTATIONS = {
+    "chain": chain_forward.row_forward,
+    "chain_backward": chain_backward.row_backward,
+    "chain_inference": chain_forward.inference,
+}
 
 
 class _Recorder(TorchDispatchMode):
@@ -137,7 +141,7 @@ class _Recorder(TorchDispatchMode):
         if func.namespace != "fused_resnet":
             return func(*args, **(kwargs or {}))
         args = [a.to(self.dtype) if isinstance(a, Tensor) else a for a in args]
-        outs = getattr(chain, _IMPLEMENTATIONS[func._opname])(*args)
+        outs = _IMPLEMENTATIONS[func._opname](*args)
         # out, or a gradient per input, in the dtype that autograd expects; what is saved stays as it is
         if isinstance(outs, Tensor):
             return outs.float()

@@ -25,7 +25,7 @@ TIERS = (
     {"_C", "_version", "reference", "spec"},
     {"backends"},
     {"plan_cache", "planner"},
-    {"chain"},
+    {"chain", "chain_backward", "chain_forward"},
     {"checks", "functional"},
     {"modules"},
     {"convert", "freezing", "models"},

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Prologue
+from fused_resnet.backends import Closing, DyCoefficients
 from fused_resnet.backends.triton import configs, formulas
 from fused_resnet.backends.triton.geometry import Geometry, Phase, allow_tf32, inside_table
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
@@ -32,8 +32,13 @@ def conv_dgrad_kernel(
     scale_ptr,
     shift_ptr,
     x_center_ptr,
+    summand_ptr,
+    summand_scale_ptr,
+    summand_shift_ptr,
+    summand_center_ptr,
     sum_dz_ptr,
     sum_dzx_ptr,
+    sum_dzs_ptr,
     M,
     act_param,
     C: tl.constexpr,
@@ -73,13 +78,15 @@ def conv_dgrad_kernel(
     """da[n, h, w, c] = sum over (r, s, k) of dy[n, p, q, k] * w[k, r, s, c],   p*stride - pad + r*dil = h, q as p
 
     dy = A dz + B (y - center) + C is formed on load, and 0 outside the image (set after it, as C is not 0).
-    Epilogue: dx = da (+ add), or, where x is the previous unit's raw output, dx = da act'(scale*x + shift) with the
-    tile's sums of dx and dx*(x - x_center).
+    Epilogue: dx = da (+ add); where something closes before this input, x its raw output, dx = (da + add) act'(z),
+    z = scale*x + shift [+ summand, or + its own scale and shift of it], with the tile's sums of dx, dx*(x - x_center)
+    [and dx*(summand - summand_center)].
 
     One launch per phase (geometry.Phase): the pixels h = PHASE_H + STRIDE_H*i, w = PHASE_W + STRIDE_W*j of dx that the
     same taps reach, so that no tap is multiplied in vain and nothing is added atomically. Stride 1 has one phase.
     Tile: BLOCK_M pixels by BLOCK_N channels of dx; the sum runs flat over taps*K in steps of BLOCK_K.
-    Traffic: dz and y once per phase that has taps (frozen: dz alone), w once, dx once, add or x once.
+    Traffic: dz and y once per phase that has taps (frozen: dz alone), w once, dx once; add, x and the summand once
+    where they are.
     Source: implicit GEMM; strided dgrad by parity as in CUTLASS (conv2d_dgrad, Analytic iterator).
     """
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
@@ -163,15 +170,27 @@ def conv_dgrad_kernel(
     if add_ptr is not None:
         acc += tl.load(add_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if x_ptr is not None:
+        RESIDUAL: tl.constexpr = 0 if summand_ptr is None else 1 if summand_scale_ptr is None else 2
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
         shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
         center = tl.load(x_center_ptr + c, mask=in_c, other=0.0)
-        acc = formulas.act_backward(acc, formulas.affine(x, scale, shift), ACT, act_param)
+        summand = x
+        summand_scale = scale
+        summand_shift = shift
+        if RESIDUAL > 0:
+            summand = tl.load(summand_ptr + offsets, mask=mask, other=0.0)
+        if RESIDUAL == 2:
+            summand_scale = tl.load(summand_scale_ptr + c, mask=in_c, other=0.0)
+            summand_shift = tl.load(summand_shift_ptr + c, mask=in_c, other=0.0)
+        z = formulas.closing(x, summand, scale, shift, summand_scale, summand_shift, RESIDUAL)
         # rows beyond M have no dy of 0 where nothing is masked
-        acc = tl.where(in_m[:, None], acc, 0.0)
+        acc = tl.where(in_m[:, None], formulas.act_backward(acc, z, ACT, act_param), 0.0)
         tl.store(sum_dz_ptr + tile_m * C + c, tl.sum(acc, 0), mask=in_c)
         tl.store(sum_dzx_ptr + tile_m * C + c, tl.sum(acc * (x.to(tl.float32) - center[None, :]), 0), mask=in_c)
+        if RESIDUAL == 2:
+            off = summand.to(tl.float32) - tl.load(summand_center_ptr + c, mask=in_c, other=0.0)[None, :]
+            tl.store(sum_dzs_ptr + tile_m * C + c, tl.sum(acc * off, 0), mask=in_c)
     tl.store(dx_ptr + offsets, formulas.narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -180,16 +199,16 @@ def conv_dgrad(
     y: Tensor,
     coef: DyCoefficients,
     x: Tensor,
-    prologue: Prologue | None,
     weight: Tensor,
     g: Geometry,
     add: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx; with a prologue the previous unit's dz, with its per-tile sums [tiles, C] of dz and dz*(x - center).
+    closing: Closing | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """dx; behind a closing dz, with its per-tile sums [tiles, C] of dz, dz*(y - center) [and of the summand's].
 
     Args:
-        dz, y, x, add: NHWC in memory; ``add`` (only without prologue) may be overwritten, unless it is dz.
-        weight: KRSC in memory, in x's dtype.
+        dz, y, add, closing: NHWC in memory; ``add`` may be overwritten, unless it is dz.
+        x: only its shape and dtype count. weight: KRSC in memory, in x's dtype.
     """
     tf32 = allow_tf32(x.dtype)
     frozen = coef.b is None
@@ -197,15 +216,16 @@ def conv_dgrad(
     dx = add if add is not None and in_place else empty_nhwc(x, x.shape)
     rows = Phase.all(g.h, g.oh, g.r, g.conv.stride[0], g.conv.padding[0], g.conv.dilation[0])
     columns = Phase.all(g.w, g.ow, g.s, g.conv.stride[1], g.conv.padding[1], g.conv.dilation[1])
-    # where a phase has no tap, there is nothing to add to what is there
-    phases = [(h, w) for h, w in product(rows, columns) if h.taps * w.taps or not in_place]
+    # where a phase has no tap, there is nothing to do to what is there but to close it
+    phases = [(h, w) for h, w in product(rows, columns) if h.taps * w.taps or closing or not in_place]
     pixels = max((g.n * h.size * w.size for h, w in phases), default=0)
     most = max((h.taps * w.taps for h, w in phases), default=0)
     config = configs.choose("dgrad", pixels, g.c, g.k * most, g.k, x, tf32=tf32, formed=not frozen)
     tiles = [cdiv(g.n * h.size * w.size, config.block_m) for h, w in phases]
-    norm, act = (None, Act("identity")) if prologue is None else prologue
-    sums = [torch.empty((sum(tiles), g.c), dtype=torch.float32, device=x.device) for _ in range(2)] if norm else []
-    parts = zip(*(t.split(tiles) for t in sums)) if norm else repeat((None, None))
+    kinds = 0 if closing is None else 2 if closing.summand_norm is None else 3
+    sums = [torch.empty((sum(tiles), g.c), dtype=torch.float32, device=x.device) for _ in range(kinds)]
+    operands, act = _closing_operands(closing)
+    parts = zip(*(t.split(tiles) for t in sums), strict=True) if sums else repeat(())
     for (h, w), n_tiles, part in zip(phases, tiles, parts, strict=False):
         taps = h.taps * w.taps
         pixels = g.n * h.size * w.size
@@ -216,7 +236,7 @@ def conv_dgrad(
             conv_dgrad_kernel,
             (n_tiles * cdiv(g.c, config.block_n),),
             dz, y, coef.a, coef.b, coef.c, coef.center, weight, table, dx, add,
-            x if norm else None, norm and norm.scale, norm and norm.shift, norm and norm.center, *part,
+            *operands, *part, *[None] * (3 - kinds),
             pixels, float(act.param),
             C=g.c, K=g.k, H=g.h, W=g.w, OH=g.oh, OW=g.ow, R=g.r, S=g.s,
             STRIDE_H=g.conv.stride[0], STRIDE_W=g.conv.stride[1],
@@ -233,12 +253,20 @@ def conv_dgrad(
                 y if taps and not frozen else None,
                 weight.numel() * weight.element_size() * taps // g.taps,
                 table,
-                None if add is None else pixels * g.c * add.element_size(),
-                pixels * g.c * x.element_size() if norm else None,
+                *(pixels * g.c * t.element_size() for t in (add, *operands) if t is not None and t.dim() == 4),
             ),
             writes=(pixels * g.c * dx.element_size(), *part),
         )  # fmt: skip
-    return (dx, sums[0], sums[1]) if norm else (dx, None, None)
+    return dx, sums
+
+
+def _closing_operands(closing: Closing | None) -> tuple[list[Tensor | None], Act]:
+    """y, its vectors, the summand, its vectors, as the kernel takes them; and the activation."""
+    if closing is None:
+        return [None] * 8, Act("identity")
+    n, s = closing.norm, closing.summand_norm
+    own = [closing.y, n.scale, n.shift, n.center]
+    return [*own, closing.summand, *((s.scale, s.shift, s.center) if s else (None,) * 3)], closing.act
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
