@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fused_resnet.backends import Case, warn_once
 from fused_resnet.freezing import Frozen, freeze_chain
-from fused_resnet.modules import ChainModules, UnitModules, has_hooks
+from fused_resnet.modules import ChainModules, UnitModules, has_hooks, run_row
 from fused_resnet.planner import planned, why
 from fused_resnet.spec import ConvSpec
 
@@ -135,7 +135,47 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
     return made
 
 
-_FUSED: dict[type, type] = {}
+class FusedSequential(FusedModule, nn.Sequential):
+    """A stage of a network: consecutive blocks that can run as chains run as one row of chains, as long as nobody could
+    tell that they are not called themselves; everything else is called as by any nn.Sequential."""
+
+    _fr_original = nn.Sequential
+
+    def forward(self, input: Any) -> Any:
+        for blocks in _rows(self):
+            chains = [chain for _, chain in blocks if chain is not None]
+            input = run_row(chains, input) if len(chains) > 1 else blocks[0][0](input)
+        return input
+
+
+def _rows(stage: nn.Sequential) -> list[list[tuple[nn.Module, ChainModules | None]]]:
+    """The stage's children as they run now: rows of blocks with their chains, and those called alone."""
+    rows: list[list[tuple[nn.Module, ChainModules | None]]] = []
+    for m in stage:
+        chain = _row_chain(m)
+        # a block that comes twice finds its running statistics updated the second time
+        if chain is not None and rows and rows[-1][0][1] is not None and all(m is not other for other, _ in rows[-1]):
+            rows[-1].append((m, chain))
+        else:
+            rows.append([(m, chain)])
+    return rows
+
+
+def _row_chain(m: nn.Module) -> ChainModules | None:
+    """The chain of a block which nothing but its own forward would see called; else None."""
+    if not isinstance(m, FusedModule) or isinstance(m, FusedSequential) or not isinstance(m._fr_pattern, Block):
+        return None
+    own = type(m).forward is _FUSED[m._fr_original].forward and type(m).__call__ is nn.Module.__call__
+    if not own or has_hooks(m) or "forward" in m.__dict__ or m._compiled_call_impl is not None:
+        return None
+    try:
+        chain = m._fr_pattern.chain(m)
+    except CannotFuse:
+        return None
+    return chain if chain.why_not() is None else None
+
+
+_FUSED: dict[type, type] = {nn.Sequential: FusedSequential}
 
 
 def _fused_class(original: type) -> type:
@@ -193,6 +233,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules
             if isinstance(child, nn.Conv2d | nn.BatchNorm2d):
                 owners.setdefault(id(child), []).append(f"{name}.{child_name}".lstrip("."))
     for name, m in model.named_modules():
+        if isinstance(m, FusedSequential):
+            continue
         if isinstance(m, FusedModule):
             pattern: Block | Network | None = m._fr_pattern
         elif _known(type(m)):
@@ -219,10 +261,11 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Swaps the residual blocks and the stem of ``model`` for fused ones, in place, and returns it.
+    """Swaps the residual blocks, their stages and the stem of ``model`` for fused ones, in place, and returns it.
 
     Parameters, buffers, names, ``state_dict``, optimizers made before or after, hooks on the blocks: everything stays.
-    A block that can't be fused stays as it is; ``explain`` says why. Fusing twice changes nothing.
+    A block that can't be fused stays as it is; ``explain`` says why. An nn.Sequential of blocks becomes one that runs
+    them in rows. Fusing twice changes nothing.
 
     Args:
         model: fused_resnet's or torchvision's ResNet family (ResNet, wide, ResNeXt), or any module that contains such.
@@ -241,13 +284,16 @@ def fuse(model: nn.Module) -> nn.Module:
             found = True
             if not isinstance(m, FusedModule):
                 m.__class__ = _fused_class(type(m))
+    for m in model.modules():
+        if type(m) is nn.Sequential and any(len(blocks) > 1 for blocks in _rows(m)):
+            m.__class__ = FusedSequential
     if not found:
         warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Gives every fused block of ``model`` its own class back, in place, and returns it.
+    """Gives every fused module of ``model`` its own class back, in place, and returns it.
 
     Raises:
         TypeError: not an nn.Module.
@@ -351,11 +397,14 @@ def explain(model: nn.Module) -> Explanation:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     rows = []
     known: set[int] = set()
+    closed_by = _closed_by(model)
     for name, m, chain, reason in _candidates(model):
         fused = isinstance(m, FusedModule) and reason is None
         original = m._fr_original if isinstance(m, FusedModule) else type(m)
         why_plain = reason or ("" if fused else "not fused yet: call fuse(model)")
         served = _serving(chain) if fused and chain is not None else {}
+        if served and id(m) in closed_by:
+            served["bn_act_backward"] = f"in conv_backward of {closed_by[id(m)]}"
         rows.append(Row(name or "(stem)", original.__name__, fused, why_plain, served))
         known.update(id(c) for c in m.modules())
     for name, m in model.named_modules():
@@ -363,6 +412,13 @@ def explain(model: nn.Module) -> Explanation:
         if id(m) not in known and nn.Conv2d in kinds and nn.BatchNorm2d in kinds:
             rows.append(Row(name, type(m).__name__, False, f"no pattern for {type(m).__name__}", {}))
     return Explanation(rows)
+
+
+def _closed_by(model: nn.Module) -> dict[int, str]:
+    """Blocks whose closing backward is done by the block after them in a row -> that block's name."""
+    names = {id(m): name for name, m in model.named_modules()}
+    rows = [blocks for m in model.modules() if isinstance(m, FusedSequential) for blocks in _rows(m)]
+    return {id(m): names[id(after)] for row in rows for (m, _), (after, _) in zip(row, row[1:], strict=False)}
 
 
 def _serving(chain: ChainModules) -> dict[str, str]:
