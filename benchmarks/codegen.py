@@ -83,7 +83,7 @@ class Call:
             parts.append(f"taps {c['TAPS_H']}x{c['TAPS_W']}")
         parts += [
             name.removesuffix("_ptr")
-            for name in ("scale_ptr", "bias_ptr", "residual_ptr", "add_ptr", "mean_ptr", "sum_dz_ptr")
+            for name in ("scale_ptr", "bias_ptr", "residual_ptr", "add_ptr", "summand_ptr", "mean_ptr", "sum_dz_ptr", "sum_dzs_ptr")
             if name in dict(self.signature) and name not in c
         ]
         parts += [name.lower() for name in ("FROZEN", "TF32", "WIDE") if c.get(name)]

@@ -187,8 +187,12 @@ def conv_dgrad_kernel(
         # rows beyond M have no dy of 0 where nothing is masked
         acc = tl.where(in_m[:, None], formulas.act_backward(acc, z, ACT, act_param), 0.0)
         tl.store(sum_dz_ptr + tile_m * C + c, tl.sum(acc, 0), mask=in_c)
+        if RESIDUAL == 2:
+            # again, from cache: kept in registers until here both would not fit
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         tl.store(sum_dzx_ptr + tile_m * C + c, tl.sum(acc * (x.to(tl.float32) - center[None, :]), 0), mask=in_c)
         if RESIDUAL == 2:
+            summand = tl.load(summand_ptr + offsets, mask=mask, other=0.0)
             off = summand.to(tl.float32) - tl.load(summand_center_ptr + c, mask=in_c, other=0.0)[None, :]
             tl.store(sum_dzs_ptr + tile_m * C + c, tl.sum(acc * off, 0), mask=in_c)
     tl.store(dx_ptr + offsets, formulas.narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
