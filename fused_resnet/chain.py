@@ -7,8 +7,8 @@
 
 Kept for the backward: x, the raw convolution outputs y_i, the batch's mean and variance per channel, and the
 parameters; z and act(z) are computed again, by the expression the forward used, where they are needed. In a row of
-chains the x of a chain is the output of the one before, and what dz of that one needs is done where the gradient of x is
-made: its dout is never written.
+chains the x of a chain is the output of the one before, and the gradient of x becomes that one's dz where it is made:
+its dout is never written.
 
 Two operators, functional, traceable, with fake kernels; ``spec`` is a ``RowSpec``, most often of one chain:
     fused_resnet::chain            (x, residual, params, spec) -> [out_n, out_1 .. out_{n-1}, (y..., mean, var ...,

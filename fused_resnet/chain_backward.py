@@ -44,7 +44,7 @@ class _Closed(NamedTuple):
 
     dz: Tensor
     sums: Sums
-    summand_sums: Sums | None
+    summand_sums: Sums | None = None
 
 
 class _Found(NamedTuple):
@@ -128,7 +128,7 @@ def _close(dout: Tensor, chain: _Chain) -> _Closed:
     if chain.spec.pool is None:
         return _Closed(*run("bn_act_backward", dout, *chain.closing))
     y, norm, act, *_ = chain.closing
-    return _Closed(*run("bn_act_max_pool_backward", dout, chain.argmax, y, norm, act, chain.spec.pool), None)
+    return _Closed(*run("bn_act_max_pool_backward", dout, chain.argmax, y, norm, act, chain.spec.pool))
 
 
 def _chain_backward(

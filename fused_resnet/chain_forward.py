@@ -159,5 +159,3 @@ def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:
         return torch.nn.functional.max_pool2d(a, pool.kernel, pool.stride, pool.padding)
     out: Tensor = backend.bn_act_max_pool(y, norm, act, pool)[0]
     return out
-
-

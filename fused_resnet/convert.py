@@ -175,7 +175,7 @@ def _row_chain(m: nn.Module) -> ChainModules | None:
     return chain if chain.why_not() is None else None
 
 
-_FUSED: dict[type, type] = {nn.Sequential: FusedSequential}
+_FUSED: dict[type, Any] = {nn.Sequential: FusedSequential}
 
 
 def _fused_class(original: type) -> type:

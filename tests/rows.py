@@ -52,6 +52,7 @@ def make(
 ) -> Row:
     """The row of that name."""
     parts: list[chains.Chain] = []
+    channels = 0
     for shape, times in ROWS[row]:
         part = chains.make(shape, act, mode, width * times, batch, size)
         assert not parts or part.x_shape[1] == channels, f"{row}: {shape}"

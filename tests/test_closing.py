@@ -58,7 +58,9 @@ def arguments(name: str, act: str, summand: str, add: str, dtype: torch.dtype) -
     dz, y = image(2, k, oh, ow, dtype), image(2, k, oh, ow, dtype)
     coef = DyCoefficients(*(torch.randn(k) for _ in range(4)))
     residual = None if summand == "none" else image(2, c, h, w, dtype)
-    closing = Closing(image(2, c, h, w, dtype), norm(c), Act.make(act), residual, norm(c) if summand == "norm" else None)
+    closing = Closing(
+        image(2, c, h, w, dtype), norm(c), Act.make(act), residual, norm(c) if summand == "norm" else None
+    )
     more = None if add == "none" else dz if add == "dz" else image(2, c, h, w, dtype)
     return dz, y, coef, x, None, weight, conv, True, True, more, closing
 
@@ -152,7 +154,9 @@ def test_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         names = planner.cache(torch.device("cpu")).choices
         assert len(names) == 3
         for text, end in zip(sorted(names), ("(silu(0),norm)", "(silu(0),summand)", "(silu(0))"), strict=False):
-            assert text.split()[-1] in {f"closing{e}" for e in ("(silu(0))", "(silu(0),summand)", "(silu(0),norm)")}, end
+            assert text.split()[-1] in {f"closing{e}" for e in ("(silu(0))", "(silu(0),summand)", "(silu(0),norm)")}, (
+                end
+            )
         assert {entry["choice"]["backend"] for entry in names.values()} == {"apart"}
         assert {True} == {c for i, w, c in told if i} and {False} == {c for i, w, c in told if not i}
     finally:

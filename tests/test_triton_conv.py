@@ -307,7 +307,9 @@ def test_no_images(dtype: torch.dtype) -> None:
         assert y.shape[:2] == (0, 16) and mean is not None and mean.isnan().all() and var is not None
         assert conv.conv_bias_act(x, weight, None, s.conv, Act(), None).shape == y.shape
         prologue = Prologue(norm(8), Act())
-        dx, dw, sums, _ = conv.conv_backward(y, y, coefficients(16, False), x, prologue, weight, s.conv, True, True, None)
+        dx, dw, sums, _ = conv.conv_backward(
+            y, y, coefficients(16, False), x, prologue, weight, s.conv, True, True, None
+        )
         assert dx is not None and dx.shape == x.shape and dw is not None and not dw.any()
         assert sums is not None and not sums.dz.any() and not sums.dz_y.any()
 

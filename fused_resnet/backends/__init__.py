@@ -149,8 +149,8 @@ class Primitives(Protocol):
         """dy formed from (dz, y); the input's gradient and dW. With a prologue, x is the previous unit's raw y and the
         input's gradient is that unit's dz = da*act'(z), with its sums. Without, ``add`` (the gradient that another path
         brings to x) is added to it, and may be overwritten by the result unless it is dz itself; then, where x is what
-        ``closing`` made, the result is dz = (da + add)*act'(z) with the sums that ``bn_act_backward`` returns. A backend
-        that can't do this in one calls its own ``bn_act_backward``."""
+        ``closing`` made, the result is dz = (da + add)*act'(z), with the sums that ``bn_act_backward`` returns. A
+        backend that can't do this in one pass calls its own ``bn_act_backward``."""
 
     def bn_act_max_pool(self, y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
         """max-pool of act(scale*y + shift), and the place of each maximum in its window (uint8, row-major)."""

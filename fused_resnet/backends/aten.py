@@ -150,8 +150,8 @@ def conv_backward(
     closing = Closing.before(x, prologue, closing)
     if closing is None:
         return da, dw, None, None
-    dz, *sums = bn_act_backward(da, *closing)
-    return dz, dw, *sums
+    dz, sums, summand_sums = bn_act_backward(da, *closing)
+    return dz, dw, sums, summand_sums
 
 
 def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:

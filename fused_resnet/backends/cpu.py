@@ -250,8 +250,8 @@ def conv_backward(
         return dx, dw, None, None
     if closing is None:
         return dx, dw, Sums(s0, s1), None
-    dz, *sums = bn_act_backward(dx, *closing)
-    return dz, dw, *sums
+    dz, sums, summand_sums = bn_act_backward(dx, *closing)
+    return dz, dw, sums, summand_sums
 
 
 def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:

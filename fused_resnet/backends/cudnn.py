@@ -84,5 +84,5 @@ def conv_backward(
     closing = Closing.before(x, prologue, closing)
     if closing is None:
         return da, dw, None, None
-    previous, *sums = bn_act_backward(da.contiguous(memory_format=torch.channels_last), *closing)
-    return previous, dw, *sums
+    previous, sums, summand_sums = bn_act_backward(da.contiguous(memory_format=torch.channels_last), *closing)
+    return previous, dw, sums, summand_sums

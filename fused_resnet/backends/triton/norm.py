@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_resnet.backends import DyCoefficients, Norm, Sums
 from fused_resnet.backends.triton import formulas
-from fused_resnet.backends.triton.formulas import ACT_INDEX, act_backward, affine, load_vector, merge_rows, narrow
+from fused_resnet.backends.triton.formulas import ACT_INDEX, act_backward, load_vector, merge_rows, narrow
 from fused_resnet.backends.triton.geometry import nhwc
 from fused_resnet.backends.triton.reduce import merge_moments, sum_partials
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, processors, wide
