@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +10,7 @@ from torch import Tensor
 from fused_resnet import reference
 from fused_resnet.backends import vector_dtype
 from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec
-
-if TYPE_CHECKING:
-    from fused_resnet.functional import Unit
+from fused_resnet.units import Unit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BN_NAMES = ("bn_weight", "bn_bias", "running_mean", "running_var")

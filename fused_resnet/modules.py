@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fused_resnet.checks import autocasts
-from fused_resnet.functional import Chain, Unit, conv_bn_act, in_backward, residual_chains
+from fused_resnet.functional import conv_bn_act, in_backward, residual_chains
 from fused_resnet.spec import Act, PoolSpec
+from fused_resnet.units import Chain, Unit
 
 # Activation modules and the name of the attribute that holds their parameter.
 ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {

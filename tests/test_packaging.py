@@ -26,9 +26,9 @@ TIERS = (
     {"backends"},
     {"plan_cache", "planner"},
     {"chain", "chain_backward", "chain_forward"},
-    {"checks", "functional"},
+    {"checks", "functional", "units"},
     {"modules"},
-    {"convert", "freezing", "models"},
+    {"convert", "explanation", "freezing", "models"},
     {"traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"cli"},
