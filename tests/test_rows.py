@@ -41,12 +41,12 @@ def test_same_numbers(backend: str, name: str, layout: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("name", ROWS)
 def test_interpreted(interpreted: str, name: str, nan_filled: None) -> None:
     """The same on the backends of a GPU."""
-    for mode, act in (("batch", "relu"), ("mixed", ACTS[ROWS.index(name) % len(ACTS)])):
-        row = rows.make(name, act, mode, width=3, batch=2, size=(7, 6))
-        t = rows.draw(row)
-        want, got = rows.truth(row, t), rows.run(row, rows.cast(row, t, torch.float32, torch.channels_last))
-        for key in want:
-            assert_close(f"{mode}, {act}: {key}", got[key], want[key], rows.reduction(row), torch.float32)
+    at = ROWS.index(name)
+    row = rows.make(name, ACTS[(at + 1) % len(ACTS)], ("batch", "mixed")[at % 2], width=3, batch=2, size=(7, 6))
+    t = rows.draw(row)
+    want, got = rows.truth(row, t), rows.run(row, rows.cast(row, t, torch.float32, torch.channels_last))
+    for key in want:
+        assert_close(key, got[key], want[key], rows.reduction(row), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -56,14 +56,13 @@ def test_16_bit_is_as_good_as_plain(backend: str, name: str, dtype: torch.dtype)
     compare_16_bit(name, dtype)
 
 
-@pytest.mark.parametrize("name", ["basic_stage", "bottleneck_stage", "projections"])
-def test_16_bit_interpreted(interpreted: str, name: str) -> None:
-    compare_16_bit(name, torch.bfloat16)
+def test_16_bit_interpreted(interpreted: str) -> None:
+    compare_16_bit("bottleneck_stage", torch.bfloat16, 1)
 
 
-def compare_16_bit(name: str, dtype: torch.dtype) -> None:
+def compare_16_bit(name: str, dtype: torch.dtype, n_draws: int = 3) -> None:
     row = rows.make(name, "silu", "batch", width=8, batch=2, size=(8, 6))
-    draws = [rows.cast(row, rows.draw(row, 0), dtype, torch.channels_last) for _ in range(3)]
+    draws = [rows.cast(row, rows.draw(row, 0), dtype, torch.channels_last) for _ in range(n_draws)]
     want, got = ([way(row, t) for t in draws] for way in (rows.truth, rows.run))
     plain = [rows.run(row, t, rows.plain) for t in draws]
     for key in want[0]:
