@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_resnet import chain, models
+from fused_resnet import chain_backward, chain_forward, models
 from fused_resnet.backends import forced_again
 from fused_resnet.backends.triton import configs, runtime
 
@@ -50,7 +50,7 @@ TYPES = {
 }
 PASSES = ("train", "frozen", "infer")
 # constants in which two launches may differ and still be one row
-SIZES = ("H", "W", "OH", "OW", "SIZE_H", "SIZE_W")
+SIZES = ("H", "W", "OH", "OW")
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,20 @@ class Call:
             parts.append("x".join(str(c[f"BLOCK_{axis}"]) for axis in "MNK"))
         if "R" in c and "K" in c:
             parts.append(f"{c['R']}x{c['S']}/{c['STRIDE_H']} {c['C']}->{c['K']}")
-        if "TAPS_H" in c:
-            parts.append(f"taps {c['TAPS_H']}x{c['TAPS_W']}")
+        if c.get("COUNT", 1) > 1:
+            parts.append(f"{c['COUNT']} phases")
         parts += [
             name.removesuffix("_ptr")
-            for name in ("scale_ptr", "bias_ptr", "residual_ptr", "add_ptr", "mean_ptr", "sum_dz_ptr")
+            for name in (
+                "scale_ptr",
+                "bias_ptr",
+                "residual_ptr",
+                "add_ptr",
+                "summand_ptr",
+                "mean_ptr",
+                "sum_dz_ptr",
+                "sum_dzs_ptr",
+            )
             if name in dict(self.signature) and name not in c
         ]
         parts += [name.lower() for name in ("FROZEN", "TF32", "WIDE") if c.get(name)]
@@ -116,14 +125,18 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory, the chip has {limit}")
         if self.serialized:
             found.append(f"wgmma serialized ({', '.join(self.serialized)})")
-        sums = "BLOCK_K" in c and c.get("TAPS_H", 1) * c.get("TAPS_W", 1) > 0
+        sums = "BLOCK_K" in c and c.get("COUNT", 1) > 0
         exact = ("dz_ptr", "*fp32") in self.call.signature or ("x_ptr", "*fp32") in self.call.signature
         if sums and not self.matrix and (c.get("TF32") or not exact):
             found.append("no matrix instruction")
         return found
 
 
-_IMPLEMENTATIONS = {"chain": "_forward", "chain_backward": "_backward", "chain_inference": "_inference"}
+_IMPLEMENTATIONS = {
+    "chain": chain_forward.row_forward,
+    "chain_backward": chain_backward.row_backward,
+    "chain_inference": chain_forward.inference,
+}
 
 
 class _Recorder(TorchDispatchMode):
@@ -137,7 +150,7 @@ class _Recorder(TorchDispatchMode):
         if func.namespace != "fused_resnet":
             return func(*args, **(kwargs or {}))
         args = [a.to(self.dtype) if isinstance(a, Tensor) else a for a in args]
-        outs = getattr(chain, _IMPLEMENTATIONS[func._opname])(*args)
+        outs = _IMPLEMENTATIONS[func._opname](*args)
         # out, or a gradient per input, in the dtype that autograd expects; what is saved stays as it is
         if isinstance(outs, Tensor):
             return outs.float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +10,7 @@ from torch import Tensor
 from fused_resnet import reference
 from fused_resnet.backends import vector_dtype
 from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec
-
-if TYPE_CHECKING:
-    from fused_resnet.functional import Unit
+from fused_resnet.units import Unit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BN_NAMES = ("bn_weight", "bn_bias", "running_mean", "running_var")
@@ -60,31 +57,39 @@ def check_tensor(name: str, value: object) -> None:
         )
 
 
-def check_chain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> None:
-    """Shapes, dtypes and devices, unit by unit."""
+def check_chain(
+    x: Tensor,
+    start: tuple[int, ...],
+    residual: Tensor | None,
+    units: Sequence[Unit],
+    spec: ChainSpec,
+    where: str = "",
+) -> tuple[int, ...]:
+    """Shapes, dtypes and devices, unit by unit, of a chain whose input has the shape ``start`` and is otherwise like x;
+    ``where`` it stands. Returns its output's shape."""
     autocast = autocasts(x)
-    shape = tuple(x.shape)
+    shape = start
     for i, (unit, s) in enumerate(zip(units[: len(spec.units)], spec.units, strict=True)):
-        shape = _check_unit(f"unit {i}", x, shape, unit, s, autocast)
+        shape = _check_unit(f"{where}unit {i}", x, shape, unit, s, autocast)
     kind = spec.shortcut.kind
     if kind == "projection":
-        start, pool = tuple(x.shape), spec.shortcut.pool
+        pool = spec.shortcut.pool
         if pool is not None:
             reach = pool.stride if pool.ceil_mode else (1, 1)
             room = [n + 2 * p - k + r for n, p, k, r in zip(start[2:], pool.padding, pool.kernel, reach, strict=True)]
             if min(room) < 1:
                 raise ValueError(f"shortcut_pool: the window {pool.kernel} is larger than its padded input {start[2:]}")
-            start = tuple(reference.shortcut_input(x.to("meta"), spec.shortcut).shape)
+            start = tuple(reference.shortcut_input(torch.empty(start, device="meta"), spec.shortcut).shape)
         assert spec.shortcut.unit is not None
-        got = _check_unit("shortcut", x, start, units[-1], spec.shortcut.unit, autocast)
-        _check_sum("shortcut", got, shape)
+        got = _check_unit(f"{where}shortcut", x, start, units[-1], spec.shortcut.unit, autocast)
+        _check_sum(f"{where}shortcut", got, shape)
     elif kind == "identity":
-        _check_sum("shortcut 'identity'", tuple(x.shape), shape)
+        _check_sum(f"{where}shortcut 'identity'", start, shape)
     elif kind == "pad":
-        strided = tuple(-(-n // s) for n, s in zip(x.shape[2:], spec.shortcut.stride, strict=True))
-        if x.shape[1] > shape[1]:
-            raise ValueError(f"shortcut 'pad': expected at most {shape[1]} channels in x, got {x.shape[1]}")
-        _check_sum("shortcut 'pad'", (x.shape[0], shape[1], *strided), shape)
+        strided = tuple(-(-n // s) for n, s in zip(start[2:], spec.shortcut.stride, strict=True))
+        if start[1] > shape[1]:
+            raise ValueError(f"{where}shortcut 'pad': expected at most {shape[1]} channels in x, got {start[1]}")
+        _check_sum(f"{where}shortcut 'pad'", (start[0], shape[1], *strided), shape)
     elif kind == "tensor":
         check_tensor("residual", residual)
         assert residual is not None
@@ -93,11 +98,12 @@ def check_chain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec:
             raise ValueError(f"residual: expected device {x.device} (x's), got {residual.device}")
         if residual.dtype != x.dtype and not autocast:
             raise TypeError(f"residual: expected dtype {x.dtype} (x's), got {residual.dtype}")
-    if (
-        spec.pool is not None
-        and min(ConvSpec(spec.pool.stride, spec.pool.padding).out_size(shape[2:], spec.pool.kernel)) < 1
-    ):
+    if spec.pool is None:
+        return shape
+    pooled = ConvSpec(spec.pool.stride, spec.pool.padding).out_size(shape[2:], spec.pool.kernel)
+    if min(pooled) < 1:
         raise ValueError(f"max_pool: the window {spec.pool.kernel} is larger than its padded input {shape[2:]}")
+    return (*shape[:2], *pooled)
 
 
 def _check_sum(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:

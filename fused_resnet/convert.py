@@ -1,4 +1,4 @@
-"""fuse, unfuse, explain, freeze: the blocks of a model that exists, run as chains and back again.
+"""fuse, unfuse, freeze: the blocks of a model that exists, run as chains and back again.
 
 ``fuse`` changes a block's class to a subclass of its own class whose forward runs the block's own children as one
 chain. Nothing is copied or renamed: parameters, buffers, names, hooks on the block, isinstance and pickling stay.
@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.backends import Case, warn_once
+from fused_resnet.backends import warn_once
 from fused_resnet.freezing import Frozen, freeze_chain
-from fused_resnet.modules import ChainModules, UnitModules, has_hooks
-from fused_resnet.planner import planned, why
-from fused_resnet.spec import ConvSpec
+from fused_resnet.modules import ChainModules, UnitModules, has_hooks, run_row
 
 # What networks of the known classes call their stages.
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -135,7 +133,47 @@ def _rebuild(original: type[nn.Module]) -> nn.Module:
     return made
 
 
-_FUSED: dict[type, type] = {}
+class FusedSequential(FusedModule, nn.Sequential):
+    """A stage of a network: consecutive blocks that can run as chains run as one row of chains, as long as nobody could
+    tell that they are not called themselves; everything else is called as by any nn.Sequential."""
+
+    _fr_original = nn.Sequential
+
+    def forward(self, input: Any) -> Any:
+        for blocks in rows_of(self):
+            chains = [chain for _, chain in blocks if chain is not None]
+            input = run_row(chains, input) if len(chains) > 1 else blocks[0][0](input)
+        return input
+
+
+def rows_of(stage: nn.Sequential) -> list[list[tuple[nn.Module, ChainModules | None]]]:
+    """The stage's children as they run now: rows of blocks with their chains, and those called alone."""
+    rows: list[list[tuple[nn.Module, ChainModules | None]]] = []
+    for m in stage:
+        chain = _row_chain(m)
+        # a block that comes twice finds its running statistics updated the second time
+        if chain is not None and rows and rows[-1][0][1] is not None and all(m is not other for other, _ in rows[-1]):
+            rows[-1].append((m, chain))
+        else:
+            rows.append([(m, chain)])
+    return rows
+
+
+def _row_chain(m: nn.Module) -> ChainModules | None:
+    """The chain of a block which nothing but its own forward would see called; else None."""
+    if not isinstance(m, FusedModule) or isinstance(m, FusedSequential) or not isinstance(m._fr_pattern, Block):
+        return None
+    own = type(m).forward is _FUSED[m._fr_original].forward and type(m).__call__ is nn.Module.__call__
+    if not own or has_hooks(m) or "forward" in m.__dict__ or m._compiled_call_impl is not None:
+        return None
+    try:
+        chain = m._fr_pattern.chain(m)
+    except CannotFuse:
+        return None
+    return chain if chain.why_not() is None else None
+
+
+_FUSED: dict[type, Any] = {nn.Sequential: FusedSequential}
 
 
 def _fused_class(original: type) -> type:
@@ -185,7 +223,7 @@ def _known(cls: type) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- fuse and back
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules | None, str | None]]:
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules | None, str | None]]:
     """(name, module, its chain, why it can't be fused) of every block and network of a known class."""
     owners: dict[int, list[str]] = {}
     for name, m in model.named_modules(remove_duplicate=False):
@@ -193,6 +231,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules
             if isinstance(child, nn.Conv2d | nn.BatchNorm2d):
                 owners.setdefault(id(child), []).append(f"{name}.{child_name}".lstrip("."))
     for name, m in model.named_modules():
+        if isinstance(m, FusedSequential):
+            continue
         if isinstance(m, FusedModule):
             pattern: Block | Network | None = m._fr_pattern
         elif _known(type(m)):
@@ -219,10 +259,11 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Swaps the residual blocks and the stem of ``model`` for fused ones, in place, and returns it.
+    """Swaps the residual blocks, their stages and the stem of ``model`` for fused ones, in place, and returns it.
 
     Parameters, buffers, names, ``state_dict``, optimizers made before or after, hooks on the blocks: everything stays.
-    A block that can't be fused stays as it is; ``explain`` says why. Fusing twice changes nothing.
+    A block that can't be fused stays as it is; ``explain`` says why. An nn.Sequential of blocks becomes one that runs
+    them in rows. Fusing twice changes nothing.
 
     Args:
         model: fused_resnet's or torchvision's ResNet family (ResNet, wide, ResNeXt), or any module that contains such.
@@ -236,18 +277,21 @@ def fuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     found = False
-    for _, m, _, reason in list(_candidates(model)):
+    for _, m, _, reason in list(candidates(model)):
         if reason is None:
             found = True
             if not isinstance(m, FusedModule):
                 m.__class__ = _fused_class(type(m))
+    for m in model.modules():
+        if type(m) is nn.Sequential and any(len(blocks) > 1 for blocks in rows_of(m)):
+            m.__class__ = FusedSequential
     if not found:
         warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Gives every fused block of ``model`` its own class back, in place, and returns it.
+    """Gives every fused module of ``model`` its own class back, in place, and returns it.
 
     Raises:
         TypeError: not an nn.Module.
@@ -280,7 +324,7 @@ def freeze(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = Non
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
     def chains(copied: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]:
-        for name, m, chain, reason in list(_candidates(unfuse(copied))):
+        for name, m, chain, reason in list(candidates(unfuse(copied))):
             if chain is not None and reason is None:
                 yield name, m, chain, _replacer(copied, name, m)
 
@@ -307,79 +351,3 @@ def _replacer(model: nn.Module, name: str, m: nn.Module) -> Callable[[nn.Module]
         return replace_stem
     parent, _, child = name.rpartition(".")
     return lambda frozen: setattr(model.get_submodule(parent), child, frozen)
-
-
-# ---------------------------------------------------------------------------------------------------- explain
-@dataclass(frozen=True)
-class Row:
-    """One block: its name in the model, class, whether it runs as a chain, why not, and primitive -> backend."""
-
-    name: str
-    type: str
-    fused: bool
-    reason: str
-    backends: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What ``explain`` found; prints as a table."""
-
-    rows: list[Row]
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "no block of a known class in this model"
-        width = max(len(r.name) for r in self.rows) + 2
-        lines = []
-        for r in self.rows:
-            served = ", ".join(f"{p}: {b}" for p, b in r.backends.items())
-            lines.append(f"{r.name:<{width}}{r.type:<14}{'fused' if r.fused else 'plain':<7}{served or r.reason}")
-        fused = sum(r.fused for r in self.rows)
-        return "\n".join([*lines, f"{fused} of {len(self.rows)} fused"])
-
-
-def explain(model: nn.Module) -> Explanation:
-    """Each block of ``model``: fused or not, why not, and which backend serves which primitive.
-
-    Modules of unknown classes that own both a Conv2d and a BatchNorm2d are listed too: no pattern knows them.
-
-    Raises:
-        TypeError: not an nn.Module.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    rows = []
-    known: set[int] = set()
-    for name, m, chain, reason in _candidates(model):
-        fused = isinstance(m, FusedModule) and reason is None
-        original = m._fr_original if isinstance(m, FusedModule) else type(m)
-        why_plain = reason or ("" if fused else "not fused yet: call fuse(model)")
-        served = _serving(chain) if fused and chain is not None else {}
-        rows.append(Row(name or "(stem)", original.__name__, fused, why_plain, served))
-        known.update(id(c) for c in m.modules())
-    for name, m in model.named_modules():
-        kinds = {type(c) for c in m.children()}
-        if id(m) not in known and nn.Conv2d in kinds and nn.BatchNorm2d in kinds:
-            rows.append(Row(name, type(m).__name__, False, f"no pattern for {type(m).__name__}", {}))
-    return Explanation(rows)
-
-
-def _serving(chain: ChainModules) -> dict[str, str]:
-    """Primitive -> backend for a chain's training step, in the parameters' device, dtype and layout."""
-    served: dict[str, str] = {}
-    for unit in chain.all_units:
-        if unit.conv is None:
-            continue
-        c, w = unit.conv, unit.conv.weight
-        conv = ConvSpec.make(w.shape, c.stride, c.padding, c.dilation, c.groups, c.bias is not None)
-        last = not w.is_contiguous() or w.shape[2:] == (1, 1)
-        case = Case(w.device.type, w.dtype, last, conv, (w.shape[2], w.shape[3]))
-        for primitive in ("conv_stats", "conv_backward"):
-            label = f"{primitive} {w.shape[2]}x{w.shape[3]}"
-            served[label] = planned(primitive, conv, tuple(w.shape)) or why(primitive, case)[0]
-    tail = "bn_act_max_pool" if chain.max_pool is not None else "bn_act"
-    for primitive in (tail, f"{tail}_backward"):
-        channels = chain.units[-1].bn.num_features
-        served[primitive] = planned(primitive, None, channels) or why(primitive, Case(w.device.type, w.dtype, last))[0]
-    return served

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.backends import Norm, load, vector_dtype
-from fused_resnet.chain import fold
+from fused_resnet.chain_forward import fold
 from fused_resnet.modules import ChainModules, UnitModules, act_of, has_hooks
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import Act, ConvSpec, PoolSpec

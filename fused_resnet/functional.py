@@ -7,7 +7,6 @@ Running statistics are updated in place, as ``torch.nn.functional.batch_norm`` d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,37 +16,10 @@ from torch import Tensor
 
 import fused_resnet.chain  # noqa: F401  (registers the operators)
 from fused_resnet import checks, reference
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec, pair
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec, pair
+from fused_resnet.units import Chain, Unit
 
-
-@dataclass(eq=False)
-class Unit:
-    """One conv -> BatchNorm -> act of a chain: its tensors and what ``conv2d`` and ``batch_norm`` want to know.
-
-    Args:
-        weight: [out_channels, in_channels/groups, kH, kW], or None where somebody else's convolution came before.
-        bn_weight, bn_bias: gamma and beta, [out_channels]; both None for BatchNorm without affine parameters.
-        running_mean, running_var: [out_channels]; used when not ``training``, updated when ``training``; both or none.
-        bias: the convolution's bias, [out_channels], or None.
-        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
-        act: a name of ``fused_resnet.spec.ACTIVATIONS``, a (name, parameter) pair or None.
-        eps, momentum, training: as in ``torch.nn.functional.batch_norm``.
-    """
-
-    weight: Tensor | None = None
-    bn_weight: Tensor | None = None
-    bn_bias: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    bias: Tensor | None = None
-    stride: int | Sequence[int] = 1
-    padding: int | Sequence[int] | str = 0
-    dilation: int | Sequence[int] = 1
-    groups: int = 1
-    act: str | tuple[str, float] | Act | None = "relu"
-    eps: float = 1e-5
-    momentum: float = 0.1
-    training: bool = False
+__all__ = ["Chain", "PoolSpec", "Unit", "bn_act", "conv_bn_act", "residual_chain", "residual_chains"]
 
 
 def conv_bn_act(
@@ -95,7 +67,7 @@ def conv_bn_act(
         momentum, training,
     )  # fmt: skip
     checks.check_tensor("weight", weight)
-    return _run(x, [unit], residual=residual, pool=max_pool, recompute=recompute)
+    return _run(x, [Chain([unit], None)], residual, max_pool, recompute)
 
 
 def bn_act(
@@ -128,7 +100,7 @@ def bn_act(
     unit = Unit(
         None, bn_weight, bn_bias, running_mean, running_var, act=act, eps=eps, momentum=momentum, training=training
     )
-    return _run(x, [unit], residual=residual)
+    return _run(x, [Chain([unit], None)], residual)
 
 
 def residual_chain(
@@ -158,77 +130,133 @@ def residual_chain(
 
     Source: arXiv 1512.03385, equations (1) and (2), figures 2 and 5.
     """
-    if not isinstance(units, Sequence) or not units:
-        raise ValueError(f"units: expected at least one Unit, got {units!r}")
-    for i, unit in enumerate(units):
-        if not isinstance(unit, Unit):
-            raise TypeError(f"units[{i}]: expected a Unit, got {type(unit).__name__}")
-    if shortcut is not None and not isinstance(shortcut, str | Unit):
-        raise TypeError(f"shortcut: expected a str, a Unit or None, got {shortcut!r}")
-    if isinstance(shortcut, str) and shortcut not in ("identity", "pad"):
-        raise ValueError(
-            f"shortcut: expected 'identity', 'pad', a Unit (the projection) or None (plain, or with residual=...), "
-            f"got {shortcut!r}"
-        )
+    chain = Chain(units, shortcut, shortcut_stride, shortcut_pool)
     if residual is not None and shortcut is not None:
         came = repr(shortcut) if isinstance(shortcut, str) else "a Unit"
         raise ValueError(f"residual: expected shortcut=None with it, got shortcut={came}")
-    return _run(x, units, residual, shortcut, shortcut_stride, shortcut_pool)
+    return _run(x, [chain], residual)
+
+
+def residual_chains(x: Tensor, chains: Sequence[Chain]) -> Tensor:
+    """Residual blocks in a row, a stage of a network: ``residual_chain`` of each, on the output of the one before.
+
+    The same numbers as one call each, with less traffic in the backward: the gradient between two blocks passes the add
+    and the activation that it meets where it is made.
+
+    Args:
+        x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
+        chains: the blocks, first to last.
+
+    Returns:
+        [N, out_channels of the last unit, oH, oW], x's dtype (autocast's inside autocast), x's layout.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected, before anything runs.
+
+    Source: arXiv 1512.03385, table 1: conv2_x to conv5_x.
+    """
+    if not isinstance(chains, Sequence) or not chains:
+        raise ValueError(f"chains: expected at least one Chain, got {chains!r}")
+    for i, chain in enumerate(chains):
+        if not isinstance(chain, Chain):
+            raise TypeError(f"chains[{i}]: expected a Chain, got {type(chain).__name__}")
+    return _run(x, chains)
 
 
 # ---------------------------------------------------------------------------------------------------- the one way in
 def _run(
     x: Tensor,
-    units: Sequence[Unit],
+    chains: Sequence[Chain],
     residual: Tensor | None = None,
-    shortcut: str | Unit | None = None,
-    shortcut_stride: int | Sequence[int] = 1,
-    shortcut_pool: PoolSpec | None = None,
     pool: PoolSpec | None = None,
     recompute: bool = False,
 ) -> Tensor:
+    """``residual``, ``pool`` and ``recompute`` come with one chain."""
     checks.check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
-    projection = shortcut if isinstance(shortcut, Unit) else None
-    everyone = [*units, projection] if projection is not None else list(units)
-    keys = tuple(_key(u, i) for i, u in enumerate(everyone))
-    if projection is not None:
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute: expected a bool, got {recompute!r}")
+    plans, specs = [], []
+    shape = tuple(x.shape)
+    for i, chain in enumerate(chains):
+        plan = _plan(chain, shape[1], residual, pool, recompute)
+        # a constant object is opaque to the compiler's guards, so it traces the making of one
+        spec = _chain_spec(*plan) if torch.compiler.is_compiling() else RowSpec.decode(_text(plan)).chains[0]
+        where = f"chain {i}, " if len(chains) > 1 else ""
+        shape = checks.check_chain(x, shape, residual, chain.everyone, spec, where)
+        plans.append(plan)
+        specs.append(spec)
+
+    if 0 in x.shape:
+        for chain, spec in zip(chains, specs, strict=True):
+            x = _plain(*_autocast(x, residual, chain.units[0]), chain.everyone, spec)
+        return x
+    # what wants no gradient is none of a row's, which keeps all that it computes; nor is what begins without a conv
+    alone = 0 if all(spec.units[0].conv is not None for spec in specs) else len(chains)
+    while alone < len(chains) and not _wants_grad(x, residual, _params([chains[alone]], [specs[alone]])):
+        alone += 1
+    for i in range(alone):
+        x = _row(x, chains[i : i + 1], residual, plans[i : i + 1], specs[i : i + 1])
+    return x if alone == len(chains) else _row(x, chains[alone:], residual, plans[alone:], specs[alone:])
+
+
+def _row(
+    x: Tensor,
+    chains: Sequence[Chain],
+    residual: Tensor | None,
+    plans: Sequence[tuple[Any, ...]],
+    specs: Sequence[ChainSpec],
+) -> Tensor:
+    """One call of an operator, and what it does to running statistics."""
+    x, residual = _autocast(x, residual, chains[0].units[0])
+    params = _params(chains, specs)
+    text = _text(*plans)
+    if len(chains) == 1 and specs[0].frozen and not _wants_grad(x, residual, params):
+        return torch.ops.fused_resnet.chain_inference(x, residual, params, text)
+    out, *kept = torch.ops.fused_resnet.chain(x, residual, params, text)
+    if in_backward():
+        return out
+    stats = kept[len(chains) - 1 :]
+    starts = [x, *kept[: len(chains) - 1]]
+    for start, chain, spec in zip(starts, chains, specs, strict=True):
+        of_chain, stats = iter(stats[spec.n_convs : spec.n_saved]), stats[spec.n_saved :]
+        for unit, s, size in zip(chain.everyone, spec.all_units, _counts(start, chain, spec), strict=True):
+            if s.batch_stats:
+                _update_running(unit, next(of_chain), next(of_chain), size)
+    return out
+
+
+def _params(chains: Sequence[Chain], specs: Sequence[ChainSpec]) -> list[Tensor]:
+    return [
+        getattr(u, name)
+        for chain, spec in zip(chains, specs, strict=True)
+        for u, s in zip(chain.everyone, spec.all_units, strict=True)
+        for name in s.param_names
+    ]
+
+
+def _plan(
+    chain: Chain, channels: int, residual: Tensor | None, pool: PoolSpec | None, recompute: bool
+) -> tuple[Any, ...]:
+    """A chain's hyper-parameters, as ``_chain_spec`` takes them."""
+    projection = isinstance(chain.shortcut, Unit)
+    if projection:
         kind = "projection"
     elif residual is not None:
         kind = "tensor"
     else:
-        kind = shortcut if isinstance(shortcut, str) else "none"
-    if not isinstance(recompute, bool):
-        raise TypeError(f"recompute: expected a bool, got {recompute!r}")
-    plan: tuple[Any, ...] = (
-        keys,
+        kind = chain.shortcut if isinstance(chain.shortcut, str) else "none"
+    weight = chain.units[-1].weight
+    return (
+        tuple(_key(u, i) for i, u in enumerate(chain.everyone)),
         kind,
-        _hashable(shortcut_stride),
-        _pool_key("shortcut_pool", shortcut_pool),
-        _channels(units[-1], x) if kind == "pad" else 0,
+        _hashable(chain.shortcut_stride),
+        _pool_key("shortcut_pool", chain.shortcut_pool),
+        (weight.shape[0] if weight is not None else channels) if kind == "pad" else 0,
         _pool_key("max_pool", pool),
         recompute,
     )
-    text = _text(*plan)
-    # a constant object is opaque to the compiler's guards, so it traces the making of one
-    spec = _chain_spec(*plan) if torch.compiler.is_compiling() else ChainSpec.decode(text)
-    checks.check_chain(x, residual, everyone, spec)
-
-    x, residual = _autocast(x, residual, everyone)
-    params = [getattr(u, name) for u, s in zip(everyone, spec.all_units, strict=True) for name in s.param_names]
-    if 0 in x.shape:
-        return _plain(x, residual, everyone, spec)
-    if spec.frozen and not _wants_grad(x, residual, params):
-        return torch.ops.fused_resnet.chain_inference(x, residual, params, text)
-    outs = torch.ops.fused_resnet.chain(x, residual, params, text)
-    n_y = sum(u.conv is not None for u in spec.all_units) - int(spec.recompute)
-    stats = iter(outs[1 + n_y :])
-    if not in_backward():
-        for unit, s, size in zip(everyone, spec.all_units, _counts(x, everyone, spec), strict=True):
-            if s.batch_stats:
-                _update_running(unit, next(stats), next(stats), size)
-    return outs[0]
 
 
 def _chain_spec(
@@ -247,18 +275,22 @@ def _chain_spec(
     return ChainSpec(tuple(specs), shortcut, tail, recompute)
 
 
-def _text(*plan: Any) -> str:
-    """The chain's spec as operators take it; a constant of a compiled graph, so the arguments are plain tuples."""
+def _text(*plans: tuple[Any, ...]) -> str:
+    """The row's spec as operators take it; a constant of a compiled graph, so the arguments are plain tuples."""
     try:
-        return _cached_text(plan, repr(plan))
+        return _cached_text(plans, repr(plans))
     except TypeError:  # something that can't be hashed: made again, it says what is wrong with it
-        return _chain_spec(*plan).encode()
+        return _row_spec(plans).encode()
 
 
 @lru_cache(maxsize=4096)
-def _cached_text(plan: tuple[Any, ...], spelled: str) -> str:
+def _cached_text(plans: tuple[tuple[Any, ...], ...], spelled: str) -> str:
     """``spelled``: 1, 1.0 and True are equal, and one of them is an error."""
-    return _chain_spec(*plan).encode()
+    return _row_spec(plans).encode()
+
+
+def _row_spec(plans: tuple[tuple[Any, ...], ...]) -> RowSpec:
+    return RowSpec(tuple(_chain_spec(*plan) for plan in plans))
 
 
 def _unit_spec(
@@ -273,10 +305,6 @@ _text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _hashable(value: int | Sequence[int] | str) -> int | tuple[int, ...] | str:
     return tuple(value) if isinstance(value, list | torch.Size) else value  # type: ignore[return-value]
-
-
-def _channels(unit: Unit, x: Tensor) -> int:
-    return unit.weight.shape[0] if unit.weight is not None else x.shape[1]
 
 
 def _key(unit: Unit, index: int) -> tuple[Any, ...]:
@@ -298,11 +326,11 @@ def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
     return pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
 
 
-def _autocast(x: Tensor, residual: Tensor | None, units: Sequence[Unit]) -> tuple[Tensor, Tensor | None]:
+def _autocast(x: Tensor, residual: Tensor | None, first: Unit) -> tuple[Tensor, Tensor | None]:
     """Inside autocast the chain works in autocast's dtype; weights stay and are rounded where they are used."""
     if not checks.autocasts(x) or x.dtype == torch.float64:
         return x, residual
-    dtype = torch.get_autocast_dtype(x.device.type) if units[0].weight is not None else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if first.weight is not None else x.dtype
     return x.to(dtype), residual.to(dtype) if residual is not None else None
 
 
@@ -316,10 +344,9 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _counts(x: Tensor, units: Sequence[Unit], spec: ChainSpec) -> list[int]:
+def _counts(x: Tensor, chain: Chain, spec: ChainSpec) -> list[int]:
     """Values per channel of each unit's y."""
-    params = [getattr(u, name) for u, s in zip(units, spec.all_units, strict=True) for name in s.param_names]
-    return [n * h * w for n, _, h, w in fused_resnet.chain.unit_shapes(x, params, spec)]
+    return [n * h * w for n, _, h, w in fused_resnet.chain.unit_shapes(x, _params([chain], [spec]), spec)]
 
 
 @torch.no_grad()

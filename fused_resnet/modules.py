@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fused_resnet.checks import autocasts
-from fused_resnet.functional import Unit, conv_bn_act, in_backward, residual_chain
+from fused_resnet.functional import conv_bn_act, in_backward, residual_chains
 from fused_resnet.spec import Act, PoolSpec
+from fused_resnet.units import Chain, Unit
 
 # Activation modules and the name of the attribute that holds their parameter.
 ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
@@ -161,24 +162,32 @@ class ChainModules:
         dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
         return self.max_pool is not None and dtype.itemsize > 2
 
+    def block(self) -> Chain:
+        """The tensors and hyper-parameters as they are now, for the functional API."""
+        shortcut = self.shortcut.unit() if isinstance(self.shortcut, UnitModules) else self.shortcut
+        return Chain([u.unit() for u in self.units], shortcut, self.stride, self.avg_pool_spec())
+
     def __call__(self, x: Tensor) -> Tensor:
-        units = [u.unit() for u in self.units]
-        if self.shortcut is None and len(units) == 1:
-            u = units[0]
-            assert u.weight is not None
-            out = conv_bn_act(
-                x, u.weight, u.bn_weight, u.bn_bias, u.running_mean, u.running_var, bias=u.bias, stride=u.stride,
-                padding=u.padding, dilation=u.dilation, groups=u.groups, act=u.act, training=u.training,
-                momentum=u.momentum, eps=u.eps, max_pool=self.max_pool_spec(), recompute=self._recompute(x),
-            )  # fmt: skip
-        else:
-            shortcut = self.shortcut.unit() if isinstance(self.shortcut, UnitModules) else self.shortcut
-            out = residual_chain(
-                x, units, shortcut=shortcut, shortcut_stride=self.stride, shortcut_pool=self.avg_pool_spec()
-            )
-        for unit in self.all_units:
-            unit.count_batch()
+        if self.shortcut is not None or len(self.units) > 1:
+            return run_row([self], x)
+        u = self.units[0].unit()
+        assert u.weight is not None
+        out = conv_bn_act(
+            x, u.weight, u.bn_weight, u.bn_bias, u.running_mean, u.running_var, bias=u.bias, stride=u.stride,
+            padding=u.padding, dilation=u.dilation, groups=u.groups, act=u.act, training=u.training,
+            momentum=u.momentum, eps=u.eps, max_pool=self.max_pool_spec(), recompute=self._recompute(x),
+        )  # fmt: skip
+        self.units[0].count_batch()
         return out
+
+
+def run_row(chains: Sequence[ChainModules], x: Tensor) -> Tensor:
+    """Residual blocks one after the other, no module twice among them."""
+    out = residual_chains(x, [chain.block() for chain in chains])
+    for chain in chains:
+        for unit in chain.all_units:
+            unit.count_batch()
+    return out
 
 
 class ConvBNAct(nn.Module):

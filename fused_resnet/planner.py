@@ -28,6 +28,7 @@ from fused_resnet.backends import (
     OPTIONAL,
     BackendUnavailable,
     Case,
+    Closing,
     DyCoefficients,
     Norm,
     Prologue,
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 
 # Where a primitive's convolution and weight stand among its arguments.
 _CONV = {"conv_bias_act": (3, 1), "conv_stats": (2, 1), "conv_backward": (6, 5)}
-# conv_backward's: need_input, need_weight, add
-_NEEDS, _ADD = (7, 8), 9
+# conv_backward's: need_input, need_weight, add, closing
+_NEEDS, _ADD, _CLOSING = (7, 8), 9, 10
+_WEIGHT_ONLY = {_NEEDS[0]: False, _ADD: None, _CLOSING: None}
 
 
 # ---------------------------------------------------------------------------------------------------- by preference
@@ -149,9 +151,9 @@ def _call(choice: Choice, primitive: str, args: tuple[Any, ...]) -> Any:
     if choice.parts is not None:
         for_input, for_weight = choice.parts
         # the weight's first: the input's may overwrite ``add``
-        _, dw, _ = _call(for_weight, primitive, _with(args, {_NEEDS[0]: False, _ADD: None}))
-        dx, _, sums = _call(for_input, primitive, _with(args, {_NEEDS[1]: False}))
-        return dx, dw, sums
+        _, dw, *_ = _call(for_weight, primitive, _with(args, _WEIGHT_ONLY))
+        dx, _, *sums = _call(for_input, primitive, _with(args, {_NEEDS[1]: False}))
+        return dx, dw, *sums
     function = getattr(load(choice.backend)[0], primitive)
     if choice.config is None:
         return function(*args)
@@ -209,6 +211,8 @@ def _part(a: Any) -> Any:
         return a.shape, a.dtype, a.is_contiguous()
     if isinstance(a, Prologue):
         return a.act
+    if isinstance(a, Closing):
+        return a.act, a.summand is None, a.summand_norm is None
     if isinstance(a, DyCoefficients):
         return a.b is None
     if isinstance(a, Norm):
@@ -236,6 +240,9 @@ def _text(a: Any) -> str:
         return f"{a.name}({a.param:g})"
     if isinstance(a, Prologue):
         return f"prologue({_text(a.act)})"
+    if isinstance(a, Closing):
+        summand = "" if a.summand is None else ",summand" if a.summand_norm is None else ",norm"
+        return f"closing({_text(a.act)}{summand})"
     if isinstance(a, DyCoefficients):
         return "frozen" if a.b is None else "batch"
     if isinstance(a, Norm):
@@ -316,7 +323,7 @@ def _measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[C
     ms = {label(choice): time for choice, time in found.items()}
     if primitive == "conv_backward" and args[_NEEDS[0]] and args[_NEEDS[1]]:
         for_input = _times(primitive, names, _with(args, {_NEEDS[1]: False}))
-        for_weight = _times(primitive, names, _with(args, {_NEEDS[0]: False, _ADD: None}))
+        for_weight = _times(primitive, names, _with(args, _WEIGHT_ONLY))
         parts = min(for_input, key=for_input.__getitem__), min(for_weight, key=for_weight.__getitem__)
         apart = Choice(_APART, parts=parts)
         found[apart] = ms[label(apart)] = for_input[parts[0]] + for_weight[parts[1]]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
+    from fused_resnet.spec import Act, ChainSpec, ConvSpec, RowSpec, ShortcutSpec, UnitSpec
 
 # The table of activations: act(z, parameter), PyTorch's own functions.
 ACT: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -97,3 +97,12 @@ def chain(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: Ch
     if spec.pool is not None:
         a = F.max_pool2d(a, spec.pool.kernel, spec.pool.stride, spec.pool.padding)
     return ChainResult(a, stats)
+
+
+def row(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: RowSpec) -> ChainResult:
+    """Chains one after the other; the statistics of all units, in order."""
+    stats = []
+    for chain_spec, p in zip(spec.chains, spec.split(params), strict=True):
+        x, more = chain(x, residual, p, chain_spec)
+        stats += more
+    return ChainResult(x, stats)

@@ -281,24 +281,70 @@ class ChainSpec:
     def n_params(self) -> int:
         return sum(len(unit.param_names) for unit in self.all_units)
 
+    @property
+    def n_convs(self) -> int:
+        """Convolutions whose raw outputs are kept for the backward."""
+        return sum(unit.conv is not None for unit in self.all_units) - int(self.recompute)
+
+    @property
+    def n_saved(self) -> int:
+        """What the chain's forward returns beside its output: raw convolution outputs, statistics, a pool's places."""
+        return self.n_convs + 2 * sum(unit.batch_stats for unit in self.all_units) + (self.pool is not None)
+
+    def encode(self) -> str:
+        """A row of this chain alone, as text."""
+        return RowSpec((self,)).encode()
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """Chains in a row, each one's output the next one's input: what an operator is told. Most rows are of one chain; in
+    a longer one every chain begins with a convolution and brings its summand itself."""
+
+    chains: tuple[ChainSpec, ...]
+
+    def __post_init__(self) -> None:
+        if not self.chains:
+            raise ValueError("chains: a row has at least one chain")
+        if len(self.chains) == 1:
+            return
+        for i, chain in enumerate(self.chains):
+            if chain.pool is not None or chain.shortcut.kind == "tensor" or chain.units[0].conv is None:
+                raise ValueError(
+                    "chains: expected a conv first, no max-pool and no residual in a row of several, got a chain "
+                    f"{i} with {'no conv' if chain.units[0].conv is None else chain.pool or 'a residual'}"
+                )
+
+    @property
+    def n_params(self) -> int:
+        return sum(chain.n_params for chain in self.chains)
+
+    def split(self, values: Sequence[Any]) -> list[Sequence[Any]]:
+        """One value per parameter of the row, as one list per chain."""
+        it = iter(values)
+        return [[next(it) for _ in range(chain.n_params)] for chain in self.chains]
+
     def encode(self) -> str:
         """This spec as text (JSON), the form in which operators take it."""
         return _encode(self)
 
     @staticmethod
-    def decode(text: str) -> ChainSpec:
+    def decode(text: str) -> RowSpec:
         """The inverse of ``encode``."""
         return _decode(text)
 
 
 @lru_cache(maxsize=4096)
-def _encode(spec: ChainSpec) -> str:
-    return json.dumps(asdict(spec))
+def _encode(row: RowSpec) -> str:
+    return json.dumps([asdict(chain) for chain in row.chains])
 
 
 @lru_cache(maxsize=4096)
-def _decode(text: str) -> ChainSpec:
-    raw = json.loads(text)
+def _decode(text: str) -> RowSpec:
+    return RowSpec(tuple(map(_chain, json.loads(text))))
+
+
+def _chain(raw: dict[str, Any]) -> ChainSpec:
     shortcut = raw["shortcut"]
     return ChainSpec(
         tuple(_unit(u) for u in raw["units"]),

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fused_resnet import chain
+from fused_resnet import chain  # noqa: F401  (registers the operators)
 from fused_resnet.backends import BackendUnavailable, forced_again, load
+from fused_resnet.chain_backward import row_backward
+from fused_resnet.chain_forward import inference, row_forward
 from fused_resnet.freezing import Frozen
 
 if TYPE_CHECKING:
     from fused_resnet.backends.triton.runtime import Launch, Traffic
 
 _CHAIN: dict[Any, Callable[..., Any]] = {
-    torch.ops.fused_resnet.chain.default: chain._forward,
-    torch.ops.fused_resnet.chain_backward.default: chain._backward,
-    torch.ops.fused_resnet.chain_inference.default: chain._inference,
+    torch.ops.fused_resnet.chain.default: row_forward,
+    torch.ops.fused_resnet.chain_backward.default: row_backward,
+    torch.ops.fused_resnet.chain_inference.default: inference,
 }
 # Operators that read nothing of the tensors they are given, and those that neither read nor write.
 _FILL = ("zeros", "ones", "full", "fill", "zero", "new_zeros", "new_ones", "new_full")

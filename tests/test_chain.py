@@ -14,6 +14,7 @@ from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
 import fused_resnet.chain
+import fused_resnet.chain_backward
 from fused_resnet import functional, reference
 from fused_resnet.functional import Unit
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, UnitSpec
@@ -440,14 +441,14 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.conv_backward: list[tuple[bool, bool]] = []
-        real = fused_resnet.chain.run
+        real = fused_resnet.chain_backward.run
 
         def run(primitive: str, *args: Any) -> Any:
             if primitive == "conv_backward":
                 self.conv_backward.append((args[7], args[8]))  # need_input, need_weight
             return real(primitive, *args)
 
-        monkeypatch.setattr(fused_resnet.chain, "run", run)
+        monkeypatch.setattr(fused_resnet.chain_backward, "run", run)
 
 
 # (shape, the tensors that want a gradient, the conv_backward calls of that: (need_input, need_weight), last unit first)

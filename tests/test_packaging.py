@@ -25,10 +25,10 @@ TIERS = (
     {"_C", "_version", "reference", "spec"},
     {"backends"},
     {"plan_cache", "planner"},
-    {"chain"},
-    {"checks", "functional"},
+    {"chain", "chain_backward", "chain_forward"},
+    {"checks", "functional", "units"},
     {"modules"},
-    {"convert", "freezing", "models"},
+    {"convert", "explanation", "freezing", "models"},
     {"traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"cli"},

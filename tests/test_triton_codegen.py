@@ -25,9 +25,13 @@ def codegen(*args: str, interpret: bool = False) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("target", "rows"),
     [
-        ("sm_90", ["fprop .*1x1/1 256->1024", "fprop .*3x3/1 256->256", "dgrad .*3x3/1 256", "wgrad .*3x3/1 256"]),
-        ("sm_80", ["fprop .*3x3/1 256->256"]),
-        ("gfx942", ["fprop .*3x3/1 256->256"]),
+        (
+            "sm_90",
+            ["fprop .*1x1/1 256->1024", "fprop .*3x3/1 256->256", "dgrad .*3x3/1 256", "wgrad .*3x3/1 256",
+             "dgrad .*1024->256.*sum_dzs", "dgrad .*3x3/2 256->256 4 phases"],
+        ),
+        ("sm_80", ["fprop .*3x3/1 256->256", "dgrad .*1024->256.*sum_dzs"]),
+        ("gfx942", ["fprop .*3x3/1 256->256", "dgrad .*1024->256.*sum_dzs"]),
     ],
 )  # fmt: skip
 def test_compiled_kernels(target: str, rows: list[str]) -> None:

@@ -258,7 +258,7 @@ def test_conv_backward_of_what_is_asked(dtype: torch.dtype, small: None) -> None
 
     run(True, False, None)
     run(False, True, None)
-    assert run(False, False, None) == (None, None, None)
+    assert run(False, False, None) == (None, None, None, None)
     # dz itself is never overwritten, nor a tensor of another dtype
     before = dz.clone()
     run(True, True, dz)
@@ -290,7 +290,7 @@ def test_offsets_of_64_bits(shape: Shape, small: None, monkeypatch: pytest.Monke
 
     def run() -> list[Tensor]:
         y, mean, var = conv.conv_stats(x, weight, shape.conv, prologue, True)
-        dx, dw, sums = conv.conv_backward(y, y, coef, x, prologue, weight, shape.conv, True, True, None)
+        dx, dw, sums, _ = conv.conv_backward(y, y, coef, x, prologue, weight, shape.conv, True, True, None)
         return [y, mean, var, dx, dw, *sums]
 
     coef = coefficients(shape.k, False)
@@ -307,7 +307,9 @@ def test_no_images(dtype: torch.dtype) -> None:
         assert y.shape[:2] == (0, 16) and mean is not None and mean.isnan().all() and var is not None
         assert conv.conv_bias_act(x, weight, None, s.conv, Act(), None).shape == y.shape
         prologue = Prologue(norm(8), Act())
-        dx, dw, sums = conv.conv_backward(y, y, coefficients(16, False), x, prologue, weight, s.conv, True, True, None)
+        dx, dw, sums, _ = conv.conv_backward(
+            y, y, coefficients(16, False), x, prologue, weight, s.conv, True, True, None
+        )
         assert dx is not None and dx.shape == x.shape and dw is not None and not dw.any()
         assert sums is not None and not sums.dz.any() and not sums.dz_y.any()
 
@@ -439,7 +441,7 @@ def test_meta_tensors_are_counted_and_nothing_runs() -> None:
     assert first.written == 2 * y.numel() + 8 * tiles * 128
     coef = DyCoefficients(*torch.empty(4, s.k, device="meta"))
     with runtime.traffic() as record:
-        dx, dw, sums = conv.conv_backward(y, y, coef, x, prologue, weight, s.conv, True, True, None)
+        dx, dw, sums, _ = conv.conv_backward(y, y, coef, x, prologue, weight, s.conv, True, True, None)
     assert dx.shape == x.shape and dw.shape == weight.shape and sums.dz.shape == (64,)
     dgrad = next(one for one in record.launches if one.kernel == "conv_dgrad_kernel")
     assert dgrad.read == 4 * y.numel() + 2 * weight.numel() + 2 * x.numel()

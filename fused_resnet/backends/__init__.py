@@ -51,6 +51,22 @@ class Prologue(NamedTuple):
     act: Act
 
 
+class Closing(NamedTuple):
+    """What a gradient g passes on its way back into a unit, or into a chain through its add:
+    dz = g*act'(z), z = scale*y + shift [+ summand, or + summand_norm of it]."""
+
+    y: Tensor
+    norm: Norm
+    act: Act
+    summand: Tensor | None = None
+    summand_norm: Norm | None = None
+
+    @staticmethod
+    def before(x: Tensor, prologue: Prologue | None, closing: Closing | None) -> Closing | None:
+        """What closes before a convolution's input x: with a prologue the unit whose raw output x is."""
+        return closing if prologue is None else Closing(x, *prologue)
+
+
 class DyCoefficients(NamedTuple):
     """dy = a*dz + b*(y - center) + c, the gradient through BatchNorm; frozen BN has b = c = None (zero)."""
 
@@ -128,10 +144,13 @@ class Primitives(Protocol):
         need_input: bool,
         need_weight: bool,
         add: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+        closing: Closing | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
         """dy formed from (dz, y); the input's gradient and dW. With a prologue, x is the previous unit's raw y and the
-        input's gradient is that unit's dz = da*act'(z), with its sums; without, ``add`` (the gradient that another path
-        brings to x) is added to it, and may be overwritten by the result unless it is dz itself."""
+        input's gradient is that unit's dz = da*act'(z), with its sums. Without, ``add`` (the gradient that another path
+        brings to x) is added to it, and may be overwritten by the result unless it is dz itself; then, where x is what
+        ``closing`` made, the result is dz = (da + add)*act'(z), with the sums that ``bn_act_backward`` returns. A
+        backend that can't do this in one pass calls its own ``bn_act_backward``."""
 
     def bn_act_max_pool(self, y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
         """max-pool of act(scale*y + shift), and the place of each maximum in its window (uint8, row-major)."""

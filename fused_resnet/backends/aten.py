@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.backends import Case, DyCoefficients, Norm, Prologue, Sums, vector_dtype
+from fused_resnet.backends import Case, Closing, DyCoefficients, Norm, Prologue, Sums, vector_dtype
 from fused_resnet.reference import ACT
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
@@ -126,7 +126,8 @@ def conv_backward(
     need_input: bool,
     need_weight: bool,
     add: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+    closing: Closing | None = None,
+) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
     """See ``Primitives.conv_backward``."""
     da, dw, _ = _aten.convolution_backward(
         bn_backward(dz, y, coef),
@@ -143,11 +144,14 @@ def conv_backward(
     )
     dw = dw.to(weight.dtype) if need_weight else None
     if not need_input:
-        return None, dw, None
-    if prologue is None:
-        return (da if add is None else da + add), dw, None
-    dz, sums, _ = bn_act_backward(da, x, prologue.norm, prologue.act)
-    return dz, dw, sums
+        return None, dw, None, None
+    if add is not None:
+        da = da + add
+    closing = Closing.before(x, prologue, closing)
+    if closing is None:
+        return da, dw, None, None
+    dz, sums, summand_sums = bn_act_backward(da, *closing)
+    return dz, dw, sums, summand_sums
 
 
 def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:

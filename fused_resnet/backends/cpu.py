@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import Case, DyCoefficients, Norm, Prologue, Sums, warn_once
+from fused_resnet.backends import Case, Closing, DyCoefficients, Norm, Prologue, Sums, warn_once
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, PoolSpec
 
 _ACT_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
@@ -266,14 +266,20 @@ def conv_backward(
     need_input: bool,
     need_weight: bool,
     add: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+    closing: Closing | None = None,
+) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
     """See ``Primitives.conv_backward``."""
     norm, act = prologue if prologue is not None else (None, Act("identity"))
     dx, dw, s0, s1 = _ops.conv_backward(
         dz, y, _coef(coef), x, _triple(norm), *_act(act), weight, conv.stride, conv.padding, conv.dilation, conv.groups,
         need_input, need_weight, add, compute_dtype(x.dtype), _gemm(),
     )  # fmt: skip
-    return dx, dw, Sums(s0, s1) if prologue is not None and need_input else None
+    if not need_input or (prologue is None and closing is None):
+        return dx, dw, None, None
+    if closing is None:
+        return dx, dw, Sums(s0, s1), None
+    dz, sums, summand_sums = bn_act_backward(dx, *closing)
+    return dz, dw, sums, summand_sums
 
 
 def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:

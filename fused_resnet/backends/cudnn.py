@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import Case, DyCoefficients, Norm, Prologue, Sums, forced, triton
+from fused_resnet.backends import Case, Closing, DyCoefficients, Norm, Prologue, Sums, forced, triton
 from fused_resnet.backends.triton import INTERPRET, bn_act, bn_act_backward, bn_backward, bn_stats
 from fused_resnet.spec import Act, ConvSpec
 
@@ -67,7 +67,8 @@ def conv_backward(
     need_input: bool,
     need_weight: bool,
     add: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+    closing: Closing | None = None,
+) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
     """See ``Primitives.conv_backward``."""
     # the input's values matter to the weight's gradient only
     a = x if prologue is None or not need_weight else bn_act(x, *prologue)
@@ -77,8 +78,11 @@ def conv_backward(
     )  # fmt: skip
     dw = dw.to(weight.dtype) if need_weight else None
     if not need_input:
-        return None, dw, None
-    if prologue is None:
-        return (da if add is None else add.add_(da) if not add.is_set_to(dz) else da.add_(add)), dw, None
-    previous, sums, _ = bn_act_backward(da.contiguous(memory_format=torch.channels_last), x, *prologue)
-    return previous, dw, sums
+        return None, dw, None, None
+    if add is not None:
+        da = da.add_(add) if add.is_set_to(dz) else add.add_(da)
+    closing = Closing.before(x, prologue, closing)
+    if closing is None:
+        return da, dw, None, None
+    previous, sums, summand_sums = bn_act_backward(da.contiguous(memory_format=torch.channels_last), *closing)
+    return previous, dw, sums, summand_sums

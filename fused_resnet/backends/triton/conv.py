@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Prologue, Sums
+from fused_resnet.backends import Closing, DyCoefficients, Prologue, Sums
 from fused_resnet.backends.triton.conv_dgrad import conv_dgrad
 from fused_resnet.backends.triton.conv_fprop import conv_fprop
 from fused_resnet.backends.triton.conv_wgrad import conv_wgrad
@@ -49,19 +49,25 @@ def conv_backward(
     need_input: bool,
     need_weight: bool,
     add: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Sums | None]:
+    closing: Closing | None = None,
+) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
     """See ``Primitives.conv_backward``."""
     dz, y, x = nhwc(dz), nhwc(y), nhwc(x)
     # before dgrad, which may overwrite ``add``
     dw = _weight_gradient(dz, y, coef, x, prologue, weight, conv) if need_weight else None
     if not need_input:
-        return None, dw, None
+        return None, dw, None, None
+    closing = Closing.before(x, prologue, closing)
+    if closing is not None:
+        summand = None if closing.summand is None else nhwc(closing.summand)
+        closing = closing._replace(y=nhwc(closing.y), summand=summand)
+    add = None if add is None else nhwc(add)
     g = Geometry.of(x, weight, conv)
-    add = None if add is None or prologue is not None else nhwc(add)
-    dx, sum_dz, sum_dzx = conv_dgrad(dz, y, coef, x, prologue, krsc(weight, x.dtype), g, add)
-    if sum_dz is None or sum_dzx is None:
-        return dx, dw, None
-    return dx, dw, Sums(*sum_partials(sum_dz, sum_dzx))
+    dx, sums = conv_dgrad(dz, y, coef, x, krsc(weight, x.dtype), g, add, closing)
+    if not sums:
+        return dx, dw, None, None
+    total, *others = sum_partials(*sums)
+    return dx, dw, Sums(total, others[0]), Sums(total, others[1]) if len(others) > 1 else None
 
 
 def _weight_gradient(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from itertools import product, repeat
+from itertools import product
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Prologue
+from fused_resnet.backends import Closing, DyCoefficients
 from fused_resnet.backends.triton import configs, formulas
 from fused_resnet.backends.triton.geometry import Geometry, Phase, allow_tf32, inside_table
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 from fused_resnet.spec import Act
 
 
-@triton.jit(do_not_specialize=["M"])
-def conv_dgrad_kernel(
+@triton.jit
+def _tile(
+    tile_m,
+    tile_n,
+    row,
     dz_ptr,
     y_ptr,
     a_ptr,
@@ -32,10 +35,19 @@ def conv_dgrad_kernel(
     scale_ptr,
     shift_ptr,
     x_center_ptr,
+    summand_ptr,
+    summand_scale_ptr,
+    summand_shift_ptr,
+    summand_center_ptr,
     sum_dz_ptr,
     sum_dzx_ptr,
-    M,
+    sum_dzs_ptr,
+    N,
     act_param,
+    PHASE_H: tl.constexpr,
+    PHASE_W: tl.constexpr,
+    MASKED: tl.constexpr,
+    TABLE: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -46,22 +58,7 @@ def conv_dgrad_kernel(
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    PHASE_H: tl.constexpr,
-    SIZE_H: tl.constexpr,
-    TAP_H: tl.constexpr,
-    TAPS_H: tl.constexpr,
-    TAP_STEP_H: tl.constexpr,
-    FIRST_H: tl.constexpr,
-    STEP_H: tl.constexpr,
-    PHASE_W: tl.constexpr,
-    SIZE_W: tl.constexpr,
-    TAP_W: tl.constexpr,
-    TAPS_W: tl.constexpr,
-    TAP_STEP_W: tl.constexpr,
-    FIRST_W: tl.constexpr,
-    STEP_W: tl.constexpr,
     POINTWISE: tl.constexpr,
-    MASKED: tl.constexpr,
     FROZEN: tl.constexpr,
     ACT: tl.constexpr,
     TF32: tl.constexpr,
@@ -70,27 +67,27 @@ def conv_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """da[n, h, w, c] = sum over (r, s, k) of dy[n, p, q, k] * w[k, r, s, c],   p*stride - pad + r*dil = h, q as p
-
-    dy = A dz + B (y - center) + C is formed on load, and 0 outside the image (set after it, as C is not 0).
-    Epilogue: dx = da (+ add), or, where x is the previous unit's raw output, dx = da act'(scale*x + shift) with the
-    tile's sums of dx and dx*(x - x_center).
-
-    One launch per phase (geometry.Phase): the pixels h = PHASE_H + STRIDE_H*i, w = PHASE_W + STRIDE_W*j of dx that the
-    same taps reach, so that no tap is multiplied in vain and nothing is added atomically. Stride 1 has one phase.
-    Tile: BLOCK_M pixels by BLOCK_N channels of dx; the sum runs flat over taps*K in steps of BLOCK_K.
-    Traffic: dz and y once per phase that has taps (frozen: dz alone), w once, dx once, add or x once.
-    Source: implicit GEMM; strided dgrad by parity as in CUTLASS (conv2d_dgrad, Analytic iterator).
-    """
-    TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    """conv_dgrad_kernel's tile of one phase: PHASE_H and PHASE_W as ``Phase.constants``, TABLE where its taps begin in
+    the table of what is inside, ``row`` that of its sums."""
+    AT_H: tl.constexpr = PHASE_H[0]
+    TAP_H: tl.constexpr = PHASE_H[1]
+    TAPS_H: tl.constexpr = PHASE_H[2]
+    TAP_STEP_H: tl.constexpr = PHASE_H[3]
+    FIRST_H: tl.constexpr = PHASE_H[4]
+    STEP_H: tl.constexpr = PHASE_H[5]
+    AT_W: tl.constexpr = PHASE_W[0]
+    TAP_W: tl.constexpr = PHASE_W[1]
+    TAPS_W: tl.constexpr = PHASE_W[2]
+    TAP_STEP_W: tl.constexpr = PHASE_W[3]
+    FIRST_W: tl.constexpr = PHASE_W[4]
+    STEP_W: tl.constexpr = PHASE_W[5]
+    SIZE_H: tl.constexpr = (H - AT_H + STRIDE_H - 1) // STRIDE_H
+    SIZE_W: tl.constexpr = (W - AT_W + STRIDE_W - 1) // STRIDE_W
     COLUMNS: tl.constexpr = TAPS_H * TAPS_W * K
     OWN_TAPS: tl.constexpr = K % BLOCK_K != 0
-    pid = tl.program_id(0)
-    tile_m = pid // TILES_N
-    if WIDE:
-        tile_m = tile_m.to(tl.int64)
+    M = N * (SIZE_H * SIZE_W)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
     in_m = m < M
     in_c = c < C
@@ -102,7 +99,7 @@ def conv_dgrad_kernel(
         n = m // (SIZE_H * SIZE_W)
         i = m // SIZE_W - n * SIZE_H
         j = m % SIZE_W
-        pixel = (n * H + PHASE_H + i * STRIDE_H) * W + PHASE_W + j * STRIDE_W
+        pixel = (n * H + AT_H + i * STRIDE_H) * W + AT_W + j * STRIDE_W
         place = (m % (SIZE_H * SIZE_W)).to(tl.int32)
         bottom = (i + FIRST_H).to(tl.int32)
         right = (j + FIRST_W).to(tl.int32)
@@ -152,8 +149,8 @@ def conv_dgrad_kernel(
             y = tl.load(y_ptr + offsets, mask=inside, other=0.0)
             b = tl.load(b_ptr + k)
             dy = formulas.bn_backward(dz, y, a, b, tl.load(c_ptr + k), tl.load(center_ptr + k), False)
-            if inside_ptr is not None:
-                dy = tl.where((tl.load(inside_ptr + (tap * (SIZE_H * SIZE_W) + place)) != 0)[:, None], dy, 0.0)
+            if MASKED and inside_ptr is not None:
+                dy = tl.where((tl.load(inside_ptr + (TABLE + tap * (SIZE_H * SIZE_W) + place)) != 0)[:, None], dy, 0.0)
             elif MASKED or OWN_TAPS:
                 dy = tl.where(inside, dy, 0.0)
         acc = formulas.dot(formulas.narrow(dy, w.dtype), w, acc, TF32)
@@ -163,16 +160,110 @@ def conv_dgrad_kernel(
     if add_ptr is not None:
         acc += tl.load(add_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if x_ptr is not None:
+        RESIDUAL: tl.constexpr = 0 if summand_ptr is None else 1 if summand_scale_ptr is None else 2
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
         shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
         center = tl.load(x_center_ptr + c, mask=in_c, other=0.0)
-        acc = formulas.act_backward(acc, formulas.affine(x, scale, shift), ACT, act_param)
+        summand = x
+        summand_scale = scale
+        summand_shift = shift
+        if RESIDUAL > 0:
+            summand = tl.load(summand_ptr + offsets, mask=mask, other=0.0)
+        if RESIDUAL == 2:
+            summand_scale = tl.load(summand_scale_ptr + c, mask=in_c, other=0.0)
+            summand_shift = tl.load(summand_shift_ptr + c, mask=in_c, other=0.0)
+        z = formulas.closing(x, summand, scale, shift, summand_scale, summand_shift, RESIDUAL)
         # rows beyond M have no dy of 0 where nothing is masked
-        acc = tl.where(in_m[:, None], acc, 0.0)
-        tl.store(sum_dz_ptr + tile_m * C + c, tl.sum(acc, 0), mask=in_c)
-        tl.store(sum_dzx_ptr + tile_m * C + c, tl.sum(acc * (x.to(tl.float32) - center[None, :]), 0), mask=in_c)
+        acc = tl.where(in_m[:, None], formulas.act_backward(acc, z, ACT, act_param), 0.0)
+        tl.store(sum_dz_ptr + row * C + c, tl.sum(acc, 0), mask=in_c)
+        if RESIDUAL == 2:
+            # again, from cache: kept in registers until here both would not fit
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+        tl.store(sum_dzx_ptr + row * C + c, tl.sum(acc * (x.to(tl.float32) - center[None, :]), 0), mask=in_c)
+        if RESIDUAL == 2:
+            summand = tl.load(summand_ptr + offsets, mask=mask, other=0.0)
+            off = summand.to(tl.float32) - tl.load(summand_center_ptr + c, mask=in_c, other=0.0)[None, :]
+            tl.store(sum_dzs_ptr + row * C + c, tl.sum(acc * off, 0), mask=in_c)
     tl.store(dx_ptr + offsets, formulas.narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N"])
+def conv_dgrad_kernel(
+    dz_ptr,
+    y_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    center_ptr,
+    w_ptr,
+    inside_ptr,
+    dx_ptr,
+    add_ptr,
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    x_center_ptr,
+    summand_ptr,
+    summand_scale_ptr,
+    summand_shift_ptr,
+    summand_center_ptr,
+    sum_dz_ptr,
+    sum_dzx_ptr,
+    sum_dzs_ptr,
+    N,
+    act_param,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PHASES: tl.constexpr,
+    COUNT: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    FROZEN: tl.constexpr,
+    ACT: tl.constexpr,
+    TF32: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """da[n, h, w, c] = sum over (r, s, k) of dy[n, p, q, k] * w[k, r, s, c],   p*stride - pad + r*dil = h, q as p
+
+    dy = A dz + B (y - center) + C is formed on load, and 0 outside the image (set after it, as C is not 0).
+    Epilogue: dx = da (+ add); where something closes before this input, x its raw output, dx = (da + add) act'(z),
+    z = scale*x + shift [+ summand, or + its own scale and shift of it], with the tile's sums of dx, dx*(x - x_center)
+    [and dx*(summand - summand_center)].
+
+    PHASES, COUNT of them (geometry.Phase): the pixels h = AT_H + STRIDE_H*i, w = AT_W + STRIDE_W*j of dx that the same
+    taps reach, so that no tap is multiplied in vain and nothing is added atomically. Stride 1 has one phase.
+    Tile: BLOCK_M pixels by BLOCK_N channels of dx in one phase; the sum runs flat over taps*K in steps of BLOCK_K. The
+    phases of the same pixels run side by side and share dz and y in L2. Each is compiled with bounds of its own.
+    Traffic: dz and y once (frozen: dz alone), w once, dx once; add, x and the summand once where they are.
+    Source: implicit GEMM; strided dgrad by parity as in CUTLASS (conv2d_dgrad, Analytic iterator).
+    """
+    TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0) // COUNT
+    tile_m = pid // TILES_N
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+    for f in tl.static_range(COUNT):
+        if tl.program_id(0) % COUNT == f:
+            row = tile_m * COUNT + f
+            _tile(
+                tile_m, pid % TILES_N, row, dz_ptr, y_ptr, a_ptr, b_ptr, c_ptr, center_ptr, w_ptr,
+                inside_ptr, dx_ptr, add_ptr, x_ptr, scale_ptr, shift_ptr, x_center_ptr, summand_ptr,
+                summand_scale_ptr, summand_shift_ptr, summand_center_ptr, sum_dz_ptr, sum_dzx_ptr,
+                sum_dzs_ptr, N, act_param, PHASES[f][0], PHASES[f][1], PHASES[f][2], PHASES[f][3],
+                C, K, H, W, OH, OW, R, S, STRIDE_H, STRIDE_W, POINTWISE, FROZEN, ACT, TF32, WIDE,
+                BLOCK_M, BLOCK_N, BLOCK_K
+            )  # fmt: skip
 
 
 def conv_dgrad(
@@ -180,16 +271,16 @@ def conv_dgrad(
     y: Tensor,
     coef: DyCoefficients,
     x: Tensor,
-    prologue: Prologue | None,
     weight: Tensor,
     g: Geometry,
     add: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx; with a prologue the previous unit's dz, with its per-tile sums [tiles, C] of dz and dz*(x - center).
+    closing: Closing | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """dx; behind a closing dz, with its per-tile sums [tiles, C] of dz, dz*(y - center) [and of the summand's].
 
     Args:
-        dz, y, x, add: NHWC in memory; ``add`` (only without prologue) may be overwritten, unless it is dz.
-        weight: KRSC in memory, in x's dtype.
+        dz, y, add, closing: NHWC in memory; ``add`` may be overwritten, unless it is dz.
+        x: only its shape and dtype count. weight: KRSC in memory, in x's dtype.
     """
     tf32 = allow_tf32(x.dtype)
     frozen = coef.b is None
@@ -197,48 +288,60 @@ def conv_dgrad(
     dx = add if add is not None and in_place else empty_nhwc(x, x.shape)
     rows = Phase.all(g.h, g.oh, g.r, g.conv.stride[0], g.conv.padding[0], g.conv.dilation[0])
     columns = Phase.all(g.w, g.ow, g.s, g.conv.stride[1], g.conv.padding[1], g.conv.dilation[1])
-    # where a phase has no tap, there is nothing to add to what is there
-    phases = [(h, w) for h, w in product(rows, columns) if h.taps * w.taps or not in_place]
+    # where a phase has no tap, there is nothing to do to what is there but to close it
+    phases = [(h, w) for h, w in product(rows, columns) if h.taps * w.taps or closing or not in_place]
     pixels = max((g.n * h.size * w.size for h, w in phases), default=0)
     most = max((h.taps * w.taps for h, w in phases), default=0)
     config = configs.choose("dgrad", pixels, g.c, g.k * most, g.k, x, tf32=tf32, formed=not frozen)
-    tiles = [cdiv(g.n * h.size * w.size, config.block_m) for h, w in phases]
-    norm, act = (None, Act("identity")) if prologue is None else prologue
-    sums = [torch.empty((sum(tiles), g.c), dtype=torch.float32, device=x.device) for _ in range(2)] if norm else []
-    parts = zip(*(t.split(tiles) for t in sums)) if norm else repeat((None, None))
-    for (h, w), n_tiles, part in zip(phases, tiles, parts, strict=False):
-        taps = h.taps * w.taps
-        pixels = g.n * h.size * w.size
+    tiles = cdiv(pixels, config.block_m)
+    kinds = 0 if closing is None else 2 if closing.summand_norm is None else 3
+    sums = [torch.empty((tiles * len(phases), g.c), dtype=torch.float32, device=x.device) for _ in range(kinds)]
+    operands, act = _closing_operands(closing)
+    looked_up = g.k % config.block_k == 0 and not frozen
+    places, axes, start = [], [], 0
+    for h, w in phases:
         masked = h.masked or w.masked
-        one_tap = g.k % config.block_k == 0
-        table = inside_table(h.axis(g.oh), w.axis(g.ow), x.device) if masked and one_tap and not frozen else None
-        launch(
-            conv_dgrad_kernel,
-            (n_tiles * cdiv(g.c, config.block_n),),
-            dz, y, coef.a, coef.b, coef.c, coef.center, weight, table, dx, add,
-            x if norm else None, norm and norm.scale, norm and norm.shift, norm and norm.center, *part,
-            pixels, float(act.param),
-            C=g.c, K=g.k, H=g.h, W=g.w, OH=g.oh, OW=g.ow, R=g.r, S=g.s,
-            STRIDE_H=g.conv.stride[0], STRIDE_W=g.conv.stride[1],
-            **h.constants("H"), **w.constants("W"),
-            POINTWISE=g.pointwise,
-            MASKED=masked,
-            FROZEN=frozen,
-            ACT=formulas.ACT_INDEX[act.name],
-            TF32=tf32,
-            WIDE=wide(dz, x, weight),
-            **config.constants(),
-            reads=(
-                dz if taps else None,
-                y if taps and not frozen else None,
-                weight.numel() * weight.element_size() * taps // g.taps,
-                table,
-                None if add is None else pixels * g.c * add.element_size(),
-                pixels * g.c * x.element_size() if norm else None,
-            ),
-            writes=(pixels * g.c * dx.element_size(), *part),
-        )  # fmt: skip
-    return (dx, sums[0], sums[1]) if norm else (dx, None, None)
+        places.append((h.constants(), w.constants(), masked, start))
+        if masked and looked_up:
+            axes.append((h.axis(g.oh), w.axis(g.ow)))
+            start += h.taps * w.taps * h.size * w.size
+    table = inside_table(tuple(axes), x.device) if axes else None
+    done = sum(g.n * h.size * w.size for h, w in phases)
+    taps = sum(h.taps * w.taps for h, w in phases)
+    launch(
+        conv_dgrad_kernel,
+        (tiles * len(phases) * cdiv(g.c, config.block_n),),
+        dz, y, coef.a, coef.b, coef.c, coef.center, weight, table, dx, add,
+        *operands, *sums, *[None] * (3 - kinds),
+        g.n, float(act.param),
+        C=g.c, K=g.k, H=g.h, W=g.w, OH=g.oh, OW=g.ow, R=g.r, S=g.s,
+        STRIDE_H=g.conv.stride[0], STRIDE_W=g.conv.stride[1],
+        PHASES=tuple(places), COUNT=len(places),
+        POINTWISE=g.pointwise,
+        FROZEN=frozen,
+        ACT=formulas.ACT_INDEX[act.name],
+        TF32=tf32,
+        WIDE=wide(dz, x, weight),
+        **config.constants(),
+        reads=(
+            dz if taps else None,
+            y if taps and not frozen else None,
+            weight.numel() * weight.element_size() * taps // g.taps,
+            table,
+            *(done * g.c * t.element_size() for t in (add, *operands) if t is not None and t.dim() == 4),
+        ),
+        writes=(done * g.c * dx.element_size(), *sums),
+    )  # fmt: skip
+    return dx, sums
+
+
+def _closing_operands(closing: Closing | None) -> tuple[list[Tensor | None], Act]:
+    """y, its vectors, the summand, its vectors, as the kernel takes them; and the activation."""
+    if closing is None:
+        return [None] * 8, Act("identity")
+    n, s = closing.norm, closing.summand_norm
+    own = [closing.y, n.scale, n.shift, n.center]
+    return [*own, closing.summand, *((s.scale, s.shift, s.center) if s else (None,) * 3)], closing.act
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

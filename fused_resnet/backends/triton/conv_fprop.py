@@ -166,7 +166,7 @@ def conv_fprop(
     config = configs.choose("fprop", g.m, g.k, g.taps * g.c, g.c, x, tf32=tf32, formed=prologue is not None)
     y = empty_nhwc(x, g.y_shape)
     tiles = cdiv(g.m, config.block_m)
-    table = inside_table(*g.axes(), x.device) if prologue and g.padded and g.c % config.block_k == 0 else None
+    table = inside_table((g.axes(),), x.device) if prologue and g.padded and g.c % config.block_k == 0 else None
     means, m2s = (torch.empty((tiles, g.k), dtype=torch.float32, device=x.device) if stats else None for _ in range(2))
     norm, pre_act = (None, Act("identity")) if prologue is None else prologue
     act = act or Act("identity")

@@ -87,6 +87,17 @@ def affine(y, scale, shift):
 
 
 @triton.jit
+def closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL: tl.constexpr):
+    """z = s y + t [+ r, or + s_d r + t_d]: one expression for forward and backward, so that both see one sign."""
+    z = affine(y, scale, shift)
+    if RESIDUAL == 1:
+        z += r.to(tl.float32)
+    elif RESIDUAL == 2:
+        z += affine(r, r_scale, r_shift)
+    return z
+
+
+@triton.jit
 def bn_backward(dz, y, a, b, c, center, FROZEN: tl.constexpr):
     """dy = A dz + B (y - mu) + C, or A dz where BatchNorm is frozen."""
     if FROZEN:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_resnet.backends import DyCoefficients, Norm, Sums
 from fused_resnet.backends.triton import formulas
-from fused_resnet.backends.triton.formulas import ACT_INDEX, act_backward, affine, load_vector, merge_rows, narrow
+from fused_resnet.backends.triton.formulas import ACT_INDEX, act_backward, load_vector, merge_rows, narrow
 from fused_resnet.backends.triton.geometry import nhwc
 from fused_resnet.backends.triton.reduce import merge_moments, sum_partials
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, processors, wide
@@ -27,17 +27,6 @@ __all__ = ["bn_act", "bn_act_backward", "bn_backward", "bn_stats", "merge_moment
 _TILE, _WIDEST, _WARPS = 1024, 128, 4
 # Programs of a reduction, per processor: all of them resident at once.
 _PROGRAMS = 4
-
-
-@triton.jit
-def _closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL: tl.constexpr):
-    """z = s y + t [+ r, or + s_d r + t_d]: one expression for forward and backward, so that both see one sign."""
-    z = affine(y, scale, shift)
-    if RESIDUAL == 1:
-        z += r.to(tl.float32)
-    elif RESIDUAL == 2:
-        z += affine(r, r_scale, r_shift)
-    return z
 
 
 @triton.jit(do_not_specialize=["M", "rows"])
@@ -128,7 +117,7 @@ def _bn_act_kernel(
     if RESIDUAL == 2:
         r_scale = load_vector(r_scale_ptr, cols, C)
         r_shift = load_vector(r_shift_ptr, cols, C)
-    z = _closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL)
+    z = formulas.closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL)
     tl.store(out_ptr + offsets, narrow(formulas.act(z, ACT, act_param), out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -188,7 +177,7 @@ def _bn_act_backward_kernel(
         r = y
         if RESIDUAL > 0:
             r = tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        z = _closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL)
+        z = formulas.closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL)
         dz = act_backward(dz, z, ACT, act_param)
         tl.store(dz_ptr + offsets, narrow(dz, dz_ptr.dtype.element_ty), mask=mask)
         total += dz

@@ -1,0 +1,251 @@
+"""The backward of a row of chains, composed of primitives (the formulas: chain.py).
+
+Chains are walked last to first. Where the gradient of a chain's input is complete, what closed the chain before it is
+passed too: the last primitive that works on that input's gradient is told (``Closing``) and returns dz instead of dout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet import reference
+from fused_resnet.backends import Closing, DyCoefficients, Norm, Prologue, Sums, vector_dtype
+from fused_resnet.chain_forward import fold, memory_format, raw_conv, summand_of
+from fused_resnet.planner import case_of, pick, run
+from fused_resnet.spec import ChainSpec, RowSpec, UnitSpec
+
+
+class _Chain(NamedTuple):
+    """A chain as its backward finds it: its input, and of each unit (projection last) the parameters, the raw output
+    (x where there was no convolution) and the normalisation; what the add took; the pool's places."""
+
+    spec: ChainSpec
+    x: Tensor
+    parts: list[dict[str, Tensor]]
+    ys: list[Tensor]
+    norms: list[Norm]
+    summand: Tensor | None
+    argmax: Tensor | None
+
+    @property
+    def closing(self) -> Closing:
+        """The last unit with the shortcut and the activation after the add."""
+        k = len(self.spec.units)
+        norm = self.norms[k] if self.spec.shortcut.unit is not None else None
+        return Closing(self.ys[k - 1], self.norms[k - 1], self.spec.units[-1].act, self.summand, norm)
+
+
+class _Closed(NamedTuple):
+    """dz behind a chain's (or a unit's) closing, its sums with y and, where that has a norm, with the summand."""
+
+    dz: Tensor
+    sums: Sums
+    summand_sums: Sums | None = None
+
+
+class _Found(NamedTuple):
+    """What one chain's backward yields: the gradients of x (through the closing before it: ``closed``), of the residual
+    and of each unit's parameters by name."""
+
+    dx: Tensor | None
+    closed: _Closed | None
+    dresidual: Tensor | None
+    params: list[dict[str, Tensor]]
+
+
+def row_backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    text: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The operator fused_resnet::chain_backward."""
+    row = RowSpec.decode(text)
+    fmt = memory_format(x, params)
+    last = len(row.chains) - 1
+    inputs = [x.contiguous(memory_format=fmt), *saved[:last]]
+    split, wanted = row.split(params), row.split(needs[2:])
+    kept = iter(saved[last:])
+    own = [[next(kept) for _ in range(spec.n_saved)] for spec in row.chains]
+
+    def recall(i: int) -> _Chain:
+        return _recall(inputs[i], residual, row.chains[i].split(split[i]), own[i], row.chains[i], fmt)
+
+    chain = recall(last)
+    closed = _close(dout.contiguous(memory_format=fmt), chain)
+    found: _Found
+    grads: list[Tensor | None] = []
+    for i in range(last, -1, -1):
+        need_input = needs[0] or any(map(any, wanted[:i]))
+        before = recall(i - 1) if i and need_input else None
+        found = _chain_backward(chain, closed, before and before.closing, need_input, needs[1], wanted[i], fmt)
+        grads = [g.get(name) for p, g in zip(chain.parts, found.params, strict=True) for name in p] + grads
+        if before is None:
+            break
+        assert found.closed is not None
+        chain, closed = before, found.closed
+    like = [x, residual, *params]
+    have = [found.dx, found.dresidual, *[None] * (len(params) - len(grads)), *grads]
+    return [_like(g, t) for g, t, need in zip(have, like, needs, strict=True) if need and t is not None]
+
+
+def _recall(
+    x: Tensor,
+    residual: Tensor | None,
+    parts: list[dict[str, Tensor]],
+    saved: Sequence[Tensor],
+    spec: ChainSpec,
+    fmt: torch.memory_format,
+) -> _Chain:
+    """A chain as in its forward."""
+    it = iter(saved)
+    ys: list[Tensor] = []
+    for i, (unit, p) in enumerate(zip(spec.all_units, parts, strict=True)):
+        if unit.conv is None:
+            ys.append(x)
+        elif spec.recompute and i == 0:
+            ys.append(raw_conv(x, p, unit.conv, None, False, fmt)[0])
+        else:
+            ys.append(next(it))
+    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
+    norms = []
+    for unit, p in zip(spec.all_units, parts, strict=True):
+        mean, var = (next(it), next(it)) if unit.batch_stats else (p["running_mean"], p["running_var"])
+        norms.append(fold(p, mean, var, unit.eps, wide, vectors))
+    summand = ys[-1] if spec.shortcut.unit is not None else summand_of(x, residual, spec, fmt)
+    return _Chain(spec, x, parts, ys, norms, summand, next(it, None))
+
+
+def _close(dout: Tensor, chain: _Chain) -> _Closed:
+    """Through the add and the last activation of the row (and a stem's max-pool), in a pass of its own."""
+    if chain.spec.pool is None:
+        return _Closed(*run("bn_act_backward", dout, *chain.closing))
+    y, norm, act, *_ = chain.closing
+    return _Closed(*run("bn_act_max_pool_backward", dout, chain.argmax, y, norm, act, chain.spec.pool))
+
+
+def _chain_backward(
+    chain: _Chain,
+    closed: _Closed,
+    before: Closing | None,
+    need_input: bool,
+    need_residual: bool,
+    wanted: Sequence[bool],
+    fmt: torch.memory_format,
+) -> _Found:
+    """One chain's gradients, from ``closed``; ``before``: what closes before its input."""
+    spec, x, parts, ys, norms, *_ = chain
+    needs = spec.split(wanted)
+    vectors = pick("bn_coefficients", case_of(x))
+    grads: list[dict[str, Tensor]] = [{} for _ in spec.all_units]
+    dx: Tensor | None = None  # what has come to x so far
+    done: _Closed | None = None
+    dz, sums, _ = closed
+
+    def unit_backward(
+        i: int, dz: Tensor, sums: Sums, start: Tensor, prologue: Prologue | None, need_start: bool, add: Tensor | None,
+        closing: Closing | None,
+    ) -> tuple[Tensor | None, Sums | None, Sums | None]:  # fmt: skip
+        """Fills in the gradients of unit i's parameters and returns its input's."""
+        unit, p = spec.all_units[i], parts[i]
+        own, coef = _unit_gradients(unit, norms[i], sums, ys[i], vectors)
+        grads[i] |= own
+        if unit.conv is None:
+            return run("bn_backward", dz, ys[i], coef) if need_start else None, None, None
+        need_weight = needs[i]["weight"]
+        if not (need_start or need_weight):
+            return None, None, None
+        dstart, dw, *sums_of_start = run(
+            "conv_backward", dz, ys[i], coef, start, prologue, p["weight"], unit.conv, need_start, need_weight, add,
+            closing,
+        )  # fmt: skip
+        if dw is not None:
+            grads[i]["weight"] = dw
+        return dstart, *sums_of_start
+
+    def projection(add: Tensor | None, closing: Closing | None) -> tuple[Tensor | None, Sums | None, Sums | None]:
+        assert closed.summand_sums is not None
+        start = reference.shortcut_input(x, spec.shortcut).contiguous(memory_format=fmt)
+        found = unit_backward(len(ys) - 1, closed.dz, closed.summand_sums, start, None, need_input, add, closing)
+        # its dbeta is the last unit's, and an operator's outputs share no memory
+        grads[-1]["bn_bias"] = closed.summand_sums.dz.clone()
+        return found
+
+    # the shortcut; a projection with x itself as its input adds to what the units bring, where it writes no more than
+    # the pixels that it read
+    kind, pool = spec.shortcut.kind, spec.shortcut.pool
+    direct = kind == "projection" and pool is None
+    if kind == "identity" and need_input:
+        dx = dz
+    elif kind == "pad" and need_input:
+        dx = _pad_backward(dz, x, spec)
+    elif pool is not None:
+        dstart, *_ = projection(None, None)
+        if dstart is not None:
+            dx = torch.ops.aten.avg_pool2d_backward(
+                dstart.to(x.dtype), x, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad,
+                None,
+            )  # fmt: skip
+
+    # the units, last to first
+    for i in range(len(spec.units) - 1, 0, -1):
+        need_start = need_input or any(any(n.values()) for n in needs[:i])
+        prologue = Prologue(norms[i - 1], spec.units[i - 1].act)
+        dstart, start_sums, _ = unit_backward(i, dz, sums, ys[i - 1], prologue, need_start, None, None)
+        if not need_start:
+            break
+        assert dstart is not None and start_sums is not None
+        dz, sums = dstart, start_sums
+    else:
+        conv = spec.units[0].conv is not None
+        add, closing = (dx, None if direct else before) if conv else (None, None)
+        dstart, *closed_sums = unit_backward(0, dz, sums, x, None, need_input, add, closing)
+        if dstart is not None:
+            dx = dstart if conv or dx is None else dx + dstart
+            done = _Closed(dx, *closed_sums) if closing is not None else None  # type: ignore[arg-type]
+
+    if direct:
+        dx, *closed_sums = projection(dx, before)
+        done = _Closed(dx, *closed_sums) if before is not None else None  # type: ignore[arg-type]
+
+    dresidual = closed.dz if kind == "tensor" and need_residual else None
+    return _Found(dx, done, dresidual, grads)
+
+
+def _unit_gradients(
+    unit: UnitSpec, norm: Norm, sums: Sums, y: Tensor, vectors: Any
+) -> tuple[dict[str, Tensor], DyCoefficients]:
+    """dgamma, dbeta (and the convolution bias's) from the sums, by name; A, B, C of dy."""
+    dgamma, coef = vectors.bn_coefficients(norm, sums, y.numel() // y.shape[1] if unit.batch_stats else None)
+    grads = {"bn_weight": dgamma, "bn_bias": sums.dz}
+    if unit.conv is not None and unit.conv.bias:
+        # y minus its mean does not depend on the bias
+        grads["bias"] = torch.zeros_like(sums.dz) if unit.batch_stats else norm.scale * sums.dz
+    return grads, coef
+
+
+def _pad_backward(dz: Tensor, x: Tensor, spec: ChainSpec) -> Tensor:
+    """Option A: the gradient of x's own channels, back at the pixels that were taken."""
+    dx = torch.zeros_like(x, dtype=dz.dtype)
+    dx[:, :, :: spec.shortcut.stride[0], :: spec.shortcut.stride[1]] = dz[:, : x.shape[1]]
+    return dx
+
+
+def _like(g: Tensor | None, t: Tensor) -> Tensor:
+    """The gradient in its tensor's dtype and strides (autograd would otherwise copy it later), zero where none came."""
+    if g is None:
+        return torch.zeros_like(t)
+    g = g.to(t.dtype)
+    strides = torch.empty_like(t, device="meta").stride()
+    if g.stride() == strides:
+        return g
+    if all(n == 1 or have == want for n, have, want in zip(t.shape, g.stride(), strides, strict=True)):
+        return g.as_strided(t.shape, strides)
+    return torch.empty_like(t).copy_(g)

@@ -1,0 +1,161 @@
+"""The forward of a row of chains, and inference, composed of primitives (the formulas: chain.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet import reference
+from fused_resnet.backends import Norm, Prologue, load, vector_dtype
+from fused_resnet.planner import case_of, pick, run
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, UnitSpec
+
+
+# ---------------------------------------------------------------------------------------------------- small pieces
+def memory_format(x: Tensor, params: Sequence[Tensor]) -> torch.memory_format:
+    """The layout in which a chain works: channels_last as soon as x or a weight is, as PyTorch's convolutions."""
+    if any(_channels_last(t) for t in (x, *params) if t.dim() == 4):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _channels_last(t: Tensor) -> bool:
+    """ATen's suggest_memory_format: by strides, which tell the layout where sizes of 1 make a tensor dense in both."""
+    if t.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if t.shape[d] == 0 or t.stride(d) < least or (d == 0 and least == t.stride(1)):
+            return False
+        least = t.stride(d) * t.shape[d]
+    return True
+
+
+def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Any = None) -> Norm:
+    """The unit's BatchNorm as vectors, by the backend ``vectors`` (aten)."""
+    vectors = vectors or load("aten")[0]
+    bias = p.get("bias") if "running_mean" in p else None
+    norm: Norm = vectors.bn_fold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------- forward
+def raw_conv(
+    x: Tensor, p: dict[str, Tensor], conv: ConvSpec, prologue: Prologue | None, stats: bool, fmt: torch.memory_format
+) -> tuple[Tensor, Any, Any]:
+    y, mean, var = run("conv_stats", x, p["weight"], conv, prologue, stats)
+    # a copy only where sizes of 1 leave a convolution another layout than the chain's
+    return y.contiguous(memory_format=fmt), mean, var
+
+
+def _unit_forward(
+    x: Tensor, p: dict[str, Tensor], unit: UnitSpec, prologue: Prologue | None, fmt: torch.memory_format
+) -> tuple[Tensor, Norm, list[Tensor]]:
+    """y, its normalisation, and [mean, var] when they are this batch's."""
+    if unit.conv is not None:
+        y, mean, var = raw_conv(x, p, unit.conv, prologue, unit.batch_stats, fmt)
+    else:
+        y = x
+        mean, var = run("bn_stats", x) if unit.batch_stats else (None, None)
+    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
+    if unit.batch_stats:
+        return y, fold(p, mean, var, unit.eps, wide, vectors), [mean, var]
+    return y, fold(p, p["running_mean"], p["running_var"], unit.eps, wide, vectors), []
+
+
+def row_forward(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> list[Tensor]:
+    """The operator fused_resnet::chain."""
+    row = RowSpec.decode(text)
+    fmt = memory_format(x, params)
+    outs: list[Tensor] = []
+    saved: list[Tensor] = []
+    for spec, p in zip(row.chains, row.split(params), strict=True):
+        x, *more = _forward(x.contiguous(memory_format=fmt), residual, p, spec, fmt)
+        outs.append(x)
+        saved += more
+    return [outs[-1], *outs[:-1], *saved]
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: ChainSpec, fmt: torch.memory_format
+) -> list[Tensor]:
+    parts = spec.split(params)
+    ys: list[Tensor] = []
+    stats: list[Tensor] = []
+    h, prologue = x, None
+    for i, (unit, p) in enumerate(zip(spec.units, parts, strict=False)):
+        h, norm, unit_stats = _unit_forward(h, p, unit, prologue, fmt)
+        prologue = Prologue(norm, unit.act)
+        stats += unit_stats
+        if unit.conv is not None and not (spec.recompute and i == 0):
+            ys.append(h)
+    assert prologue is not None
+    if spec.pool is not None:
+        out, argmax = run("bn_act_max_pool", h, *prologue, spec.pool)
+        return [out, *ys, *stats, argmax]
+    summand, summand_norm = summand_of(x, residual, spec, fmt), None
+    if spec.shortcut.unit is not None:
+        assert summand is not None
+        summand, summand_norm, unit_stats = _unit_forward(summand, parts[-1], spec.shortcut.unit, None, fmt)
+        ys.append(summand)
+        stats += unit_stats
+    out = run("bn_act", h, *prologue, summand, summand_norm)
+    return [out, *ys, *stats]
+
+
+def summand_of(x: Tensor, residual: Tensor | None, spec: ChainSpec, fmt: torch.memory_format) -> Tensor | None:
+    """The tensor that the shortcut starts from: x, x averaged or strided and padded, or somebody else's."""
+    if spec.shortcut.kind == "none":
+        return None
+    summand = residual if spec.shortcut.kind == "tensor" else reference.shortcut_input(x, spec.shortcut)
+    assert summand is not None
+    return summand.contiguous(memory_format=fmt)
+
+
+def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> Tensor:
+    """The operator fused_resnet::chain_inference, for one chain: BatchNorm with running statistics folded into the
+    convolutions, conv(x, s W) + t, and into a closing max-pool."""
+    (spec,) = RowSpec.decode(text).chains
+    fmt = memory_format(x, params)
+    x = x.contiguous(memory_format=fmt)
+    parts = spec.split(params)
+    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
+
+    def unit(h: Tensor, p: dict[str, Tensor], u: UnitSpec, act: Act, summand: Tensor | None) -> Tensor:
+        norm = fold(p, p["running_mean"], p["running_var"], u.eps, wide, vectors)
+        if u.conv is None:
+            bn_act: Tensor = run("bn_act", h, norm, act, summand, None)
+            return bn_act
+        weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
+        out: Tensor = run("conv_bias_act", h, weight, norm.shift, u.conv, act, summand)
+        return out
+
+    summand = summand_of(x, residual, spec, fmt)
+    if spec.shortcut.unit is not None:
+        assert summand is not None
+        summand = unit(summand, parts[-1], spec.shortcut.unit, Act("identity"), None)
+    h = x
+    for u, p in zip(spec.units[:-1], parts, strict=False):
+        h = unit(h, p, u, u.act, None)
+    last, p = spec.units[-1], parts[len(spec.units) - 1]
+    if spec.pool is None:
+        h = unit(h, p, last, last.act, summand)
+    else:
+        # the pool normalises what it loads: nothing to fold into W, and no tensor of places as wide as PyTorch's
+        y, norm, _ = _unit_forward(h, p, last, None, fmt)
+        h = _max_pool(y, norm, last.act, spec.pool)
+    # an operator's output may be none of its inputs
+    return h.clone() if h is x or h is residual else h
+
+
+def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:
+    backend = pick("bn_act_max_pool", case_of(y))
+    aten: Any = load("aten")[0]
+    if backend is aten:  # which would work out the places as well, in operators of their own
+        a = aten.bn_act(y, norm, act)
+        return torch.nn.functional.max_pool2d(a, pool.kernel, pool.stride, pool.padding)
+    out: Tensor = backend.bn_act_max_pool(y, norm, act, pool)[0]
+    return out
