@@ -58,6 +58,30 @@ struct Map {
     }
 };
 
+// im2col: `box` pixels from (n, h, w) on, w and h in steps, from `lower` to the image's last pixel + `upper`, w first;
+// of each the pixel (down, right) further.
+struct ImageMap {
+    const Half* at;
+    int n, h, w, c, lower_h, lower_w, upper_h, upper_w, step_h, step_w, box;
+    int load(char* smem, size_t to, int channel, int x, int y, int image, int right, int down) const {
+        for (int i = 0; i < box; ++i) {
+            const int row = y + down, column = x + right;
+            const bool in = image < n && row >= 0 && row < h && column >= 0 && column < w;
+            const Half* from = at + ((int64_t{image} * h + row) * w + column) * c + channel;
+            for (int j = 0; j < 64; ++j) {
+                const Half value = in && channel + j < c ? from[j] : Half{0};
+                std::memcpy(smem + swizzle(to + i * 128 + j * 2), &value, 2);
+            }
+            if ((x += step_w) <= w - 1 + upper_w) continue;
+            x = lower_w;
+            if ((y += step_h) <= h - 1 + upper_h) continue;
+            y = lower_h;
+            ++image;
+        }
+        return box * 128;
+    }
+};
+
 // ldmatrix.x4: threads 8 i to 8 i + 7 give the addresses of the rows of matrix i; thread t receives, of matrix i, elements
 // 2 (t % 4) and the next of row t / 4, in register i.
 void ldmatrix(const char* smem, const size_t (&address)[32], uint32_t (&r)[32][4]) {
@@ -101,7 +125,7 @@ void wgmma(std::vector<float>* d, const uint32_t (&a)[32][4], const char* smem, 
 enum class Pre { none, identity, relu };
 
 struct Case {
-    Taps taps;
+    Window window;
     int n, c, k, pre, blocks;
     Half *x, *w, *y;
     const float *scale, *shift;
@@ -114,17 +138,23 @@ struct Block {
     const Case& g;
     const int block, m;
     const Map x, w, y;
+    const ImageMap images;
     const Tiles tiles;
     std::vector<char> memory;
     char* smem;
     std::vector<Barrier> full, empty;
 
     Block(const Case& g, int block)
-        : g(g), block(block), m(g.n * g.taps.h * g.taps.w), x{g.x, m, g.c, kBlockM},
-          w{g.w, g.k, int64_t{g.taps.count()} * g.c, BlockN}, y{g.y, m, g.k, kBlockM}, tiles(Tiles::of(m, g.k, BlockN)),
+        : g(g), block(block), m(g.n * g.window.p * g.window.q), x{g.x, m, g.c, kBlockM},
+          w{g.w, g.k, int64_t{g.window.count()} * g.c, BlockN}, y{g.y, m, g.k, kBlockM}, images(image_map(g)), tiles(Tiles::of(m, g.k, BlockN)),
           memory(S::kBytes, '\xff'), smem(memory.data()), full(S::kStages, Barrier(1)),
           empty(S::kStages, Barrier(kConsumers / 32)) {}  // 0xffff is NaN in both types
 
+    static ImageMap image_map(const Case& g) {
+        const Window& v = g.window;
+        return {g.x, g.n, v.h, v.w, g.c, -v.pad_h, -v.pad_w, v.pad_h - v.dil_h * (v.r - 1), v.pad_w - v.dil_w * (v.s - 1),
+                v.stride_h, v.stride_w, kBlockM};
+    }
     float* norm(int stage) { return reinterpret_cast<float*>(smem + S::kNormAt + stage * kNormBytes); }
 
     // The place of a role in its loops over tiles, taps and channels.
@@ -136,7 +166,7 @@ struct Block {
             at.advance();
             if ((c += kBlockK) < g.c) return true;
             c = 0;
-            if (++tap < g.taps.count()) return true;
+            if (++tap < g.window.count()) return true;
             tap = 0;
             return false;
         }
@@ -154,9 +184,14 @@ struct Block {
         if (p.tile >= tiles.count() || !empty[p.at.stage].passed(p.at.phase ^ 1)) return false;
         Barrier& barrier = full[p.at.stage];
         const size_t stage = p.at.stage * S::kStage;
-        const int first = tiles.m(p.tile) * kBlockM + g.taps.shift(p.tap), k = tiles.n(p.tile) * BlockN;
+        const int row = tiles.m(p.tile) * kBlockM, k = tiles.n(p.tile) * BlockN;
+        const Window& v = g.window;
         barrier.arrive(S::kStage + (g.pre ? kNormBytes : 0));
-        barrier.complete(x.load(smem, stage, p.c, first));
+        if (v.flat())
+            barrier.complete(x.load(smem, stage, p.c, row + v.shift(p.tap)));
+        else
+            barrier.complete(
+                images.load(smem, stage, p.c, v.left(row), v.top(row), v.image(row), v.right(p.tap), v.down(p.tap)));
         barrier.complete(w.load(smem, stage + kSlabBytes, p.tap * g.c + p.c, k));
         if (g.pre) {
             std::copy_n(g.scale + p.c, kBlockK, norm(p.at.stage));
@@ -187,7 +222,7 @@ struct Block {
                         if constexpr (P != Pre::none)
                             a[lane][r] = normalised<T, P == Pre::relu ? Act::relu : Act::identity>(
                                 a[lane][r], {s[0], s[1]}, {s[kBlockK], s[kBlockK + 1]});
-                        if (!(g.taps.inside(first + row) >> p.tap & 1)) a[lane][r] = 0;
+                        if (!(g.window.inside(first + row) >> p.tap & 1)) a[lane][r] = 0;
                     }
                 wgmma<T>(group.acc[i], a, smem, stage + kSlabBytes + 2 * j * 16, BlockN, group.previous >= 0 || j > 0);
             }
@@ -279,14 +314,15 @@ int run_blocks(const Case& g, unsigned seed) {
 
 }  // namespace
 
-// sizes: n h w c k r s pad_h pad_w dil_h dil_w pre block_n blocks fp16 seed. 0: done, 1: a deadlock, 2: no such block_n.
+// sizes: n c k h w p q r s stride_h stride_w pad_h pad_w dil_h dil_w pre block_n blocks fp16 seed.
+// 0: done, 1: a deadlock, 2: no such block_n.
 extern "C" int conv_train(const int* sizes, Half* x, Half* w, const float* scale, const float* shift, Half* y, float* mean,
                           float* m2) {
     const int* z = sizes;
-    const Case g{{z[1], z[2], z[5], z[6], z[7], z[8], z[9], z[10]}, z[0], z[3], z[4], z[11], z[13],
-                 x, w, y, scale, shift, mean, m2};
-    const unsigned seed = static_cast<unsigned>(z[15]);
-    switch (z[12] + z[14]) {
+    const Window window{z[3], z[4], z[5], z[6], z[7], z[8], z[9], z[10], z[11], z[12], z[13], z[14]};
+    const Case g{window, z[0], z[1], z[2], z[15], z[17], x, w, y, scale, shift, mean, m2};
+    const unsigned seed = static_cast<unsigned>(z[19]);
+    switch (z[16] + z[18]) {
         case 64: return run_blocks<64, BF16>(g, seed);
         case 65: return run_blocks<64, F16>(g, seed);
         case 128: return run_blocks<128, BF16>(g, seed);

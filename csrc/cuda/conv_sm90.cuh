@@ -11,11 +11,14 @@
 // once where there is one.
 // Source: CUTLASS 3.x, implicit GEMM for sm_90 and example 76; Chetlur et al. 2014, arXiv 1410.0759.
 //
-// To be compiled with -DNDEBUG: with CUTLASS' assertions ptxas serializes every wgmma.
 // To be measured on a GPU: correctness against the reference first; each tile against cuDNN on ResNet-50's layers; the
 // runtime switch over act (192 registers instead of 160) against a compiled one; from how many tiles on wgrad, which
 // does not split its sum, is worth choosing.
 #pragma once
+
+#ifndef NDEBUG
+#error "compile with -DNDEBUG: with CUTLASS's assertions ptxas serializes every wgmma"
+#endif
 
 #include <cute/tensor.hpp>  // these two before the others, which do not include all that they use
 #include <cutlass/kernel_hardware_info.hpp>

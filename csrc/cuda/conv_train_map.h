@@ -51,7 +51,7 @@ FR_INLINE int accumulator(int block, int reg) { return 8 * block + 4 * (reg >> 1
 // rows 16 i to 16 i + 15 of its 64.
 FR_INLINE int warp_row(int warp) { return 16 * warp; }
 
-// y [N*H*W, K] in tiles, the channels' tiles of the same pixels next to each other: x then comes from L2 for all but one.
+// y [N*P*Q, K] in tiles, the channels' tiles of the same pixels next to each other: x then comes from L2 for all but one.
 struct Tiles {
     int count_m, count_n, block_n;
     static FR_INLINE Tiles of(int m, int k, int block_n) {
@@ -62,19 +62,23 @@ struct Tiles {
     FR_INLINE int n(int tile) const { return tile % count_n; }
 };
 
-// The taps of a convolution whose y is as large as its x: tap (r, s) of pixel m is the pixel m + shift(tap), if inside.
-struct Taps {
-    int h, w, r, s, pad_h, pad_w, dil_h, dil_w;
+// Which pixels of x a pixel m of y is made of: image(m), row top(m) + down(tap), column left(m) + right(tap).
+struct Window {
+    int h, w, p, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
     FR_INLINE int count() const { return r * s; }
-    FR_INLINE int down(int tap) const { return tap / s * dil_h - pad_h; }
-    FR_INLINE int right(int tap) const { return tap % s * dil_w - pad_w; }
-    FR_INLINE int shift(int tap) const { return down(tap) * w + right(tap); }
-    // Bit `tap` is set where that pixel lies in the same image.
+    FR_INLINE int image(int m) const { return m / (p * q); }
+    FR_INLINE int top(int m) const { return m / q % p * stride_h - pad_h; }
+    FR_INLINE int left(int m) const { return m % q * stride_w - pad_w; }
+    FR_INLINE int down(int tap) const { return tap / s * dil_h; }
+    FR_INLINE int right(int tap) const { return tap % s * dil_w; }
+    // Where y is as large as x, a tap is all of x moved by a number of pixels: pixel m + shift(tap), if inside.
+    FR_INLINE bool flat() const { return stride_h == 1 && stride_w == 1 && p == h && q == w; }
+    FR_INLINE int shift(int tap) const { return (down(tap) - pad_h) * w + right(tap) - pad_w; }
+    // Bit `tap` is set where that pixel lies in the image.
     FR_INLINE uint32_t inside(int m) const {
-        const int row = m / w % h, column = m % w;
         uint32_t mask = 0;
         for (int tap = 0; tap < count(); ++tap) {
-            const int i = row + down(tap), j = column + right(tap);
+            const int i = top(m) + down(tap), j = left(m) + right(tap);
             mask |= static_cast<uint32_t>(i >= 0 && i < h && j >= 0 && j < w) << tap;
         }
         return mask;

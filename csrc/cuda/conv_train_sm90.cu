@@ -1,9 +1,10 @@
-// y[m, k] = sum over (r, s, c) of a[m + shift(r, s), c] * w[k, r, s, c],  a = act(scale[c] * x + shift[c]), or x
-// mean[t, k], M2[t, k] of y over the 128 pixels of tile t.   x, y: [N*H*W, C], [N*H*W, K]; outside of the image a is 0.
+// y[m, k] = sum over (r, s, c) of a[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * w[k, r, s, c]
+// a = act(scale[c] * x + shift[c]), or x; outside of the image a is 0.   m = (n, p, q)
+// mean[t, k], M2[t, k] of y over the 128 pixels of tile t.
 //
-// Convolutions whose y is as large as their x (stride 1, pad = dilation (R - 1) / 2): tap (r, s) of all pixels is x moved
-// by a constant number of rows, and what falls outside of the image is zeroed by a mask AFTER the prologue. 1x1 is the
-// case of one tap, where nothing is masked.
+// Where y is as large as x (1x1, and 3x3 with stride 1) the tap (r, s) of all pixels is x moved by a constant number of
+// rows of its matrix [N*H*W, C], by plain TMA; elsewhere TMA's im2col walks over the pixels. Either way what falls outside
+// of the image is zeroed by a mask AFTER the prologue: act(shift) is not 0.
 //
 // Tile: 128 pixels by 64, 128 or 256 channels, 64 channels of the sum per step, one block of threads per processor, which
 // takes tile after tile. Three warp groups: a producer, whose one thread asks TMA for x, w, scale and shift, as many
@@ -18,8 +19,7 @@
 // Named barrier 1, the 256 consumers: staging free | y staged | parts of the statistics written.
 //
 // Traffic: x once (R*S times from L2), w from L2, y once, 8 bytes per channel and 128 pixels of statistics.
-// Source: the warp-specialised persistent GEMM of CUTLASS 3.x; flat shifted rows as in this package's Triton kernels'
-// study; Chan, Golub, LeVeque 1979.
+// Source: the warp-specialised persistent GEMM of CUTLASS 3.x, and its coordinates of im2col; Chan, Golub, LeVeque 1979.
 //
 // It has been compiled and its index arithmetic tested on a CPU (tests/conv_train_host.cpp); it has never run on a GPU.
 // No backend lists it. To be measured first: y and statistics against the reference under compute-sanitizer
@@ -42,13 +42,11 @@ using namespace train;
 enum class Pre { none, identity, relu };  // x as it is, or act of the prologue
 
 struct Args {
-    Taps taps;
-    int m, c, k;
+    Window window;
+    int m, c, k;  // pixels of y, channels of x and y
     const float *scale, *shift;  // [C]
     float *mean, *m2;            // [tiles of m, K]
 };
-
-constexpr int kBarrierId = 1;
 
 template <Pre P, class T>
 __device__ __forceinline__ void prologue(uint32_t (&a)[4], const float* norm, int lane, bool inside0, bool inside1) {
@@ -72,18 +70,22 @@ __device__ __forceinline__ void prologue(uint32_t (&a)[4], const float* norm, in
 template <class S, int BlockN, Pre P>
 __device__ __forceinline__ void produce(const Args& args, const CUtensorMap& x, const CUtensorMap& w, char* smem,
                                         uint64_t* full, uint64_t* empty) {
+    const Window& window = args.window;
     const Tiles tiles = Tiles::of(args.m, args.k, BlockN);
     Cursor<S::kStages> at;
     for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
         const int row = tiles.m(tile) * kBlockM, k = tiles.n(tile) * BlockN;
-        for (int tap = 0; tap < args.taps.count(); ++tap) {
-            const int shifted = row + args.taps.shift(tap);
+        for (int tap = 0; tap < window.count(); ++tap) {
             for (int c = 0; c < args.c; c += kBlockK, at.advance()) {
                 char* stage = smem + at.stage * S::kStage;
                 float* norm = reinterpret_cast<float*>(smem + S::kNormAt + at.stage * kNormBytes);
                 sm90::barrier_wait(empty + at.stage, at.phase ^ 1);
                 sm90::barrier_arrive_expect(full + at.stage, S::kStage + (P == Pre::none ? 0 : kNormBytes));
-                sm90::tma_load(stage, x, c, shifted, full + at.stage);
+                if (window.flat())
+                    sm90::tma_load(stage, x, c, row + window.shift(tap), full + at.stage);
+                else
+                    sm90::tma_load_im2col(stage, x, c, window.left(row), window.top(row), window.image(row),
+                                          window.right(tap), window.down(tap), full + at.stage);
                 sm90::tma_load(stage + kSlabBytes, w, tap * args.c + c, k, full + at.stage);
                 if constexpr (P != Pre::none) {
                     sm90::bulk_load(norm, args.scale + c, kNormBytes / 2, full + at.stage);
@@ -97,6 +99,7 @@ __device__ __forceinline__ void produce(const Args& args, const CUtensorMap& x, 
 template <class S, int BlockN, Pre P, class T>
 __device__ __forceinline__ void consume(const Args& args, const CUtensorMap& y, char* smem, uint64_t* full,
                                         uint64_t* empty) {
+    constexpr int kBarrierId = 1;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread / 32;
     const Tiles tiles = Tiles::of(args.m, args.k, BlockN);
     const int matrix = warp_row(warp) + matrix_row(lane);  // the row that this lane points ldmatrix and stmatrix at
@@ -106,13 +109,13 @@ __device__ __forceinline__ void consume(const Args& args, const CUtensorMap& y, 
     Cursor<S::kStages> at;
     for (int tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
         const int first = tiles.m(tile) * kBlockM, rows = min(args.m - first, kBlockM), k = tiles.n(tile) * BlockN;
-        const uint32_t inside0 = args.taps.inside(first + warp_row(warp) + fragment_row(lane, 0));
-        const uint32_t inside1 = args.taps.inside(first + warp_row(warp) + fragment_row(lane, 1));
+        const uint32_t inside0 = args.window.inside(first + warp_row(warp) + fragment_row(lane, 0));
+        const uint32_t inside1 = args.window.inside(first + warp_row(warp) + fragment_row(lane, 1));
 
         float acc[BlockN / 2];
         uint32_t a[kBlockK / kStepK][4];
         int previous = -1;
-        for (int tap = 0; tap < args.taps.count(); ++tap) {
+        for (int tap = 0; tap < args.window.count(); ++tap) {
             for (int c = 0; c < args.c; c += kBlockK, at.advance()) {
                 const char* stage = smem + at.stage * S::kStage;
                 const float* norm = reinterpret_cast<const float*>(smem + S::kNormAt + at.stage * kNormBytes);
@@ -206,39 +209,57 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// Through the runtime, so that nothing links to the driver's library.
-Encode encoder() {
-    static const Encode found = [] {
-        void* f = nullptr;
-        cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+// A function of the driver, through the runtime: nothing links to the driver's library.
+template <class Function>
+Function driver(const char* name) {
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &result);
+    cudaGetDriverEntryPointByVersion(name, &f, 12000, cudaEnableDefault, &result);
 #else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &result);
+    cudaGetDriverEntryPoint(name, &f, cudaEnableDefault, &result);
 #endif
-        return reinterpret_cast<Encode>(result == cudaDriverEntryPointSuccess ? f : nullptr);
-    }();
-    return found;
+    return reinterpret_cast<Function>(result == cudaDriverEntryPointSuccess ? f : nullptr);
 }
 
-// [rows, columns] of 16-bit values in boxes of `box` rows by 64 columns, each written with the swizzle of 128 bytes.
+// The tensor maps: 16-bit values in boxes of 64 columns, each written with the swizzle of 128 bytes.
+constexpr auto kInterleave = CU_TENSOR_MAP_INTERLEAVE_NONE;
+constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+constexpr auto kOutside = CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;  // zeros
+
+CUtensorMapDataType data_type(ConvType type) {
+    return type == ConvType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
+// [rows, columns], boxes of `box` rows.
 bool matrix_map(CUtensorMap* map, ConvType type, const void* at, int64_t rows, int64_t columns, int box) {
+    static const auto encode = driver<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * 2};
-    const cuuint32_t box_sizes[] = {kBlockK, static_cast<cuuint32_t>(box)}, steps[] = {1, 1};
-    const auto data = type == ConvType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    return encoder() != nullptr &&
-           encoder()(map, data, 2, const_cast<void*>(at), sizes, strides, box_sizes, steps,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    const cuuint32_t boxes[] = {kBlockK, static_cast<cuuint32_t>(box)}, steps[] = {1, 1};
+    return encode != nullptr && encode(map, data_type(type), 2, const_cast<void*>(at), sizes, strides, boxes, steps,
+                                       kInterleave, kSwizzle, kPromotion, kOutside) == CUDA_SUCCESS;
+}
+
+// [N, H, W, C], boxes of kBlockM pixels, which begin at -pad and end where the last window does.
+bool image_map(CUtensorMap* map, const ConvProblem& g, const void* at) {
+    static const auto encode = driver<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
+    const auto wide = [](int v) { return static_cast<cuuint64_t>(v); };
+    const cuuint64_t sizes[] = {wide(g.c), wide(g.w), wide(g.h), wide(g.n)};
+    const cuuint64_t row = wide(g.c) * 2, line = row * wide(g.w), strides[] = {row, line, line * wide(g.h)};
+    const int lower[] = {-g.pad_w, -g.pad_h};
+    const int upper[] = {g.pad_w - g.dil_w * (g.s - 1), g.pad_h - g.dil_h * (g.r - 1)};
+    const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(g.stride_w), static_cast<cuuint32_t>(g.stride_h), 1};
+    return encode != nullptr && encode(map, data_type(g.type), 4, const_cast<void*>(at), sizes, strides, lower, upper,
+                                       kBlockK, kBlockM, steps, kInterleave, kSwizzle, kPromotion, kOutside) == CUDA_SUCCESS;
 }
 
 template <int BlockN, Pre P, class T>
 cudaError_t launch(const ConvProblem& g, const ConvTrain& t, const Args& args, cudaStream_t stream) {
     CUtensorMap x, w, y;
-    if (!matrix_map(&x, g.type, t.x, args.m, g.c, kBlockM) ||
+    const bool have_x = args.window.flat() ? matrix_map(&x, g.type, t.x, args.m, g.c, kBlockM) : image_map(&x, g, t.x);
+    if (!have_x ||
         !matrix_map(&w, g.type, t.w, g.k, int64_t{g.r} * g.s * g.c, BlockN) ||
         !matrix_map(&y, g.type, t.y, args.m, g.k, kBlockM))
         return cudaErrorInvalidValue;
@@ -274,21 +295,24 @@ int conv_train_sm90_rows() { return kBlockM; }
 
 const char* conv_train_sm90_why_not(const ConvProblem& g, Act act) {
     if (g.type == ConvType::tf32) return "the sm_90 training convolution takes bfloat16 and float16, not float32";
-    if (g.stride_h != 1 || g.stride_w != 1 || g.p() != g.h || g.q() != g.w)
-        return "the sm_90 training convolution takes stride 1 with an output as large as the input";
+    const auto far = [](int reach, int pad) { return reach > 127 || pad > 127; };
+    if (g.stride_h > 8 || g.stride_w > 8 || far(g.dil_h * (g.r - 1), g.pad_h) || far(g.dil_w * (g.s - 1), g.pad_w))
+        return "the sm_90 training convolution takes strides of at most 8, and paddings and kernels of at most 127 pixels";
     if (g.r * g.s > kMaxTaps) return "the sm_90 training convolution takes kernels of at most 32 taps";
     if (g.c % kBlockK != 0) return "the sm_90 training convolution takes input channels that are a multiple of 64";
     if (g.k % 8 != 0) return "the sm_90 training convolution takes output channels that are a multiple of 8";
     if (act != Act::identity && act != Act::relu)
         return "the sm_90 training convolution's prologue takes the activations identity and relu";
     // coordinates of TMA are 32 bits wide, and a tile may begin a few rows before or after x
-    if (g.pixels() < 1 || g.pixels() > (int64_t{1} << 30)) return "the sm_90 training convolution takes 1 to 2^30 pixels";
+    const int64_t limit = int64_t{1} << 30;
+    if (g.n < 1 || g.p() < 1 || g.q() < 1 || g.pixels() > limit || int64_t{g.n} * g.h * g.w > limit)
+        return "the sm_90 training convolution takes 1 to 2^30 pixels";
     return nullptr;
 }
 
 cudaError_t conv_train_sm90(const ConvProblem& g, const ConvTrain& t, cudaStream_t stream) {
     if (conv_train_sm90_why_not(g, t.act) != nullptr) return cudaErrorNotSupported;
-    const Args args{{g.h, g.w, g.r, g.s, g.pad_h, g.pad_w, g.dil_h, g.dil_w},
+    const Args args{{g.h, g.w, g.p(), g.q(), g.r, g.s, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dil_h, g.dil_w},
                     static_cast<int>(g.pixels()), g.c, g.k, t.scale, t.shift, t.mean, t.m2};
     return g.type == ConvType::bf16 ? launch_tile<BF16>(g, t, args, stream) : launch_tile<F16>(g, t, args, stream);
 }

@@ -52,6 +52,17 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap& map, int x
         "l"(&map), "r"(x), "r"(y), "r"(shared_address(barrier))
         : "memory");
 }
+// Pixels of a tensor [N, H, W, C] one after the other, from the one at (n, h, w) on, w and h in the steps and within the
+// bounds of the map; of each the pixel (down, right) further is loaded, 0 outside of the image.
+__device__ __forceinline__ void tma_load_im2col(void* to, const CUtensorMap& map, int c, int w, int h, int n, int right,
+                                                int down, uint64_t* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6], {%7, %8};" ::"r"(shared_address(to)),
+        "l"(&map), "r"(c), "r"(w), "r"(h), "r"(n), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(right)),
+        "h"(static_cast<uint16_t>(down))
+        : "memory");
+}
 // `bytes`, a multiple of 16, from one place to the other, both aligned to 16.
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
     asm volatile(
