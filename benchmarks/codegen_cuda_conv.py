@@ -42,6 +42,7 @@ class Row:
     spills: int
     wgmma: str
     serialized: tuple[str, ...]
+    hazards: tuple[str, ...]
     instructions: dict[str, int]
 
     @property
@@ -53,6 +54,8 @@ class Row:
             found.append(f"wgmma serialized ({', '.join(self.serialized)})")
         if not self.wgmma:
             found.append("no wgmma")
+        if self.hazards:
+            found.append(f"touched while a wgmma uses it: {', '.join(self.hazards)}")
         if not count["UTMALDG"] or not count["UTMASTG"]:
             found.append("no TMA")
         if count["LDL"] or count["STL"]:
@@ -153,7 +156,32 @@ def _row(name: str, code: list[str], said: str) -> Row:
     warned = [line for line in said.splitlines() if name in line or "'_Z" not in line]
     serialized = sorted({m[1] for line in warned if (m := re.search(r"\((C75\d+)\)", line))})
     what, shared = _describe(name)
-    return Row(what, ARCH, int(registers[1]), shared, int(spills[1]), form, tuple(serialized), count)
+    return Row(what, ARCH, int(registers[1]), shared, int(spills[1]), form, tuple(serialized), _hazards(code), count)
+
+
+def _hazards(code: list[str]) -> tuple[str, ...]:
+    """Registers of A that are written before a wait for the wgmma that reads them, of which ptxas does not warn.
+
+    Twice through the code from the first to the last wgmma in a row, as one commit group each: the main loop of
+    conv_train_sm90.cu. Kernels whose A is in shared memory have none.
+    """
+    waits = [i for i, line in enumerate(code) if line.startswith("WARPGROUP.DEPBAR")]
+    products = [i for i, line in enumerate(code) if re.match(r"HGMMA\S* R\d+, R\d+, gdesc", line)]
+    if not products:
+        return ()
+    first = max((i for i in waits if i < products[0]), default=products[0])
+    flying: list[range] = []
+    found = set()
+    for line in 2 * code[first : products[-1] + 1]:
+        if wait := re.match(r"WARPGROUP.DEPBAR.LE gsb0, (0x[0-9a-f]+)", line):
+            flying = flying[max(0, len(flying) - int(wait[1], 16)) :]
+        elif product := re.match(r"HGMMA\S* R\d+, R(\d+), gdesc", line):
+            flying.append(range(int(product[1]), int(product[1]) + 4))
+        elif written := re.match(r"(\S+) (?:P\d, )?R(\d+)(?:\.\w+)?,", line):
+            op, to = written[1], int(written[2])
+            wide = 4 if "LDSM" in op or ".128" in op else 2 if ".64" in op or ".WIDE" in op else 1
+            found |= {f"R{r}" for r in range(to, to + wide) if any(r in a for a in flying)}
+    return tuple(sorted(found))
 
 
 def _describe(name: str) -> tuple[str, str]:
