@@ -1,6 +1,5 @@
-// Where everything lies in conv_train_sm90.cu: tiles, rows and taps, swizzled shared memory, register fragments, stages of
-// the pipeline, statistics. Host and device: tests/conv_train_host.cpp runs whole convolutions with these functions on a
-// CPU, with models of TMA, ldmatrix, wgmma and mbarrier that are written from NVIDIA's PTX manual alone.
+// Where everything lies in conv_train_sm90.cu: tiles, windows, swizzled shared memory, register fragments, stages of the
+// pipeline, statistics. Host and device: tests/test_cuda_conv_train.py runs the kernel's source on a CPU.
 #pragma once
 
 #include <cstdint>
