@@ -243,6 +243,19 @@ def collect(files: Iterable[Path] | None = None) -> list[Row]:
     return table
 
 
+def section() -> tuple[str, int]:
+    """For `make codegen`: the table under its heading, or why there is none, and how many rows fail."""
+    title = "# Machine code of the CUDA convolutions\n\n"
+    if reasons := [f"{file.name}: {reason}" for file in sources() if (reason := unavailable(file))]:
+        return f"{title}Not compiled here. {reasons[0]}.\n", 0
+    table = collect()
+    failed = sum(bool(r.failures) for r in table)
+    said = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\S+),", said)
+    heading = f"{len(table)} kernels of csrc/cuda/conv_*.cu by nvcc {release[1] if release else '?'}, {failed} fail."
+    return f"{title}{heading}\nRS: wgmma takes A from registers, SS: from shared memory.\n\n{markdown(table)}", failed
+
+
 def main(names: list[str]) -> int:
     table = collect([CUDA / name for name in names] if names else None)
     print(markdown(table))

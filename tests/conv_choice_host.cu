@@ -13,7 +13,8 @@ int ran[4];
 template <class T, int M, int N>
 cudaError_t note(int which) {
     const bool half = std::is_same_v<T, cutlass::half_t>, single = std::is_same_v<T, float>;
-    ran[0] = which, ran[1] = int(single ? ConvType::tf32 : half ? ConvType::f16 : ConvType::bf16), ran[2] = M, ran[3] = N;
+    const ConvType type = single ? ConvType::tf32 : half ? ConvType::f16 : ConvType::bf16;
+    ran[0] = which, ran[1] = static_cast<int>(type), ran[2] = M, ran[3] = N;
     return cudaSuccess;
 }
 template <class T, int M, int N>

@@ -1,14 +1,13 @@
-// The convolutions of the CUDA part: problems, refusals, workspaces and launchers. No torch header, so that nvcc alone
-// compiles what implements them; the glue checks tensors and allocates.
+// The convolutions of the CUDA part: problems, refusals and launchers. No torch header, so that nvcc alone compiles
+// what implements them; the glue checks tensors and allocates. None needs scratch memory.
 //
-// Tensors are dense NHWC (x [N,H,W,C], y [N,P,Q,K]) and KRSC (w [K,R,S,C]), 16-byte aligned, without groups. To each launcher
-// belongs a `*_why_not`: why a case can't be taken (a sentence for a user), or nullptr. The launcher itself returns
-// cudaErrorNotSupported for a refused case, or what CUDA says.
+// Tensors are dense NHWC (x [N,H,W,C], y [N,P,Q,K]) and KRSC (w [K,R,S,C]), 16-byte aligned, without groups. To each
+// launcher belongs a `*_why_not`: why a case can't be taken (a sentence for a user), or nullptr. The launcher itself
+// returns cudaErrorNotSupported for a refused case, or what CUDA says.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include <cstddef>
 #include <cstdint>
 
 #include "../bn_math.h"
@@ -18,8 +17,8 @@ namespace fused_resnet::cuda {
 enum class ConvType : int { bf16, f16, tf32 };  // tf32: float32 tensors, products rounded to tf32
 
 struct ConvProblem {
-    int n, h, w, c;   // x
-    int k, r, s;      // weight
+    int n, h, w, c;  // x
+    int k, r, s;     // weight
     int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
     ConvType type;
 
@@ -36,7 +35,7 @@ struct ConvTile {
 };
 constexpr int kConvTiles = 4;
 
-// y = act(conv(x, w) + bias [+ residual]), in float32 until y is rounded: inference. sm_90a, conv_fprop_sm90.cuh.
+// y = act(conv(x, w) + bias [+ residual]), in float32 until y is rounded: inference. sm_90a, conv_sm90.cuh.
 struct ConvInference {
     const void *x, *w;
     const float* bias;     // [K], or nullptr: none
@@ -49,7 +48,8 @@ int conv_fprop_sm90_tiles(ConvType, ConvTile*);
 const char* conv_fprop_sm90_why_not(const ConvProblem&);
 cudaError_t conv_fprop_sm90(const ConvProblem&, ConvTile, const ConvInference&, cudaStream_t);
 
-// dx = the gradient by x, from dy [N,P,Q,K] [+ add, as x], and dw [K,R,S,C] = the gradient by w in float32. sm_90a, stride 1.
+// dx = the gradient by x, from dy [N,P,Q,K] [+ add, as x]; dw [K,R,S,C] = the gradient by w in float32. Stride 1.
+// sm_90a, conv_sm90.cuh.
 struct ConvDgrad {
     const void *dy, *w, *add;  // add: nullptr: none; may be dx
     void* dx;

@@ -64,7 +64,8 @@ const char* refused(const ConvProblem& g) {
     const auto far = [](int reach, int pad) { return reach > 127 || pad > 127; };
     if (far(g.dil_h * (g.r - 1), g.pad_h) || far(g.dil_w * (g.s - 1), g.pad_w))
         return "the sm_90 convolutions take paddings and kernels (dilation included) of at most 127 pixels, for TMA";
-    if (g.n < 1 || g.p() < 1 || g.q() < 1) return "the sm_90 convolutions take at least one pixel";
+    if (g.c < 1 || g.k < 1 || g.n < 1 || g.p() < 1 || g.q() < 1)
+        return "the sm_90 convolutions take at least one pixel and one channel";
     if (g.pixels() >= int64_t{1} << 31 || int64_t{g.n} * g.h * g.w >= int64_t{1} << 31)
         return "the sm_90 convolutions take fewer than 2^31 pixels";
     return nullptr;

@@ -1,15 +1,15 @@
 // The three convolutions of CUTLASS 3.x on sm_90a, one template:
-//     fprop  y[m, k] = act(sum over (r, s, c) of x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * w[k, r, s, c]
-//                          + bias[k] [+ residual[m, k]])
+//     fprop  y[n, p, q, k] = act(bias[k] + residual[n, p, q, k] + sum over (r, s, c) of
+//                                x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * w[k, r, s, c])
 //     dgrad  dx = the gradient of the same sum by x [+ add]
 //     wgrad  dw = the gradient of the same sum by w, float32
 //
-// Tile: M rows by N columns by 128 bytes of the sum, one consumer warp group, one operand by TMA im2col and the other by
-// plain TMA, both read from shared memory by wgmma, as many stages as fit. Epilogue of fprop: a visitor tree, (acc + bias)
-// + beta * residual, then act; beta is 0 without a residual, which then is not loaded; dgrad adds in the same way.
+// Tile: M rows by N columns by 128 bytes of the sum, one consumer warp group, one operand by TMA im2col and the other
+// by plain TMA, both read from shared memory by wgmma, as many stages as fit. Epilogue of fprop: a visitor tree, (acc +
+// bias) + beta * residual, then act; beta is 0 without a residual, which then is not loaded; dgrad adds likewise.
 // Traffic: the operands once (from L2 for all but the first tile of a row or column), the result once, residual or add
-// once where there is one.
-// Source: CUTLASS 3.x, implicit GEMM for sm_90 and example 76; Chetlur et al. 2014, arXiv 1410.0759.
+// once where there is one. Source: CUTLASS 3.x, implicit GEMM for sm_90 and example 76; Chetlur et al. 2014, arXiv
+// 1410.0759.
 //
 // To be measured on a GPU: correctness against the reference first; each tile against cuDNN on ResNet-50's layers; the
 // runtime switch over act (192 registers instead of 160) against a compiled one; from how many tiles on wgrad, which

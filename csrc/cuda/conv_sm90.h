@@ -1,5 +1,5 @@
-// What the files of the sm_90 convolutions share: each compiles a few instances of one template (CUTLASS takes most of a
-// minute for one), conv_sm90.cu chooses among them.
+// What the files of the sm_90 convolutions share: each compiles a few instances of one template (CUTLASS takes most of
+// a minute for one), conv_sm90.cu chooses among them.
 #pragma once
 
 #include "conv.h"

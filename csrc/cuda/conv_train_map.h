@@ -1,5 +1,5 @@
-// Where everything lies in conv_train_sm90.cu: tiles, windows, swizzled shared memory, register fragments, stages of the
-// pipeline, statistics. Host and device: tests/test_cuda_conv_train.py runs the kernel's source on a CPU.
+// Where everything lies in conv_train_sm90.cu: tiles, windows, swizzled shared memory, register fragments, stages of
+// the pipeline, statistics. Host and device: tests/test_cuda_conv_train.py runs the kernel's source on a CPU.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ struct Smem {
 FR_INLINE int swizzled(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row & 7)) << 4); }
 
 // ldmatrix.x4 and stmatrix.x4 move a 16x16 block, registers ordered as wgmma orders its fragments when lane l points at
-// row l % 16, 16-byte chunk l / 16. Register r then holds row lane / 4 + 8 (r % 2), columns 2 (lane % 4) + 8 (r / 2) + {0, 1}.
+// row l % 16, 16-byte chunk l / 16. Register r then holds row lane / 4 + 8 (r % 2), columns 2 (lane % 4) + 8 (r / 2) +
+// {0, 1}.
 FR_INLINE int matrix_row(int lane) { return lane & 15; }
 FR_INLINE int matrix_chunk(int lane) { return lane >> 4; }
 FR_INLINE int fragment_row(int lane, int reg) { return (lane >> 2) + 8 * (reg & 1); }
@@ -50,7 +51,8 @@ FR_INLINE int accumulator(int block, int reg) { return 8 * block + 4 * (reg >> 1
 // rows 16 i to 16 i + 15 of its 64.
 FR_INLINE int warp_row(int warp) { return 16 * warp; }
 
-// y [N*P*Q, K] in tiles, the channels' tiles of the same pixels next to each other: x then comes from L2 for all but one.
+// y [N*P*Q, K] in tiles, the channels' tiles of the same pixels next to each other: x then comes from L2 for all but
+// one.
 struct Tiles {
     int count_m, count_n, block_n;
     static FR_INLINE Tiles of(int m, int k, int block_n) {
@@ -171,9 +173,13 @@ FR_INLINE uint32_t normalised(uint32_t pair, Float2 scale, Float2 shift) {
 struct Moments2 {
     Moments<float, float> x, y;
 };
+FR_INLINE int part_rows(int part, int rows) {
+    const int left = rows - part * kPartRows;
+    return left < 0 ? 0 : (left < kPartRows ? left : kPartRows);
+}
 template <class T>
 FR_INLINE Moments2 part_moments(const char* slab, int part, int column, int rows) {
-    const int first = part * kPartRows, count = rows - first < 0 ? 0 : (rows - first < kPartRows ? rows - first : kPartRows);
+    const int first = part * kPartRows, count = part_rows(part, rows);
     const auto at = [&](int row) {
         const int offset = swizzled(row, column / 8) + column % 8 * 2;
         return T::unpack(*reinterpret_cast<const uint32_t*>(slab + offset));
@@ -205,8 +211,8 @@ struct Statistics {
 FR_INLINE Moments<float, float> merged(const float* mean, const float* m2, int block_n, int column, int rows) {
     Moments<float, float> all{0, 0, 0};
     for (int part = 0; part < kParts; ++part) {
-        const int left = rows - part * kPartRows, count = left < 0 ? 0 : (left < kPartRows ? left : kPartRows);
-        all.merge({static_cast<float>(count), mean[part * block_n + column], m2[part * block_n + column]});
+        const float count = static_cast<float>(part_rows(part, rows));
+        all.merge({count, mean[part * block_n + column], m2[part * block_n + column]});
     }
     return all;
 }

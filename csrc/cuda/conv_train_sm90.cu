@@ -3,30 +3,34 @@
 // mean[t, k], M2[t, k] of y over the 128 pixels of tile t.
 //
 // Where y is as large as x (1x1, and 3x3 with stride 1) the tap (r, s) of all pixels is x moved by a constant number of
-// rows of its matrix [N*H*W, C], by plain TMA; elsewhere TMA's im2col walks over the pixels. Either way what falls outside
-// of the image is zeroed by a mask AFTER the prologue: act(shift) is not 0.
+// rows of its matrix [N*H*W, C], by plain TMA; elsewhere TMA's im2col walks over the pixels. Either way what falls
+// outside of the image is zeroed by a mask AFTER the prologue: act(shift) is not 0.
 //
-// Tile: 128 pixels by 64, 128 or 256 channels, 64 channels of the sum per step, one block of threads per processor, which
-// takes tile after tile. Three warp groups: a producer, whose one thread asks TMA for x, w, scale and shift, as many
-// stages ahead as shared memory holds, and two consumers, each with 64 of the pixels: ldmatrix, prologue in registers,
-// wgmma with A in registers, B in shared memory. Four wgmma of 16 channels are on their way at any time: one
-// group per slice, so that the prologue of a slice runs while the three before it multiply.
-// Epilogue: y as 16 bit through shared memory, from where TMA stores it and from where the statistics are
-// computed, in two passes: the mean, then M2 about it; four parts of 32 rows, merged by Chan's formula in a fixed order.
+// Tile: 128 pixels by 64, 128 or 256 channels, 64 channels of the sum per step, one block of threads per processor,
+// which takes tile after tile. Three warp groups: a producer, whose one thread asks TMA for x, w, scale and shift, as
+// many stages ahead as shared memory holds, and two consumers, each with 64 of the pixels: ldmatrix, prologue in
+// registers, wgmma with A in registers, B in shared memory. Four wgmma of 16 channels are on their way at any time: one
+// group per slice, so that the prologue of a slice runs while the three before it multiply. Epilogue: y as 16 bit
+// through shared memory, from where TMA stores it and from where the statistics are computed, in two passes: the mean,
+// then M2 about it; four parts of 32 rows, merged by Chan's formula in a fixed order.
 //
 // full[stage]: 1 arrival (the producer's, which also announces the bytes); completed by TMA.
 // empty[stage]: 8 arrivals, one of each consumer warp, when its wgmma of the stage are done.
 // Named barrier 1, the 256 consumers: staging free | y staged | parts of the statistics written.
 //
 // Traffic: x once (R*S times from L2), w from L2, y once, 8 bytes per channel and 128 pixels of statistics.
-// Source: the warp-specialised persistent GEMM of CUTLASS 3.x, and its coordinates of im2col; Chan, Golub, LeVeque 1979.
+// Source: the warp-specialised persistent GEMM of CUTLASS 3.x, its coordinates of im2col; Chan, Golub, LeVeque 1979.
 //
-// It has never run on a GPU, and no backend lists it. What is known: it compiles to what it should (tests/
-// test_cuda_conv_codegen.py), and its source computes the right thing on a model of these instructions that does each of
-// them as late as it may (tests/test_cuda_conv_train.py). To be measured first: y and statistics against the reference
-// under compute-sanitizer (memcheck, racecheck, synccheck), im2col with stride 2 in particular; then time against the
-// Triton kernel and cuDNN on ResNet-50's layers, per BLOCK_N; then whether the two consumers should take a tile each (the
-// epilogue of one beneath the products of the other), and a cluster that shares w by multicast.
+// Not CUTLASS's own prologue (2.x, fprop with scale, bias and relu): it computes in float16 with float16 coefficients,
+// whose error passes twice plain float16's as soon as |mean| is a few deviations, takes bfloat16's bits for float16's,
+// and marks padding by a NaN.
+//
+// It has never run on a GPU, and no backend lists it. What is known: it compiles to what it should
+// (tests/test_cuda_conv_codegen.py), and its source computes the right thing on a model of these instructions that does
+// each of them as late as it may (tests/test_cuda_conv_train.py). To be measured first: y and statistics against the
+// reference under compute-sanitizer (memcheck, racecheck, synccheck), im2col with stride 2 in particular; then time
+// against the Triton kernel and cuDNN on ResNet-50's layers, per BLOCK_N; then whether the two consumers should take a
+// tile each (the epilogue of one beneath the products of the other), and a cluster that shares w by multicast.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -131,7 +135,8 @@ __device__ __forceinline__ void consume(const Args& args, const CUtensorMap& y, 
                     sm90::ldmatrix(a[j], a_at + swizzled(matrix, 2 * j + matrix_chunk(lane)));
                     prologue<P, T>(a[j], norm + j * kStepK, lane, inside0 >> tap & 1, inside1 >> tap & 1);
                     sm90::wgmma_fence();
-                    sm90::Wgmma<BlockN>::template run<std::is_same_v<T, BF16>>(acc, a[j], b + 2 * j, previous >= 0 || j > 0);
+                    const bool accumulate = previous >= 0 || j > 0;
+                    sm90::Wgmma<BlockN>::template run<std::is_same_v<T, BF16>>(acc, a[j], b + 2 * j, accumulate);
                     sm90::wgmma_commit();
                 }
                 // since the last wait none of the step before is left
@@ -240,8 +245,9 @@ bool matrix_map(CUtensorMap* map, ConvType type, const void* at, int64_t rows, i
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * 2};
     const cuuint32_t boxes[] = {kBlockK, static_cast<cuuint32_t>(box)}, steps[] = {1, 1};
-    return encode != nullptr && encode(map, data_type(type), 2, const_cast<void*>(at), sizes, strides, boxes, steps,
-                                       kInterleave, kSwizzle, kPromotion, kOutside) == CUDA_SUCCESS;
+    if (encode == nullptr) return false;
+    return encode(map, data_type(type), 2, const_cast<void*>(at), sizes, strides, boxes, steps, kInterleave, kSwizzle,
+                  kPromotion, kOutside) == CUDA_SUCCESS;
 }
 
 // [N, H, W, C], boxes of kBlockM pixels, which begin at -pad and end where the last window does.
@@ -253,8 +259,9 @@ bool image_map(CUtensorMap* map, const ConvProblem& g, const void* at) {
     const int lower[] = {-g.pad_w, -g.pad_h};
     const int upper[] = {g.pad_w - g.dil_w * (g.s - 1), g.pad_h - g.dil_h * (g.r - 1)};
     const cuuint32_t steps[] = {1, static_cast<cuuint32_t>(g.stride_w), static_cast<cuuint32_t>(g.stride_h), 1};
-    return encode != nullptr && encode(map, data_type(g.type), 4, const_cast<void*>(at), sizes, strides, lower, upper,
-                                       kBlockK, kBlockM, steps, kInterleave, kSwizzle, kPromotion, kOutside) == CUDA_SUCCESS;
+    if (encode == nullptr) return false;
+    return encode(map, data_type(g.type), 4, const_cast<void*>(at), sizes, strides, lower, upper, kBlockK, kBlockM,
+                  steps, kInterleave, kSwizzle, kPromotion, kOutside) == CUDA_SUCCESS;
 }
 
 template <int BlockN, Pre P, class T>
@@ -286,9 +293,9 @@ cudaError_t launch_pre(const ConvProblem& g, const ConvTrain& t, const Args& arg
 
 template <class T>
 cudaError_t launch_tile(const ConvProblem& g, const ConvTrain& t, const Args& args, cudaStream_t stream) {
-    if (g.k <= 64) return launch_pre<64, T>(g, t, args, stream);
-    if (g.k <= 128) return launch_pre<128, T>(g, t, args, stream);
-    return launch_pre<256, T>(g, t, args, stream);
+    if (g.k % 256 == 0) return launch_pre<256, T>(g, t, args, stream);
+    if (g.k > 64) return launch_pre<128, T>(g, t, args, stream);
+    return launch_pre<64, T>(g, t, args, stream);
 }
 
 }  // namespace
@@ -299,7 +306,7 @@ const char* conv_train_sm90_why_not(const ConvProblem& g, Act act) {
     if (g.type == ConvType::tf32) return "the sm_90 training convolution takes bfloat16 and float16, not float32";
     const auto far = [](int reach, int pad) { return reach > 127 || pad > 127; };
     if (g.stride_h > 8 || g.stride_w > 8 || far(g.dil_h * (g.r - 1), g.pad_h) || far(g.dil_w * (g.s - 1), g.pad_w))
-        return "the sm_90 training convolution takes strides of at most 8, and paddings and kernels of at most 127 pixels";
+        return "the sm_90 training convolution takes strides of at most 8, paddings and kernels of at most 127 pixels";
     if (g.r * g.s > kMaxTaps) return "the sm_90 training convolution takes kernels of at most 32 taps";
     if (g.c % kBlockK != 0) return "the sm_90 training convolution takes input channels that are a multiple of 64";
     if (g.k % 8 != 0) return "the sm_90 training convolution takes output channels that are a multiple of 8";
@@ -307,6 +314,7 @@ const char* conv_train_sm90_why_not(const ConvProblem& g, Act act) {
         return "the sm_90 training convolution's prologue takes the activations identity and relu";
     // coordinates of TMA are 32 bits wide, and a tile may begin a few rows before or after x
     const int64_t limit = int64_t{1} << 30;
+    if (g.c < 1 || g.k < 1) return "the sm_90 training convolution takes at least one channel";
     if (g.n < 1 || g.p() < 1 || g.q() < 1 || g.pixels() > limit || int64_t{g.n} * g.h * g.w > limit)
         return "the sm_90 training convolution takes 1 to 2^30 pixels";
     return nullptr;

@@ -1,4 +1,5 @@
-// The few instructions of sm_90a that conv_train_sm90.cu is made of, one function each, named as in NVIDIA's PTX manual.
+// The few instructions of sm_90a that conv_train_sm90.cu is made of, one function each, named as in NVIDIA's PTX
+// manual.
 #pragma once
 
 #include <cuda.h>
@@ -17,7 +18,9 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrival
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 // Makes initialised barriers visible to TMA.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -52,8 +55,8 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap& map, int x
         "l"(&map), "r"(x), "r"(y), "r"(shared_address(barrier))
         : "memory");
 }
-// Pixels of a tensor [N, H, W, C] one after the other, from the one at (n, h, w) on, w and h in the steps and within the
-// bounds of the map; of each the pixel (down, right) further is loaded, 0 outside of the image.
+// Pixels of a tensor [N, H, W, C] one after the other, from the one at (n, h, w) on, w and h in the steps and within
+// the bounds of the map; of each the pixel (down, right) further is loaded, 0 outside of the image.
 __device__ __forceinline__ void tma_load_im2col(void* to, const CUtensorMap& map, int c, int w, int h, int n, int right,
                                                 int down, uint64_t* barrier) {
     asm volatile(
@@ -92,8 +95,8 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
                  : "memory");
 }
 __device__ __forceinline__ void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 }
 
@@ -123,7 +126,8 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
 // Descriptor of a matrix of N rows of 64 16-bit values, 128-byte swizzle: its address, then groups of eight rows 1024
 // bytes apart, all counted in 16 bytes, and the code of the swizzle. 16 values further along the rows: + 2.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
-    return static_cast<uint64_t>(address >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+    constexpr uint64_t one = 1;  // where rows are swizzled the first of the two distances does not count
+    return static_cast<uint64_t>(address >> 4 & 0x3fff) | one << 16 | (one * 1024 >> 4) << 32 | one << 62;
 }
 
 #define FR_LIST_32 \
@@ -144,7 +148,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define FR_D8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
 #define FR_D32 FR_D8(0), FR_D8(8), FR_D8(16), FR_D8(24)
 #define FR_D64 FR_D32, FR_D8(32), FR_D8(40), FR_D8(48), FR_D8(56)
 #define FR_D128 FR_D64, FR_D8(64), FR_D8(72), FR_D8(80), FR_D8(88), FR_D8(96), FR_D8(104), FR_D8(112), FR_D8(120)
@@ -167,8 +172,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
         }                                                                                                         \
     };
 
-// d [64, N] = a [64, 16] b [16, N] (+ d): a in registers, b in shared memory, d in N / 2 registers of each thread of the
-// warp group. Asynchronous: neither a nor d may be touched before a wait.
+// d [64, N] = a [64, 16] b [16, N] (+ d): a in registers, b in shared memory, d in N / 2 registers of each thread of
+// the warp group. Asynchronous: neither a nor d may be touched before a wait.
 template <int N>
 struct Wgmma;
 FR_WGMMA(64, 32, FR_LIST_32, "%32", "%33", "%34", "%35", "%36", "%37")

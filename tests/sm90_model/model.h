@@ -1,5 +1,5 @@
-// What a kernel needs of CUDA to be compiled by a C++ compiler, and a block of threads as fibers, which take turns in an
-// order drawn at random. Collective instructions wait until all threads that take part have come.
+// What a kernel needs of CUDA to be compiled by a C++ compiler, and a block of threads as fibers, which take turns in
+// an order drawn at random. Collective instructions wait until all threads that take part have come.
 #pragma once
 
 #include <ucontext.h>
@@ -127,7 +127,8 @@ inline bool run_block(int threads, unsigned seed, std::function<void()> kernel) 
             }
             if (state.random() % 4 == 0) hardware();
         }
-        if (!alive && std::all_of(state.fibers.begin(), state.fibers.end(), [](auto& f) { return f->done; })) return true;
+        const auto done = [](const std::unique_ptr<Fiber>& f) { return f->done; };
+        if (!alive && std::all_of(state.fibers.begin(), state.fibers.end(), done)) return true;
         if (state.moved == 0) hardware();
         idle = state.moved ? 0 : idle + 1;
     }

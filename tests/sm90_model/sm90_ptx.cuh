@@ -1,6 +1,6 @@
-// csrc/cuda/sm90_ptx.cuh on a CPU, written from the PTX manual: each function does what its instruction promises, and not
-// a moment sooner. Loads come in any order and at any time; wgmma reads its registers and shared memory, and writes its
-// accumulators, when somebody waits for it; TMA reads what it stores when somebody waits for that.
+// csrc/cuda/sm90_ptx.cuh on a CPU, written from the PTX manual: each function does what its instruction promises, and
+// not a moment sooner. Loads come in any order and at any time; wgmma reads its registers and shared memory, and writes
+// its accumulators, when somebody waits for it; TMA reads what it stores when somebody waits for that.
 #pragma once
 
 #include <cmath>
@@ -131,8 +131,8 @@ inline std::map<int, Warp> warps;
 inline Warp& warp() { return warps[model::state.thread / 32]; }
 inline int lane() { return model::state.thread % 32; }
 
-// Threads 8 i to 8 i + 7 give the addresses of the rows of matrix i; thread t holds, of matrix i, elements 2 (t % 4) and
-// the next of row t / 4, in register i.
+// Threads 8 i to 8 i + 7 give the addresses of the rows of matrix i; thread t holds, of matrix i, elements 2 (t % 4)
+// and the next of row t / 4, in register i.
 inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {
     Warp& w = warp();
     w.address[lane()] = address, w.out[lane()] = r;
@@ -159,9 +159,9 @@ template <int N>
 void pin(float (&)[N]) {}
 inline uint64_t wgmma_descriptor(uint32_t address) { return address >> 4 & 0x3fff; }
 
-// A: register r of thread t holds row t / 4 + 8 (r % 2), columns 2 (t % 4) + 8 (r / 2) and the next. D: register r holds
-// row t / 4 + 8 (r / 2 % 2), column 8 (r / 4) + 2 (t % 4) + r % 2. Of the warp group's 64 rows, warp i has 16 i to
-// 16 i + 15. B: N rows of 16 values, 128 bytes apart, at the descriptor's address, which is swizzled as a whole.
+// A: register r of thread t holds row t / 4 + 8 (r % 2), columns 2 (t % 4) + 8 (r / 2) and the next. D: register r
+// holds row t / 4 + 8 (r / 2 % 2), column 8 (r / 4) + 2 (t % 4) + r % 2. Of the warp group's 64 rows, warp i has 16 i
+// to 16 i + 15. B: N rows of 16 values, 128 bytes apart, at the descriptor's address, which is swizzled as a whole.
 inline void multiply(const Product& p) {
     const auto unpack = [&](uint32_t pair) { return p.bf16 ? train::BF16::unpack(pair) : train::F16::unpack(pair); };
     float left[16][16];
