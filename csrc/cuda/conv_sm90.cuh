@@ -5,15 +5,16 @@
 //     wgrad  dw = the gradient of the same sum by w, float32
 //
 // Tile: M rows by N columns by 128 bytes of the sum, one consumer warp group, one operand by TMA im2col and the other
-// by plain TMA, both read from shared memory by wgmma, as many stages as fit. Epilogue of fprop: a visitor tree, (acc +
-// bias) + beta * residual, then act; beta is 0 without a residual, which then is not loaded; dgrad adds likewise.
+// by plain TMA, both read from shared memory by wgmma, as many stages as fit; up to three blocks per processor for the
+// small tiles. Epilogue of fprop: a visitor tree, (acc + bias) + beta * residual, then act; beta is 0 without a
+// residual, which then is not loaded; dgrad adds likewise.
 // Traffic: the operands once (from L2 for all but the first tile of a row or column), the result once, residual or add
-// once where there is one. Source: CUTLASS 3.x, implicit GEMM for sm_90 and example 76; Chetlur et al. 2014, arXiv
-// 1410.0759.
+// once where there is one.
+// Source: CUTLASS 3.x, implicit GEMM for sm_90 and example 76; Chetlur et al. 2014, arXiv 1410.0759.
 //
 // To be measured on a GPU: correctness against the reference first; each tile against cuDNN on ResNet-50's layers; the
-// runtime switch over act (192 registers instead of 160) against a compiled one; from how many tiles on wgrad, which
-// does not split its sum, is worth choosing.
+// runtime switch over act (192 registers instead of 160) against a compiled one; stages against blocks per processor;
+// from how many tiles on wgrad, which does not split its sum, is worth choosing.
 #pragma once
 
 #ifndef NDEBUG
@@ -106,9 +107,15 @@ struct ConvSm90 {
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
         cutlass::epilogue::collective::EpilogueTileAuto, float, float, Out, OutLayout, kOutAlign, Out, OutLayout,
         kOutAlign, cutlass::epilogue::TmaWarpSpecialized, decltype(fusion())>::CollectiveOp;
+    // Blocks are not persistent: where registers allow it, one computes while another stores. Each has its part of the
+    // shared memory, less what CUDA takes for a block.
+    static constexpr int kBlocks = M * N <= 64 * 64 ? 3 : M * N <= 128 * 64 ? 2 : 1;
+    static constexpr int kMemory = cutlass::gemm::collective::detail::sm90_smem_capacity_bytes;
+    static constexpr int kOwn = kBlocks == 1 ? kMemory : kMemory / kBlocks - 1024;
+    static constexpr int kLeft = kMemory - kOwn + static_cast<int>(sizeof(typename Epilogue::SharedStorage));
     using Mainloop = typename cutlass::conv::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Op, T, Layout, kAlign, T, Layout, kAlign, float, Tile,
-        Cluster, cutlass::conv::collective::StageCountAutoCarveout<sizeof(typename Epilogue::SharedStorage)>,
+        Cluster, cutlass::conv::collective::StageCountAutoCarveout<kLeft>,
         cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
     using Shape = cutlass::conv::ConvProblemShape<Op, 2>;
     using Device = cutlass::conv::device::ConvUniversalAdapter<
