@@ -61,7 +61,7 @@ TORCH_LIBRARY(fused_resnet_cuda, m) {
         "bn_fold(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? conv_bias, float eps) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "bn_coefficients(Tensor scale, Tensor rstd, Tensor sum_dz, Tensor sum_dz_y, int count) "
+        "bn_coefficients(Tensor scale, Tensor rstd, Tensor sum_dz, Tensor sum_dz_y, int? count) "
         "-> (Tensor, Tensor, Tensor)");
     m.def("channels_last(Tensor t) -> Tensor");
     m.def("contiguous(Tensor t) -> Tensor");

@@ -77,7 +77,7 @@ Status bn_act_max_pool_backward(const Pass&, const Pool&, Stream);
 // BatchNorm's vectors, each of `channels` values: scale, shift, center, rstd. gamma, beta, conv_bias may be null.
 Status bn_fold(DType, int64_t channels, const void* mean, const void* var, const void* gamma, const void* beta,
                const void* conv_bias, double eps, void* const out[4], Stream);
-// dgamma, B, C of dy; count 0: frozen, dgamma alone.
+// dgamma, B, C of dy over `count` values; B and C may be null, where BatchNorm is frozen.
 Status bn_coefficients(DType, int64_t channels, const void* scale, const void* rstd, const void* sum_dz,
                        const void* sum_dz_y, int64_t count, void* const out[3], Stream);
 

@@ -91,26 +91,36 @@ Pool pool_of(const Tensor& y, int64_t out_height, int64_t out_width, uint8_t* ar
     return q;
 }
 
-// A reduction's partial results and their sums.
-struct Sums {
-    Tensor partials, sums;
-    int kinds;
+// Uninitialised vectors of `channels`, the first `count` of them; an operator's results share no memory.
+template <size_t N>
+struct Vectors {
+    Tensor tensors[N];
+    void* pointers[N] = {};
 
-    Sums(Pass& a, int kinds, int64_t rows, const Tensor& y)
-        : partials(at::empty({kinds, rows, a.channels}, y.options().dtype(wide(y)))),
-          sums(at::empty({3, a.channels}, partials.options())),
-          kinds(kinds) {
-        for (int k = 0; k < kinds; k++) a.partials[k] = partials[k].mutable_data_ptr();
+    Vectors(int64_t channels, const at::TensorOptions& options, size_t count = N) {
+        for (size_t i = 0; i < N; i++) {
+            tensors[i] = at::empty({i < count ? channels : 0}, options);
+            if (i < count) pointers[i] = tensors[i].mutable_data_ptr();
+        }
     }
-    // The vector of sums, `kinds` of them.
-    std::vector<Tensor> merge(const Pass& a, Stream stream, const char* name) {
-        std::vector<Tensor> to;
-        void* out[3] = {};
-        for (int k = 0; k < kinds; k++) to.push_back(sums[k]), out[k] = to[k].mutable_data_ptr();
-        check(cuda::merge_sums(a.dtype, a.channels, partials.size(1), kinds, a.partials, out, stream), name);
-        return to;
-    }
+    const Tensor& operator[](size_t i) const { return tensors[i]; }
 };
+
+// A reduction's partial results, `kinds` of them.
+Tensor partials_of(Pass& a, int kinds, int64_t rows, const Tensor& y) {
+    const Tensor partials = at::empty({kinds, rows, a.channels}, y.options().dtype(wide(y)));
+    char* const first = static_cast<char*>(partials.mutable_data_ptr());
+    for (int k = 0; k < kinds; k++) a.partials[k] = first + k * rows * a.channels * partials.element_size();
+    return partials;
+}
+
+// Their sums; the third is empty where there are two kinds.
+Vectors<3> merged(const Pass& a, const Tensor& partials, Stream stream, const char* name) {
+    const int kinds = int(partials.size(0));
+    Vectors<3> to(a.channels, partials.options(), kinds);
+    check(cuda::merge_sums(a.dtype, a.channels, partials.size(1), kinds, a.partials, to.pointers, stream), name);
+    return to;
+}
 
 }  // namespace
 
@@ -120,14 +130,13 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& given) {
     const Stream stream = current_stream(y.device());
     Pass a = pass_of(y);
     const Split split = bn_stats_split(a);
-    const Tensor partials = at::empty({2, split.partials, a.channels}, y.options().dtype(wide(y)));
-    for (int k = 0; k < 2; k++) a.partials[k] = partials[k].mutable_data_ptr();
+    const Tensor partials = partials_of(a, 2, split.partials, y);
     check(cuda::bn_stats(a, stream), "bn_stats");
-    const Tensor mean = at::empty({a.channels}, partials.options()), var = at::empty({a.channels}, partials.options());
-    check(cuda::merge_moments(a.dtype, a.channels, a.rows, split, a.partials[0], a.partials[1], mean.mutable_data_ptr(),
-                        var.mutable_data_ptr(), stream),
+    const Vectors<2> to(a.channels, partials.options());
+    check(cuda::merge_moments(a.dtype, a.channels, a.rows, split, a.partials[0], a.partials[1], to.pointers[0], to.pointers[1],
+                              stream),
           "bn_stats");
-    return {mean, var};
+    return {to[0], to[1]};
 }
 
 Tensor bn_act(const Tensor& given, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
@@ -162,10 +171,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, c
     if (third) a.residual_norm = affine_of("residual_norm", residual_norm, y, true);
     a.grad = g.const_data_ptr();
     a.out = dz.mutable_data_ptr();
-    Sums sums(a, third ? 3 : 2, bn_act_backward_split(a).partials, y);
+    const Tensor partials = partials_of(a, third ? 3 : 2, bn_act_backward_split(a).partials, y);
     check(cuda::bn_act_backward(a, stream), "bn_act_backward");
-    const std::vector<Tensor> to = sums.merge(a, stream, "bn_act_backward");
-    return {dz, to[0], to[1], third ? to[2] : at::empty({0}, to[0].options())};
+    const Vectors<3> to = merged(a, partials, stream, "bn_act_backward");
+    return {dz, to[0], to[1], to[2]};
 }
 
 Tensor bn_backward(const Tensor& dz, const Tensor& given, at::TensorList coef) {
@@ -228,9 +237,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, 
     // only read, by this direction
     auto* const at_maximum = const_cast<uint8_t*>(places.const_data_ptr<uint8_t>());
     const Pool q = pool_of(y, g.size(2), g.size(3), at_maximum, kernel, stride, padding);
-    Sums sums(a, 2, bn_act_max_pool_backward_partials(a, q), y);
+    const Tensor partials = partials_of(a, 2, bn_act_max_pool_backward_partials(a, q), y);
     check(cuda::bn_act_max_pool_backward(a, q, stream), "bn_act_max_pool_backward");
-    const std::vector<Tensor> to = sums.merge(a, stream, "bn_act_max_pool_backward");
+    const Vectors<3> to = merged(a, partials, stream, "bn_act_max_pool_backward");
     return {dz, to[0], to[1]};
 }
 
@@ -246,26 +255,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Ten
     const void* from[5] = {};
     for (int i = 0; i < 5; i++)
         if (in[i].defined()) from[i] = vector(names[i], in[i], channels, dtype, mean.device());
-    const Tensor out = at::empty({4, channels}, in[0].options());
-    const Tensor to[4] = {out[0], out[1], out[2], out[3]};
-    void* const pointers[4] = {to[0].mutable_data_ptr(), to[1].mutable_data_ptr(), to[2].mutable_data_ptr(), to[3].mutable_data_ptr()};
-    check(cuda::bn_fold(dtype_of("mean", in[0]), channels, from[0], from[1], from[2], from[3], from[4], eps, pointers,
+    const Vectors<4> to(channels, in[0].options());
+    check(cuda::bn_fold(dtype_of("mean", in[0]), channels, from[0], from[1], from[2], from[3], from[4], eps, to.pointers,
                   current_stream(mean.device())),
           "bn_fold");
     return {to[0], to[1], to[2], to[3]};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Tensor& rstd, const Tensor& sum_dz,
-                                                   const Tensor& sum_dz_y, int64_t count) {
+                                                   const Tensor& sum_dz_y, std::optional<int64_t> count) {
     const c10::DeviceGuard guard(scale.device());
-    TORCH_CHECK(count >= 0, "count: expected the values per channel, 0 where BatchNorm is frozen, got ", count);
     const int64_t channels = scale.numel();
     const auto at = [&](const char* name, const Tensor& v) { return vector(name, v, channels, wide(scale), scale.device()); };
-    const Tensor out = at::empty({3, channels}, scale.options());
-    const Tensor to[3] = {out[0], out[1], out[2]};
-    void* const pointers[3] = {to[0].mutable_data_ptr(), to[1].mutable_data_ptr(), to[2].mutable_data_ptr()};
+    const Vectors<3> to(channels, scale.options(), count ? 3 : 1);
     check(cuda::bn_coefficients(dtype_of("scale", scale), channels, at("scale", scale), at("rstd", rstd), at("sum_dz", sum_dz),
-                          at("sum_dz_y", sum_dz_y), count, pointers, current_stream(scale.device())),
+                                at("sum_dz_y", sum_dz_y), count.value_or(0), to.pointers, current_stream(scale.device())),
           "bn_coefficients");
     return {to[0], to[1], to[2]};
 }

@@ -6,7 +6,6 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "kernels.h"
 
@@ -36,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var, const OptTensor& weight,
                                                    const OptTensor& bias, const OptTensor& conv_bias, double eps);
 std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Tensor& rstd, const Tensor& sum_dz,
-                                                   const Tensor& sum_dz_y, int64_t count);
+                                                   const Tensor& sum_dz_y, std::optional<int64_t> count);
 Tensor channels_last(const Tensor& t);
 Tensor contiguous(const Tensor& t);
 

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) bn_fold_kernel(const int64_t channel
     static_cast<A*>(v.out[3])[c] = fold.rstd;
 }
 
-// dgamma, B, C of dy = A dz + B (y - mu) + C, from scale, rstd, sum dz, sum dz (y - mu); count 0: frozen, dgamma alone.
+// dgamma, B, C of dy = A dz + B (y - mu) + C, from scale, rstd, sum dz, sum dz (y - mu); frozen: dgamma alone.
 // Tile: a channel per thread. Traffic: at most 28 bytes per channel. Source: bn_math.h.
 template <class A>
 __global__ void __launch_bounds__(kThreads) bn_coefficients_kernel(const int64_t channels, const Vectors v, const A count) {
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) bn_coefficients_kernel(const int64_t
     const Coefficients<A> k = fused_resnet::bn_coefficients(at<A>(v.in[0], c, 0), at<A>(v.in[1], c, 0),
                                                             at<A>(v.in[2], c, 0), at<A>(v.in[3], c, 0), count);
     static_cast<A*>(v.out[0])[c] = k.dgamma;
-    if (count == 0) return;
+    if (v.out[1] == nullptr) return;
     static_cast<A*>(v.out[1])[c] = k.b;
     static_cast<A*>(v.out[2])[c] = k.c;
 }
