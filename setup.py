@@ -19,8 +19,8 @@ from typing import NoReturn
 from setuptools import setup
 
 CSRC = Path("csrc")
-# Translation units that include ATen's headers take 1 to 2 GiB each, CUTLASS' convolutions (cuda/conv_*.cu) 3.5; a build
-# that swaps is slower than a serial one.
+# Translation units that include ATen's headers take 1 to 2 GiB each, CUTLASS' convolutions (cuda/conv_*.cu) 3.5; a
+# build that swaps is slower than a serial one.
 BYTES_PER_JOB, BYTES_PER_CUTLASS_JOB = 2 << 30, 7 << 29
 
 

@@ -111,7 +111,8 @@ def compile_file(source: Path, target: str) -> list[Report]:
             loads[section.split(",")[0]] = len(re.findall(r"LDG\S*\.128", section))
     reports = []
     entry = re.compile(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)",
         re.S,
     )
     for name, stores, reads, registers, rest in entry.findall(done.stderr):
@@ -195,8 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Written by `make codegen`, {datetime.now(UTC):%Y-%m-%d}, nvcc {version[1] if version else '?'}, no GPU: "
             f"{', '.join(args.files)}.",
             f"{len(reports)} kernels for {', '.join(args.targets)}, {failed} fail.",
-            "Activations are chosen at run time: one kernel serves all eight. Shared memory beside the static one is asked",
-            "for at launch, 9 KiB per block at most.",
+            "Activations are chosen at run time: one kernel serves all eight. Beside the static shared memory,",
+            "at most 9 KiB per block are asked for at launch.",
         )
         args.markdown.write_text("\n".join(lines) + f"\n\n{table}")
     print(f"{len(reports)} compiled, {failed} fail", file=sys.stderr)

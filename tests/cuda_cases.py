@@ -1,5 +1,5 @@
 """What the cuda backend's kernels are held to, on any device: called by test_cuda_kernels.py, and run by itself under
-sanitizers (``python cuda_cases.py LIBRARY``)."""
+sanitizers (``python cuda_cases.py LIBRARY`` or ``... cuda``)."""
 
 from __future__ import annotations
 
@@ -129,21 +129,27 @@ def everything(device: str) -> Iterator[Any]:
             yield torch.ops.fused_resnet_cuda.channels_last(y.contiguous())
 
 
-def main(library: str) -> None:
-    """A small set of everything, under whatever sanitizer the library is built with."""
-    cuda_build.use(Path(library))
+def main(where: str) -> None:
+    """A small set of everything, under whatever sanitizer runs it: on a device, or of a library for this CPU."""
+    device = "cpu"
+    if where.endswith(".so"):
+        cuda_build.use(Path(where))
+        torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
+    else:
+        from fused_resnet import _C  # noqa: F401
+
+        device = where
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     for i, size in enumerate([(1, 1, 1, 1), (2, 3, 9, 5), (2, 64, 9, 7), (1, 65, 6, 5), (1, 136, 3, 3), (0, 8, 3, 3)]):
         for dtype in dtypes:
             if size[0]:
-                passes(size, dtype, ACTS[i : i + 2], "cpu", off=dtype == dtypes[i % 4])
-                channel_vectors(size[1], dtype, "cpu")
-            copies(size, dtype, "cpu")
+                passes(size, dtype, ACTS[i : i + 2], device, off=dtype == dtypes[i % 4])
+                channel_vectors(size[1], dtype, device)
+            copies(size, dtype, device)
             if size[2] > 2:
-                max_pool(size, dtype, ACTS[i], POOLS[i % 2], "cpu")
-    large_mean((3, 64, 9, 9), "cpu")
+                max_pool(size, dtype, ACTS[i], POOLS[i % 2], device)
+    large_mean((3, 64, 9, 9), device)
     print("all cases hold")
 
 

@@ -17,7 +17,7 @@ SHAPES = list(chains.SHAPES)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py does this on a GPU")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float64(cuda_device: str, empty_is_nan: None, shape: str) -> None:
-    """Output, statistics and every gradient are the reference's to twelve digits, channels on both sides of 16 bytes."""
+    """Output, statistics, all gradients are the reference's to twelve digits; channels on both sides of 16 bytes."""
     at = SHAPES.index(shape)
     acts, modes = list(chains.ACTS), list(chains.MODES)
     for width, mode in ((4, "batch"), (3, modes[at % len(modes)])):

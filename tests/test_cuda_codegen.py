@@ -63,8 +63,8 @@ def test_without_nvcc_it_says_so(tmp_path: Path) -> None:
 @needs_nvcc
 @pytest.mark.parametrize("source", ["cuda/stream.cpp", "bindings.cpp"])
 def test_host_side_compiles(source: str, tmp_path: Path) -> None:
-    """With the CUDA part switched on, against torch's and CUDA's headers; a CPU build of torch lacks the file that says how
-    its CUDA part was configured. (ops.cpp needs neither: it is part of what test_cuda_kernels.py runs.)"""
+    """With the CUDA part switched on, against torch's and CUDA's headers; a CPU build of torch lacks the file that says
+    how its CUDA part was configured. (ops.cpp needs neither: it is part of what test_cuda_kernels.py runs.)"""
     homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path(codegen_cuda.nvcc() or "").resolve().parents[1]]
     include = next((home / "include" for home in homes if (home / "include" / "cuda_runtime_api.h").exists()), None)
     if include is None:

@@ -116,7 +116,7 @@ def test_nchw_operands_are_copied(cuda_device: str) -> None:
 
 
 def test_same_bits_in_any_order(cuda_device: str) -> None:
-    """Twice the same input, twice the same bits; on a CPU the second time with threads and blocks in the opposite order,
+    """Twice the same input, twice the same bits; on a CPU the second time with threads and blocks in opposite order,
     which would show a missing barrier or an order that is left to chance."""
     torch.manual_seed(1)
     first = list(cuda_cases.everything(cuda_device))

@@ -319,8 +319,8 @@ def test_cuda_part_is_built_where_it_can_be(tree: Path, stub_torch: Path, cuda_h
 def test_cutlass_files_get_more_memory(tree: Path) -> None:
     """As many compilers as memory allows, 2 GiB for each, 3.5 GiB where there are convolutions."""
     code = (
-        "import runpy, sys, pathlib, setuptools; setuptools.setup = lambda **k: None; sys.argv = ['setup.py', '--help'];"
-        "import os; os.environ['FUSED_RESNET_NO_EXT'] = '1'; made = runpy.run_path('setup.py');"
+        "import os, pathlib, runpy, setuptools; setuptools.setup = lambda **k: None;"
+        "os.environ['FUSED_RESNET_NO_EXT'] = '1'; made = runpy.run_path('setup.py');"
         "os.sched_getaffinity = lambda pid: range(64); read = pathlib.Path.read_text;"
         "pathlib.Path.read_text = lambda self: 'MemAvailable: 14680064 kB' if str(self) == '/proc/meminfo' else 'max';"
         "pathlib.Path.exists = lambda self: True;"
