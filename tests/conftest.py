@@ -95,16 +95,18 @@ def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cuda_build.build(tmp_path_factory.mktemp("cuda"))
 
 
-@pytest.fixture(scope="session")
-def cuda_device(request: pytest.FixtureRequest) -> str:
+@pytest.fixture
+def cuda_device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where the cuda backend's kernels run: on a GPU, or on the CPU, from the same sources."""
     if torch.cuda.is_available():
         module, reason = load("cuda")
         if module is None:
             pytest.skip(f"backend 'cuda': {reason}")
-        return "cuda"
+        yield "cuda"
+        return
     cuda_build.use(request.getfixturevalue("cuda_library"))
-    return "cpu"
+    yield "cpu"
+    cuda_build.use(None)
 
 
 @pytest.fixture

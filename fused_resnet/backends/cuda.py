@@ -19,12 +19,13 @@ from fused_resnet.spec import ACTIVATIONS, Act, PoolSpec
 _ACT_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.fused_resnet_cuda
+# Set by tests that have compiled the kernels for a CPU (tests/cuda_build.py).
+ON_CPU = False
 
 
-def _runs_on(device: str) -> bool:
-    """Whether the operators are implemented for it: for CUDA where they are built, for a CPU only in the tests, which
-    compile the kernels for it."""
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::bn_act", device.upper())
+def _built() -> bool:
+    """Whether the compiled extension has the operators' CUDA part."""
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::bn_act", "CUDA")
     return found
 
 
@@ -36,9 +37,9 @@ def unavailable() -> str | None:
         from fused_resnet import _C
     except ImportError as error:
         return f"the compiled extension is not built, or for another torch: {error}"
-    if _runs_on("cpu"):
+    if ON_CPU:
         return None
-    if not _runs_on("cuda"):
+    if not _built():
         return "not built: the compiled extension has no CUDA part (FUSED_RESNET_CUDA=1 at build says what it lacks)"
     if not torch.cuda.is_available():
         return "no GPU: torch.cuda.is_available() is False"
@@ -51,7 +52,7 @@ def unavailable() -> str | None:
 
 def refuse(primitive: str, case: Case) -> str | None:
     """Takes float32, bfloat16, float16 and float64 in channels_last; convolutions of any kind."""
-    if case.device == "cpu" and not (_runs_on("cpu") and forced() == "cuda"):
+    if case.device == "cpu" and not (ON_CPU and forced() == "cuda"):
         return "runs on CUDA devices, not on cpu"
     if case.device not in ("cpu", "cuda"):
         return f"runs on CUDA devices, not on {case.device}"
