@@ -30,14 +30,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Directories are listed too: their time changes when a file comes or goes.
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
 
-.PHONY: help bench test lint codegen gpu-report clean
+.PHONY: help bench test lint codegen gpu-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make bench   validate and measure plain, compiled and fused networks; writes bench-report/ (ARGS=... passes more)"
 	@echo "make test    run the tests (ARGS=... passes more to pytest)"
-	@echo "make codegen     compile every Triton kernel of ResNet-18/50 for three GPUs and read the machine code; needs no GPU"
+	@echo "make codegen     compile every Triton and CUDA kernel for three GPUs each and read the machine code; needs no GPU"
 	@echo "make gpu-report  on a GPU: tests, sanitizer, kernels and networks; writes gpu-report/ (ARGS=--dry-run: on a CPU)"
+	@echo "make wheel   build a wheel for this machine's torch into dist/"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make clean   remove what was built and measured; the environment $(VENV) stays"
 
@@ -49,9 +50,13 @@ test: $(VENV)/.installed
 
 codegen: $(VENV)/.installed
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/codegen.py --markdown benchmarks/results/codegen.md $(ARGS)
+	$(BIN)/python benchmarks/codegen_cuda.py --markdown benchmarks/results/codegen_cuda.md || [ $$? -eq 2 ]  # 2: no nvcc
 
 gpu-report: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu_report.py --output gpu-report $(ARGS)
+
+wheel: $(VENV)/.requirements
+	$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist $(ARGS) .
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

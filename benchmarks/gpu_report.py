@@ -1,4 +1,4 @@
-"""Everything that is to be known of a GPU, in one run: tests, sanitizer, limits, kernels beside roofline, networks.
+"""Everything that is to be known of a GPU, in one run: tests, sanitizer, limits, passes, kernels, networks.
 
     python benchmarks/gpu_report.py --output gpu-report            on a GPU; `make gpu-report` sets up what it needs
     python benchmarks/gpu_report.py --dry-run                      every step, at toy size, on a CPU
@@ -33,10 +33,11 @@ from torch.utils._pytree import tree_map_only
 
 import fused_resnet as fr
 from fused_resnet import planner
-from fused_resnet.backends import load
+from fused_resnet.backends import DyCoefficients, Norm, load
 from fused_resnet.cli import cases, measure, variants
 from fused_resnet.cli.env import describe, device_name
 from fused_resnet.cli.variants import CompileBudget, Variant
+from fused_resnet.spec import Act, PoolSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 CONVOLUTIONS = ("conv_bias_act", "conv_stats", "conv_backward")
@@ -77,30 +78,98 @@ def limits(run: Run) -> dict[str, Any]:
 
 
 def tests(run: Run) -> dict[str, Any]:
-    """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-q", "--no-header", "-rf"]
-    return _command(run, command, timeout_s=400)
+    """The tests that need a GPU, and those of the CUDA kernels, which run on one where there is one."""
+    files = ["tests/test_gpu.py"] if run.toy else ["tests/test_gpu.py", "tests/test_cuda_kernels.py"]
+    return _command(run, [sys.executable, "-m", "pytest", *files, "-q", "--no-header", "-rf"], timeout_s=500)
 
 
 def sanitizer(run: Run) -> dict[str, Any]:
-    """compute-sanitizer's memcheck over the smoke shapes."""
+    """compute-sanitizer: memcheck over chains of the Triton kernels; memcheck, racecheck and initcheck over every CUDA
+    kernel that memory bounds."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return {"ok": True, "skipped": "compute-sanitizer is not installed here"}
     picked = "(test_small_chains and triton and (basic or bottleneck_projection or stem) and batch) or odd_channels"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--launch-timeout", "0"]
-    command += [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "--no-header", "-k", picked]
-    return _command(run, command, timeout_s=300)
+    chains = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "--no-header", "-k", picked]
+    jobs = {"triton memcheck": ("memcheck", [], chains)}
+    if load("cuda")[0] is not None:
+        # ours alone: what PyTorch's kernels read and write is its own affair
+        ours, cases = (
+            ["--kernel-name", "kernel_substring=fused_resnet"],
+            [sys.executable, "tests/cuda_cases.py", "cuda"],
+        )
+        jobs |= {f"cuda {name}": (name, ours, cases) for name in ("memcheck", "racecheck", "initcheck")}
+    found = {}
+    for name, (which, options, command) in jobs.items():
+        check = [tool, "--tool", which, "--error-exitcode", "9", "--launch-timeout", "0", *options]
+        found[name] = _command(run, [*check, *command], timeout_s=300)
+    output = "\n".join(f"{name}:\n{result['output'][-3000:]}" for name, result in found.items() if not result["ok"])
+    return {"ok": all(result["ok"] for result in found.values()), "runs": found, "output": output}
 
 
 def _command(run: Run, command: list[str], timeout_s: float) -> dict[str, Any]:
     start = time.perf_counter()
+    # each tensor an allocation of its own, so that a sanitizer sees where it ends
+    env = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "compute-sanitizer" in command[0] else {})
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, env=env)
         code, out = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired as late:
         code, out = -1, f"{(late.stdout or b'').decode(errors='replace')}\nstopped after {timeout_s:.0f} s"
     return {"ok": code == 0, "seconds": round(time.perf_counter() - start, 1), "output": out[-6000:]}
+
+
+def passes(run: Run) -> dict[str, Any]:
+    """Each memory-bound primitive on each backend: bytes per second, and as a share of a copy's."""
+    bound = run.found.get("limits") or limits(run)
+    shapes = [(2, 64, 16, 16)] if run.toy else [(run.batch, c, s, s) for c, s in ((64, 112), (256, 56), (2048, 7))]
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        for primitive, args in pass_calls(shape, run.device):
+            _, moved = account(primitive, args)
+            for name in planner._candidates(primitive, planner.case_of(args[0])):
+                ms = planner.milliseconds(partial(getattr(load(name)[0], primitive), *args), run.device)
+                row = {"primitive": primitive, "operands": len(pytree_tensors(args)), "shape": shape, "backend": name}
+                row |= {"ms": ms, "bytes": moved}
+                if moved is not None:
+                    row["of_copy"] = moved / ms * 1e3 / bound["bytes_per_s"]
+                rows.append(row)
+    return {"ok": bool(rows), "rows": rows}
+
+
+def pytree_tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    """The images among the arguments."""
+    return [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
+
+
+def pass_calls(shape: tuple[int, ...], device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    """Every memory-bound primitive, in bfloat16, with and without a summand; the pool where it stands in a network."""
+
+    def image(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+
+    y, r, g = (image(*shape) for _ in range(3))
+    norm, other = (Norm(*(torch.rand(shape[1], device=device) + 0.5 for _ in range(4))) for _ in range(2))
+    relu = Act("relu")
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("bn_stats", (y,)),
+        ("bn_act", (y, norm, relu, None, None)),
+        ("bn_act", (y, norm, relu, r, None)),
+        ("bn_act", (y, norm, relu, r, other)),
+        ("bn_act_backward", (g, y, norm, relu, None, None)),
+        ("bn_act_backward", (g, y, norm, relu, r, None)),
+        ("bn_act_backward", (g, y, norm, relu, r, other)),
+        ("bn_backward", (g, y, DyCoefficients(*other))),
+    ]
+    if shape[1] == 64:
+        pool = PoolSpec.make(3, 2, 1)
+        out, argmax = load("aten")[0].bn_act_max_pool(y, norm, relu, pool)  # type: ignore[union-attr]
+        calls += [
+            ("bn_act_max_pool", (y, norm, relu, pool)),
+            ("bn_act_max_pool_backward", (out, argmax, y, norm, relu, pool)),
+        ]
+    return calls
 
 
 def kernels(run: Run) -> dict[str, Any]:
@@ -241,6 +310,7 @@ STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "limits": limits,
     "tests": tests,
     "sanitizer": sanitizer,
+    "passes": passes,
     "kernels": kernels,
     "networks": networks,
 }
@@ -264,6 +334,15 @@ def markdown(found: dict[str, Any]) -> str:
                 "",
                 f"**{step}**: {result.get('skipped') or result.get('error') or result.get('output', '')[-1500:]}",
             ]
+    rows = (found.get("passes") or {}).get("rows", [])
+    if rows:
+        lines += ["", "| pass | images | shape | backend | ms | of a copy's bandwidth |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        share = f"{row['of_copy']:.0%}" if "of_copy" in row else "–"
+        shape = "x".join(map(str, row["shape"]))
+        lines.append(
+            f"| {row['primitive']} | {row['operands']} | {shape} | {row['backend']} | {row['ms']:.4f} | {share} |"
+        )
     rows = (found.get("kernels") or {}).get("rows", [])
     if rows:
         lines += ["", "| signature | chosen | ms | roofline ms | share | aten ms |", "|---|---|---|---|---|---|"]

@@ -8,6 +8,9 @@
 #include <string>
 
 #include "cpu/ops.h"
+#ifdef FUSED_RESNET_WITH_CUDA
+#include "cuda/ops.h"
+#endif
 
 TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
@@ -48,6 +51,31 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "float act_param, int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> Tensor");
 }
 
+// Defined in every build, so that they read alike everywhere; implemented where csrc/cuda is compiled.
+TORCH_LIBRARY(fused_resnet_cuda, m) {
+    m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
+    m.def(
+        "bn_act(Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, Tensor[] residual_norm) -> Tensor");
+    m.def(
+        "bn_act_backward(Tensor dout, Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, "
+        "Tensor[] residual_norm) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("bn_backward(Tensor dz, Tensor y, Tensor[] coef) -> Tensor");
+    m.def(
+        "bn_act_max_pool(Tensor y, Tensor[] norm, int act, float act_param, int[2] kernel, int[2] stride, "
+        "int[2] padding) -> (Tensor, Tensor)");
+    m.def(
+        "bn_act_max_pool_backward(Tensor dout, Tensor argmax, Tensor y, Tensor[] norm, int act, float act_param, "
+        "int[2] kernel, int[2] stride, int[2] padding) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "bn_fold(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? conv_bias, float eps) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "bn_coefficients(Tensor scale, Tensor rstd, Tensor sum_dz, Tensor sum_dz_y, int? count) "
+        "-> (Tensor, Tensor, Tensor)");
+    m.def("channels_last(Tensor t) -> Tensor");
+    m.def("contiguous(Tensor t) -> Tensor");
+}
+
 TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     namespace cpu = fused_resnet::cpu;
     m.impl("bn_stats", cpu::bn_stats);
@@ -68,18 +96,33 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("stem_bias_act_max_pool", cpu::stem_bias_act_max_pool);
 }
 
+#ifdef FUSED_RESNET_WITH_CUDA
+TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) { fused_resnet::cuda::ops::implement(m); }
+#endif
+
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "The compiled part of fused_resnet: its operators live in torch.ops.fused_resnet_cpu.";
+    m.doc() = "The compiled part of fused_resnet: its operators live in torch.ops.fused_resnet_cpu and fused_resnet_cuda.";
     m.def("build_info", [] {
         return std::map<std::string, std::string>{
             {"compiler", __VERSION__},
             {"torch", TORCH_VERSION},
             {"cpu_isa", fused_resnet::cpu::table().name},
 #ifdef FUSED_RESNET_WITH_CUDA
-            {"cuda", "built"},
+            {"cuda", fused_resnet::cuda::built_with()},
+            {"cuda_archs", fused_resnet::cuda::built_for()},
 #else
             {"cuda", "not built"},
+            {"cuda_archs", "none"},
 #endif
+            {"cutlass", "none"},
         };
     }, "How this extension was built and which instruction set it uses.");
+    m.def("cuda_status", []() -> std::string {
+#ifdef FUSED_RESNET_WITH_CUDA
+        const char* const status = fused_resnet::cuda::usable();
+        return status == nullptr ? "" : status;
+#else
+        return "this build has no CUDA part";
+#endif
+    }, "Why the CUDA kernels can't run on the current device, empty if they can.");
 }

@@ -3,6 +3,7 @@
 // T is float, double, or a GCC vector of either: arithmetic, comparisons and ?: mean the same for all of them.
 //     z = s y + t (+ residual)         a = act(z)         dz = g act'(z)
 //     dy = A dz + B (y - mu) + C       (count, mean, M2) of two halves merged by Chan's formula
+//     s, t of z and A, B, C of dy from BatchNorm's statistics, weights and sums
 // act and act' send NaN and the kinks where ATen's operators send them (relu, threshold_backward, hardtanh_backward ...).
 #pragma once
 
@@ -39,6 +40,17 @@ struct Exponential<float> {
 template <>
 struct Exponential<double> {
     static FR_INLINE double of(double x) { return ::exp(x); }
+};
+
+template <class T>
+struct SquareRoot;
+template <>
+struct SquareRoot<float> {
+    static FR_INLINE float of(float x) { return ::sqrtf(x); }
+};
+template <>
+struct SquareRoot<double> {
+    static FR_INLINE double of(double x) { return ::sqrt(x); }
 };
 
 template <class T>
@@ -96,6 +108,29 @@ FR_INLINE T affine(T y, T scale, T shift) {
 template <class T>
 FR_INLINE T bn_backward(T dz, T y, T center, T a, T b, T c) {
     return a * dz + b * (y - center) + c;
+}
+
+// z = s y + t of BatchNorm: r = 1/sqrt(var + eps), s = gamma r, t = beta - center s. A convolution's bias never touches y:
+// it comes off the mean instead, center = mean - bias.
+template <class T>
+struct Fold {
+    T scale, shift, center, rstd;
+};
+template <class T>
+FR_INLINE Fold<T> bn_fold(T mean, T var, T gamma, T beta, T conv_bias, T eps) {
+    const T center = mean - conv_bias, rstd = splat<T>(1) / SquareRoot<T>::of(var + eps), scale = gamma * rstd;
+    return {scale, beta - center * scale, center, rstd};
+}
+
+// dgamma = r sum dz (y - mu), and B, C of dy over `count` values (A = s; frozen BatchNorm has no B and C).
+template <class T>
+struct Coefficients {
+    T dgamma, b, c;
+};
+template <class T>
+FR_INLINE Coefficients<T> bn_coefficients(T scale, T rstd, T sum_dz, T sum_dz_y, T count) {
+    const T dgamma = rstd * sum_dz_y, share = -scale / count;
+    return {dgamma, share * rstd * dgamma, share * sum_dz};
 }
 
 // (count, mean, M2) of a set of values, M2 = sum (value - mean)^2. All lanes of a vector T have the same count.

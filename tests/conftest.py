@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import zlib
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
+import cuda_build
 import pytest
 import torch
 
@@ -17,8 +20,9 @@ if not torch.cuda.is_available():
 
 # The backends that serve a CPU; those of a GPU have tests of their own (marked gpu).
 CPU_BACKENDS = ("aten", "cpu")
-# Those that a CPU only interprets, slowly: tests of small shapes ask for them by the fixture ``interpreted``.
-INTERPRETED = ("triton", "cudnn")
+# Those that a CPU only interprets, or runs from CUDA's sources, slowly: tests of small shapes ask for them by the
+# fixture ``interpreted``.
+INTERPRETED = ("triton", "cudnn", "cuda")
 
 
 def seed_of(nodeid: str) -> int:
@@ -66,6 +70,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=INTERPRETED)
 def interpreted(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, for the backends that are interpreted; on a GPU they have tests of their own."""
+    if request.param == "cuda":
+        if request.getfixturevalue("cuda_device") != "cpu":
+            pytest.skip("backend 'cuda': on a GPU here")
+        with use_backend("cuda"):
+            yield "cuda"
+        return
     module, reason = load(request.param)
     if module is None:
         pytest.skip(f"backend {request.param!r}: {reason}")
@@ -73,6 +83,39 @@ def interpreted(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"backend {request.param!r}: compiled here, not interpreted")
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """csrc/cuda compiled for this CPU, once per session."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine")
+    if load("cpu")[0] is None:
+        pytest.skip(f"the compiled extension, which has the schemas: {load('cpu')[1]}")
+    return cuda_build.build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def cuda_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where the cuda backend's kernels run: on a GPU, or on the CPU, from the same sources."""
+    if torch.cuda.is_available():
+        module, reason = load("cuda")
+        if module is None:
+            pytest.skip(f"backend 'cuda': {reason}")
+        yield "cuda"
+        return
+    cuda_build.use(request.getfixturevalue("cuda_library"))
+    yield "cpu"
+    cuda_build.use(None)
+
+
+@pytest.fixture
+def empty_is_nan() -> Iterator[None]:
+    """As ``nan_filled``, also for what C++ allocates."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fused_resnet.spec import Act
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ("triton", "cudnn")
+BACKENDS = ("triton", "cudnn", "cuda")
 SHAPES = [shape for shape in chains.SHAPES if shape != "grouped"]
 LARGE = {  # shape, width, batch, image: several tiles of every kernel, odd sizes, channels that are no multiple of 8
     "basic": ("basic", 64, 4, (28, 28)),
@@ -107,13 +107,18 @@ def test_inference(forced: str, case: str, dtype: torch.dtype) -> None:
         assert_as_good("out", got, plain, truth, dtype)
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("case", ["projection", "stem"])
-def test_same_bits_run_after_run(case: str) -> None:
-    """Triton's kernels use no atomics: two runs agree in every bit, also while another stream is busy."""
+def test_same_bits_run_after_run(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels use no atomics: two runs agree in every bit, also while another stream is busy. (cuDNN's weight
+    gradients, between the CUDA passes, may use them unless told not to.)"""
+    if load(backend)[0] is None:
+        pytest.skip(f"backend {backend!r}: {load(backend)[1]}")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     shape, width, batch, size = LARGE[case]
     chain = chains.make(shape, "relu", "batch", width, batch, size)
     t = on_gpu(chain, wide_draw(chain), torch.bfloat16)
-    with use_backend("triton"):
+    with use_backend(backend):
         first = chains.run(chain, t)
         busy, stream = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -181,6 +186,54 @@ def test_a_cuda_graph_of_a_training_step(forced: str) -> None:
         torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-3 * value.abs().max().item() + 1e-6)
 
 
+def test_a_thousand_replays(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured training step, replayed 1,000 times on one input, gives the bits of the first replay each time."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    model, x = network()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 0.0  # running statistics stand still, so that every replay sees the same
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            trained(model, x)
+            model.zero_grad(set_to_none=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = trained(model, x)
+    graph.replay()
+    first = {name: value.clone() for name, value in found.items()}
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
+    for _ in range(1000):
+        graph.replay()
+        for name, value in found.items():
+            differ |= (value != first[name]).any()
+    assert not differ.item()
+    assert all(value.isfinite().all() for value in first.values())
+
+
+def test_two_streams(forced: str) -> None:
+    """Steps on two streams at once give the bits of steps one after the other."""
+    chain = chains.make("basic", "silu", "batch", 64, 4, (28, 28))
+    draws = [on_gpu(chain, wide_draw(chain), torch.float32) for _ in range(2)]
+    torch.backends.cudnn.deterministic = True
+    want = [chains.run(chain, t) for t in draws]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in draws]
+    got: list[Any] = [None, None]
+    for _ in range(10):
+        for i, (stream, t) in enumerate(zip(streams, draws, strict=True)):
+            with torch.cuda.stream(stream):
+                got[i] = chains.run(chain, t)
+    torch.cuda.synchronize()
+    torch.backends.cudnn.deterministic = False
+    for g, w in zip(got, want, strict=True):
+        for name, value in w.items():
+            assert torch.equal(g[name], value), name
+
+
 def test_the_planner_measures_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every choice is at least as fast as aten; a second model like the first measures nothing."""
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
@@ -202,12 +255,15 @@ def test_the_planner_measures_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
         planner.forget()
 
 
-def test_host_time_of_a_primitive() -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_host_time_of_a_primitive(backend: str) -> None:
     """A launch costs the host less than the contract's 15 us, after the first call."""
+    if load(backend)[0] is None:
+        pytest.skip(f"backend {backend!r}: {load(backend)[1]}")
     y = torch.randn(2, 64, 8, 8, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     one = torch.ones(64, device="cuda")
     norm = Norm(one, one, one, one)
-    with use_backend("triton"):
+    with use_backend(backend):
         best = float("inf")
         for _ in range(20):
             torch.cuda.synchronize()

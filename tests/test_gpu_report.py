@@ -28,17 +28,31 @@ def test_dry_run(tmp_path: Path) -> None:
     done = report("--dry-run", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "report.json").read_text())
-    assert {"limits", "tests", "sanitizer", "kernels", "networks", "versions", "machine", "date"} <= found.keys()
+    assert {
+        "limits",
+        "tests",
+        "sanitizer",
+        "passes",
+        "kernels",
+        "networks",
+        "versions",
+        "machine",
+        "date",
+    } <= found.keys()
     rows = found["kernels"]["rows"]
     kinds = {row["primitive"] for row in rows}
     assert {"conv_stats", "conv_backward", "bn_act", "bn_act_backward"} <= kinds
     for row in rows:
         assert row["ms"]["aten"] > 0 and row["roofline_ms"] > 0 and row["bytes"] > 0
         assert (row["flops"] > 0) == row["primitive"].startswith("conv")
+    passes = found["passes"]["rows"]
+    assert {row["primitive"] for row in passes} > {"bn_stats", "bn_act", "bn_act_backward", "bn_backward"}
+    assert {row["backend"] for row in passes} >= {"aten"} and all(row["of_copy"] > 0 for row in passes)
     variants = {(c["mode"], v["variant"], v["status"]) for c in found["networks"]["cases"] for v in c["variants"]}
     for mode in ("training", "inference"):
         assert {(mode, "plain", "measured"), (mode, "fused", "measured")} <= variants
     text = (tmp_path / "report.md").read_text()
+    assert "| bn_act_max_pool_backward | 3 | 2x64x16x16 | aten |" in text
     assert "| resnet20 | training | fused |" in text and "conv_backward" in text
     assert (tmp_path / "kernels.png").stat().st_size > 10_000
 

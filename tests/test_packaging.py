@@ -316,6 +316,21 @@ def test_cuda_part_is_built_where_it_can_be(tree: Path, stub_torch: Path, cuda_h
     assert 1 <= int(result["MAX_JOBS"]) <= (os.cpu_count() or 1)
 
 
+def test_cutlass_files_get_more_memory(tree: Path) -> None:
+    """As many compilers as memory allows, 2 GiB for each, 3.5 GiB where there are convolutions."""
+    code = (
+        "import os, pathlib, runpy, setuptools; setuptools.setup = lambda **k: None;"
+        "os.environ['FUSED_RESNET_NO_EXT'] = '1'; made = runpy.run_path('setup.py');"
+        "os.sched_getaffinity = lambda pid: range(64); read = pathlib.Path.read_text;"
+        "pathlib.Path.read_text = lambda self: 'MemAvailable: 14680064 kB' if str(self) == '/proc/meminfo' else 'max';"
+        "pathlib.Path.exists = lambda self: True;"
+        "print(*(made['default_jobs'](made[name]) for name in ('BYTES_PER_JOB', 'BYTES_PER_CUTLASS_JOB')))"
+    )
+    result = run(["-c", code], tree)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["7", "4"]
+
+
 def test_cuda_0_leaves_the_cuda_part_out(tree: Path, stub_torch: Path, cuda_home: Path) -> None:
     add_cuda_source(tree)
     stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
@@ -372,7 +387,7 @@ def test_source_distribution_holds_the_sources(tree: Path, tmp_path: Path) -> No
     (archive,) = tmp_path.glob("*.zip")
     names = {name.split("/", 1)[1] for name in zipfile.ZipFile(archive).namelist()}
     sources = {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*") if path.is_file()}
-    assert sources <= names
+    assert {"csrc/cuda/norm.cu", "csrc/cuda/tile.cuh", "csrc/cuda/ops.cpp", "csrc/dtype.h"} <= sources <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", f"{PACKAGE}/_version.py"} <= names
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
+import primitives
 import pytest
 import torch
+from primitives import check, double, flat
 from tolerances import assert_as_good, assert_close
-from torch import Tensor
 
 from fused_resnet.backends import DyCoefficients, Norm, Sums, aten
 from fused_resnet.spec import ACTIVATIONS, Act, PoolSpec
@@ -28,52 +29,8 @@ SIZES = [(1, 3, 7, 5), (3, 8, 9, 11), (2, 24, 5, 7), (3, 64, 3, 5), (1, 65, 5, 3
 ACTS = [Act.make(name) for name in ACTIVATIONS]
 
 
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (torch.randn(shape) * 1.5 + 0.7).to(DEVICE, dtype).contiguous(memory_format=torch.channels_last)
-
-
-def vectors(channels: int) -> Norm:
-    """Scales of both signs."""
-    scale, shift, center, rstd = (torch.randn(channels) for _ in range(4))
-    return Norm(*(v.to(DEVICE) for v in (scale, shift, center, rstd.exp())))
-
-
-def double(value: Any) -> Any:
-    """The same in float64, tensors inside tuples too."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        found = [double(v) for v in value]
-        return type(value)(*found) if hasattr(value, "_fields") else tuple(found)
-    return value
-
-
-def flat(value: Any) -> list[Tensor]:
-    """The tensors of a result, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for v in value if v is not None for t in flat(v)] if isinstance(value, tuple) else []
-
-
-def check(name: str, module: Any, args: tuple[Any, ...], count: int) -> Any:
-    """The primitive of ``module`` against aten's in float64, 16-bit results by the error of aten in the same dtype.
-
-    ``count``: terms of the longest sum behind a vector.
-    """
-    result = getattr(module, name)(*args)
-    got, plain, truth = (flat(r) for r in (result, getattr(aten, name)(*args), getattr(aten, name)(*double(args))))
-    for i, (g, p, t) in enumerate(zip(got, plain, truth, strict=True)):
-        assert g.dtype == p.dtype and g.shape == p.shape, f"{name}[{i}]"
-        if g.dim() == 4:
-            assert g.is_contiguous(memory_format=torch.channels_last)
-        if not g.numel():
-            continue
-        if g.dtype in (torch.bfloat16, torch.float16):
-            assert_as_good(f"{name}[{i}]", [g], [p], [t], g.dtype)
-        else:
-            # a sum's terms are as large as the sum of their absolute values, not as the sum
-            assert_close(f"{name}[{i}]", g, t, 4 if g.dim() == 4 else 4 * max(count, 1), torch.float32)
-    return result
+image = partial(primitives.image, device=DEVICE)
+vectors = partial(primitives.vectors, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,10 +11,9 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #include "../bn_math.h"
+#include "../dtype.h"
 
 namespace fused_resnet::cpu {
-
-enum class DType : int { f64, f32, bf16, f16 };
 
 struct Layout {
     int64_t channels;

@@ -1,6 +1,7 @@
 // The stem's tail: bn_act and the max-pool behind it, forward and backward.
 #pragma once
 
+#include "../pool_math.h"
 #include "vectors_impl.h"
 
 namespace {
@@ -65,15 +66,6 @@ FR_INLINE int64_t pixel(const Layout& l, int64_t image, int64_t h, int64_t w, in
     return ((image * height + h) * width + w) * (l.plane ? 1 : l.channels);
 }
 
-// Windows o with o*stride - padding <= i < o*stride - padding + kernel.
-struct Span {
-    int64_t first, last;
-};
-FR_INLINE Span windows(int64_t i, int64_t kernel, int64_t stride, int64_t padding, int64_t count) {
-    const int64_t up = i + padding, last = up / stride;
-    return {up < kernel ? 0 : (up - kernel) / stride + 1, last < count ? last : count - 1};
-}
-
 template <class V, class T, class O, class K>
 FR_INLINE void pool_rows(const Args& a, const Pool& q, int64_t begin, int64_t end) {
     using Q = Place<V>;
@@ -133,9 +125,9 @@ FR_INLINE void pool_rows_backward(const Args& a, const Pool& q, int64_t begin, i
     for (int64_t row = begin; row < end; row++) {
         const int64_t image = row / q.height, h = row % q.height;
         const int64_t plane_channel = a.layout.plane ? image % a.layout.channels : 0;
-        const Span rows = windows(h, q.kernel[0], q.stride[0], q.padding[0], q.out_height);
+        const Span<int64_t> rows = windows(h, q.kernel[0], q.stride[0], q.padding[0], q.out_height);
         for (int64_t w = 0; w < q.width; w++) {
-            const Span columns = windows(w, q.kernel[1], q.stride[1], q.padding[1], q.out_width);
+            const Span<int64_t> columns = windows(w, q.kernel[1], q.stride[1], q.padding[1], q.out_width);
             const int64_t here = pixel(a.layout, image, h, w, q.height, q.width);
             for (int64_t c = 0; c < lanes; c += Q::lanes) {
                 const int n = lanes - c < Q::lanes ? int(lanes - c) : Q::lanes;
