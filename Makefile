@@ -51,6 +51,7 @@ test: $(VENV)/.installed
 codegen: $(VENV)/.installed
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/codegen.py --markdown benchmarks/results/codegen.md $(ARGS)
 	$(BIN)/python benchmarks/codegen_cuda.py --markdown benchmarks/results/codegen_cuda.md || [ $$? -eq 2 ]  # 2: no nvcc
+	$(BIN)/python benchmarks/codegen_cuda_conv.py --markdown benchmarks/results/codegen_cuda_conv.md || [ $$? -eq 2 ]
 
 gpu-report: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu_report.py --output gpu-report $(ARGS)

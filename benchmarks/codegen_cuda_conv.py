@@ -5,11 +5,13 @@
 
 A row fails on spills, a wgmma that ptxas serialized (C75xx), no wgmma at all, and, for our own kernel, whatever its
 design counts on and is not there: A in registers, TMA, setmaxnreg, no access through generic addresses. The exit code
-is 1 if any row fails. One compilation at a time: those with CUTLASS take up to 4 GiB each.
+is 1 if any row fails, 2 where nvcc or the headers of CUTLASS are missing. One compilation at a time: those with CUTLASS
+take up to 4 GiB each.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
@@ -18,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
@@ -243,24 +246,34 @@ def collect(files: Iterable[Path] | None = None) -> list[Row]:
     return table
 
 
-def section() -> tuple[str, int]:
-    """For `make codegen`: the table under its heading, or why there is none, and how many rows fail."""
-    title = "# Machine code of the CUDA convolutions\n\n"
-    if reasons := [f"{file.name}: {reason}" for file in sources() if (reason := unavailable(file))]:
-        return f"{title}Not compiled here. {reasons[0]}.\n", 0
-    table = collect()
+def heading(table: list[Row]) -> str:
+    """What the committed table says of itself."""
     failed = sum(bool(r.failures) for r in table)
     said = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\S+),", said)
-    heading = f"{len(table)} kernels of csrc/cuda/conv_*.cu by nvcc {release[1] if release else '?'}, {failed} fail."
-    return f"{title}{heading}\nRS: wgmma takes A from registers, SS: from shared memory.\n\n{markdown(table)}", failed
+    return (
+        "# Machine code of the CUDA convolutions\n\n"
+        f"Written by `make codegen`, {datetime.now(UTC):%Y-%m-%d}, nvcc {release[1] if release else '?'}, no GPU: "
+        f"{len(table)} kernels of csrc/cuda/conv_*.cu, {failed} fail.\n"
+        "RS: wgmma takes A from registers, SS: from shared memory.\n\n"
+    )
 
 
-def main(names: list[str]) -> int:
-    table = collect([CUDA / name for name in names] if names else None)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="names of csrc/cuda/conv_*.cu; all by default")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    args = parser.parse_args(argv)
+    files = [CUDA / name for name in args.files] or sources()
+    if reasons := [f"{file.name}: {reason}" for file in files if (reason := unavailable(file))]:
+        print(reasons[0], file=sys.stderr)
+        return 2
+    table = list(collect(files))
     print(markdown(table))
+    if args.markdown:
+        args.markdown.write_text(heading(table) + markdown(table))
     return 1 if any(r.failures for r in table) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
