@@ -4,8 +4,8 @@
 ``backends.NAMES`` that is available and takes the case. On a GPU each new signature (shapes, dtype, hyper-parameters;
 the batch rounded up to a power of two) is measured once: every backend that takes it, with every configuration that it
 offers, beside ``aten``, caches flushed between runs; a convolution's backward also as two calls, input and weight
-apart. The fastest is kept in a file (``plan_cache``), so it is the same in every later process. ``use_backend``
-overrides all of this.
+apart. What gives other numbers than ``aten`` on these arguments is dropped with a warning. The fastest is kept in a
+file (``plan_cache``), so it is the same in every later process. ``use_backend`` overrides all of this.
 
 FUSED_RESNET_PLAN: "auto" (measure on GPUs; the default), "measure" (on CPUs too), "preference" (never).
 """
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fused_resnet.backends import (
     COMPANIONS,
@@ -34,6 +35,7 @@ from fused_resnet.backends import (
     Prologue,
     forced,
     load,
+    vector_dtype,
     warn_once,
 )
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
@@ -342,8 +344,8 @@ def label(choice: Choice) -> str:
 
 def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choice, float]:
     found: dict[Choice, float] = {}
-    # a primitive may overwrite ``add``
-    own = _with(args, {_ADD: args[_ADD].clone()}) if primitive == "conv_backward" and args[_ADD] is not None else args
+    own = _own(primitive, args)
+    want = _call(Choice("aten"), primitive, _own(primitive, args)) if "aten" in names else None
     for name in names:
         module: Any = load(name)[0]
         choices = [Choice(name)]
@@ -351,12 +353,47 @@ def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choi
             if hasattr(module, "configurations"):
                 choices += [Choice(name, c) for c in module.configurations(partial(_call, choices[0], primitive, own))]
             for choice in choices:
+                if want is not None and name != "aten":
+                    error = _error(_call(choice, primitive, _own(primitive, args)), want)
+                    if not error <= _BOUND[args[0].dtype]:
+                        warn_once(
+                            f"{label(choice)} is not used for {signature(primitive, args)}: its result differs from "
+                            f"aten's by {error:.2g} of its norm. Please report this"
+                        )
+                        continue
                 found[choice] = milliseconds(partial(_call, choice, primitive, own), own[0].device)
         except Exception as error:  # a kernel that does not compile here, or memory that does not suffice
             if name == "aten":
                 raise
             warn_once(f"backend {name!r} can't run {signature(primitive, args)}: {type(error).__name__}: {error}")
     return found
+
+
+# How far a candidate's result may be from aten's, relative to its norm: far above what rounding does (the tests hold to
+# that), so that what it refuses is broken: a miscompiled kernel, a driver, a backend that was not built for this chip.
+_BOUND = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.1, torch.float16: 5e-2}
+
+
+def _own(primitive: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A primitive may overwrite ``add``."""
+    if primitive != "conv_backward" or args[_ADD] is None:
+        return args
+    return _with(args, {_ADD: args[_ADD].clone(memory_format=torch.preserve_format)})
+
+
+def _error(got: Any, want: Any) -> float:
+    """The largest relative error of the images and weights in a result (sums may cancel to nothing); 0 without any."""
+    errors = [0.0]
+    for g, w in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        if isinstance(w, Tensor) and w.dim() == 4 and w.is_floating_point():
+            if not isinstance(g, Tensor) or g.shape != w.shape:
+                return float("inf")
+            # both may hold what is no number, in the same places
+            g, w = (t.detach().to(vector_dtype(t.dtype)) for t in (g, w))
+            same = (g == w) | (g.isnan() & w.isnan())
+            difference = torch.where(same, 0, g - w)
+            errors.append(float(difference.norm() / w.nan_to_num(0, 0, 0).norm().clamp_min(1e-20)))
+    return max(errors, key=lambda e: (e != e, e))
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -103,6 +103,33 @@ def test_never_slower_than_aten(measuring: Path, clock: dict[str, float]) -> Non
     assert second["choice"]["backend"] == "cpu", "of equals the preferred"
 
 
+@pytest.mark.parametrize("wrong", [lambda t: t * 1.05, lambda t: t.clone().fill_(float("nan")), lambda t: t[:, :-1]])
+def test_other_numbers_are_never_chosen(
+    measuring: Path, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor]
+) -> None:
+    """However fast: a kernel that a driver or a compiler broke gives way to aten, and the user hears of it."""
+    clock |= {"cpu": 1.0, "aten": 3.0}
+    cpu: Any = load("cpu")[0]
+    right = cpu.bn_act
+    monkeypatch.setattr(cpu, "bn_act", lambda *args: wrong(right(*args)))
+    planner.warn_once.cache_clear()
+    args = nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None
+    with pytest.warns(UserWarning, match="^cpu is not used for bn_act .*differs from aten's by"):
+        got = planner.run("bn_act", *args)
+    torch.testing.assert_close(got, load("aten")[0].bn_act(*args))  # type: ignore[union-attr]
+    (entry,) = entries(measuring).values()
+    assert entry == {"choice": {"backend": "aten", "config": None}, "ms": {"aten": 3.0}}
+
+
+def test_no_numbers_in_the_same_places_are_the_same(measuring: Path, clock: dict[str, float]) -> None:
+    clock |= {"cpu": 1.0, "aten": 3.0}
+    x = nhwc(2, 4, 6, 7)
+    x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    planner.run("bn_act", x, norm(4), Act("identity"), None, None)
+    (entry,) = entries(measuring).values()
+    assert entry["choice"]["backend"] == "cpu"
+
+
 @pytest.mark.parametrize("prologue", [False, True])
 def test_input_and_weight_apart(measuring: Path, clock: dict[str, float], prologue: bool) -> None:
     """Where two backends are better than one, each computes its part; ``add`` is still added once."""
