@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from fused_resnet.analysis import analyse
 from fused_resnet.backends import Case
-from fused_resnet.convert import FusedModule, FusedSequential, candidates, rows_of
+from fused_resnet.convert import FusedSequential, plan_of, rows_of
 from fused_resnet.modules import ChainModules
 from fused_resnet.planner import planned, why
 from fused_resnet.spec import ConvSpec
+from fused_resnet.tracing import original
 
 
 @dataclass(frozen=True)
 class Row:
-    """One block: its name in the model, class, whether it runs as a chain, why not, and primitive -> backend."""
+    """One module: its name in the model, class, whether it runs as chains, why not, and primitive -> backend.
+
+    Attributes:
+        chains: how many, where it is fused. reason: why it runs plain, or what of a fused one does.
+    """
 
     name: str
     type: str
     fused: bool
     reason: str
     backends: dict[str, str]
+    chains: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,20 +40,21 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no block of a known class in this model"
+            return "no norm of a known class in this model"
         width = max(len(r.name) for r in self.rows) + 2
+        kinds = max(14, max(len(r.type) for r in self.rows) + 2)
         lines = []
         for r in self.rows:
             served = ", ".join(f"{p}: {b}" for p, b in r.backends.items())
-            lines.append(f"{r.name:<{width}}{r.type:<14}{'fused' if r.fused else 'plain':<7}{served or r.reason}")
+            told = f"{served}; plain: {r.reason}" if served and r.reason else served or r.reason
+            lines.append(f"{r.name:<{width}}{r.type:<{kinds}}{'fused' if r.fused else 'plain':<7}{told}")
         fused = sum(r.fused for r in self.rows)
         return "\n".join([*lines, f"{fused} of {len(self.rows)} fused"])
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Each block of ``model``: fused or not, why not, and which backend serves which primitive.
-
-    Modules of unknown classes that own both a Conv2d and a BatchNorm2d are listed too: no pattern knows them.
+    """Each module of ``model`` with convolutions and norms of its own: fused or not, why not, and which backend serves
+    which primitive. A module whose norms are part of its parent's chains has no row.
 
     Raises:
         TypeError: not an nn.Module.
@@ -53,21 +62,20 @@ def explain(model: nn.Module) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     rows = []
-    known: set[int] = set()
     closed_by = _closed_by(model)
-    for name, m, chain, reason in candidates(model):
-        fused = isinstance(m, FusedModule) and reason is None
-        original = m._fr_original if isinstance(m, FusedModule) else type(m)
-        why_plain = reason or ("" if fused else "not fused yet: call fuse(model)")
-        served = _serving(chain) if fused and chain is not None else {}
-        if served and id(m) in closed_by:
-            served["bn_act_backward"] = f"in conv_backward of {closed_by[id(m)]}"
-        rows.append(Row(name or "(stem)", original.__name__, fused, why_plain, served))
-        known.update(id(c) for c in m.modules())
-    for name, m in model.named_modules():
-        kinds = {type(c) for c in m.children()}
-        if id(m) not in known and nn.Conv2d in kinds and nn.BatchNorm2d in kinds:
-            rows.append(Row(name, type(m).__name__, False, f"no pattern for {type(m).__name__}", {}))
+    for found in analyse(model):
+        m, plan = found.module, plan_of(found.module)
+        name, kind = found.name or "(model)", original(m).__name__
+        if plan is not None:
+            chains, reason = plan.modules(m)
+            if found.reason == "its forward was replaced":
+                reason = found.reason
+            served = _serving(chains) if reason is None else {}
+            if served and id(m) in closed_by:
+                served["bn_act_backward"] = f"in conv_backward of {closed_by[id(m)]}"
+            rows.append(Row(name, kind, reason is None, reason or "; ".join(plan.left), served, len(chains)))
+        elif found.within is None and (found.plans is not None or found.reason):
+            rows.append(Row(name, kind, False, found.reason or "not fused yet: call fuse(model)", {}))
     return Explanation(rows)
 
 
@@ -78,21 +86,26 @@ def _closed_by(model: nn.Module) -> dict[int, str]:
     return {id(m): names[id(after)] for row in rows for (m, _), (after, _) in zip(row, row[1:], strict=False)}
 
 
-def _serving(chain: ChainModules) -> dict[str, str]:
-    """Primitive -> backend for a chain's training step, in the parameters' device, dtype and layout."""
+def _serving(chains: Sequence[ChainModules]) -> dict[str, str]:
+    """Primitive -> backend for the chains' training step, in the parameters' device, dtype and layout."""
     served: dict[str, str] = {}
-    for unit in chain.all_units:
-        if unit.conv is None:
-            continue
-        c, w = unit.conv, unit.conv.weight
-        conv = ConvSpec.make(w.shape, c.stride, c.padding, c.dilation, c.groups, c.bias is not None)
-        last = not w.is_contiguous() or w.shape[2:] == (1, 1)
-        case = Case(w.device.type, w.dtype, last, conv, (w.shape[2], w.shape[3]))
-        for primitive in ("conv_stats", "conv_backward"):
-            label = f"{primitive} {w.shape[2]}x{w.shape[3]}"
-            served[label] = planned(primitive, conv, tuple(w.shape)) or why(primitive, case)[0]
-    tail = "bn_act_max_pool" if chain.max_pool is not None else "bn_act"
-    for primitive in (tail, f"{tail}_backward"):
-        channels = chain.units[-1].bn.num_features
-        served[primitive] = planned(primitive, None, channels) or why(primitive, Case(w.device.type, w.dtype, last))[0]
+    for chain in chains:
+        last = False
+        like: Tensor | None = chain.units[0].bn.weight
+        for unit in chain.all_units:
+            if unit.conv is None:
+                continue
+            c, like = unit.conv, unit.conv.weight
+            conv = ConvSpec.make(like.shape, c.stride, c.padding, c.dilation, c.groups, c.bias is not None)
+            last = not like.is_contiguous() or like.shape[2:] == (1, 1)
+            case = Case(like.device.type, like.dtype, last, conv, (like.shape[2], like.shape[3]))
+            for primitive in ("conv_stats", "conv_backward"):
+                label = f"{primitive} {like.shape[2]}x{like.shape[3]}"
+                served[label] = planned(primitive, conv, tuple(like.shape)) or why(primitive, case)[0]
+        if like is None:
+            continue  # a norm without parameters, behind somebody else's convolution: nothing tells its dtype
+        tail = "bn_act_max_pool" if chain.max_pool is not None else "bn_act"
+        for primitive in (tail, f"{tail}_backward"):
+            case = Case(like.device.type, like.dtype, last)
+            served[primitive] = planned(primitive, None, chain.units[-1].channels) or why(primitive, case)[0]
     return served

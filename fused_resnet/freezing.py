@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_resnet import reference
 from fused_resnet.backends import Norm, load, vector_dtype
 from fused_resnet.chain_forward import fold
-from fused_resnet.modules import ChainModules, UnitModules, act_of, has_hooks
+from fused_resnet.modules import ChainModules, UnitModules, act_of
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
-
-Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]]
-Networks = Callable[[nn.Module], Iterable[tuple[nn.Module, Sequence[str]]]]
-# The stages that belong to the trunk, by the size of their tensors in the paper's networks.
-_TRUNK_STAGES = 2
 
 # Bytes of the stem's convolution per thread that a trunk makes at a time.
 _TRUNK_BYTES = 8 << 20
 
 
 class FrozenUnit(nn.Module):
-    """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers)."""
+    """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers); without a convolution
+    act(scale*x + bias [+ residual])."""
 
     @torch.no_grad()
     def __init__(self, unit: UnitModules, act: Act, dtype: torch.dtype) -> None:
         super().__init__()
         u = unit.unit()
-        assert u.weight is not None and u.running_mean is not None and u.running_var is not None
-        wide = vector_dtype(u.weight.dtype)
+        assert u.running_mean is not None and u.running_var is not None
+        wide = vector_dtype(u.running_mean.dtype)
         params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
         norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, u.eps, wide)
-        weight = (u.weight.to(wide) * norm.scale[:, None, None, None]).to(dtype)
-        self.weight: Tensor
+        self.weight: Tensor | None
         self.bias: Tensor
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.conv: ConvSpec | None = None
+        if u.weight is None:
+            self.register_buffer("weight", None)
+            self.register_buffer("scale", norm.scale)
+        else:
+            weight = (u.weight.to(wide) * norm.scale[:, None, None, None]).to(dtype)
+            self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+            self.conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
         self.register_buffer("bias", norm.shift)
-        self.conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
         self.act = act
         self._packed: dict[Any, Any] = {}
 
@@ -49,19 +51,35 @@ class FrozenUnit(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, inplace: bool = False) -> Tensor:
         """``inplace``: nobody else holds the residual, its memory may be reused."""
+        if residual is not None and residual.shape != self._out_shape(x):
+            # a summand that the add widens, or that widens the sum: PyTorch's add
+            return reference.act(self._run(x, Act("identity"), None, False) + residual, self.act)
+        return self._run(x, self.act, residual, inplace)
+
+    def _out_shape(self, x: Tensor) -> tuple[int, ...]:
+        if self.weight is None or self.conv is None:
+            return tuple(x.shape)
+        return (x.shape[0], self.bias.shape[0], *self.conv.out_size(x.shape[2:], self.weight.shape[2:]))
+
+    def _run(self, x: Tensor, act: Act, residual: Tensor | None, inplace: bool) -> Tensor:
+        if self.weight is None or self.conv is None:
+            norm = Norm(self.scale, self.bias, self.bias, self.bias)  # type: ignore[arg-type]  # mean, rstd: not used
+            x = x.contiguous(memory_format=torch.channels_last)
+            made: Tensor = run("bn_act", x, norm, act, residual, None)
+            return made
         backend = pick("conv_bias_act", case_of(x, self.conv, self.weight))
         if not hasattr(backend, "prepack"):
-            out: Tensor = run("conv_bias_act", x, self.weight, self.bias, self.conv, self.act, residual)
+            out: Tensor = run("conv_bias_act", x, self.weight, self.bias, self.conv, act, residual)
             return out
         key = (backend.__name__, x.shape, x.dtype)
         if key not in self._packed:
             self._packed[key] = backend.prepack(self.weight, self.conv, x)
-        return backend.conv_bias_act(x, self._packed[key], self.bias, self.conv, self.act, residual, inplace)
+        return backend.conv_bias_act(x, self._packed[key], self.bias, self.conv, act, residual, inplace)
 
     def pooled(self, x: Tensor, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output, in one pass where the backend has one."""
-        backend = pick("conv_bias_act", case_of(x, self.conv, self.weight))
-        if hasattr(backend, "prepack_stem"):
+        backend = pick("conv_bias_act", case_of(x, self.conv, self.weight)) if self.conv is not None else None
+        if backend is not None and hasattr(backend, "prepack_stem"):
             key = (backend.__name__, x.dtype, pool)
             if key not in self._packed:
                 self._packed[key] = backend.prepack_stem(self.weight, self.conv, x, pool)
@@ -94,9 +112,9 @@ class FrozenChain(nn.Module):
         self.pool = chain.max_pool_spec()
         self.stride = chain.stride
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """``inplace``: nobody else holds x, its memory may be reused."""
-        residual: Tensor | None = None
+    def forward(self, x: Tensor, residual: Tensor | None = None, inplace: bool = False) -> Tensor:
+        """``residual``: somebody else's summand; ``inplace``: nobody else holds x, its memory may be reused."""
+        theirs = residual is not None
         h = x
         *before, last = self.units
         for unit in before:
@@ -108,10 +126,10 @@ class FrozenChain(nn.Module):
             residual = self.projection(x if self.avg_pool is None else self.avg_pool(x))
         elif self.kind == "pad":
             x = x[:, :, :: self.stride, :: self.stride]
-            residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.weight.shape[0] - x.shape[1]))
+            residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.bias.shape[0] - x.shape[1]))
         if self.pool is not None:  # a chain that a pool closes has no shortcut
             return last.pooled(h, self.pool)
-        out: Tensor = last(h, residual, (inplace and h is not x) or self.kind != "identity")
+        out: Tensor = last(h, residual, not theirs and ((inplace and h is not x) or self.kind != "identity"))
         return out
 
 
@@ -133,6 +151,8 @@ class FrozenTrunk(nn.Sequential):
         assert isinstance(stem, FrozenChain)
         unit = stem.units[-1]
         assert isinstance(unit, FrozenUnit)
+        if unit.conv is None or unit.weight is None:
+            return super().forward(x)
         h, w = unit.conv.out_size(x.shape[2:], unit.weight.shape[2:])
         image = x.element_size() * unit.weight.shape[0] * h * w
         parts = -(-x.shape[0] * image // (torch.get_num_threads() * _TRUNK_BYTES))
@@ -174,24 +194,15 @@ def _describe(x: object) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _join_trunk(network: nn.Module, names: Sequence[str]) -> None:
-    """Puts stem and first stages into one module in the stem's place; the stages' own places become identities."""
-    stem, *stages = names
-    joined = [getattr(network, stem)]
-    for name in stages[:_TRUNK_STAGES]:
-        stage = getattr(network, name, None)
-        if not isinstance(stage, FrozenStage) or has_hooks(stage):
-            break
-        joined.append(stage)
-        setattr(network, name, nn.Identity())
-    setattr(network, stem, FrozenTrunk(*joined))
-
-
-def freeze_chain(
-    model: nn.Module, example: Tensor, dtype: torch.dtype | None, chains: Chains, networks: Networks
+def freeze_copy(
+    model: nn.Module,
+    example: Tensor,
+    dtype: torch.dtype | None,
+    freeze_chains: Callable[[nn.Module, torch.dtype], Iterable[Callable[[nn.Module], nn.Module]]],
+    join: Callable[[nn.Module], None],
 ) -> Frozen:
-    """See ``fused_resnet.freeze``; ``chains`` finds the chains of the copy and says how to replace each, ``networks``
-    the networks and the names of their stem and stages, in order."""
+    """See ``fused_resnet.freeze``. ``freeze_chains`` freezes the copy's chains, to compute in a dtype, and says how
+    each takes its place; ``join`` puts together what then stands side by side."""
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
         raise ValueError(f"example: expected a floating-point tensor [N, C, H, W], got {_describe(example)}")
     if dtype is None:
@@ -203,16 +214,16 @@ def freeze_chain(
         compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
     copied = copy.deepcopy(model).eval()
     # folded from the parameters as they are, before the rest of the model is rounded
-    frozen_chains = [(replace, FrozenChain(chain, compute)) for _, _, chain, replace in list(chains(copied))]
+    replacements = list(freeze_chains(copied, compute))
     copied.to(example.device, compute)
-    for replace, chain in frozen_chains:
-        replace(chain.to(example.device))
-    for stage in copied.modules():
-        if type(stage) is nn.Sequential and len(stage) and all(isinstance(m, FrozenChain) for m in stage):
-            stage.__class__ = FrozenStage
-    for network, names in list(networks(copied)):
-        if isinstance(getattr(network, names[0]), FrozenChain):
-            _join_trunk(network, names)
-    frozen = Frozen(copied, dtype, compute).requires_grad_(False)
+    for replace in replacements:
+        copied = replace(copied)
+    for m in copied.modules():
+        if isinstance(m, FrozenChain):
+            m.to(example.device)
+        if type(m) is nn.Sequential and len(m) and all(isinstance(child, FrozenChain) for child in m):
+            m.__class__ = FrozenStage
+    join(copied)
+    frozen = Frozen(copied.eval(), dtype, compute).requires_grad_(False)
     frozen(example)  # packs the weights, and shows at once what doesn't work
     return frozen

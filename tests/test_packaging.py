@@ -27,8 +27,8 @@ TIERS = (
     {"plan_cache", "planner"},
     {"chain", "chain_backward", "chain_forward"},
     {"checks", "functional", "units"},
-    {"modules"},
-    {"convert", "explanation", "freezing", "models"},
+    {"modules", "patterns"},
+    {"analysis", "convert", "explanation", "freezing", "matching", "models", "plans", "tracing"},
     {"traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"cli"},

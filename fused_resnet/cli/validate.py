@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import models
+from fused_resnet.analysis import analyse
+from fused_resnet.patterns import norm_kind
+from fused_resnet.plans import at
 
 Tensors = dict[str, Tensor]
 
@@ -180,7 +182,7 @@ def run(
 # ---------------------------------------------------------------------------------------------------- telling inputs
 @torch.no_grad()
 def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: float = 1.0) -> None:
-    """Gives every BatchNorm values under which no mistake hides: gamma of both signs, beta, mean and var not 0, 1.
+    """Gives every norm of a chain values under which no mistake hides: gamma of both signs, beta, mean, var not 0, 1.
 
     The running statistics are those of this batch, moved a little, so that deep networks stay in range in eval mode.
     Leaves ``model`` in training mode; runs it once on ``x``.
@@ -189,17 +191,22 @@ def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: f
         branch: scales gamma and beta at the end of each residual branch. Under 1, as in trained networks, errors do
             not grow from block to block until nothing can be told from them (16 bits lose all of ResNet-50's gradient).
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    blocks = [m for m in model.modules() if isinstance(m, models.BasicBlock | models.Bottleneck)]
-    last = {id(m.bn3 if isinstance(m, models.Bottleneck) else m.bn2) for m in blocks}
+    norms: list[Any] = [m for m in model.modules() if norm_kind(type(m)) is not None]
+    closing = [(f.module, c) for f in analyse(model) if f.plans is not None for c in f.plans[True].chains if c.shortcut]
+    last = {id(at(m, chain.units[-1].bn)) for m, chain in closing}
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         values = torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
         return values.to(like)
 
-    momenta = [bn.momentum for bn in norms]
+    def measure(bn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        bn.running_mean.copy_(inputs[0].mean((0, 2, 3)))  # type: ignore[operator]
+        bn.running_var.copy_(inputs[0].var((0, 2, 3)))  # type: ignore[operator]
+
+    hooks = [bn.register_forward_pre_hook(measure) for bn in norms if norm_kind(type(bn)) == (True, False)]
+    momenta = [getattr(bn, "momentum", None) for bn in norms]
     for bn in norms:
-        if bn.affine:
+        if bn.weight is not None:
             sign = torch.where(uniform(bn.weight, 0, 1) < 0.2, -1.0, 1.0)
             bn.weight.copy_(uniform(bn.weight, 0.5, 1.5) * sign)
             bn.bias.copy_(uniform(bn.bias, -0.5, 0.5))
@@ -209,6 +216,8 @@ def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: f
         bn.momentum = 1.0
     model.train()
     model(x)
+    for hook in hooks:
+        hook.remove()
     for bn, momentum in zip(norms, momenta, strict=True):
         bn.momentum = momentum
         if bn.running_mean is not None and bn.running_var is not None:

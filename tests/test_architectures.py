@@ -1,0 +1,182 @@
+"""Networks of torchvision, timm and transformers, small: fused, they compute what they did, and come back as they were.
+
+Per architecture: out, dx, every gradient and every running statistic of a training step, of a step with frozen
+statistics and of inference; in float64 to the last digits, in float32 and under bfloat16 autocast by the rule of
+cli/validate.py. The table of whole architectures is benchmarks/results/architectures.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision_shim import torchvision
+
+import fused_resnet as fr
+from fused_resnet.cli import validate
+from fused_resnet.cli.check import _all_runs
+from fused_resnet.convert import FusedModule
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+CLASSES = 5
+resnet = torchvision.models.resnet
+
+
+def _resnet(block: type = resnet.Bottleneck, **kwargs: Any) -> nn.Module:
+    return resnet.ResNet(block, [1, 2, 1, 1], **({"num_classes": CLASSES} | kwargs))
+
+
+def _dilated() -> nn.Module:
+    return _resnet(replace_stride_with_dilation=[False, True, True])
+
+    from torchvision.models.segmentation.deeplabv3 import _deeplabv3_resnet
+
+    return _deeplabv3_resnet(_dilated(), CLASSES, True)
+
+
+def _deeplabv3() -> nn.Module:
+    from torchvision.models.segmentation.deeplabv3 import _deeplabv3_resnet
+
+    return _deeplabv3_resnet(_dilated(), CLASSES, True)
+
+
+def _fcn() -> nn.Module:
+    from torchvision.models.segmentation.fcn import _fcn_resnet
+
+    return _fcn_resnet(_dilated(), CLASSES, None)
+
+
+def _fpn() -> nn.Module:
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+
+    return _resnet_fpn_extractor(_resnet(norm_layer=torchvision.ops.FrozenBatchNorm2d), trainable_layers=3)
+
+
+def _vgg() -> nn.Module:
+    vgg = torchvision.models.vgg
+    return vgg.VGG(vgg.make_layers([16, "M", 16, 24, "M", 32, "M"], batch_norm=True), num_classes=CLASSES).features
+
+
+def _timm(name: str, **kwargs: Any) -> nn.Module:
+    small = {"layers": (1, 2, 1, 1), "channels": (16, 24, 32, 48), "num_classes": CLASSES}
+    return timm.create_model(name, **(small | kwargs))
+
+
+def _transformers(name: str, **kwargs: Any) -> nn.Module:
+    kind = "RegNet" if name.startswith("RegNet") else "ResNet"
+    small = {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [2, 2], "num_labels": CLASSES}
+    return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**(small | kwargs)))
+
+
+models = torchvision.models
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "torchvision/resnet18": lambda: _resnet(resnet.BasicBlock),
+    "torchvision/resnet50": _resnet,
+    "torchvision/wide_resnet50_2": lambda: _resnet(width_per_group=128),
+    "torchvision/resnext50_32x4d": lambda: _resnet(groups=32, width_per_group=4),
+    "torchvision/deeplabv3_resnet50": _deeplabv3,
+    "torchvision/fcn_resnet50": _fcn,
+    "torchvision/resnet50 FPN (detection)": _fpn,
+    "torchvision/mobilenet_v2": lambda: models.mobilenet_v2(num_classes=CLASSES, width_mult=0.25, dropout=0.0),
+    "torchvision/mobilenet_v3_small": lambda: models.mobilenet_v3_small(num_classes=CLASSES, width_mult=0.5, dropout=0),
+    "torchvision/efficientnet_b0": lambda: models.efficientnet_b0(
+        num_classes=CLASSES, dropout=0.0, stochastic_depth_prob=0.0
+    ),
+    "torchvision/regnet_y_400mf": lambda: models.regnet_y_400mf(num_classes=CLASSES),
+    "torchvision/densenet121": lambda: models.DenseNet(8, (2, 3, 2), 16, num_classes=CLASSES),
+    "torchvision/shufflenet_v2_x0_5": lambda: models.shufflenet_v2_x0_5(num_classes=CLASSES),
+    "torchvision/vgg16_bn": _vgg,
+    "timm/resnet18": lambda: _timm("resnet18"),
+    "timm/resnet50d": lambda: _timm("resnet50d", stem_width=8),
+    "timm/resnext50_32x4d": lambda: _timm("resnext50_32x4d"),
+    "timm/wide_resnet50_2": lambda: _timm("wide_resnet50_2"),
+    "timm/seresnet50": lambda: _timm("seresnet50"),
+    "timm/ecaresnet50t": lambda: _timm("ecaresnet50t"),
+    "timm/resnetblur50": lambda: _timm("resnetblur50"),
+    "timm/resnet50, drop_path": lambda: _timm("resnet50", drop_path_rate=0.4),
+    "timm/resnet50, drop_block": lambda: _timm("resnet50", drop_block_rate=0.1),
+    "timm/resnet50, act_layer=silu": lambda: _timm("resnet50", act_layer="silu"),
+    "timm/resnet50, act_layer=gelu": lambda: _timm("resnet50", act_layer="gelu"),
+    "timm/resnet50d, output_stride=8": lambda: _timm("resnet50d", stem_width=8, output_stride=8),
+    "timm/resnet26d, features_only": lambda: _timm("resnet26d", stem_width=8, features_only=True, num_classes=0),
+    "timm/densenet121": lambda: timm.create_model(
+        "densenet121", growth_rate=8, block_config=(2, 3, 2), num_classes=CLASSES
+    ),
+    "transformers/ResNetForImageClassification": lambda: _transformers("ResNetForImageClassification"),
+    "transformers/ResNetForImageClassification, basic": lambda: _transformers(
+        "ResNetForImageClassification", layer_type="basic"
+    ),
+    "transformers/ResNetBackbone": lambda: _transformers("ResNetBackbone", out_features=["stage1", "stage2"]),
+}
+
+
+class Flat(nn.Module):
+    """One tensor of whatever a network returns; every run in one dtype draws the same random numbers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return torch.cat([t.flatten(1) for t in _tensors(self.network(x))], 1)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    return [t for part in (out.values() if hasattr(out, "values") else out) for t in _tensors(part)]
+
+
+def subject(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """A network in float64 with telling weights, its input and the gradient of its output."""
+    generator = torch.Generator().manual_seed(11)
+    plain = Flat(NETWORKS[name]()).double()
+    for m in plain.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    x = validate.exact((4, 3, 48, 64), generator, 0.5, 2.0)
+    validate.randomise(plain, x, generator, validate.BRANCH)
+    for t in [*plain.parameters(), *plain.buffers()]:
+        t.data = t.data.float().to(t.dtype)  # values that float32 holds, too
+    with torch.no_grad():
+        out = copy.deepcopy(plain).eval()(x)
+    return plain, x, validate.exact(out.shape, generator)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fused_equals_plain(name: str) -> None:
+    plain, x, dout = subject(name)
+    classes = {n: type(m) for n, m in plain.named_modules()}
+    objects = {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]}
+    ref = _all_runs(plain, x, dout, None)
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert any(isinstance(m, FusedModule) for m in fused.modules())
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    relus = min((n for n, _ in validate.relu_inputs(plain, x)), default=0)
+
+    length = validate.reduction_length(plain, x)
+    findings = validate.compare(_all_runs(fused, x, dout, None), ref, ref, torch.float64, length)
+    # the same seed draws other numbers in another dtype
+    for dtype in () if "drop" in name else (torch.float32, torch.bfloat16):
+        runs = [
+            _all_runs(validate.in_layout(copy.deepcopy(m).float(), torch.channels_last), x.float(), dout, dtype)
+            for m in (fused, plain)
+        ]
+        findings += validate.compare(*runs, ref, dtype, relus=relus)
+    failed = [str(f) for f in findings if not f.ok]
+    assert not failed, failed
+
+    fr.unfuse(fr.fuse(plain))
+    assert {n: type(m) for n, m in plain.named_modules()} == classes
+    assert {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]} == objects
