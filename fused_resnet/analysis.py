@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fused_resnet.matching import Matcher
+from fused_resnet.matching import Matcher, Refusal
 from fused_resnet.modules import has_hooks
-from fused_resnet.patterns import METHODS, looks_like_norm
+from fused_resnet.patterns import METHODS, looks_like_norm, original
 from fused_resnet.plans import ChainPaths, Plan, at
-from fused_resnet.tracing import CannotTrace, Trace, original, trace
+from fused_resnet.tracing import CannotTrace, Trace, trace
 
 
 @dataclass(eq=False)
@@ -77,7 +77,7 @@ def _analysed(m: nn.Module, name: str, found: dict[int, Found], shared: dict[int
     calls = getattr(cls.forward, "__code__", None)
     known = [f for f in METHODS if hasattr(cls, f) and (f == "forward" or (calls and f in calls.co_names))]
     for method in known:
-        result.method = method
+        result.method, result.reason = method, ""
         if "forward" in m.__dict__ or method in m.__dict__:
             result.reason = "its forward was replaced"
             break
@@ -95,6 +95,13 @@ def _analysed(m: nn.Module, name: str, found: dict[int, Found], shared: dict[int
 
 def _plan(m: nn.Module, result: Found, found: dict[int, Found], shared: dict[int, list[str]]) -> None:
     method = result.method
+
+    def refuse(chain: ChainPaths) -> str | None:
+        for path in chain.paths:
+            if places := shared.get(id(at(m, path))):
+                return f"a {type(at(m, path)).__name__} is shared: {', '.join(places)}"
+        return chain.checked(m)[1]
+
     inline = {path for path, part in _parts(m) if _is_open(part, found)}
     inline |= {f"{path}.{below}" for path in list(inline) for below, _ in _open_below(m.get_submodule(path), found)}
     while True:
@@ -106,23 +113,23 @@ def _plan(m: nn.Module, result: Found, found: dict[int, Found], shared: dict[int
                 raise
             inline = set()  # a child that it calls twice, most often
             continue
-        crossed: set[str] = set().union(*(matcher.crosses(match) for match in matcher.matches))
+        run = [match for match in matcher.matches if refuse(match.paths) is None]
+        crossed: set[str] = set().union(*map(matcher.crosses, run))
         # what no chain leaves is a leaf, with all that is in it
         needed = {p for p in inline if all(q in crossed for q in inline if p == q or p.startswith(f"{q}."))}
         if needed == inline:
             break
         inline = needed
     result.open = matcher.open and not has_hooks(m)
-    plans = _per_mode(m, method, inline, training, matcher, shared)
-    if any(plan.chains for plan in plans):
-        result.plans = plans
-        for path in inline:
-            part = found.get(id(m.get_submodule(path)))
-            if part is not None:
-                part.within, part.plans = result.name, None
-    left = plans[0].left or plans[1].left
-    if left and result.plans is None:
-        result.reason = "; ".join(left)
+    result.plans = _per_mode(m, method, inline, training, matcher, refuse)
+    if not any(plan.chains for plan in result.plans):
+        result.reason = "; ".join(result.plans[0].left or result.plans[1].left)
+        result.plans = None
+        return
+    for path in inline:
+        part = found.get(id(m.get_submodule(path)))
+        if part is not None:
+            part.within, part.plans = result.name, None
 
 
 def _is_open(m: nn.Module, found: dict[int, Found]) -> bool:
@@ -139,16 +146,9 @@ def _open_below(m: nn.Module, found: dict[int, Found]) -> Iterator[tuple[str, nn
 
 
 def _per_mode(
-    m: nn.Module, method: str, inline: set[str], training: Trace, matcher: Matcher, shared: dict[int, list[str]]
+    m: nn.Module, method: str, inline: set[str], training: Trace, matcher: Matcher, refuse: Refusal
 ) -> tuple[Plan, Plan]:
     """The plans in eval and in train mode; ``training``, with its ``matcher``, is the trace in train mode."""
-
-    def refuse(chain: ChainPaths) -> str | None:
-        for path in chain.paths:
-            if places := shared.get(id(at(m, path))):
-                return f"a {type(at(m, path)).__name__} is shared: {', '.join(places)}"
-        return chain.modules(m).why_not()
-
     evaluating = trace(m, method, inline, False, False)
     if training.same(evaluating):
         plan = matcher.plan(refuse, modal=False)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.analysis import analyse
 from fused_resnet.backends import warn_once
 from fused_resnet.freezing import Frozen, FrozenChain, FrozenStage, FrozenTrunk, freeze_copy
 from fused_resnet.modules import ChainModules, has_hooks, run_row
-from fused_resnet.plans import Plan, at
-from fused_resnet.tracing import original
+from fused_resnet.patterns import original
+
+if TYPE_CHECKING:
+    from fused_resnet.plans import Plan
 
 # The stages that belong to the trunk of a frozen model, by the size of their tensors in the paper's networks.
 _TRUNK_STAGES = 2
@@ -154,6 +155,8 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: not an nn.Module.
     """
+    from fused_resnet.analysis import analyse  # late: not every import of the package fuses
+
     _check(model)
     found = False
     for each in analyse(model):
@@ -218,6 +221,8 @@ def freeze(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = Non
 
 def _freeze_chains(copied: nn.Module, compute: torch.dtype) -> Iterator[Callable[[nn.Module], nn.Module]]:
     """For each module with chains, how its frozen version takes its place in the model (which it may be itself)."""
+    from fused_resnet.analysis import analyse
+
     for found in analyse(unfuse(copied)):
         if found.plans is None:
             continue
@@ -249,8 +254,12 @@ def _installed(m: nn.Module, plan: Plan, method: str, chains: Sequence[FrozenCha
     for unit in (u for chain in plan.chains for u in chain.all_units):
         for path in (unit.conv, unit.bn):
             if path is not None:
-                setattr(at(m, path[:-1]), path[-1], nn.Identity())
+                _set(m, path, nn.Identity())
     return model
+
+
+def _set(m: nn.Module, path: Sequence[str], child: nn.Module) -> None:
+    setattr(m.get_submodule(".".join(path[:-1])), path[-1], child)
 
 
 def _join_trunks(model: nn.Module) -> None:
@@ -267,9 +276,9 @@ def _join_trunks(model: nn.Module) -> None:
                 continue
             joined = [chains[stem.target]]
             for path in behind.target[:_TRUNK_STAGES]:
-                stage = at(m, path)
+                stage = m.get_submodule(".".join(path))
                 if not isinstance(stage, FrozenStage) or has_hooks(stage):
                     break
                 joined.append(stage)
-                setattr(at(m, path[:-1]), path[-1], nn.Identity())
+                _set(m, path, nn.Identity())
             chains[stem.target] = FrozenTrunk(*joined)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fused_resnet.analysis import analyse
 from fused_resnet.backends import Case
 from fused_resnet.convert import FusedSequential, plan_of, rows_of
 from fused_resnet.modules import ChainModules
+from fused_resnet.patterns import original
 from fused_resnet.planner import planned, why
 from fused_resnet.spec import ConvSpec
-from fused_resnet.tracing import original
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,8 @@ def explain(model: nn.Module) -> Explanation:
     Raises:
         TypeError: not an nn.Module.
     """
+    from fused_resnet.analysis import analyse  # late, as in fuse
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     rows = []

@@ -48,6 +48,11 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def original(m: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was fused."""
+    return getattr(type(m), "_fr_original", type(m))
+
+
 def norm_kind(cls: type) -> tuple[bool, bool] | None:
     """(frozen, with an activation) of a norm that a chain takes; None for others."""
     return (False, False) if cls is nn.BatchNorm2d else NORMS.get(class_name(cls))

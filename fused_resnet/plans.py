@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_resnet.modules import ChainModules, UnitModules, has_hooks
+from fused_resnet.patterns import ZERO_PAD, class_name
 from fused_resnet.spec import Act
 from fused_resnet.tracing import Guard
 
 Path = tuple[str, ...]
+_AVG_POOL, _MAX_POOL = class_name(nn.AvgPool2d), class_name(nn.MaxPool2d)
 # What runs children one after the other (``run_children`` of convert.py).
 Children = Callable[[Sequence[nn.Module], Any], Any]
 
@@ -79,6 +81,19 @@ class ChainPaths:
             at(m, self.avg_pool) if self.avg_pool is not None else None,
             at(m, self.max_pool) if self.max_pool is not None else None,
         )
+
+    def checked(self, m: nn.Module) -> tuple[ChainModules | None, str | None]:
+        """``modules``, and why they can't run, or None."""
+        for path, expected in ((self.pad, ZERO_PAD), (self.avg_pool, _AVG_POOL), (self.max_pool, _MAX_POOL)):
+            if path is None:
+                continue
+            layer, cls = at(m, path), expected.rpartition(".")[2]
+            if class_name(type(layer)) != expected:
+                return None, f"{type(layer).__name__} in the place of {cls}"
+            if has_hooks(layer) or "forward" in layer.__dict__:
+                return None, f"a {cls} has hooks, or a forward of its own"
+        chain = self.modules(m)
+        return chain, chain.why_not()
 
     @property
     def all_units(self) -> list[UnitPaths]:
@@ -142,11 +157,12 @@ class Plan:
     def modules(self, m: nn.Module) -> tuple[list[ChainModules], str | None]:
         """The chains as they are now, and why they can't run, or None."""
         try:
-            chains = [chain.modules(m) for chain in self.chains]
-            reason = self._changed(m)
+            if reason := self._changed(m):
+                return [], reason
+            checked = [chain.checked(m) for chain in self.chains]
         except AttributeError as missing:
             return [], str(missing)
-        return chains, reason or next((why for chain in chains if (why := chain.why_not())), None)
+        return [c for c, _ in checked if c is not None], next((why for _, why in checked if why), None)
 
     def _changed(self, m: nn.Module) -> str | None:
         for guard in self.guards:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fused_resnet.patterns import original
+
 _PLAIN = (bool, int, float, str, type(None))
 _NO_INPUT = Parameter("none", Parameter.KEYWORD_ONLY)
 # What nn.Module itself keeps in a module.
@@ -85,11 +87,6 @@ class Trace:
 def parts(path: str) -> tuple[str, ...]:
     """A module's path in steps; none for the module itself."""
     return tuple(path.split(".")) if path else ()
-
-
-def original(m: nn.Module) -> type[nn.Module]:
-    """The class that a module had before it was fused."""
-    return getattr(type(m), "_fr_original", type(m))
 
 
 def trace(m: nn.Module, method: str, inline: Iterable[str], training: bool, grad: bool) -> Trace:

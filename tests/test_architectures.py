@@ -1,8 +1,9 @@
 """Networks of torchvision, timm and transformers, small: fused, they compute what they did, and come back as they were.
 
 Per architecture: out, dx, every gradient and every running statistic of a training step, of a step with frozen
-statistics and of inference; in float64 to the last digits, in float32 and under bfloat16 autocast by the rule of
-cli/validate.py. The table of whole architectures is benchmarks/results/architectures.md.
+statistics and of inference, compared as ``fused-resnet check`` compares whole networks: in float64 element by element,
+in float32 and under bfloat16 autocast with a smooth activation in the place of ReLU against plain PyTorch's own error.
+The table of whole architectures is benchmarks/results/architectures.md.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from torchvision_shim import torchvision
 
 import fused_resnet as fr
 from fused_resnet.cli import validate
-from fused_resnet.cli.check import _all_runs
+from fused_resnet.cli.check import _all_runs, _smooth
+from fused_resnet.cli.subjects import OneTensor
 from fused_resnet.convert import FusedModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import architectures  # noqa: E402
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
@@ -32,7 +35,13 @@ CLASSES = 5
 resnet = torchvision.models.resnet
 
 
-def _resnet(block: type = resnet.Bottleneck, **kwargs: Any) -> nn.Module:
+class Narrow(resnet.Bottleneck):
+    """A quarter of the channels between blocks, for the time of the tests."""
+
+    expansion = 1
+
+
+def _resnet(block: type = Narrow, **kwargs: Any) -> nn.Module:
     return resnet.ResNet(block, [1, 2, 1, 1], **({"num_classes": CLASSES} | kwargs))
 
 
@@ -44,16 +53,26 @@ def _dilated() -> nn.Module:
     return _deeplabv3_resnet(_dilated(), CLASSES, True)
 
 
-def _deeplabv3() -> nn.Module:
-    from torchvision.models.segmentation.deeplabv3 import _deeplabv3_resnet
+def _segmentation(net: type, head: type) -> nn.Module:
+    """With an auxiliary head, as torchvision puts them together."""
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.segmentation.fcn import FCNHead
 
-    return _deeplabv3_resnet(_dilated(), CLASSES, True)
+    backbone = _resnet(replace_stride_with_dilation=[False, True, True])
+    body = IntermediateLayerGetter(backbone, {"layer4": "out", "layer3": "aux"})
+    return net(body, head(512, CLASSES), FCNHead(256, CLASSES))
+
+
+def _deeplabv3() -> nn.Module:
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
+
+    return _segmentation(DeepLabV3, DeepLabHead)
 
 
 def _fcn() -> nn.Module:
-    from torchvision.models.segmentation.fcn import _fcn_resnet
+    from torchvision.models.segmentation.fcn import FCN, FCNHead
 
-    return _fcn_resnet(_dilated(), CLASSES, None)
+    return _segmentation(FCN, FCNHead)
 
 
 def _fpn() -> nn.Module:
@@ -120,31 +139,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Flat(nn.Module):
-    """One tensor of whatever a network returns; every run in one dtype draws the same random numbers."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return torch.cat([t.flatten(1) for t in _tensors(self.network(x))], 1)
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    if isinstance(out, Tensor):
-        return [out]
-    return [t for part in (out.values() if hasattr(out, "values") else out) for t in _tensors(part)]
-
-
 def subject(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     """A network in float64 with telling weights, its input and the gradient of its output."""
     generator = torch.Generator().manual_seed(11)
-    plain = Flat(NETWORKS[name]()).double()
-    for m in plain.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
+    plain = OneTensor(NETWORKS[name]()).double()
     x = validate.exact((4, 3, 48, 64), generator, 0.5, 2.0)
     validate.randomise(plain, x, generator, validate.BRANCH)
     for t in [*plain.parameters(), *plain.buffers()]:
@@ -154,29 +152,47 @@ def subject(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return plain, x, validate.exact(out.shape, generator)
 
 
+def compared(plain: nn.Module, x: Tensor, dout: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[validate.Finding]:
+    """All tensors of three runs in each dtype, fused beside plain; ``plain`` is in float64."""
+    ref = _all_runs(plain, x, dout, None)
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    findings = []
+    for dtype in dtypes:
+        if dtype == torch.float64:
+            length = validate.reduction_length(plain, x)
+            findings += validate.compare(_all_runs(fused, x, dout, None), ref, ref, dtype, length)
+            continue
+        narrow = [validate.in_layout(copy.deepcopy(m).float(), torch.channels_last) for m in (fused, plain)]
+        got, expected = (_all_runs(m, x.float(), dout, dtype) for m in narrow)
+        findings += validate.compare(got, expected, ref, dtype)
+    return findings
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fused_equals_plain(name: str) -> None:
     plain, x, dout = subject(name)
     classes = {n: type(m) for n, m in plain.named_modules()}
     objects = {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]}
-    ref = _all_runs(plain, x, dout, None)
-    fused = fr.fuse(copy.deepcopy(plain))
-    assert any(isinstance(m, FusedModule) for m in fused.modules())
-    assert list(fused.state_dict()) == list(plain.state_dict())
-    relus = min((n for n, _ in validate.relu_inputs(plain, x)), default=0)
 
-    length = validate.reduction_length(plain, x)
-    findings = validate.compare(_all_runs(fused, x, dout, None), ref, ref, torch.float64, length)
-    # the same seed draws other numbers in another dtype
-    for dtype in () if "drop" in name else (torch.float32, torch.bfloat16):
-        runs = [
-            _all_runs(validate.in_layout(copy.deepcopy(m).float(), torch.channels_last), x.float(), dout, dtype)
-            for m in (fused, plain)
-        ]
-        findings += validate.compare(*runs, ref, dtype, relus=relus)
+    findings = compared(plain, x, dout, (torch.float64,))
+    if "drop" not in name:  # the same seed draws other numbers in another dtype
+        findings += compared(_smooth(plain), x, dout, (torch.float32, torch.bfloat16))
     failed = [str(f) for f in findings if not f.ok]
     assert not failed, failed
 
-    fr.unfuse(fr.fuse(plain))
+    fr.fuse(plain)
+    assert any(isinstance(m, FusedModule) for m in plain.modules())
+    fr.unfuse(plain)
     assert {n: type(m) for n, m in plain.named_modules()} == classes
     assert {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]} == objects
+
+
+@pytest.mark.parametrize(
+    "row", [("torchvision", "mobilenet_v2"), ("timm", "seresnet50"), ("timm", "resnet26d, features_only")]
+)
+def test_table_is_what_fuse_does(row: tuple[str, str]) -> None:
+    """A sample of benchmarks/results/architectures.md; all: python benchmarks/architectures.py --check."""
+    library, name = row
+    line = architectures.line(library, name, architectures.ARCHITECTURES[library][name])
+    assert line in architectures.RESULTS.read_text().splitlines(), "run python benchmarks/architectures.py"

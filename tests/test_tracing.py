@@ -305,6 +305,25 @@ def test_an_attribute_that_changes():
     assert_same(fused, plain, images())
 
 
+def test_layers_that_are_replaced():
+    """As for small images: no max-pool, a stem of another size; and a shortcut that is gone."""
+    plain = prepared(fr.models.resnet18(fused=False, num_classes=3)).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    for model in (plain, fused):
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False).double()
+        model.maxpool = nn.Identity()
+        model.layer1[1].downsample = nn.Sequential(nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)).double()
+        model.layer2[0].downsample[0].stride = (2, 2)
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="Identity in the place of MaxPool2d"):
+        assert_same(fused, plain, x)
+    rows = {row.name: row for row in fr.explain(fused).rows}
+    assert "a BasicBlock has other children" in rows["layer1.1"].reason and rows["layer2.0"].fused
+    assert all(row.fused for row in fr.explain(fr.fuse(fused)).rows)
+    assert_same(fused, plain, x)
+
+
 def test_hooks_on_a_module_that_is_part_of_a_plan():
     plain, fused = made(Lists)
     seen: list[int] = []

@@ -9,6 +9,9 @@ The truth is the plain model in float64. Two rules:
                   For 16 bits, and for whole networks in float32. Among the millions of values of a network some do lie
                   at a kink; which of them fall on the wrong side, here and in plain PyTorch, is luck. Each one changes
                   a gradient by 1 of the n/2 values that passed: gradients of networks get sqrt(2 * KINKS / n) more.
+
+A gradient that is zero but for rounding (of a shift before another norm, say) has no relative error: its own is told
+relative to the run's largest gradient instead.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ TOLERANCE = {torch.float64: (1e-7, 1e-7), torch.float32: (1.3e-6, 1e-5)}
 # Values on the wrong side of a kink, among the n of a network's smallest ReLU, that are luck: their number is a Poisson
 # variable of mean n * (relative error of the forward pass), well under 1.
 KINKS = 4
+# A gradient smaller than this share of the largest is rounding, in float64.
+NOTHING = 1e-9
 # Of ``randomise``, for whole networks.
 BRANCH = 0.3
 # Relative errors below these are rounding, however lucky plain PyTorch's were.
@@ -102,9 +107,16 @@ def compare(
     """
     elementwise = dtype == torch.float64 or (dtype == torch.float32 and length > 0)
     findings = []
+    largest = _largest_gradients(ref)
     for name, r in ref.items():
         if name not in got:
             findings.append(Finding(f"{name} (missing)", math.inf, 0.0, math.inf))
+            continue
+        scale = largest.get(_mode(name), 0.0) if is_gradient(name) else 0.0
+        if got[name].shape == r.shape and _rms(r) < NOTHING * scale:
+            error, plain_error = (_rms(t.double() - r.double()) / scale for t in (got[name], plain[name]))
+            used = error / (2 * plain_error + FLOOR[dtype])
+            findings.append(Finding(name, error, plain_error, used if not math.isnan(used) else math.inf))
             continue
         error, plain_error = relative_error(got[name], r), relative_error(plain[name], r)
         if elementwise:
@@ -114,6 +126,24 @@ def compare(
             used = error / (2 * plain_error + FLOOR[dtype] + luck)
         findings.append(Finding(name, error, plain_error, used if not math.isnan(used) else math.inf))
     return findings
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.double().square().mean().sqrt()) if t.numel() else 0.0
+
+
+def _mode(name: str) -> str:
+    """What stands before the name of a tensor, if anything does."""
+    return name.rpartition(": ")[0]
+
+
+def _largest_gradients(ref: Tensors) -> dict[str, float]:
+    """Mode -> the root mean square of its largest gradient."""
+    largest: dict[str, float] = {}
+    for name, t in ref.items():
+        if is_gradient(name):
+            largest[_mode(name)] = max(largest.get(_mode(name), 0.0), _rms(t))
+    return largest
 
 
 def worst(findings: Iterable[Finding]) -> Finding:
