@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -34,7 +34,7 @@ class Found:
 
 
 def analyse(model: nn.Module) -> list[Found]:
-    """Every module of ``model`` with a norm for a chain in its own forward, parents first."""
+    """Every module of ``model`` with a norm for a chain, or blocks for a row, in its own forward; parents first."""
     names = {id(m): name for name, m in reversed(list(model.named_modules(remove_duplicate=False)))}
     shared = _shared(model)
     found: dict[int, Found] = {}
@@ -67,8 +67,19 @@ def _runs(m: nn.Module) -> bool:
 
 
 def _has_material(m: nn.Module, found: dict[int, Found]) -> bool:
-    parts = [part for _, part in _parts(m)] if _runs(m) and not looks_like_norm(m) else []
-    return any(looks_like_norm(part) or (id(part) in found and found[id(part)].open) for part in parts)
+    """A norm of its own, a child that a chain may reach into, or blocks in a list, which it may run in a row."""
+    if not _runs(m) or looks_like_norm(m):
+        return False
+    if any(looks_like_norm(part) or _is_open(part, found) for _, part in _parts(m)):
+        return True
+    lists = [child for child in m.children() if isinstance(child, nn.Sequential | nn.ModuleList)]
+    return original(m) is not nn.Sequential and any(_blocks(child, found) > 1 for child in lists)
+
+
+def _blocks(modules: Iterable[nn.Module], found: dict[int, Found]) -> int:
+    """How many of them are one chain each."""
+    plans = [found[id(m)].plans for m in modules if id(m) in found]
+    return sum(p is not None and p[True].whole is not None for p in plans)
 
 
 def _analysed(m: nn.Module, name: str, found: dict[int, Found], shared: dict[int, list[str]]) -> Found:
@@ -122,7 +133,9 @@ def _plan(m: nn.Module, result: Found, found: dict[int, Found], shared: dict[int
         inline = needed
     result.open = matcher.open and not has_hooks(m)
     result.plans = _per_mode(m, method, inline, training, matcher, refuse)
-    if not any(plan.chains for plan in result.plans):
+    runs = (step.target for plan in result.plans for step in plan.steps if step.kind == "children")
+    in_rows = any(_blocks((at(m, path) for path in run), found) > 1 for run in runs)
+    if not in_rows and not any(plan.chains for plan in result.plans):
         result.reason = "; ".join(result.plans[0].left or result.plans[1].left)
         result.plans = None
         return

@@ -67,6 +67,8 @@ def explain(model: nn.Module) -> Explanation:
     for found in analyse(model):
         m, plan = found.module, plan_of(found.module)
         name, kind = found.name or "(model)", original(m).__name__
+        if plan is not None and not plan.chains:
+            continue  # it runs its children in rows, who have rows of their own here
         if plan is not None:
             chains, reason = plan.modules(m)
             if found.reason == "its forward was replaced":
@@ -75,7 +77,7 @@ def explain(model: nn.Module) -> Explanation:
             if served and id(m) in closed_by:
                 served["bn_act_backward"] = f"in conv_backward of {closed_by[id(m)]}"
             rows.append(Row(name, kind, reason is None, reason or "; ".join(plan.left), served, len(chains)))
-        elif found.within is None and (found.plans is not None or found.reason):
+        elif found.within is None and (found.reason or (found.plans is not None and found.plans[True].chains)):
             rows.append(Row(name, kind, False, found.reason or "not fused yet: call fuse(model)", {}))
     return Explanation(rows)
 

@@ -7,6 +7,7 @@ chain    units in a row; closed by an add, whose other summand is a shortcut or 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,6 +58,8 @@ class Matcher:
         self.passed = self._pass_identities()
         self.nodes = list(trace.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
+        # the second call of a norm finds the statistics that the first has updated
+        self.calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         self.taken: set[fx.Node] = set()
         self.units = {unit.end: unit for unit in map(self._unit, self.nodes) if unit is not None}
         self.matches = sorted([*self._closed(), *self._open()], key=lambda match: self.order[match.end])
@@ -95,12 +98,13 @@ class Matcher:
 
     def _unit(self, node: fx.Node) -> _Unit | None:
         norm: Any = self._norm(node)
-        if norm is None:
+        if norm is None or self.calls[node.target] > 1:
             return None
         path = parts(str(node.target))
         nodes, start, conv = [node], node.args[0], None
         assert isinstance(start, fx.Node)
-        if isinstance(self.child(start), nn.Conv2d) and self._only_user(start) is node:
+        once = self.calls[start.target] == 1
+        if once and isinstance(self.child(start), nn.Conv2d) and self._only_user(start) is node:
             conv = parts(str(start.target))
             nodes.insert(0, start)
             start = start.args[0]
@@ -204,7 +208,7 @@ class Matcher:
 
     def _keeps_order(self, match: Match) -> bool:
         """A chain reads its input where its last node was: nobody may have changed it by then."""
-        first, last = self.order[match.nodes[0]], self.order[match.end]
+        first, last = min(self.order[node] for node in match.nodes), self.order[match.end]
         inside = set(match.nodes)
         return not any(
             user not in inside and first < self.order[user] < last and self._changes(user, read)
@@ -287,6 +291,8 @@ class Matcher:
         for node in self.nodes:
             if isinstance(self.child(node), nn.GroupNorm | nn.modules.batchnorm._NormBase) and not self._norm(node):
                 yield f"{self._name(node)}: no chain has this norm"
+            if self._norm(node) and self.calls[node.target] > 1:
+                yield f"{self._name(node)} is called {self.calls[node.target]} times"
             if node in inside or node.op not in ("call_function", "call_method"):
                 continue
             if node.target in ADDS and all(isinstance(a, fx.Node) for a in node.args):

@@ -171,6 +171,12 @@ class Tower(Layers):
         return self.tower(x) + self.tower(x * 2)
 
 
+class CallsTwice(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv1(self.relu(self.bn1(h))))
+
+
 class Concatenates(Layers):
     """A list of tensors, as DenseNet's layers take it."""
 
@@ -217,6 +223,14 @@ def test_children_with_forwards_of_their_own(cls):
     plain, fused = made(cls)
     assert all(row.fused for row in fr.explain(fused).rows)
     assert isinstance(fused, FusedModule) == (cls is Lists)
+    assert_same(fused, plain, images())
+
+
+def test_norms_and_convolutions_that_are_called_twice():
+    plain, fused = made(CallsTwice)
+    (row,) = fr.explain(fused).rows
+    assert row.chains == 1 and "bn1 (BatchNorm2d) is called 2 times" in row.reason
+    assert plan_of(fused).chains[0].units[0].conv is None
     assert_same(fused, plain, images())
 
 
