@@ -9,6 +9,7 @@ The networks are built on the meta device, of libraries that have to be installe
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -105,8 +106,8 @@ def row(model: nn.Module) -> tuple[int, int, int, int, str]:
 
 
 def _kind(reason: str) -> str:
-    """A reason without the names of modules that differ from block to block."""
-    return " ".join(part for part in reason.split() if not part.endswith(tuple("0123456789"))) or reason
+    """A reason without the numbers by which names differ from block to block."""
+    return re.sub(r"(?<=[a-z_])\d+\b", "", reason)
 
 
 def lines() -> Iterator[str]:
@@ -114,9 +115,9 @@ def lines() -> Iterator[str]:
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ARCHITECTURES)
     yield "# What `fuse` makes of networks of other libraries"
     yield ""
-    yield f"Written by `python benchmarks/architectures.py` with {versions}. A module that is fused runs at least one"
-    yield "chain; *left* are modules with norms of their own that run none, *norms left* the norms of the whole model"
-    yield "that are in no chain. Activations, adds and attention that a chain doesn't take run as they were."
+    yield f"Written by `python benchmarks/architectures.py` with {versions}."
+    yield "A module that is fused runs at least one chain; *left* are modules with norms of their own that run none,"
+    yield "*norms left* the norms of the whole model that are in no chain. What a chain doesn't take runs as it was."
     yield ""
     yield "| library | architecture | modules fused | left | chains | norms left | runs as it was |"
     yield "|---|---|---|---|---|---|---|"
