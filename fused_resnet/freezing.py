@@ -64,7 +64,6 @@ class FrozenUnit(nn.Module):
     def _run(self, x: Tensor, act: Act, residual: Tensor | None, inplace: bool) -> Tensor:
         if self.weight is None or self.conv is None:
             norm = Norm(self.scale, self.bias, self.bias, self.bias)  # type: ignore[arg-type]  # mean, rstd: not used
-            x = x.contiguous(memory_format=torch.channels_last)
             made: Tensor = run("bn_act", x, norm, act, residual, None)
             return made
         backend = pick("conv_bias_act", case_of(x, self.conv, self.weight))
@@ -98,11 +97,8 @@ class FrozenChain(nn.Module):
 
     def __init__(self, chain: ChainModules, dtype: torch.dtype) -> None:
         super().__init__()
-        k = len(chain.units)
-        last = act_of(chain.units[-1].act) if chain.units[-1].act is not None else Act("identity")
         self.units = nn.ModuleList(
-            FrozenUnit(u, act_of(u.act) if u.act is not None and i + 1 < k else last, dtype)
-            for i, u in enumerate(chain.units)
+            FrozenUnit(u, act_of(u.act) if u.act is not None else Act("identity"), dtype) for u in chain.units
         )
         self.kind = "projection" if isinstance(chain.shortcut, UnitModules) else chain.shortcut
         self.projection: FrozenUnit | None = None
@@ -114,8 +110,11 @@ class FrozenChain(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, inplace: bool = False) -> Tensor:
         """``residual``: somebody else's summand; ``inplace``: nobody else holds x, its memory may be reused."""
+        # a model's own operations may hand over a slice: packed weights expect dense tensors
+        h = x = x.contiguous(memory_format=torch.channels_last)
         theirs = residual is not None
-        h = x
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
         *before, last = self.units
         for unit in before:
             h = unit(h)

@@ -82,6 +82,13 @@ class PreActivation(Layers):
         return self.conv2(self.relu(self.bn2(h))) + x
 
 
+class LinearMiddle(Layers):
+    """A unit without activation before another, on a slice, as in ShuffleNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.bn1(self.conv1(x[..., 1:])))))
+
+
 class NormAddAct(Layers):
     """Somebody else's convolution (the weights are a product) before the norm."""
 
@@ -187,7 +194,7 @@ class Concatenates(Layers):
 
 # class -> (chains, units)
 FUSED = {
-    Functions: (1, 2), Methods: (1, 2), PreActivation: (1, 2), NormAddAct: (1, 1), Broadcast: (2, 2), UsedTwice: (1, 1),
+    Functions: (1, 2), LinearMiddle: (1, 2), Methods: (1, 2), PreActivation: (1, 2), NormAddAct: (1, 1), Broadcast: (2, 2), UsedTwice: (1, 1),
     ChangesItsInput: (1, 1), Mode: (1, 1), Default: (1, 1), Counts: (1, 1), Sizes: (1, 1),
 }  # fmt: skip
 
@@ -370,7 +377,7 @@ def test_slices_of_a_fused_sequential():
     torch.testing.assert_close(fused.eval()[1:](x), plain.eval()[1:](x))
 
 
-@pytest.mark.parametrize("cls", [Functions, PreActivation, NormAddAct, Broadcast, Lists, Sizes, Counts])
+@pytest.mark.parametrize("cls", [Functions, LinearMiddle, PreActivation, NormAddAct, Broadcast, Lists, Sizes, Counts])
 def test_freeze(cls):
     plain, _ = made(cls)
     x = images().float()
