@@ -194,8 +194,9 @@ class Concatenates(Layers):
 
 # class -> (chains, units)
 FUSED = {
-    Functions: (1, 2), LinearMiddle: (1, 2), Methods: (1, 2), PreActivation: (1, 2), NormAddAct: (1, 1), Broadcast: (2, 2), UsedTwice: (1, 1),
-    ChangesItsInput: (1, 1), Mode: (1, 1), Default: (1, 1), Counts: (1, 1), Sizes: (1, 1),
+    Functions: (1, 2), LinearMiddle: (1, 2), Methods: (1, 2), PreActivation: (1, 2), NormAddAct: (1, 1),
+    Broadcast: (2, 2), UsedTwice: (1, 1), ChangesItsInput: (1, 1), Mode: (1, 1), Default: (1, 1), Counts: (1, 1),
+    Sizes: (1, 1),
 }  # fmt: skip
 
 
