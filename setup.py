@@ -132,8 +132,10 @@ def cutlass_command(nvcc: str, source: str | Path, to: str | Path) -> list[str]:
 
 def compile_cutlass(nvcc: str, folder: Path) -> list[str]:
     """The objects of CUTLASS's convolutions, those compiled again that are older than what they are made of. Each takes
-    a minute and 4 GiB: MAX_JOBS at once, or as many as memory allows."""
-    jobs = min(int(os.environ["MAX_JOBS"]), default_jobs(CUTLASS_BYTES_PER_JOB))
+    a minute and 4 GiB: MAX_JOBS at once, or as many as memory allows. ``folder``: another one for another CUTLASS."""
+    given, jobs = os.environ["MAX_JOBS"], default_jobs(CUTLASS_BYTES_PER_JOB)
+    if given.isdigit():  # as torch reads it
+        jobs = max(1, min(jobs, int(given)))
     headers = sources("*.h", "cuda/*.h", "cuda/*.cuh")
     objects = {source: folder / f"{Path(source).stem}.o" for source in sources(CUTLASS)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +191,7 @@ def extension_arguments() -> dict:
         newest = "10.0+PTX" if nvcc >= (12, 8) else "9.0+PTX"
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.6;8.9;9.0a;{newest}")
     no_cutlass = ", and ".join(cutlass_lacks(os.environ["TORCH_CUDA_ARCH_LIST"])) if with_cuda else ""
-    with_cutlass = with_cuda and not no_cutlass
+    with_cutlass, version = with_cuda and not no_cutlass, cutlass_version(cutlass_includes())
 
     compiler = shlex.split(cpp_extension.get_cxx_compiler())
 
@@ -212,8 +214,8 @@ def extension_arguments() -> dict:
             if no_cutlass:
                 print(f"fused_resnet: building without CUTLASS's convolutions: {no_cutlass}.", flush=True)
             if with_cutlass:
-                nvcc_path = find_nvcc(cpp_extension.CUDA_HOME)
-                self.extensions[0].extra_objects += compile_cutlass(nvcc_path, Path(self.build_temp, "cutlass"))
+                objects = Path(self.build_temp, f"cutlass-{version}")
+                self.extensions[0].extra_objects += compile_cutlass(find_nvcc(cpp_extension.CUDA_HOME), objects)
             if "-fopenmp" in cxx:
                 self.extensions[0].extra_link_args += openmp_link_args(compiler)
             super().build_extensions()
@@ -237,7 +239,7 @@ def extension_arguments() -> dict:
         make = cpp_extension.CUDAExtension
     if with_cutlass:
         files += sources(*CONVOLUTIONS)
-        macros.append(("FUSED_RESNET_CUTLASS", cutlass_version(cutlass_includes())))
+        macros.append(("FUSED_RESNET_CUTLASS", version))
     extension = make(
         "fused_resnet._C",
         files,

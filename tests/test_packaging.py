@@ -354,9 +354,13 @@ def test_cutlass_is_built_for_sm_90a_alone(tree: Path, stub_torch: Path, cuda_ho
         assert words[-4] == "-c" and Path(words[-3]).stem == Path(words[-1]).stem
     built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub))
     assert len((tmp_path / "compiled").read_text().splitlines()) == len(kernels), "compiled again"
+    header = include / "cutlass" / "version.h"
+    header.write_text(header.read_text().replace("PATCH 1", "PATCH 2"))
+    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, MAX_JOBS="0", **stub))
+    assert len((tmp_path / "compiled").read_text().splitlines()) == 2 * len(kernels), "CUTLASS is another one"
     os.utime(tree / "csrc" / "bn_math.h", (2e9, 2e9))
-    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub))
-    assert len((tmp_path / "compiled").read_text().splitlines()) == 2 * len(kernels), "not compiled again"
+    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, MAX_JOBS="many", **stub))
+    assert len((tmp_path / "compiled").read_text().splitlines()) == 3 * len(kernels), "a header is newer"
 
 
 @pytest.mark.parametrize(
