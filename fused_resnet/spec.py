@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, tuple[float, str]] = {
     "relu6": (0.0, ""),
     "hardswish": (0.0, ""),
 }
+_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 # Shortcut kinds. "identity": the chain's own x; "tensor": a tensor somebody else made; "projection": conv + BN of x;
 # "pad": option A of the paper, x strided with zero channels appended.
 SHORTCUTS = ("none", "identity", "tensor", "projection", "pad")
@@ -61,6 +62,11 @@ class Act:
             raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {self.name!r}")
         if isinstance(self.param, bool) or not isinstance(self.param, int | float):
             raise TypeError(f"act: expected a number as the parameter of {self.name}, got {self.param!r}")
+
+    @property
+    def index(self) -> int:
+        """Its place in ``ACTIVATIONS``, by which csrc knows it."""
+        return _INDEX[self.name]
 
     @staticmethod
     def make(act: str | tuple[str, float] | Act | None) -> Act:

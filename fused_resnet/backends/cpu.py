@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import Case, Closing, DyCoefficients, Norm, Prologue, Sums, warn_once
-from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, PoolSpec
+from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
-_ACT_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # oneDNN's names of the activations that its convolutions apply themselves: (name, scalars)
 _POST_OPS = {
@@ -93,7 +92,7 @@ def _gemm() -> bool:
 
 
 def _act(act: Act) -> tuple[int, float]:
-    return _ACT_INDEX[act.name], act.param
+    return act.index, act.param
 
 
 def _pair(norm: Norm | None) -> list[Tensor]:
