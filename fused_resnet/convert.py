@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.backends import warn_once
-from fused_resnet.freezing import Frozen, freeze_chain
+from fused_resnet.freezing import Frozen, freeze_chains
 from fused_resnet.modules import ChainModules, UnitModules, has_hooks, run_row
 
 # What networks of the known classes call their stages.
@@ -304,21 +304,35 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def freeze(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None) -> Frozen:
+def freeze(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    cuda_graph: bool = False,
+    portable: bool = False,
+) -> Frozen:
     """A copy of ``model`` for inference only: BatchNorm folded into the weights, weights prepacked for ``example``.
 
     Args:
-        model: in any mode; it is not changed. Running statistics are used as they are now.
-        example: an input, [N, C, H, W] on the device to run on; other batch sizes work too.
+        model: in any mode; it is not changed. Running statistics are used as they are now. What can't be frozen stays
+            as it is, in eval mode; ``explain`` of the result says why.
+        example: an input, [N, C, H, W] on the device to run on; other batch and image sizes work too, each packs its
+            weights at its first call where it needs another layout of them.
         dtype: float32, bfloat16 or float16, the dtype of the result; None keeps the parameters' dtype. A CPU without a
             fast 16-bit matrix unit computes 16-bit models in float32 (see ``fused-resnet env``).
+        cuda_graph: start the forward as one CUDA graph per input shape (the first 8; other shapes run without one). The
+            result is a copy, the caller's own. A model that can't be recorded runs without, with a warning.
+        portable: made of PyTorch's own operators alone, so that what ``torch.export`` makes of it runs where
+            fused_resnet is not installed; in ``dtype`` on every machine.
 
     Returns:
-        A module whose forward takes x and returns what ``model.eval()(x)`` would, without gradients.
+        A module whose forward takes x and returns what ``model.eval()(x)`` would, without gradients. Threads may call
+        it at once. ``torch.export`` takes it, with dynamic shapes too.
 
     Raises:
         TypeError, ValueError: a model that is no nn.Module, an example that is no [N, C, H, W] floating tensor, a
-            dtype that is not floating.
+            dtype that is not floating, cuda_graph with an example that is not on a CUDA device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -334,7 +348,7 @@ def freeze(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = Non
             if isinstance(pattern, Network):
                 yield m, (pattern.stem[0], *_STAGES)
 
-    return freeze_chain(model, example, dtype, chains, networks)
+    return freeze_chains(model, example, dtype, cuda_graph, portable, chains, networks)
 
 
 def _replacer(model: nn.Module, name: str, m: nn.Module) -> Callable[[nn.Module], None]:

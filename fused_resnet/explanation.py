@@ -8,6 +8,8 @@ from torch import nn
 
 from fused_resnet.backends import Case
 from fused_resnet.convert import FusedModule, FusedSequential, candidates, rows_of
+from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
+from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.modules import ChainModules
 from fused_resnet.planner import planned, why
 from fused_resnet.spec import ConvSpec
@@ -15,7 +17,8 @@ from fused_resnet.spec import ConvSpec
 
 @dataclass(frozen=True)
 class Row:
-    """One block: its name in the model, class, whether it runs as a chain, why not, and primitive -> backend."""
+    """One block: its name in the model, class, whether it runs as a chain, why not, and primitive -> backend (of a
+    frozen model: convolution -> backend, and what its weight is packed for)."""
 
     name: str
     type: str
@@ -45,7 +48,8 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """Each block of ``model``: fused or not, why not, and which backend serves which primitive.
 
-    Modules of unknown classes that own both a Conv2d and a BatchNorm2d are listed too: no pattern knows them.
+    Modules of unknown classes that own both a Conv2d and a BatchNorm2d are listed too: no pattern knows them. Of a
+    frozen model each convolution: which backend serves it, and what its weight has been packed for by now.
 
     Raises:
         TypeError: not an nn.Module.
@@ -54,6 +58,8 @@ def explain(model: nn.Module) -> Explanation:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     rows = []
     known: set[int] = set()
+    if isinstance(model, Frozen):
+        return Explanation(_frozen_rows(model))
     closed_by = _closed_by(model)
     for name, m, chain, reason in candidates(model):
         fused = isinstance(m, FusedModule) and reason is None
@@ -69,6 +75,41 @@ def explain(model: nn.Module) -> Explanation:
         if id(m) not in known and nn.Conv2d in kinds and nn.BatchNorm2d in kinds:
             rows.append(Row(name, type(m).__name__, False, f"no pattern for {type(m).__name__}", {}))
     return Explanation(rows)
+
+
+def _frozen_rows(model: Frozen) -> list[Row]:
+    chains = [m for m in model.modules() if isinstance(m, FrozenChain)]
+    rows = [Row(m.name or "(stem)", m.block, True, "", _serving_frozen(m)) for m in chains]
+    names = {row.name for row in rows}
+    for name, m, chain, reason in candidates(model.model):
+        name = name or "(stem)"
+        if name not in names:
+            why_plain = reason or (why_not_frozen(chain) if chain is not None else None) or ""
+            rows.append(Row(name, type(m).__name__, False, why_plain, {}))
+    return rows
+
+
+def _serving_frozen(chain: FrozenChain) -> dict[str, str]:
+    """Convolution -> what serves it."""
+    last = len(chain.spec.units)
+    return {
+        f"conv {i + 1 if i < last else 'shortcut'} {'x'.join(map(str, unit.weight.shape[2:]))}": _serving_unit(
+            unit, chain.portable
+        )
+        for i, unit in enumerate(chain)
+        if isinstance(unit, FrozenUnit)
+    }
+
+
+def _serving_unit(unit: FrozenUnit, portable: bool) -> str:
+    w, conv = unit.weight, unit.spec.conv
+    if portable:
+        return "PyTorch's own"
+    if measured := planned("conv_bias_act", conv, tuple(w.shape)):
+        return measured
+    backend = why("conv_bias_act", Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
+    forms = sorted({getattr(form, "kind", "stem") for form in packed_forms(w)})
+    return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}"
 
 
 def _closed_by(model: nn.Module) -> dict[int, str]:

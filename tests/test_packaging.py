@@ -25,10 +25,10 @@ TIERS = (
     {"_C", "_version", "reference", "spec"},
     {"backends"},
     {"plan_cache", "planner"},
-    {"chain", "chain_backward", "chain_forward"},
+    {"chain", "chain_backward", "chain_forward", "frozen_forward"},
     {"checks", "functional", "units"},
     {"modules"},
-    {"convert", "explanation", "freezing", "models"},
+    {"convert", "cuda_graphs", "explanation", "freezing", "models"},
     {"traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"cli"},
