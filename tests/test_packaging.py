@@ -31,6 +31,7 @@ TIERS = (
     {"convert", "explanation", "freezing", "models"},
     {"traffic"},
     {""},  # fused_resnet/__init__.py: the public names
+    {"training"},
     {"cli"},
     {"__main__"},
 )
