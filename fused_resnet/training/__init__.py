@@ -4,7 +4,7 @@ from fused_resnet.training import Trainer, data, named
 history = Trainer(fused_resnet.models.resnet20(), data.cifar10("data"), named("paper"), output="run").run()
 """
 
-from fused_resnet.training import data
+from fused_resnet.training import checkpoint, data
 from fused_resnet.training.checkpoint import ResumeError
 from fused_resnet.training.history import Callback, EpochRecord, History, StepRecord
 from fused_resnet.training.images import DataError, ImageData
@@ -22,6 +22,7 @@ __all__ = [
     "ResumeError",
     "StepRecord",
     "Trainer",
+    "checkpoint",
     "data",
     "named",
 ]

@@ -173,6 +173,7 @@ class Trainer:
             if due and self.step % self.steps_per_epoch:
                 self._flush(epoch)
                 self._save(self._seconds + time.perf_counter() - started)
+                self._say("checkpoint after step %d", self.step)
         self._flush(epoch)
         self._seconds += time.perf_counter() - started
 
@@ -327,7 +328,6 @@ class Trainer:
             "broken": self.broken,
         }
         checkpoint.save(self.output / checkpoint.NAME, state)
-        self._say("checkpoint after step %d", self.step)
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(path, self.device)
