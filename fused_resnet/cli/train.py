@@ -210,7 +210,8 @@ def _print(report: dict[str, Any], output: Path) -> None:
     ]
     out = console()
     title = f"{report['model']} on {report['data']['name']} after {len(epochs)} epochs, {report['device']}"
-    out.print(table(title, ("images", "loss", "error"), rows))
+    out.print(title)
+    out.print(table("", ("images", "loss", "error"), rows))
     best = min(epochs, key=lambda e: e["test_error"])
     out.print(f"lowest test error {best['test_error']:.2%}, after epoch {best['epoch'] + 1}")
     if report["broken_images"]:
