@@ -110,7 +110,7 @@ def test_resumption_depends_on_the_global_generator(tmp_path: Path) -> None:
         ({"recipe": replace(RECIPE, epochs=3)}, "recipe.epochs is 2 in the checkpoint and 3 now"),
         ({"data": made_up_data(200)}, "data.train_images is 101 in the checkpoint and 200 now"),
         ({"seed": 6}, "training.seed is 5 in the checkpoint and 6 now"),
-        ({"model": CifarNet} if (CifarNet := models.cifar_resnet(14, num_classes=3)) else {}, "another model"),
+        ({"model": models.cifar_resnet(14, num_classes=3)}, "another model"),
     ],
 )
 def test_resuming_another_training_is_an_error(tmp_path: Path, change: dict[str, Any], named_so: str) -> None:
@@ -172,54 +172,44 @@ def test_schedules_are_those_of_torch() -> None:
 
 
 def test_the_papers_warm_up_ends_when_the_error_falls() -> None:
-    """A network that is wrong until the test makes it right; and a milestone that passes meanwhile counts."""
-    found = made_up_data(16 * 128)
-    recipe = replace(named("paper", model="resnet110"), epochs=2, batch_size=128, milestones=(4 / 32,), augment=False)
-    assert recipe.warmup == "error" and named("paper", model="resnet56").warmup == "none"
+    """A network that is wrong until the test makes it right; the schedule goes on underneath."""
+    assert named("paper", model="resnet110").warmup == named("paper", model="resnet1202").warmup == "error"
+    assert named("paper", model="resnet56").warmup == "none"
+    found = made_up_data(128 * 16)
+    recipe = named("paper", model="resnet110", epochs=2, milestones=(24 / 32,), augment=False)
 
     class Oracle(nn.Module):
-        """Always wrong, or with its answer, which the test sets."""
-
         def __init__(self) -> None:
             super().__init__()
             self.scale = nn.Parameter(torch.ones(()))
-            self.right = False
-            self.y = torch.zeros(0, dtype=torch.int64)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.scale * F.one_hot((self.y + (0 if self.right else 1)) % 3, 3).float()
+            answer = labels[-1] if len(labels) > 10 else (labels[-1] + 1) % 3
+            return self.scale * F.one_hot(answer, 3).float()
 
-    model = Oracle()
-    trainer = Trainer(model, found, recipe)
-    seen: list[bool] = []
-    next_batches = trainer.batches.train
+    labels: list[Tensor] = []
+    trainer = Trainer(Oracle(), found, recipe)
+    batches = trainer.batches.train
 
     def told(epoch: int, start: int = 0) -> Iterator[Any]:
-        for batch in next_batches(epoch, start):
-            model.y, model.right = batch.y, trainer.step >= 12
-            seen.append(trainer.warming)
+        for batch in batches(epoch, start):
+            labels.append(batch.y)
             yield batch
 
     object.__setattr__(trainer.batches, "train", told)
-    monkey = nn.Module.eval
-    model.eval = lambda: monkey(model)  # type: ignore[method-assign]
     trainer.test = lambda: (0.0, 0.0)  # type: ignore[method-assign]
-    steps = trainer.run().steps
-    # the window holds ten batches: after step 14 three of them are right, 30 % > 20 %
-    assert seen == [True] * 15 + [False] * 17
-    assert [s["lr"] for s in steps] == pytest.approx([0.01] * 15 + [0.01] * 17)
-    assert recipe.lr * recipe.factor == pytest.approx(0.01)
+    used = [step["lr"] for step in trainer.run().steps]
+    # of the latest ten batches, 1,280 images, three are right after update 13: 70 % < 80 %
+    assert used == pytest.approx([0.01] * 13 + [0.1] * 11 + [0.01] * 8)
+    assert trainer.recipe.warmup_lr == 0.01 and not trainer.warming
 
 
 def test_the_warm_up_goes_back_to_the_full_rate() -> None:
+    """On images that any network tells apart: as soon as 1,280 images, 80 batches, have been seen."""
     found = made_up_data(64)
     recipe = Recipe(epochs=40, batch_size=16, lr=0.05, warmup="error", warmup_error=0.5, augment=False)
-    steps = Trainer(linear(found), found, recipe).run().steps
-    used = [s["lr"] for s in steps]
-    back = used.index(0.05)
-    # the window is 1,280 images, 80 batches: no earlier
-    assert back >= 80 and used[:back] == [0.01] * back
-    assert used[80:] == pytest.approx([0.05 * 0.1 ** ((i >= 80) + (i >= 120)) for i in range(80, 160)])
+    used = [step["lr"] for step in Trainer(linear(found), found, replace(recipe, milestones=(30,))).run().steps]
+    assert used == pytest.approx([0.01] * 80 + [0.05] * 40 + [0.005] * 40)
 
 
 # ---------------------------------------------------------------------------------------------------- averages
@@ -227,23 +217,18 @@ def test_moving_average_is_that_of_torch() -> None:
     """Beside torch's own AveragedModel, fed with the weights of every update, with the decay that begins small."""
     found = made_up_data()
 
-    class Follow(Callback):
-        def on_step(self, trainer: Trainer, step: int, loss: Tensor) -> None:
-            if step:  # the weights after the update before
-                self.update(trainer.model)
-
-        def on_epoch(self, trainer: Trainer, record: Any) -> None:
-            if record["epoch"] == RECIPE.epochs - 1:
-                self.update(trainer.model)
-
-        def update(self, model: nn.Module) -> None:
-            n = int(average.n_averaged)
-            average.multi_avg_fn = get_ema_multi_avg_fn(min(0.9, (1 + n) / (10 + n)))
-            average.update_parameters(model)
-
     model = models.cifar_resnet(8, num_classes=3)
     average = AveragedModel(copy.deepcopy(model), use_buffers=True)
-    trainer = Trainer(model, found, RECIPE, callbacks=[Follow()])
+    trainer = Trainer(model, found, RECIPE)
+    step = trainer.scheduler.step
+
+    def follow() -> None:  # when the schedule steps, the update has just been done
+        n = int(average.n_averaged)
+        average.multi_avg_fn = get_ema_multi_avg_fn(min(0.9, (1 + n) / (10 + n)))
+        average.update_parameters(model)
+        step()
+
+    trainer.scheduler.step = follow  # type: ignore[method-assign]
     trainer.run()
     assert average.n_averaged == 2 * STEPS
     assert same_weights(trainer.tested.state_dict(), average.module.state_dict())
@@ -315,22 +300,42 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert said.count("epoch 2/2") == 1  # the first process alone speaks
 
 
-# ---------------------------------------------------------------------------------------------------- fused beside plain
-def digits_training(fused: bool, seed: int, recipe: Recipe, found: ImageData) -> Any:
+# ------------------------------------------------------------------------------------------------ fused, plain
+def history_of(found: ImageData, recipe: Recipe, fused: bool, seed: int) -> Any:
     torch.manual_seed(seed)
-    model = models.cifar_resnet(8, in_channels=1, fused=fused)
+    model = models.cifar_resnet(8, in_channels=found.channels, num_classes=len(found.classes), fused=fused)
     return Trainer(model, found, recipe, seed=seed).run()
 
 
 def test_fused_and_plain_losses_follow_each_other() -> None:
-    found = data.digits()
-    # 50 updates and more; the paper's rate
-    recipe = Recipe(epochs=2, batch_size=28, schedule="constant")
-    short = replace(found, train_x=found.train_x[:700], train_y=found.train_y[:700])
-    plain, fused = (digits_training(fused, 0, recipe, short).steps for fused in (False, True))
-    assert len(plain) == 50 and plain[-1]["loss"] < plain[0]["loss"] / 2
+    """50 updates at a rate at which rounding alone does not decide.
+
+    At higher ones it does: at 0.01 on digits plain PyTorch leaves its own float64 twin by 1e-2 within 50 updates, and
+    so does fused; at the paper's 0.1 by more. What grows is the rounding of the first gradients, 5e-6 of them in plain
+    PyTorch on a CPU, 1e-6 fused.
+    """
+    found = made_up_data(64 * 50, 64)
+    recipe = Recipe(epochs=1, batch_size=64, lr=0.003, schedule="constant")
+    plain, fused = (history_of(found, recipe, fused, 0).steps for fused in (False, True))
+    assert len(plain) == 50 and plain[-1]["loss"] < 0.8 * plain[0]["loss"]
     worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(plain, fused, strict=True))
     assert 0 < worst < 1e-3
+
+
+@pytest.mark.slow
+def test_fused_and_plain_end_equally_good() -> None:
+    """Three seeds: the means differ by no more than the seeds of one of them do, or by two images of 360."""
+    found = data.digits()
+    found = replace(found, train_x=found.train_x[:640], train_y=found.train_y[:640])
+    recipe = named("quick", epochs=4, batch_size=32)
+    plain, fused = (
+        [history_of(found, recipe, fused, seed).epochs[-1]["test_error"] for seed in range(3)]
+        for fused in (False, True)
+    )
+    noise = max(max(plain) - min(plain), max(fused) - min(fused), 2 / 360)
+    print(f"test errors: plain {plain}, fused {fused}")
+    assert abs(sum(plain) - sum(fused)) / 3 <= noise
+    assert max(*plain, *fused) < 0.2
 
 
 # ---------------------------------------------------------------------------------------------------- logs

@@ -1,4 +1,4 @@
-"""One small training, to be run whole, killed, resumed, or shared by several processes: ``training_child.py FOLDER HOW``."""
+"""One small training, to be run whole, killed, resumed, or shared by processes: ``training_child.py FOLDER HOW``."""
 
 from __future__ import annotations
 
