@@ -31,6 +31,7 @@ TIERS = (
     {"convert", "cuda_graphs", "explanation", "freezing", "models"},
     {"traffic"},
     {""},  # fused_resnet/__init__.py: the public names
+    {"training"},
     {"cli"},
     {"__main__"},
 )
