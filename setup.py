@@ -89,6 +89,11 @@ def cuda_lacks(torch, cuda_home: str | None) -> tuple[list[str], tuple[int, int]
         lacks.append("nvcc was not found (set CUDA_HOME, or put nvcc on PATH)")
     else:
         release = nvcc_release(nvcc)
+        # an nvcc on PATH that is a link or a script leads torch to a CUDA_HOME that holds nothing else
+        places = ("include", "targets/*/include")
+        elsewhere = any(os.environ.get(name) for name in ("CPATH", "CPLUS_INCLUDE_PATH"))
+        if cuda_home and not elsewhere and not any(any(Path(cuda_home).glob(f"{p}/cuda_runtime.h")) for p in places):
+            lacks.append(f"{cuda_home} has nvcc but not CUDA's headers (set CUDA_HOME to the toolkit's folder)")
     if torch.version.cuda is None:
         lacks.append(f"torch {torch.__version__} is not a CUDA build")
     elif nvcc is not None and release[0] != int(torch.version.cuda.split(".")[0]):

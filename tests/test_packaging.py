@@ -264,6 +264,9 @@ def cuda_home(tmp_path: Path) -> Path:
         f'case $* in --version) ;; *) echo "$*" >> {tmp_path / "compiled"}; for to; do :; done; touch $to; esac\n'
     )
     nvcc.chmod(0o755)
+    header = tmp_path / "cuda" / "include" / "cuda_runtime.h"
+    header.parent.mkdir()
+    header.touch()
     return tmp_path / "cuda"
 
 
@@ -307,6 +310,21 @@ def test_cuda_1_refuses_an_nvcc_of_another_major_version(tree: Path, stub_torch:
     result = run(["setup.py", "egg_info"], tree, FUSED_RESNET_CUDA="1", **stub)
     assert result.returncode != 0
     assert "nvcc is of CUDA 13.0 but torch was built with CUDA 12.8" in result.stderr
+
+
+def test_cuda_home_without_headers_is_told_before_anything_compiles(
+    tree: Path, stub_torch: Path, cuda_home: Path
+) -> None:
+    """As where the nvcc on PATH is a script of its own: torch takes the folder above it for CUDA_HOME."""
+    add_cuda_source(tree)
+    shutil.rmtree(cuda_home / "include")
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
+    result = run(["setup.py", "egg_info"], tree, FUSED_RESNET_CUDA="1", **stub)
+    said = f"{cuda_home} has nvcc but not CUDA's headers (set CUDA_HOME to the toolkit's folder)"
+    assert result.returncode != 0 and result.stderr.strip() == f"FUSED_RESNET_CUDA=1 can't be met: {said}."
+    auto = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub)
+    assert f"building the CPU part only: {said}" in auto.stdout
+    assert not [name for name in built(auto)["sources"] if "cuda" in name]
 
 
 @pytest.mark.parametrize("given", [None, "7.5"])
