@@ -228,7 +228,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules 
     owners: dict[int, list[str]] = {}
     for name, m in model.named_modules(remove_duplicate=False):
         for child_name, child in m.named_children():
-            if isinstance(child, nn.Conv2d | nn.BatchNorm2d):
+            if isinstance(child, nn.Conv2d | nn.BatchNorm2d | nn.SyncBatchNorm):
                 owners.setdefault(id(child), []).append(f"{name}.{child_name}".lstrip("."))
     for name, m in model.named_modules():
         if isinstance(m, FusedSequential):

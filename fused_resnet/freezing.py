@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_resnet.backends import Norm, load, vector_dtype
 from fused_resnet.chain_forward import fold
-from fused_resnet.modules import ChainModules, UnitModules, act_of, has_hooks
+from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of, has_hooks
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
@@ -201,7 +200,7 @@ def freeze_chain(
     compute = dtype
     if example.device.type == "cpu" and load("cpu")[0] is not None:
         compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
-    copied = copy.deepcopy(model).eval()
+    copied = copy_of(model).eval()
     # folded from the parameters as they are, before the rest of the model is rounded
     frozen_chains = [(replace, FrozenChain(chain, compute)) for _, _, chain, replace in list(chains(copied))]
     copied.to(example.device, compute)
