@@ -46,7 +46,8 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Each block of ``model``: fused or not, why not, and which backend serves which primitive.
+    """Each block of ``model``: fused or not, why not, which backend serves which primitive, and over which processes a
+    SyncBatchNorm takes its statistics.
 
     Modules of unknown classes that own both a Conv2d and a BatchNorm2d are listed too: no pattern knows them.
 

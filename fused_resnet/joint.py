@@ -64,7 +64,7 @@ def statistics(own: Sequence[Sequence[Tensor]], y: Tensor, group: str) -> list[l
         ValueError: one value per channel in all, on every process alike.
     """
     count = y.numel() // y.shape[1]
-    mean, var = (torch.cat(vectors) for vectors in zip(*own, strict=True))
+    mean, var = own[0] if len(own) == 1 else map(torch.cat, zip(*own, strict=True))
     partials = _gather(torch.cat([mean, var * count, mean.new_full((1,), count)]), group)
     total, mean, m2 = merge(partials[:, -1:], *partials[:, :-1].chunk(2, 1))
     # where one process has more than one value they all have, and nobody waits for this
@@ -73,10 +73,12 @@ def statistics(own: Sequence[Sequence[Tensor]], y: Tensor, group: str) -> list[l
             f"x: expected more than 1 value per channel over the {len(partials)} processes of the group when training, "
             f"got {int(total)}; input size of the BatchNorm here: {tuple(y.shape)}"
         )
+    var = m2 / total
+    if len(own) == 1:
+        return [[mean, var, total]]
     sizes = [len(m) for m, _ in own]
-    each = zip(mean.split(sizes), (m2 / total).split(sizes), strict=True)
     # an operator's outputs share no memory
-    return [[mean.clone(), var.clone(), total.clone()] for mean, var in each]
+    return [[m.clone(), v.clone(), total.clone()] for m, v in zip(mean.split(sizes), var.split(sizes), strict=True)]
 
 
 def merge(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,7 +71,7 @@ def batch_stats(y: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
     def total(t: Tensor) -> Tensor:
         return t if group is None else _JointSum.apply(t, group)
 
-    count = total(y.new_tensor(y.numel() // y.shape[1]))
+    count = total(y.new_full((), y.numel() // y.shape[1]))
     mean = total(y.sum((0, 2, 3))) / count
     return mean, total((y - mean[:, None, None]).square().sum((0, 2, 3))) / count
 

@@ -28,7 +28,7 @@ PATIENCE = 60
 def environment(**more: str) -> dict[str, str]:
     """For a child process: one thread, this package."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"} | more
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
 def launch(script: Path, world: int, folder: Path, timeout_s: float) -> dict[str, list[str]]:
@@ -40,7 +40,7 @@ def launch(script: Path, world: int, folder: Path, timeout_s: float) -> dict[str
     children = [
         subprocess.Popen(
             [sys.executable, str(script)],
-            env=environment(RANK=str(rank), WORLD_SIZE=str(world), FOLDER=str(folder)),
+            env=environment(RANK=str(rank), WORLD_SIZE=str(world), FOLDER=str(folder), TRITON_INTERPRET="1"),
             stdout=(folder / f"log{rank}").open("w"),
             stderr=subprocess.STDOUT,
         )

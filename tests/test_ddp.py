@@ -18,14 +18,17 @@ from fused_resnet.cli import main
 if not torch.distributed.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
-TINY = ["--models", "resnet20", "--size", "32", "--batch-size", "2", "--device", "cpu"]
+TINY = ["--models", "resnet20", "--size", "32", "--batch-size", "2"]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def torchrun(*words: str, folder: Path, limit_s: float = 240) -> tuple[int, str, str]:
+def torchrun(*words: str, folder: Path, device: str = "cpu", limit_s: float = 240) -> tuple[int, str, str]:
     """Two processes; exit code, standard output and error. Those that hang are ended."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: NCCL takes one per process")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *words]
-    environment = processes.environment(CUDA_VISIBLE_DEVICES="")
+    environment = processes.environment(**{"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
     try:
@@ -39,13 +42,15 @@ def torchrun(*words: str, folder: Path, limit_s: float = 240) -> tuple[int, str,
 
 # ---------------------------------------------------------------------------------------------------- bench
 @pytest.mark.slow
-def test_bench_reports_scaling(tmp_path: Path) -> None:
+@DEVICES
+def test_bench_reports_scaling(device: str, tmp_path: Path) -> None:
     words = ["-m", "fused_resnet", "bench", "--distributed", *TINY, "--repeats", "3", "--json", "found.json"]
-    code, out, err = torchrun(*words, folder=tmp_path)
+    code, out, err = torchrun(*words, folder=tmp_path, device=device)
     assert code == 0, err[-3000:]
     assert out.count("+ resnet20 in fp32, SyncBN on all processes:") == 1  # one process prints
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["ok"] and found["config"]["processes"] == 2 and found["config"]["transport"] == "gloo"
+    assert found["ok"] and found["config"]["processes"] == 2 and found["config"]["device"].startswith(device)
+    assert found["config"]["transport"] == {"cpu": "gloo", "cuda": "nccl"}[device]
     assert [case["dtype"] for case in found["cases"]] == ["fp32", "bf16"]
     for case in found["cases"]:
         assert float(case["worst"]["used"]) <= 1
@@ -53,7 +58,7 @@ def test_bench_reports_scaling(tmp_path: Path) -> None:
         variants = ("plain", "fused", "plain, SyncBN", "fused, SyncBN")
         assert set(rows) == {(variant, n) for variant in variants for n in (1, 2)}
         for (variant, n), row in rows.items():
-            if variant == "plain, SyncBN":
+            if variant == "plain, SyncBN" and device == "cpu":
                 assert row["status"] == "skipped" and "CPU" in row["note"]
                 continue
             times, alone = row["times_s"], rows[variant, 1]["times_s"]
@@ -86,13 +91,14 @@ def test_bench_wants_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 # ---------------------------------------------------------------------------------------------------- the guide
-def test_guide(tmp_path: Path) -> None:
+@DEVICES
+def test_guide(device: str, tmp_path: Path) -> None:
     """The Python blocks of docs/ddp.md, as one script: they run, and what they assert holds."""
     text = (processes.ROOT / "docs" / "ddp.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert len(blocks) >= 3
     (tmp_path / "train.py").write_text("\n".join(blocks))
-    code, out, err = torchrun("train.py", folder=tmp_path)
+    code, out, err = torchrun("train.py", folder=tmp_path, device=device)
     assert code == 0, err[-3000:]
     assert out.count("statistics over the process group of 2") == 10
     assert "10 of 10 fused" in out and "tensor([" in out
