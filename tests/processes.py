@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,14 +21,24 @@ import torch.distributed as dist
 
 Case = Callable[[int, int], None]
 ROOT = Path(__file__).resolve().parents[1]
-# Seconds that a process waits for the others in a collective, where all of them are at work.
-PATIENCE = 60
+# How long a process waits for the others in a collective; ``ended`` is what ends a hang.
+PATIENCE = timedelta(hours=1)
 
 
 def environment(**more: str) -> dict[str, str]:
     """For a child process: one thread, this package."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+
+
+def ended(children: Sequence[subprocess.Popen[str]], timeout_s: float) -> bool:
+    """Whether all of them end in so many seconds, a time in which the whole machine is stopped not counted."""
+    tick = 0.1
+    for _ in range(int(timeout_s / tick)):
+        if all(child.poll() is not None for child in children):
+            return True
+        time.sleep(tick)
+    return False
 
 
 def launch(script: Path, world: int, folder: Path, timeout_s: float) -> dict[str, list[str]]:
@@ -43,14 +53,12 @@ def launch(script: Path, world: int, folder: Path, timeout_s: float) -> dict[str
             env=environment(RANK=str(rank), WORLD_SIZE=str(world), FOLDER=str(folder), TRITON_INTERPRET="1"),
             stdout=(folder / f"log{rank}").open("w"),
             stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(world)
     ]
-    end = time.monotonic() + timeout_s
-    for child in children:
-        try:
-            child.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    if not ended(children, timeout_s):
+        for child in children:
             child.kill()
             child.wait()
     verdicts: dict[str, list[str]] = {}
@@ -65,7 +73,7 @@ def work(cases: Mapping[str, Case]) -> None:
     """What a process started by ``launch`` does."""
     rank, world, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(os.environ["FOLDER"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=PATIENCE), rank=rank, world_size=world)
+    dist.init_process_group("gloo", f"file://{folder}/store", PATIENCE, rank=rank, world_size=world)
     for name, case in cases.items():
         torch.manual_seed(zlib.crc32(name.encode()))
         start = time.perf_counter()

@@ -29,15 +29,14 @@ def torchrun(*words: str, folder: Path, device: str = "cpu", limit_s: float = 24
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *words]
     environment = processes.environment(**{"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
-    try:
-        out, err = child.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        child.terminate()  # torchrun passes it on; killed, it would leave them behind
-        child.communicate(timeout=60)
-        raise
-    return child.returncode, out, err
+    out, err = folder / "out.txt", folder / "err.txt"
+    with out.open("w") as to, err.open("w") as complaints:
+        child = subprocess.Popen(command, cwd=folder, env=environment, stdout=to, stderr=complaints, text=True)
+        if not processes.ended([child], limit_s):
+            child.terminate()  # torchrun passes it on; killed, it would leave them behind
+            child.wait(60)
+            raise AssertionError(f"not ended after {limit_s} s: {err.read_text()[-3000:]}")
+    return child.returncode, out.read_text(), err.read_text()
 
 
 # ---------------------------------------------------------------------------------------------------- bench
