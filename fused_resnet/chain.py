@@ -15,12 +15,15 @@ Two operators, functional, traceable, with fake kernels; ``spec`` is a ``RowSpec
                                    argmax) of each chain]
     fused_resnet::chain_backward   (dout, x, residual, params, saved, spec, needs) -> one gradient per true ``needs``
 and fused_resnet::chain_inference for running statistics without gradients, where BatchNorm folds into W and b.
+Where a process group shares statistics (SyncBatchNorm), mean, var and M are those of all its processes (joint.py), and
+a third tensor, M, is kept beside mean and var.
 chain_forward.py and chain_backward.py compose them of primitives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -86,6 +89,8 @@ def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: ChainSpec, fmt: torch
     for unit, shape in zip(spec.all_units, shapes, strict=True):
         if unit.batch_stats:
             outs += [x.new_empty(shape[1], dtype=wide), x.new_empty(shape[1], dtype=wide)]
+        if unit.group is not None:
+            outs.append(x.new_empty(1, dtype=wide))
     if spec.pool is not None:
         outs.append(torch.empty_like(outs[0], dtype=torch.uint8))
     return outs
@@ -164,11 +169,13 @@ def _differentiable_backward(
 
 
 def _below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A chain chooses its own dtypes: autocast must not cast again inside it."""
+    """A chain chooses its own dtypes: autocast must not cast again inside it. An empty batch, which comes here only
+    because other processes wait for its share of their statistics, is PyTorch's operators' business."""
 
     @wraps(function)
     def run(*args: Any) -> Any:
-        with torch._C._DisableAutocast():
+        empty = forced_again("aten") if args[0].numel() == 0 else nullcontext()
+        with torch._C._DisableAutocast(), empty:
             return function(*args)
 
     return run

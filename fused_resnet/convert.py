@@ -228,7 +228,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules 
     owners: dict[int, list[str]] = {}
     for name, m in model.named_modules(remove_duplicate=False):
         for child_name, child in m.named_children():
-            if isinstance(child, nn.Conv2d | nn.BatchNorm2d):
+            if isinstance(child, nn.Conv2d | nn.BatchNorm2d | nn.SyncBatchNorm):
                 owners.setdefault(id(child), []).append(f"{name}.{child_name}".lstrip("."))
     for name, m in model.named_modules():
         if isinstance(m, FusedSequential):
@@ -263,7 +263,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Parameters, buffers, names, ``state_dict``, optimizers made before or after, hooks on the blocks: everything stays.
     A block that can't be fused stays as it is; ``explain`` says why. An nn.Sequential of blocks becomes one that runs
-    them in rows. Fusing twice changes nothing.
+    them in rows. Fusing twice changes nothing. SyncBatchNorm and DistributedDataParallel may come before or after; a
+    SyncBatchNorm of a fused block shares its statistics with the other processes of its group on any device.
 
     Args:
         model: fused_resnet's or torchvision's ResNet family (ResNet, wide, ResNeXt), or any module that contains such.

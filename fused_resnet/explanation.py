@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import nn
 
 from fused_resnet.backends import Case
 from fused_resnet.convert import FusedModule, FusedSequential, candidates, rows_of
 from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
 from fused_resnet.frozen_forward import packed_forms
-from fused_resnet.modules import ChainModules
+from fused_resnet.modules import ChainModules, shared_by
 from fused_resnet.planner import planned, why
 from fused_resnet.spec import ConvSpec
 
 
 @dataclass(frozen=True)
 class Row:
-    """One block: its name in the model, class, whether it runs as a chain, why not, and primitive -> backend (of a
-    frozen model: convolution -> backend, and what its weight is packed for)."""
+    """One block: its name in the model, class, whether it runs as a chain, why not, primitive -> backend (of a
+    frozen model: convolution -> backend, and what its weight is packed for), and over which processes its
+    SyncBatchNorms take their statistics."""
 
     name: str
     type: str
     fused: bool
     reason: str
     backends: dict[str, str]
+    statistics: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,15 @@ class Explanation:
         width = max(len(r.name) for r in self.rows) + 2
         lines = []
         for r in self.rows:
-            served = ", ".join(f"{p}: {b}" for p, b in r.backends.items())
+            served = ", ".join([*(f"{p}: {b}" for p, b in r.backends.items()), *filter(None, [r.statistics])])
             lines.append(f"{r.name:<{width}}{r.type:<14}{'fused' if r.fused else 'plain':<7}{served or r.reason}")
         fused = sum(r.fused for r in self.rows)
         return "\n".join([*lines, f"{fused} of {len(self.rows)} fused"])
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Each block of ``model``: fused or not, why not, and which backend serves which primitive.
+    """Each block of ``model``: fused or not, why not, which backend serves which primitive, and over which processes a
+    SyncBatchNorm takes its statistics.
 
     Modules of unknown classes that own both a Conv2d and a BatchNorm2d are listed too: no pattern knows them. Of a
     frozen model each convolution: which backend serves it, and what its weight has been packed for by now.
@@ -68,11 +72,12 @@ def explain(model: nn.Module) -> Explanation:
         served = _serving(chain) if fused and chain is not None else {}
         if served and id(m) in closed_by:
             served["bn_act_backward"] = f"in conv_backward of {closed_by[id(m)]}"
-        rows.append(Row(name or "(stem)", original.__name__, fused, why_plain, served))
+        shared = _shared(chain) if fused and chain is not None else ""
+        rows.append(Row(name or "(stem)", original.__name__, fused, why_plain, served, shared))
         known.update(id(c) for c in m.modules())
     for name, m in model.named_modules():
         kinds = {type(c) for c in m.children()}
-        if id(m) not in known and nn.Conv2d in kinds and nn.BatchNorm2d in kinds:
+        if id(m) not in known and nn.Conv2d in kinds and kinds & {nn.BatchNorm2d, nn.SyncBatchNorm}:
             rows.append(Row(name, type(m).__name__, False, f"no pattern for {type(m).__name__}", {}))
     return Explanation(rows)
 
@@ -117,6 +122,16 @@ def _closed_by(model: nn.Module) -> dict[int, str]:
     names = {id(m): name for name, m in model.named_modules()}
     rows = [blocks for m in model.modules() if isinstance(m, FusedSequential) for blocks in rows_of(m)]
     return {id(m): names[id(after)] for row in rows for (m, _), (after, _) in zip(row, row[1:], strict=False)}
+
+
+def _shared(chain: ChainModules) -> str:
+    """Over which processes the chain's SyncBatchNorms take their statistics."""
+    norms = [unit.bn for unit in chain.all_units if isinstance(unit.bn, nn.SyncBatchNorm)]
+    groups = [shared_by(bn) for bn in norms]
+    sizes = sorted({dist.get_world_size(group) for group in groups if group is not None})
+    if sizes:
+        return f"statistics over the process group of {' and '.join(map(str, sizes))}"
+    return "statistics of this process alone: no process group" if norms else ""
 
 
 def _serving(chain: ChainModules) -> dict[str, str]:

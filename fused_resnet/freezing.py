@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from fused_resnet.backends import load, vector_dtype
 from fused_resnet.chain_forward import fold
 from fused_resnet.cuda_graphs import Graphs
 from fused_resnet.frozen_forward import plain_chains, run_chains
-from fused_resnet.modules import ChainModules, UnitModules, act_of, has_hooks
+from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of, has_hooks
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
 Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]]
@@ -208,7 +207,7 @@ def freeze_chains(
     compute = dtype
     if example.device.type == "cpu" and load("cpu")[0] is not None and not portable:
         compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
-    root = nn.Sequential(copy.deepcopy(model)).eval()  # the model may be a block itself, to be replaced
+    root = nn.Sequential(copy_of(model)).eval()  # the model may be a block itself, to be replaced
     # folded from the parameters as they are, before the rest of the model is rounded
     frozen_chains = [
         (replace, FrozenChain(name.partition(".")[2], type(m).__name__, chain, compute, portable))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -33,6 +35,21 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The process group whose processes share this norm's statistics in training: that of a SyncBatchNorm, where there
+    is one and this process is not alone in it."""
+    if type(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
+        return None
+    group = dist.group.WORLD if bn.process_group is None else bn.process_group
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """``copy.deepcopy``, but for process groups, of which there is one each."""
+    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
+
+
 def act_of(module: nn.Module) -> Act:
     """The table's entry for an activation module.
 
@@ -48,7 +65,7 @@ class UnitModules:
     """The modules of one unit; ``act=None`` is the identity."""
 
     conv: nn.Conv2d | None
-    bn: nn.BatchNorm2d
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm
     act: nn.Module | None = None
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -71,12 +88,12 @@ class UnitModules:
                 d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
             ):
                 return "padding 'same' with an even kernel"
-        if type(bn) is not nn.BatchNorm2d:
+        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return f"{type(bn).__name__} in the place of BatchNorm2d"
         if act is not None and type(act) not in ACT_MODULES:
             return f"activation {type(act).__name__}"
         if conv is not None and conv.out_channels != bn.num_features:
-            return f"BatchNorm2d({bn.num_features}) after a convolution with {conv.out_channels} channels"
+            return f"{type(bn).__name__}({bn.num_features}) after a convolution with {conv.out_channels} channels"
         return None
 
     def unit(self) -> Unit:
@@ -98,6 +115,7 @@ class UnitModules:
             eps=bn.eps,
             momentum=momentum,
             training=bn.training or bn.running_mean is None,
+            process_group=shared_by(bn) if bn.training else None,
         )
         if conv is not None:
             unit.weight, unit.bias, unit.groups = conv.weight, conv.bias, conv.groups
@@ -176,6 +194,7 @@ class ChainModules:
             x, u.weight, u.bn_weight, u.bn_bias, u.running_mean, u.running_var, bias=u.bias, stride=u.stride,
             padding=u.padding, dilation=u.dilation, groups=u.groups, act=u.act, training=u.training,
             momentum=u.momentum, eps=u.eps, max_pool=self.max_pool_spec(), recompute=self._recompute(x),
+            process_group=u.process_group,
         )  # fmt: skip
         self.units[0].count_batch()
         return out

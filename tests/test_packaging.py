@@ -25,7 +25,7 @@ TIERS = (
     {"_C", "_version", "reference", "spec"},
     {"backends"},
     {"plan_cache", "planner"},
-    {"chain", "chain_backward", "chain_forward", "frozen_forward"},
+    {"chain", "chain_backward", "chain_forward", "frozen_forward", "joint"},
     {"checks", "functional", "units"},
     {"modules"},
     {"convert", "cuda_graphs", "explanation", "freezing", "models"},

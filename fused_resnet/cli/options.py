@@ -62,6 +62,12 @@ def _bench(sub: argparse.ArgumentParser) -> None:
         "--repeats", type=_positive, metavar="N", help="measure exactly this often (default: by the preset)"
     )
     sub.add_argument("--output", default="bench-report", metavar="FOLDER", help="where the report goes (bench-report)")
+    sub.add_argument(
+        "--distributed",
+        action="store_true",
+        help="under torchrun: plain and fused DDP, with and without SyncBatchNorm, on 1, 2, 4 ... processes, each with "
+        "--batch-size images; prints scaling, writes --json only",
+    )
     sub.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     sub.add_argument("--no-digits", action="store_true", help="leave out the training on handwritten digits")
     sub.add_argument("--size", type=_positive, default=224, help=argparse.SUPPRESS)  # pixels: for the tests
@@ -107,7 +113,8 @@ COMMANDS = {
     ),
     "bench": (
         "validate, then time plain, compiled and fused networks on photographs, and write a report",
-        "fused-resnet bench\n  fused-resnet bench --preset full --models resnet50 --output report-resnet50",
+        "fused-resnet bench\n  fused-resnet bench --preset full --models resnet50 --output report-resnet50\n"
+        "  torchrun --nproc-per-node 2 -m fused_resnet bench --distributed --models resnet50 --json scaling.json",
         _bench,
     ),
     "train": (
