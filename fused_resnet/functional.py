@@ -188,7 +188,7 @@ def _run(
         plans.append(plan)
         specs.append(spec)
 
-    if 0 in x.shape:
+    if 0 in x.shape or fused_resnet.chain.transformed():
         for chain, spec in zip(chains, specs, strict=True):
             x = _plain(*_autocast(x, residual, chain.units[0]), chain.everyone, spec)
         return x
@@ -361,7 +361,8 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int) -> None:
 
 
 def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
-    """No batch or no pixels: PyTorch's own functions decide what comes out and what becomes of the statistics."""
+    """By PyTorch's own functions: where there is no batch or no pixel they decide what comes out and what becomes of
+    the statistics, and torch.func's transforms have rules for them."""
 
     def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
         if u.weight is not None and s.conv is not None:
