@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_resnet import reference
 from fused_resnet.backends import forced, forced_again, vector_dtype
@@ -144,7 +145,8 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     flat_needs = [ctx.needs_input_grad[0], ctx.has_residual and ctx.needs_input_grad[1]]
     param_needs = ctx.needs_input_grad[2]
     needs = flat_needs + (list(param_needs) if isinstance(param_needs, list | tuple) else [param_needs] * len(params))
-    if torch.is_grad_enabled():
+    batched = torch._C._functorch.is_legacy_batchedtensor(dout)  # is_grads_batched=True
+    if torch.is_grad_enabled() or batched or transformed():
         found = _differentiable_backward(dout, x, residual, params, ctx.text, needs)
     else:
         with forced_again(ctx.forced):
@@ -157,15 +159,29 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 def _differentiable_backward(
     dout: Tensor, x: Tensor, residual: Tensor | None, params: list[Tensor], text: str, needs: list[bool]
 ) -> Sequence[Tensor]:
-    """create_graph=True: the gradients by plain PyTorch, so that they can be differentiated again."""
-    wide = vector_dtype(x.dtype)
-    # a view each: a tensor that comes twice (a residual that is x, a shared weight) has one gradient per place
-    given = [None if t is None else t.view_as(t) for t in (x, residual, *params)]
-    a, r, *rest = [None if t is None else t.to(wide) for t in given]
-    assert a is not None
-    out = reference.row(a, r, [p for p in rest if p is not None], RowSpec.decode(text)).out
+    """The gradients by plain PyTorch: with create_graph=True they can be differentiated again, and transforms have
+    rules for them."""
+    wide, create_graph = vector_dtype(x.dtype), torch.is_grad_enabled()
+    with torch.enable_grad():
+        # a view each: a tensor that comes twice (a residual that is x, a shared weight) has one gradient per place
+        given = [None if t is None else t.view_as(t) for t in (x, residual, *params)]
+        a, r, *rest = [None if t is None else t.to(wide) for t in given]
+        assert a is not None
+        out = reference.row(a, r, [p for p in rest if p is not None], RowSpec.decode(text)).out
     inputs = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
-    return torch.autograd.grad(out, inputs, dout.to(wide), create_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        out, inputs, dout.to(wide), create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp ...) or forward-mode differentiation is under way. PyTorch has
+    no rules for these operators there, and forward mode would silently take their derivative for zero."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# Compiled, it is asked while the transform is traced; torch._dynamo guards on the stack of transforms by itself.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -157,7 +157,7 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
             return bn_act
         weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
         out: Tensor = run("conv_bias_act", h, weight, norm.shift, u.conv, act, summand)
-        return out
+        return out.contiguous(memory_format=fmt)  # as in raw_conv: the layout that the fake kernel promises
 
     summand = summand_of(x, residual, spec, fmt)
     if spec.shortcut.unit is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -183,6 +184,18 @@ def _fused_class(original: type) -> type:
     return _FUSED[original]
 
 
+@lru_cache
+def _unfused_class(cls: Any) -> type:
+    """``cls`` without what ``fuse`` put into it, also where others derived a class from the fused one since, as
+    torch.distributed.fsdp.fully_shard does."""
+    if "_fr_original" in vars(cls):
+        original: type = cls._fr_original
+        return original
+    bases = tuple(_unfused_class(base) if issubclass(base, FusedModule) else base for base in cls.__bases__)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace("Fused", "", 1), bases, own)
+
+
 def _make_fused_class(original: Any) -> type:
     pattern = _pattern(original)
     assert pattern is not None
@@ -301,7 +314,8 @@ def unfuse(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     for m in model.modules():
         if isinstance(m, FusedModule):
-            m.__class__ = m._fr_original  # type: ignore[assignment]
+            cls: Any = type(m)
+            m.__class__ = _unfused_class(cls)
     return model
 
 

@@ -195,7 +195,8 @@ def _run(
         specs.append(spec)
 
     # an empty batch has its part in statistics that other processes wait for
-    if 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units):
+    empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
+    if empty or fused_resnet.chain.transformed():
         for chain, spec in zip(chains, specs, strict=True):
             x = _plain(*_autocast(x, residual, chain.units[0]), chain.everyone, spec)
         return x
@@ -374,7 +375,8 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int | Tensor) 
 
 
 def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
-    """No batch or no pixels: PyTorch's own functions decide what comes out and what becomes of the statistics."""
+    """By PyTorch's own functions: where there is no batch or no pixel they decide what comes out and what becomes of
+    the statistics, and torch.func's transforms have rules for them."""
 
     def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
         if u.weight is not None and s.conv is not None:

@@ -1,9 +1,8 @@
-"""Under torchrun: ``fused-resnet bench --distributed`` and the guide docs/ddp.md, with two gloo processes on a CPU."""
+"""Under torchrun: ``fused-resnet bench --distributed``, with two gloo processes on a CPU."""
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -87,17 +86,3 @@ def test_bench_wants_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert main(["bench", "--distributed", *TINY]) == 2
     error = capsys.readouterr().err
     assert "expected to be started by torchrun" in error and "RANK" in error and "--nproc-per-node" in error
-
-
-# ---------------------------------------------------------------------------------------------------- the guide
-@DEVICES
-def test_guide(device: str, tmp_path: Path) -> None:
-    """The Python blocks of docs/ddp.md, as one script: they run, and what they assert holds."""
-    text = (processes.ROOT / "docs" / "ddp.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 3
-    (tmp_path / "train.py").write_text("\n".join(blocks))
-    code, out, err = torchrun("train.py", folder=tmp_path, device=device)
-    assert code == 0, err[-3000:]
-    assert out.count("statistics over the process group of 2") == 10
-    assert "10 of 10 fused" in out and "tensor([" in out
