@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
 ARCH = "sm_90a"
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v")
+BUILD = runpy.run_path(str(ROOT / "setup.py"))  # what is judged is what an installation compiles
+cutlass_includes = BUILD["cutlass_includes"]
 WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 PREFIX = ("none", "identity", "relu")  # enum Pre of conv_train_sm90.cu
 OPERATOR = ("fprop", "dgrad", "wgrad")  # cutlass::conv::Operator
@@ -92,20 +95,10 @@ def nvcc() -> str | None:
 
 def cuobjdump() -> str | None:
     """The disassembler: CUDA's or Triton's."""
-    bins = [str(p / "backends" / "nvidia" / "bin") for p in _folders("triton")]
+    triton = importlib.util.find_spec("triton")
+    folders = triton.submodule_search_locations or () if triton else ()
+    bins = [str(Path(p) / "backends" / "nvidia" / "bin") for p in folders]
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(bins))
-
-
-def cutlass_includes() -> list[Path]:
-    """The include folders of the package nvidia-cutlass, which is not imported; none where it is not installed."""
-    parts = ("source/include", "source/tools/util/include")
-    return [p / part for p in _folders("cutlass_library") for part in parts if (p / part).is_dir()]
-
-
-def _folders(package: str) -> list[Path]:
-    """Where a package lies, without importing it."""
-    found = importlib.util.find_spec(package)
-    return [Path(p) for p in found.submodule_search_locations or ()] if found else []
 
 
 def sources() -> list[Path]:
@@ -123,8 +116,7 @@ def rows(file: Path) -> list[Row]:
     assert compiler is not None and disassembler is not None, unavailable(file)
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "k.o"
-        includes = [f"-isystem={p}" for p in cutlass_includes()]
-        command = [compiler, *FLAGS, *WARNINGS, f"-arch={ARCH}", *includes, "-c", str(file), "-o", str(built)]
+        command = [*BUILD["cutlass_command"](compiler, file, built), "-Xptxas=-v", *WARNINGS]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{file.name}: {done.stderr[-4000:]}")

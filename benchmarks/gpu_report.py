@@ -79,13 +79,14 @@ def limits(run: Run) -> dict[str, Any]:
 
 def tests(run: Run) -> dict[str, Any]:
     """The tests that need a GPU, and those of the CUDA kernels, which run on one where there is one."""
-    files = ["tests/test_gpu.py"] if run.toy else ["tests/test_gpu.py", "tests/test_cuda_kernels.py"]
+    names = ("gpu",) if run.toy else ("gpu", "cuda_kernels", "cuda_conv")
+    files = [f"tests/test_{name}.py" for name in names]
     return _command(run, [sys.executable, "-m", "pytest", *files, "-q", "--no-header", "-rf"], timeout_s=500)
 
 
 def sanitizer(run: Run) -> dict[str, Any]:
-    """compute-sanitizer: memcheck over chains of the Triton kernels; memcheck, racecheck and initcheck over every CUDA
-    kernel that memory bounds."""
+    """compute-sanitizer: memcheck over chains of the Triton kernels and over CUTLASS's convolutions; memcheck,
+    racecheck and initcheck over every CUDA kernel that memory bounds."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return {"ok": True, "skipped": "compute-sanitizer is not installed here"}
@@ -99,6 +100,9 @@ def sanitizer(run: Run) -> dict[str, Any]:
             [sys.executable, "tests/cuda_cases.py", "cuda"],
         )
         jobs |= {f"cuda {name}": (name, ours, cases) for name in ("memcheck", "racecheck", "initcheck")}
+        picked = "test_activations or test_backward or test_misaligned"
+        tiles = [sys.executable, "-m", "pytest", "tests/test_cuda_conv.py", "-q", "--no-header", "-k", picked]
+        jobs["cutlass memcheck"] = ("memcheck", ["--kernel-name", "kernel_substring=ConvUniversal"], tiles)
     found = {}
     for name, (which, options, command) in jobs.items():
         check = [tool, "--tool", which, "--error-exitcode", "9", "--launch-timeout", "0", *options]
@@ -351,6 +355,7 @@ def markdown(found: dict[str, Any]) -> str:
         ms, ideal = row["ms"][planner.label(choice)], row.get("roofline_ms")
         share = f"{ideal:.4f} | {ideal / ms:.0%}" if ideal is not None else "– | –"
         lines.append(f"| {row['signature']} | {choice} | {ms:.4f} | {share} | {row['ms']['aten']:.4f} |")
+    lines += convolutions(rows)
     networks_found = (found.get("networks") or {}).get("cases", [])
     if networks_found:
         lines += ["", "| network | mode | variant | images/s | x plain |", "|---|---|---|---|---|"]
@@ -371,6 +376,31 @@ def markdown(found: dict[str, Any]) -> str:
                 rate = case[f"{key}_images_per_s"]
                 lines.append(f"| {case['model']} | {case['mode']} | {variant} | {rate:.1f} | |")
     return "\n".join(lines) + "\n"
+
+
+def convolutions(rows: list[dict[str, Any]]) -> list[str]:
+    """The best time of every backend for each convolution, side by side."""
+    table = [(row["signature"], by_backend(row["ms"])) for row in rows if row["primitive"] in CONVOLUTIONS]
+    names = sorted({name for _, best in table for name in best})
+    if not table:
+        return []
+    lines = ["", f"| convolution, ms | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for signature, best in table:
+        times = (f"{best[name]:.4f}" if name in best else "–" for name in names)
+        lines.append(f"| {signature} | {' | '.join(times)} |")
+    return lines
+
+
+def by_backend(ms: dict[str, float]) -> dict[str, float]:
+    """The best of a backend's configurations; CUTLASS's tiles, which are those of ``cuda``, by themselves. A gradient
+    of conv_backward that was measured by itself comes as "input: triton", the best pair as "apart"."""
+    best: dict[str, float] = {}
+    for label, time_ms in ms.items():
+        part, _, choice = label.rpartition(": ")
+        name = "cutlass" if "cutlass" in choice else choice.split(" ")[0]
+        name = "apart" if part == "apart" else f"{part}: {name}" if part else name
+        best[name] = min(time_ms, best.get(name, time_ms))
+    return best
 
 
 def plot(found: dict[str, Any], output: Path) -> None:

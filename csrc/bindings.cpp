@@ -11,6 +11,10 @@
 #ifdef FUSED_RESNET_WITH_CUDA
 #include "cuda/ops.h"
 #endif
+#ifdef FUSED_RESNET_CUTLASS  // its version, where its convolutions are part of the build
+#define FR_QUOTED(text) #text
+#define FR_TEXT(macro) FR_QUOTED(macro)
+#endif
 
 TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
@@ -74,6 +78,19 @@ TORCH_LIBRARY(fused_resnet_cuda, m) {
         "-> (Tensor, Tensor, Tensor)");
     m.def("channels_last(Tensor t) -> Tensor");
     m.def("contiguous(Tensor t) -> Tensor");
+    m.def(
+        "conv_why_not(str kind, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) "
+        "-> str?");
+    m.def("conv_tiles(str kind, Tensor x) -> int[]");
+    m.def(
+        "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+        "int act, float act_param, Tensor? residual, int[2] tile) -> Tensor");
+    m.def(
+        "conv_backward_input(Tensor dy, Tensor weight, int[2] size, int[2] stride, int[2] padding, int[2] dilation, "
+        "int groups, Tensor? add, int[2] tile) -> Tensor");
+    m.def(
+        "conv_backward_weight(Tensor dy, Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
+        "int groups, int[2] tile) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
@@ -114,7 +131,11 @@ PYBIND11_MODULE(_C, m) {
             {"cuda", "not built"},
             {"cuda_archs", "none"},
 #endif
+#ifdef FUSED_RESNET_CUTLASS
+            {"cutlass", FR_TEXT(FUSED_RESNET_CUTLASS)},
+#else
             {"cutlass", "none"},
+#endif
         };
     }, "How this extension was built and which instruction set it uses.");
     m.def("cuda_status", []() -> std::string {

@@ -15,17 +15,21 @@ Two operators, functional, traceable, with fake kernels; ``spec`` is a ``RowSpec
                                    argmax) of each chain]
     fused_resnet::chain_backward   (dout, x, residual, params, saved, spec, needs) -> one gradient per true ``needs``
 and fused_resnet::chain_inference for running statistics without gradients, where BatchNorm folds into W and b.
+Where a process group shares statistics (SyncBatchNorm), mean, var and M are those of all its processes (joint.py), and
+a third tensor, M, is kept beside mean and var.
 chain_forward.py and chain_backward.py compose them of primitives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fused_resnet import reference
 from fused_resnet.backends import forced, forced_again, vector_dtype
@@ -86,6 +90,8 @@ def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: ChainSpec, fmt: torch
     for unit, shape in zip(spec.all_units, shapes, strict=True):
         if unit.batch_stats:
             outs += [x.new_empty(shape[1], dtype=wide), x.new_empty(shape[1], dtype=wide)]
+        if unit.group is not None:
+            outs.append(x.new_empty(1, dtype=wide))
     if spec.pool is not None:
         outs.append(torch.empty_like(outs[0], dtype=torch.uint8))
     return outs
@@ -139,7 +145,8 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     flat_needs = [ctx.needs_input_grad[0], ctx.has_residual and ctx.needs_input_grad[1]]
     param_needs = ctx.needs_input_grad[2]
     needs = flat_needs + (list(param_needs) if isinstance(param_needs, list | tuple) else [param_needs] * len(params))
-    if torch.is_grad_enabled():
+    batched = torch._C._functorch.is_legacy_batchedtensor(dout)  # is_grads_batched=True
+    if torch.is_grad_enabled() or batched or transformed():
         found = _differentiable_backward(dout, x, residual, params, ctx.text, needs)
     else:
         with forced_again(ctx.forced):
@@ -152,23 +159,39 @@ def _autograd(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 def _differentiable_backward(
     dout: Tensor, x: Tensor, residual: Tensor | None, params: list[Tensor], text: str, needs: list[bool]
 ) -> Sequence[Tensor]:
-    """create_graph=True: the gradients by plain PyTorch, so that they can be differentiated again."""
-    wide = vector_dtype(x.dtype)
-    # a view each: a tensor that comes twice (a residual that is x, a shared weight) has one gradient per place
-    given = [None if t is None else t.view_as(t) for t in (x, residual, *params)]
-    a, r, *rest = [None if t is None else t.to(wide) for t in given]
-    assert a is not None
-    out = reference.row(a, r, [p for p in rest if p is not None], RowSpec.decode(text)).out
+    """The gradients by plain PyTorch: with create_graph=True they can be differentiated again, and transforms have
+    rules for them."""
+    wide, create_graph = vector_dtype(x.dtype), torch.is_grad_enabled()
+    with torch.enable_grad():
+        # a view each: a tensor that comes twice (a residual that is x, a shared weight) has one gradient per place
+        given = [None if t is None else t.view_as(t) for t in (x, residual, *params)]
+        a, r, *rest = [None if t is None else t.to(wide) for t in given]
+        assert a is not None
+        out = reference.row(a, r, [p for p in rest if p is not None], RowSpec.decode(text)).out
     inputs = [t for t, need in zip(given, needs, strict=True) if need and t is not None]
-    return torch.autograd.grad(out, inputs, dout.to(wide), create_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        out, inputs, dout.to(wide), create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp ...) or forward-mode differentiation is under way. PyTorch has
+    no rules for these operators there, and forward mode would silently take their derivative for zero."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# Compiled, it is asked while the transform is traced; torch._dynamo guards on the stack of transforms by itself.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A chain chooses its own dtypes: autocast must not cast again inside it."""
+    """A chain chooses its own dtypes: autocast must not cast again inside it. An empty batch, which comes here only
+    because other processes wait for its share of their statistics, is PyTorch's operators' business."""
 
     @wraps(function)
     def run(*args: Any) -> Any:
-        with torch._C._DisableAutocast():
+        empty = forced_again("aten") if args[0].numel() == 0 else nullcontext()
+        with torch._C._DisableAutocast(), empty:
             return function(*args)
 
     return run

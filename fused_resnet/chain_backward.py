@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet import reference
+from fused_resnet import joint, reference
 from fused_resnet.backends import Closing, DyCoefficients, Norm, Prologue, Sums, vector_dtype
 from fused_resnet.chain_forward import fold, memory_format, raw_conv, summand_of
 from fused_resnet.planner import case_of, pick, run
@@ -21,13 +21,15 @@ from fused_resnet.spec import ChainSpec, RowSpec, UnitSpec
 
 class _Chain(NamedTuple):
     """A chain as its backward finds it: its input, and of each unit (projection last) the parameters, the raw output
-    (x where there was no convolution) and the normalisation; what the add took; the pool's places."""
+    (x where there was no convolution), the normalisation and how many values of all processes it is about, where that
+    is not y's own number; what the add took; the pool's places."""
 
     spec: ChainSpec
     x: Tensor
     parts: list[dict[str, Tensor]]
     ys: list[Tensor]
     norms: list[Norm]
+    counts: list[Tensor | None]
     summand: Tensor | None
     argmax: Tensor | None
 
@@ -115,12 +117,13 @@ def _recall(
         else:
             ys.append(next(it))
     wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
-    norms = []
+    norms, counts = [], []
     for unit, p in zip(spec.all_units, parts, strict=True):
         mean, var = (next(it), next(it)) if unit.batch_stats else (p["running_mean"], p["running_var"])
         norms.append(fold(p, mean, var, unit.eps, wide, vectors))
+        counts.append(next(it) if unit.group is not None else None)
     summand = ys[-1] if spec.shortcut.unit is not None else summand_of(x, residual, spec, fmt)
-    return _Chain(spec, x, parts, ys, norms, summand, next(it, None))
+    return _Chain(spec, x, parts, ys, norms, counts, summand, next(it, None))
 
 
 def _close(dout: Tensor, chain: _Chain) -> _Closed:
@@ -148,6 +151,9 @@ def _chain_backward(
     dx: Tensor | None = None  # what has come to x so far
     done: _Closed | None = None
     dz, sums, _ = closed
+    means: dict[int, Sums] = {}
+    if closed.summand_sums is not None:
+        means = _means(chain, {len(spec.units) - 1: sums, len(spec.units): closed.summand_sums})
 
     def unit_backward(
         i: int, dz: Tensor, sums: Sums, start: Tensor, prologue: Prologue | None, need_start: bool, add: Tensor | None,
@@ -155,13 +161,15 @@ def _chain_backward(
     ) -> tuple[Tensor | None, Sums | None, Sums | None]:  # fmt: skip
         """Fills in the gradients of unit i's parameters and returns its input's."""
         unit, p = spec.all_units[i], parts[i]
-        own, coef = _unit_gradients(unit, norms[i], sums, ys[i], vectors)
+        need_weight = needs[i].get("weight", False)
+        if i not in means and (need_start or need_weight):
+            means.update(_means(chain, {i: sums}))
+        own, coef = _unit_gradients(unit, norms[i], sums, means.get(i), ys[i], vectors)
         grads[i] |= own
-        if unit.conv is None:
-            return run("bn_backward", dz, ys[i], coef) if need_start else None, None, None
-        need_weight = needs[i]["weight"]
         if not (need_start or need_weight):
             return None, None, None
+        if unit.conv is None:
+            return run("bn_backward", dz, ys[i], coef), None, None
         dstart, dw, *sums_of_start = run(
             "conv_backward", dz, ys[i], coef, start, prologue, p["weight"], unit.conv, need_start, need_weight, add,
             closing,
@@ -219,11 +227,25 @@ def _chain_backward(
     return _Found(dx, done, dresidual, grads)
 
 
+def _means(chain: _Chain, sums: dict[int, Sums]) -> dict[int, Sums]:
+    """Of the units whose statistics a process group shares: the sums of all its processes, per value."""
+    found: dict[int, Sums] = {}
+    for group, members in joint.by_group({i: chain.spec.all_units[i] for i in sums}):
+        count = chain.counts[members[0]]  # units that close together are summands, of one size
+        assert count is not None
+        found |= zip(members, joint.means([sums[i] for i in members], count, group), strict=True)
+    return found
+
+
 def _unit_gradients(
-    unit: UnitSpec, norm: Norm, sums: Sums, y: Tensor, vectors: Any
+    unit: UnitSpec, norm: Norm, sums: Sums, means: Sums | None, y: Tensor, vectors: Any
 ) -> tuple[dict[str, Tensor], DyCoefficients]:
-    """dgamma, dbeta (and the convolution bias's) from the sums, by name; A, B, C of dy."""
-    dgamma, coef = vectors.bn_coefficients(norm, sums, y.numel() // y.shape[1] if unit.batch_stats else None)
+    """dgamma, dbeta (and the convolution bias's) from this process's sums, by name; A, B, C of dy, from ``means``
+    where a process group shares statistics: the gradient of all its processes' losses."""
+    alone = unit.batch_stats and unit.group is None
+    dgamma, coef = vectors.bn_coefficients(norm, sums, y.numel() // y.shape[1] if alone else None)
+    if means is not None:
+        _, coef = vectors.bn_coefficients(norm, means, 1)
     grads = {"bn_weight": dgamma, "bn_bias": sums.dz}
     if unit.conv is not None and unit.conv.bias:
         # y minus its mean does not depend on the bias

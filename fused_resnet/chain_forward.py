@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_resnet import reference
+from fused_resnet import joint, reference
 from fused_resnet.backends import Norm, Prologue, load, vector_dtype
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, UnitSpec
@@ -51,19 +51,39 @@ def raw_conv(
     return y.contiguous(memory_format=fmt), mean, var
 
 
-def _unit_forward(
-    x: Tensor, p: dict[str, Tensor], unit: UnitSpec, prologue: Prologue | None, fmt: torch.memory_format
-) -> tuple[Tensor, Norm, list[Tensor]]:
-    """y, its normalisation, and [mean, var] when they are this batch's."""
+class _Raw(NamedTuple):
+    """A unit that has convolved: y and, when this batch's are used, [mean, var] of what this process has of it."""
+
+    unit: UnitSpec
+    p: dict[str, Tensor]
+    y: Tensor
+    stats: list[Tensor]
+
+
+def _raw(x: Tensor, p: dict[str, Tensor], unit: UnitSpec, prologue: Prologue | None, fmt: torch.memory_format) -> _Raw:
     if unit.conv is not None:
         y, mean, var = raw_conv(x, p, unit.conv, prologue, unit.batch_stats, fmt)
     else:
         y = x
         mean, var = run("bn_stats", x) if unit.batch_stats else (None, None)
-    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
-    if unit.batch_stats:
-        return y, fold(p, mean, var, unit.eps, wide, vectors), [mean, var]
-    return y, fold(p, p["running_mean"], p["running_var"], unit.eps, wide, vectors), []
+    stats = [mean, var] if unit.batch_stats else []
+    if y.numel() == 0:  # the mean of nothing is no number, which would spread over the other processes' statistics
+        stats = [torch.zeros_like(s) for s in stats]
+    return _Raw(unit, p, y, stats)
+
+
+def _normalise(*raws: _Raw) -> list[tuple[Norm, list[Tensor]]]:
+    """Of units that are ready together their normalisation, and the statistics to keep (``UnitSpec.n_stats``)."""
+    kept = {i: raw.stats for i, raw in enumerate(raws)}
+    for group, members in joint.by_group({i: raw.unit for i, raw in enumerate(raws)}):
+        y = raws[members[0]].y  # units that are ready together are summands, of one size
+        kept |= zip(members, joint.statistics([kept[i] for i in members], y, group), strict=True)
+    found = []
+    for (unit, p, y, _), stats in zip(raws, kept.values(), strict=True):
+        wide, vectors = vector_dtype(y.dtype), pick("bn_fold", case_of(y))
+        mean, var = stats[:2] if unit.batch_stats else (p["running_mean"], p["running_var"])
+        found.append((fold(p, mean, var, unit.eps, wide, vectors), stats))
+    return found
 
 
 def row_forward(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> list[Tensor]:
@@ -87,22 +107,28 @@ def _forward(
     stats: list[Tensor] = []
     h, prologue = x, None
     for i, (unit, p) in enumerate(zip(spec.units, parts, strict=False)):
-        h, norm, unit_stats = _unit_forward(h, p, unit, prologue, fmt)
-        prologue = Prologue(norm, unit.act)
-        stats += unit_stats
+        raw = _raw(h, p, unit, prologue, fmt)
+        h = raw.y
         if unit.conv is not None and not (spec.recompute and i == 0):
             ys.append(h)
-    assert prologue is not None
-    if spec.pool is not None:
-        out, argmax = run("bn_act_max_pool", h, *prologue, spec.pool)
-        return [out, *ys, *stats, argmax]
-    summand, summand_norm = summand_of(x, residual, spec, fmt), None
+        if i + 1 < len(spec.units):
+            ((norm, unit_stats),) = _normalise(raw)
+            prologue = Prologue(norm, unit.act)
+            stats += unit_stats
+    closing = [raw]
+    summand = summand_of(x, residual, spec, fmt)
     if spec.shortcut.unit is not None:
         assert summand is not None
-        summand, summand_norm, unit_stats = _unit_forward(summand, parts[-1], spec.shortcut.unit, None, fmt)
+        closing.append(_raw(summand, parts[-1], spec.shortcut.unit, None, fmt))
+        summand = closing[-1].y
         ys.append(summand)
-        stats += unit_stats
-    out = run("bn_act", h, *prologue, summand, summand_norm)
+    norms, kept = zip(*_normalise(*closing), strict=True)
+    stats += [s for unit_stats in kept for s in unit_stats]
+    act = spec.units[-1].act
+    if spec.pool is not None:
+        out, argmax = run("bn_act_max_pool", h, norms[0], act, spec.pool)
+        return [out, *ys, *stats, argmax]
+    out = run("bn_act", h, norms[0], act, summand, norms[1] if len(norms) > 1 else None)
     return [out, *ys, *stats]
 
 
@@ -131,7 +157,7 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
             return bn_act
         weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
         out: Tensor = run("conv_bias_act", h, weight, norm.shift, u.conv, act, summand)
-        return out
+        return out.contiguous(memory_format=fmt)  # as in raw_conv: the layout that the fake kernel promises
 
     summand = summand_of(x, residual, spec, fmt)
     if spec.shortcut.unit is not None:
@@ -145,8 +171,9 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
         h = unit(h, p, last, last.act, summand)
     else:
         # the pool normalises what it loads: nothing to fold into W, and no tensor of places as wide as PyTorch's
-        y, norm, _ = _unit_forward(h, p, last, None, fmt)
-        h = _max_pool(y, norm, last.act, spec.pool)
+        raw = _raw(h, p, last, None, fmt)
+        ((norm, _),) = _normalise(raw)
+        h = _max_pool(raw.y, norm, last.act, spec.pool)
     # an operator's output may be none of its inputs
     return h.clone() if h is x or h is residual else h
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_resnet import reference
+from fused_resnet import joint, reference
 from fused_resnet.backends import vector_dtype
 from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec
 from fused_resnet.units import Unit
@@ -32,6 +32,11 @@ def check_arguments(unit: Unit, index: int) -> None:
         raise ValueError(f"running_mean: expected a tensor when training=False, got None (unit {index})")
     if unit.bias is not None and unit.weight is None:
         raise ValueError(f"bias: expected None for a unit without a convolution, got a tensor (unit {index})")
+    if unit.process_group is not None and not joint.is_group(unit.process_group):
+        raise TypeError(
+            "process_group: expected a torch.distributed.ProcessGroup that this process is in, or None, "
+            f"got {unit.process_group!r} (unit {index})"
+        )
     if not isinstance(unit.training, bool):
         raise TypeError(f"training: expected a bool, got {unit.training!r} (unit {index})")
     if isinstance(unit.momentum, bool) or not isinstance(unit.momentum, int | float):
@@ -145,7 +150,7 @@ def _check_unit(
             raise TypeError(f"bias: expected dtype {unit.weight.dtype} (weight's), got {value.dtype} ({where})")
     if shape[1] < 1:
         raise ValueError(f"x: expected at least one channel, got shape {tuple(x.shape)} ({where})")
-    if s.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+    if s.batch_stats and s.group is None and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(
             f"x: expected more than 1 value per channel when training, got input size {shape} "
             f"at the BatchNorm of {where}"

@@ -8,22 +8,20 @@ isinstance and pickling stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache, partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet.backends import warn_once
-from fused_resnet.freezing import Frozen, FrozenChain, FrozenStage, FrozenTrunk, freeze_copy
+from fused_resnet.freezing import Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
 from fused_resnet.modules import ChainModules, has_hooks, run_row
 from fused_resnet.patterns import original
+from fused_resnet.plans import Plan, Ref, at
 
-if TYPE_CHECKING:
-    from fused_resnet.plans import Plan
-
-# The stages that belong to the trunk of a frozen model, by the size of their tensors in the paper's networks.
-_TRUNK_STAGES = 2
+# The stages that belong to the stem's row, by the size of their tensors in the paper's networks.
+_STEM_STAGES = 2
 
 
 # ---------------------------------------------------------------------------------------------------- fused classes
@@ -33,7 +31,7 @@ class FusedModule:
     Attributes:
         _fr_original: that class. _fr_method: what of it is overridden, _fr_plain: and the original.
         _fr_plans: of the module: its plans in eval and in train mode.
-        _fr_frozen: of a module inside a frozen model: number of a chain -> the frozen chain.
+        _fr_frozen: of a module inside a frozen model: number of a chain -> the path of the frozen chain.
     """
 
     _fr_original: type[nn.Module]
@@ -124,16 +122,28 @@ def _make_fused_class(cls: Any, method: str) -> type:
         # a slice of an nn.Sequential is made by the class, without a plan
         if plan is None or len(args) != 1 or kwargs or not plan.fits(args[0]):
             return plain(self, *args, **kwargs)
-        frozen = self._modules.get("_fr_frozen")
+        frozen = self.__dict__.get("_fr_frozen")
         chains, reason = ([], None) if frozen is not None else plan.modules(self)
         if reason is not None:
             if not torch.compiler.is_compiling():
                 warn_once(f"a fused {cls.__name__} runs plain: {reason}")
             return plain(self, *args)
-        return plan.run(self, args[0], chains if frozen is None else list(frozen), run_children)
+        return plan.run(self, args[0], chains if frozen is None else [at(self, p) for p in frozen], run_children)
 
     added = {"_fr_original": cls, "_fr_method": method, "_fr_plain": plain, method: forward, "__module__": __name__}
     return type(f"Fused{cls.__name__}", (FusedModule, cls), added)
+
+
+@lru_cache
+def _unfused_class(cls: Any) -> type:
+    """``cls`` without what ``fuse`` put into it, also where others derived a class from the fused one since, as
+    torch.distributed.fsdp.fully_shard does."""
+    if "_fr_original" in vars(cls):
+        original: type = cls._fr_original
+        return original
+    bases = tuple(_unfused_class(base) if issubclass(base, FusedModule) else base for base in cls.__bases__)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace("Fused", "", 1), bases, own)
 
 
 # ---------------------------------------------------------------------------------------------------- fuse and back
@@ -144,7 +154,8 @@ def fuse(model: nn.Module) -> nn.Module:
     A module is fused by what its forward does, which is traced (``torch.fx``, one module at a time, nothing is
     computed): residual blocks, stems, and conv -> norm -> act wherever it stands; what isn't a chain runs as it was.
     A forward that can't be traced stays as it is; ``explain`` says why. An nn.Sequential of blocks becomes one that
-    runs them in rows. Fusing twice changes nothing.
+    runs them in rows. Fusing twice changes nothing. SyncBatchNorm and DistributedDataParallel may come before or after;
+    a SyncBatchNorm in a chain shares its statistics with the other processes of its group on any device.
 
     Args:
         model: any module: of torchvision, timm, transformers, of this package or your own.
@@ -163,7 +174,8 @@ def fuse(model: nn.Module) -> nn.Module:
         m = each.module
         if each.plans is not None:
             found = True
-            m.__class__ = _fused_class(original(m), each.method)
+            if not isinstance(m, FusedModule) or m._fr_method != each.method:
+                m.__class__ = _fused_class(original(m), each.method)
             m.__dict__["_fr_plans"] = each.plans
         elif isinstance(m, FusedModule) and not isinstance(m, FusedSequential) and each.within is not None:
             _unfuse(m)
@@ -189,7 +201,8 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def _unfuse(m: Any) -> None:
-    m.__class__ = m._fr_original
+    cls: Any = type(m)
+    m.__class__ = _unfused_class(cls)
     m.__dict__.pop("_fr_plans", None)
 
 
@@ -199,38 +212,57 @@ def _check(model: object) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- freeze
-def freeze(model: nn.Module, example: Tensor, *, dtype: torch.dtype | None = None) -> Frozen:
+def freeze(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    cuda_graph: bool = False,
+    portable: bool = False,
+) -> Frozen:
     """A copy of ``model`` for inference only: BatchNorm folded into the weights, weights prepacked for ``example``.
 
     Args:
-        model: in any mode; it is not changed. Running statistics are used as they are now.
-        example: an input, [N, C, H, W] on the device to run on; other batch sizes work too.
+        model: in any mode; it is not changed. Running statistics are used as they are now. What can't be frozen stays
+            as it is, in eval mode; ``explain`` of the result says why.
+        example: an input, [N, C, H, W] on the device to run on; other batch and image sizes work too, each packs its
+            weights at its first call where it needs another layout of them.
         dtype: float32, bfloat16 or float16, the dtype of the result; None keeps the parameters' dtype. A CPU without a
             fast 16-bit matrix unit computes 16-bit models in float32 (see ``fused-resnet env``).
+        cuda_graph: start the forward as one CUDA graph per input shape (the first 8; other shapes run without one). The
+            result is a copy, the caller's own. A model that can't be recorded runs without, with a warning.
+        portable: made of PyTorch's own operators alone, so that what ``torch.export`` makes of it runs where
+            fused_resnet is not installed; in ``dtype`` on every machine.
 
     Returns:
-        A module whose forward takes x and returns what ``model.eval()(x)`` would, without gradients.
+        A module whose forward takes x and returns what ``model.eval()(x)`` would, without gradients. Threads may call
+        it at once. ``torch.export`` takes it, with dynamic shapes too.
 
     Raises:
         TypeError, ValueError: a model that is no nn.Module, an example that is no [N, C, H, W] floating tensor, a
-            dtype that is not floating.
+            dtype that is not floating, cuda_graph with an example that is not on a CUDA device.
     """
     _check(model)
-    return freeze_copy(model, example, dtype, _freeze_chains, _join_trunks)
+    return freeze_copy(model, example, dtype, cuda_graph, portable, _freeze_chains, _join_stages)
 
 
-def _freeze_chains(copied: nn.Module, compute: torch.dtype) -> Iterator[Callable[[nn.Module], nn.Module]]:
+def _freeze_chains(
+    copied: nn.Module, compute: torch.dtype, portable: bool
+) -> Iterator[Callable[[nn.Module], nn.Module]]:
     """For each module with chains, how its frozen version takes its place in the model (which it may be itself)."""
     from fused_resnet.analysis import analyse
 
     for found in analyse(unfuse(copied)):
         if found.plans is None:
             continue
-        m, plan = found.module, found.plans[False]
+        m, plan, block = found.module, found.plans[False], type(found.module).__name__
         chains = [chain.modules(m) for chain in plan.chains]
-        if not chains or any(u.bn.running_mean is None for chain in chains for u in chain.all_units):
+        if not chains or any(map(why_not_frozen, chains)):
             continue
-        frozen = [FrozenChain(chain, compute) for chain in chains]
+        frozen = [
+            FrozenChain(found.name, block, chain, paths.shortcut == "tensor", compute, portable)
+            for chain, paths in zip(chains, plan.chains, strict=True)
+        ]
         if plan.whole is not None:
             yield partial(_replaced, found.name, frozen[0])
         else:
@@ -241,20 +273,21 @@ def _replaced(name: str, chain: nn.Module, model: nn.Module) -> nn.Module:
     """The chain in the place of the module that it is all of."""
     if not name:
         return chain
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, chain)
+    _set(model, name.split("."), chain)
     return model
 
 
 def _installed(m: nn.Module, plan: Plan, method: str, chains: Sequence[FrozenChain], model: nn.Module) -> nn.Module:
-    """``m`` runs its plan with frozen chains, and what they replace is gone."""
+    """``m`` runs its plan with frozen chains, each in the place of the first module that it replaces."""
     m.__class__ = _fused_class(type(m), method)
     m.__dict__["_fr_plans"] = (plan, plan)
-    m.add_module("_fr_frozen", nn.ModuleList(chains))
+    m.__dict__["_fr_frozen"] = tuple(chain.units[0].paths[0] for chain in plan.chains)
     for unit in (u for chain in plan.chains for u in chain.all_units):
         for path in (unit.conv, unit.bn):
             if path is not None:
                 _set(m, path, nn.Identity())
+    for path, chain in zip(m.__dict__["_fr_frozen"], chains, strict=True):
+        _set(m, path, chain)
     return model
 
 
@@ -262,23 +295,22 @@ def _set(m: nn.Module, path: Sequence[str], child: nn.Module) -> None:
     setattr(m.get_submodule(".".join(path[:-1])), path[-1], child)
 
 
-def _join_trunks(model: nn.Module) -> None:
-    """Puts a stem and the first stages behind it into one module in the stem's place; the stages become identities."""
+def _join_stages(model: nn.Module) -> None:
+    """Puts a stem and the first stages behind it into one row in the stem's place; the stages become identities."""
     for m in model.modules():
-        plan = plan_of(m)
-        if plan is None or "_fr_frozen" not in m._modules:
+        plan, frozen = plan_of(m), m.__dict__.get("_fr_frozen")
+        if plan is None or frozen is None:
             continue
-        chains: Any = m._modules["_fr_frozen"]
         for stem, behind in zip(plan.steps, plan.steps[1:], strict=False):
-            if stem.kind != "chain" or plan.chains[stem.target].max_pool is None or behind.kind != "children":
+            if stem.kind != "chain" or len(stem.args) != 1 or behind.kind != "children" or behind.kwargs:
                 continue
-            if stem.name not in behind.dead or len(behind.args) != 1 or behind.kwargs:
+            if behind.args != (Ref(stem.name),) or stem.name not in behind.dead:
                 continue
-            joined = [chains[stem.target]]
-            for path in behind.target[:_TRUNK_STAGES]:
-                stage = m.get_submodule(".".join(path))
-                if not isinstance(stage, FrozenStage) or has_hooks(stage):
+            joined = [at(m, frozen[stem.target])]
+            for path in behind.target[:_STEM_STAGES]:
+                stage = at(m, path)
+                if not isinstance(stage, FrozenRow) or has_hooks(stage):
                     break
-                joined.append(stage)
+                joined += stage
                 _set(m, path, nn.Identity())
-            chains[stem.target] = FrozenTrunk(*joined)
+            _set(m, frozen[stem.target], FrozenRow(*joined))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_resnet.backends import Case
 from fused_resnet.convert import FusedSequential, plan_of, rows_of
-from fused_resnet.modules import ChainModules
+from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
+from fused_resnet.frozen_forward import packed_forms
+from fused_resnet.modules import ChainModules, shared_by
 from fused_resnet.patterns import original
 from fused_resnet.planner import planned, why
 from fused_resnet.spec import ConvSpec
@@ -17,10 +20,12 @@ from fused_resnet.spec import ConvSpec
 
 @dataclass(frozen=True)
 class Row:
-    """One module: its name in the model, class, whether it runs as chains, why not, and primitive -> backend.
+    """One module: its name in the model, class, whether it runs as chains, why not, and primitive -> backend (of a
+    frozen model: convolution -> backend, and what its weight is packed for).
 
     Attributes:
         chains: how many, where it is fused. reason: why it runs plain, or what of a fused one does.
+        statistics: over which processes its SyncBatchNorms take theirs.
     """
 
     name: str
@@ -29,6 +34,7 @@ class Row:
     reason: str
     backends: dict[str, str]
     chains: int = 0
+    statistics: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class Explanation:
         kinds = max(14, max(len(r.type) for r in self.rows) + 2)
         lines = []
         for r in self.rows:
-            served = ", ".join(f"{p}: {b}" for p, b in r.backends.items())
+            parts = [*(f"{p}: {b}" for p, b in r.backends.items()), r.statistics]
+            served = ", ".join(filter(None, parts))
             told = f"{served}; plain: {r.reason}" if served and r.reason else served or r.reason
             lines.append(f"{r.name:<{width}}{r.type:<{kinds}}{'fused' if r.fused else 'plain':<7}{told}")
         fused = sum(r.fused for r in self.rows)
@@ -52,8 +59,11 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Each module of ``model`` with convolutions and norms of its own: fused or not, why not, and which backend serves
-    which primitive. A module whose norms are part of its parent's chains has no row.
+    """Each module of ``model`` with convolutions and norms of its own: fused or not, why not, which backend serves
+    which primitive, and over which processes a SyncBatchNorm takes its statistics. A module whose norms are part of its
+    parent's chains has no row.
+
+    Of a frozen model each convolution: which backend serves it, and what its weight has been packed for by now.
 
     Raises:
         TypeError: not an nn.Module.
@@ -63,6 +73,8 @@ def explain(model: nn.Module) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     rows = []
+    if isinstance(model, Frozen):
+        return Explanation(_frozen_rows(model))
     closed_by = _closed_by(model)
     for found in analyse(model):
         m, plan = found.module, plan_of(found.module)
@@ -76,10 +88,63 @@ def explain(model: nn.Module) -> Explanation:
             served = _serving(chains) if reason is None else {}
             if served and id(m) in closed_by:
                 served["bn_act_backward"] = f"in conv_backward of {closed_by[id(m)]}"
-            rows.append(Row(name, kind, reason is None, reason or "; ".join(plan.left), served, len(chains)))
+            shared = _shared(chains) if reason is None else ""
+            rows.append(Row(name, kind, reason is None, reason or "; ".join(plan.left), served, len(chains), shared))
         elif found.within is None and (found.reason or (found.plans is not None and found.plans[True].chains)):
             rows.append(Row(name, kind, False, found.reason or "not fused yet: call fuse(model)", {}))
     return Explanation(rows)
+
+
+def _frozen_rows(model: Frozen) -> list[Row]:
+    from fused_resnet.analysis import analyse
+
+    chains: dict[str, list[FrozenChain]] = {}
+    for m in model.modules():
+        if isinstance(m, FrozenChain):
+            chains.setdefault(m.name, []).append(m)
+    left = {name: "; ".join(plan.left) for name, m in model.model.named_modules() if (plan := plan_of(m)) is not None}
+    rows = [
+        Row(name or "(model)", made[0].block, True, left.get(name, ""), _serving_frozen(made), len(made))
+        for name, made in chains.items()
+    ]
+    for found in analyse(model.model):
+        if found.within is not None or found.name in chains:
+            continue
+        reason = found.reason
+        if found.plans is not None:
+            unfolded = map(why_not_frozen, found.plans[False].modules(found.module)[0])
+            reason = next(filter(None, unfolded), "")
+        if reason:
+            rows.append(Row(found.name or "(model)", original(found.module).__name__, False, reason, {}))
+    return rows
+
+
+def _serving_frozen(chains: Sequence[FrozenChain]) -> dict[str, str]:
+    """Convolution, or norm without one -> what serves it."""
+    served = {}
+    for number, chain in enumerate(chains, 1):
+        of = f"chain {number} " if len(chains) > 1 else ""
+        for i, unit in enumerate(chain, 1):
+            assert isinstance(unit, FrozenUnit)
+            place = str(i) if i <= len(chain.spec.units) else "shortcut"
+            kind = "bn_act" if unit.spec.conv is None else "conv"
+            size = "x".join(map(str, unit.weight.shape[2:]))
+            served[f"{of}{kind} {place} {size}".rstrip()] = _serving_unit(unit, chain)
+    return served
+
+
+def _serving_unit(unit: FrozenUnit, chain: FrozenChain) -> str:
+    w, conv = unit.weight, unit.spec.conv
+    if chain.portable:
+        return "PyTorch's own"
+    if conv is None:
+        case = Case(w.device.type, chain.dtype, True)
+        return planned("bn_act", None, w.shape[0]) or why("bn_act", case)[0]
+    if measured := planned("conv_bias_act", conv, tuple(w.shape)):
+        return measured
+    backend = why("conv_bias_act", Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
+    forms = sorted({getattr(form, "kind", "stem") for form in packed_forms(w)})
+    return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}"
 
 
 def _closed_by(model: nn.Module) -> dict[int, str]:
@@ -87,6 +152,16 @@ def _closed_by(model: nn.Module) -> dict[int, str]:
     names = {id(m): name for name, m in model.named_modules()}
     rows = [blocks for m in model.modules() if isinstance(m, FusedSequential) for blocks in rows_of(m)]
     return {id(m): names[id(after)] for row in rows for (m, _), (after, _) in zip(row, row[1:], strict=False)}
+
+
+def _shared(chains: Sequence[ChainModules]) -> str:
+    """Over which processes the chains' SyncBatchNorms take their statistics."""
+    norms = [unit.bn for chain in chains for unit in chain.all_units if isinstance(unit.bn, nn.SyncBatchNorm)]
+    groups = [shared_by(bn) for bn in norms]
+    sizes = sorted({dist.get_world_size(group) for group in groups if group is not None})
+    if sizes:
+        return f"statistics over the process group of {' and '.join(map(str, sizes))}"
+    return "statistics of this process alone: no process group" if norms else ""
 
 
 def _serving(chains: Sequence[ChainModules]) -> dict[str, str]:

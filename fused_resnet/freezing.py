@@ -2,171 +2,119 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import reference
-from fused_resnet.backends import Norm, load, vector_dtype
+from fused_resnet.backends import load, vector_dtype
 from fused_resnet.chain_forward import fold
-from fused_resnet.modules import ChainModules, UnitModules, act_of
-from fused_resnet.planner import case_of, pick, run
-from fused_resnet.spec import Act, ConvSpec, PoolSpec
+from fused_resnet.cuda_graphs import Graphs
+from fused_resnet.frozen_forward import plain_chains, run_chains
+from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
-# Bytes of the stem's convolution per thread that a trunk makes at a time.
-_TRUNK_BYTES = 8 << 20
+# (a model's copy, the dtype to compute in, portable) -> for each module with chains, how it takes its place frozen.
+FreezeChains = Callable[[nn.Module, torch.dtype, bool], Iterable[Callable[[nn.Module], nn.Module]]]
+
+
+def why_not_frozen(chain: ChainModules) -> str | None:
+    """Why a chain that can be fused can't be frozen, or None."""
+    norms = (type(u.bn).__name__ for u in chain.all_units if u.bn.running_mean is None)
+    return next((f"a {name} without running statistics" for name in norms), None)
 
 
 class FrozenUnit(nn.Module):
-    """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers); without a convolution
-    act(scale*x + bias [+ residual])."""
+    """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers): what a chain reads.
+    Without a convolution act(weight*x + bias [+ residual]), both in ``vector_dtype``."""
 
     @torch.no_grad()
-    def __init__(self, unit: UnitModules, act: Act, dtype: torch.dtype) -> None:
+    def __init__(self, unit: UnitModules, dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
         super().__init__()
         u = unit.unit()
         assert u.running_mean is not None and u.running_var is not None
         wide = vector_dtype(u.running_mean.dtype)
         params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
         norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, u.eps, wide)
-        self.weight: Tensor | None
+        self.weight: Tensor
         self.bias: Tensor
-        self.conv: ConvSpec | None = None
+        conv = None
         if u.weight is None:
-            self.register_buffer("weight", None)
-            self.register_buffer("scale", norm.scale)
+            self.register_buffer("weight", norm.scale.to(vector_dtype(dtype)))
+            self.register_buffer("bias", norm.shift.to(vector_dtype(dtype)))
         else:
             weight = (u.weight.to(wide) * norm.scale[:, None, None, None]).to(dtype)
             self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
-            self.conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
-        self.register_buffer("bias", norm.shift)
-        self.act = act
-        self._packed: dict[Any, Any] = {}
+            self.register_buffer("bias", norm.shift.to(bias_dtype))
+            conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
+        self.spec = UnitSpec(conv, act_of(unit.act) if unit.act is not None else Act("identity"), batch_stats=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": {}}
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, inplace: bool = False) -> Tensor:
-        """``inplace``: nobody else holds the residual, its memory may be reused."""
-        if residual is not None and residual.shape != self._out_shape(x):
-            # a summand that the add widens, or that widens the sum: PyTorch's add
-            return reference.act(self._run(x, Act("identity"), None, False) + residual, self.act)
-        return self._run(x, self.act, residual, inplace)
-
-    def _out_shape(self, x: Tensor) -> tuple[int, ...]:
-        if self.weight is None or self.conv is None:
-            return tuple(x.shape)
-        return (x.shape[0], self.bias.shape[0], *self.conv.out_size(x.shape[2:], self.weight.shape[2:]))
-
-    def _run(self, x: Tensor, act: Act, residual: Tensor | None, inplace: bool) -> Tensor:
-        if self.weight is None or self.conv is None:
-            norm = Norm(self.scale, self.bias, self.bias, self.bias)  # type: ignore[arg-type]  # mean, rstd: not used
-            made: Tensor = run("bn_act", x, norm, act, residual, None)
-            return made
-        backend = pick("conv_bias_act", case_of(x, self.conv, self.weight))
-        if not hasattr(backend, "prepack"):
-            out: Tensor = run("conv_bias_act", x, self.weight, self.bias, self.conv, act, residual)
-            return out
-        key = (backend.__name__, x.shape, x.dtype)
-        if key not in self._packed:
-            self._packed[key] = backend.prepack(self.weight, self.conv, x)
-        return backend.conv_bias_act(x, self._packed[key], self.bias, self.conv, act, residual, inplace)
-
-    def pooled(self, x: Tensor, pool: PoolSpec) -> Tensor:
-        """max-pool of the unit's output, in one pass where the backend has one."""
-        backend = pick("conv_bias_act", case_of(x, self.conv, self.weight)) if self.conv is not None else None
-        if backend is not None and hasattr(backend, "prepack_stem"):
-            key = (backend.__name__, x.dtype, pool)
-            if key not in self._packed:
-                self._packed[key] = backend.prepack_stem(self.weight, self.conv, x, pool)
-            if self._packed[key] is not None:
-                out: Tensor = backend.conv_bias_act_max_pool(x, self._packed[key], self.bias, self.conv, self.act, pool)
-                return out
-        h = self(x)
-        one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
-        norm = Norm(one, torch.zeros_like(one), one, one)
-        pooled: Tensor = run("bn_act_max_pool", h, norm, Act("identity"), pool)[0]
-        return pooled
+    def extra_repr(self) -> str:
+        c, w = self.spec.conv, self.weight
+        if c is None:
+            return f"{w.shape[0]}, no convolution, {self.spec.act.name}"
+        kernel = "x".join(map(str, w.shape[2:]))
+        return f"{w.shape[1] * c.groups} -> {w.shape[0]}, {kernel}, stride {c.stride[0]}, {self.spec.act.name}"
 
 
-class FrozenChain(nn.Module):
-    """A chain of frozen units."""
+class FrozenChain(nn.Sequential):
+    """A chain of frozen units, its projection last; made from the module ``name``, of the class ``block``.
+    ``summand``: its forward takes one that somebody else made."""
 
-    def __init__(self, chain: ChainModules, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.units = nn.ModuleList(
-            FrozenUnit(u, act_of(u.act) if u.act is not None else Act("identity"), dtype) for u in chain.units
-        )
-        self.kind = "projection" if isinstance(chain.shortcut, UnitModules) else chain.shortcut
-        self.projection: FrozenUnit | None = None
+    def __init__(
+        self, name: str, block: str, chain: ChainModules, summand: bool, dtype: torch.dtype, portable: bool
+    ) -> None:
+        bias_dtype = dtype if portable else vector_dtype(dtype)
+        units = [FrozenUnit(u, dtype, bias_dtype) for u in chain.all_units]
+        super().__init__(*units)
+        self.name, self.block, self.dtype, self.portable = name, block, dtype, portable
+        specs, shortcut = tuple(u.spec for u in units), ShortcutSpec("tensor" if summand else "none")
         if isinstance(chain.shortcut, UnitModules):
-            self.projection = FrozenUnit(chain.shortcut, Act("identity"), dtype)
-        self.avg_pool = chain.avg_pool
-        self.pool = chain.max_pool_spec()
-        self.stride = chain.stride
+            shortcut = ShortcutSpec("projection", specs[-1], chain.avg_pool_spec())
+        elif chain.shortcut == "pad":
+            channels = units[-1].weight.shape[0]
+            shortcut = ShortcutSpec("pad", stride=(chain.stride, chain.stride), channels=channels)
+        elif chain.shortcut is not None:
+            shortcut = ShortcutSpec("identity")
+        self.spec = ChainSpec(specs[: len(chain.units)], shortcut, chain.max_pool_spec())
+        self.text = self.spec.encode()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, inplace: bool = False) -> Tensor:
-        """``residual``: somebody else's summand; ``inplace``: nobody else holds x, its memory may be reused."""
-        # a model's own operations may hand over a slice: packed weights expect dense tensors
-        h = x = x.contiguous(memory_format=torch.channels_last)
-        theirs = residual is not None
-        if residual is not None:
-            residual = residual.contiguous(memory_format=torch.channels_last)
-        *before, last = self.units
-        for unit in before:
-            h = unit(h)
-        assert isinstance(last, FrozenUnit)
-        if self.kind == "identity":
-            residual = x
-        elif self.projection is not None:
-            residual = self.projection(x if self.avg_pool is None else self.avg_pool(x))
-        elif self.kind == "pad":
-            x = x[:, :, :: self.stride, :: self.stride]
-            residual = nn.functional.pad(x, (0, 0, 0, 0, 0, last.bias.shape[0] - x.shape[1]))
-        if self.pool is not None:  # a chain that a pool closes has no shortcut
-            return last.pooled(h, self.pool)
-        out: Tensor = last(h, residual, not theirs and ((inplace and h is not x) or self.kind != "identity"))
+    def extra_repr(self) -> str:
+        return f"{self.name or '(model)'}, {self.block}, shortcut: {self.spec.shortcut.kind}"
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _run_row([self], x, residual)
+
+
+class FrozenRow(nn.Sequential):
+    """Frozen chains one after the other, run as one: what passes between them is theirs alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _run_row(list(self), x)  # type: ignore[arg-type]
+
+
+def _run_row(chains: Sequence[FrozenChain], x: Tensor, residual: Tensor | None = None) -> Tensor:
+    params: list[Any] = [t for chain in chains for unit in chain for t in (unit.weight, unit.bias)]
+    if chains[0].portable:
+        return plain_chains(x, params, [chain.spec for chain in chains], residual)
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.fused_resnet.frozen(x, params, [chain.text for chain in chains], residual)
         return out
-
-
-class FrozenStage(nn.Sequential):
-    """Frozen chains in a row: what passes between them is theirs alone, so each adds into the memory it got."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, chain in enumerate(self):
-            x = chain(x, inplace=i > 0)
-        return x
-
-
-class FrozenTrunk(nn.Sequential):
-    """A stem and the stages behind it. On a CPU a few images at a time: these tensors are the network's largest, and
-    whole they would be new memory from the system in every call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        stem = self[0]
-        assert isinstance(stem, FrozenChain)
-        unit = stem.units[-1]
-        assert isinstance(unit, FrozenUnit)
-        if unit.conv is None or unit.weight is None:
-            return super().forward(x)
-        h, w = unit.conv.out_size(x.shape[2:], unit.weight.shape[2:])
-        image = x.element_size() * unit.weight.shape[0] * h * w
-        parts = -(-x.shape[0] * image // (torch.get_num_threads() * _TRUNK_BYTES))
-        if x.device.type != "cpu" or parts <= 1:
-            return super().forward(x)
-        return torch.cat([super(FrozenTrunk, self).forward(part) for part in x.chunk(min(parts, x.shape[0]))])
+    return run_chains(x, params, [chain.spec for chain in chains], residual)
 
 
 class Frozen(nn.Module):
-    """What ``freeze`` returns: x -> the model's output in ``dtype``, without gradients, in channels_last."""
+    """What ``freeze`` returns: x -> the model's output in ``dtype``, without gradients, in channels_last.
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype) -> None:
+    Several threads may call it at once. ``graphs``: the CUDA graphs of its forward, or None.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.model = model
-        self.dtype, self.compute = dtype, compute
+        self.dtype, self.compute, self.device = dtype, compute, device
+        self.graphs: Graphs | None = None
         self.eval()
 
     def train(self, mode: bool = True) -> Frozen:
@@ -180,13 +128,45 @@ class Frozen(nn.Module):
         super().train(False)
         return self
 
-    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        """Another device, or other memory: graphs of the present one are void.
+
+        Raises:
+            RuntimeError: another dtype, which freeze alone can give.
+        """
+        probe = fn(torch.empty(0, dtype=self.compute, device=self.device))
+        if probe.dtype != self.compute:
+            raise RuntimeError(
+                f"dtype: frozen for {self.compute}, got {probe.dtype}; call freeze(..., dtype=...) again"
+            )
+        super()._apply(fn, recurse)
+        self.device = probe.device
+        if self.graphs is not None:
+            self.graphs = Graphs() if probe.device.type == "cuda" else None
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tensors may have been loaded to another device."""
+        super().__setstate__(state)
+        self.device = next((t.device for t in (*self.parameters(), *self.buffers())), self.device)
+
     def forward(self, x: Tensor) -> Any:
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
             raise ValueError(f"x: expected a floating-point tensor [N, C, H, W], got {_describe(x)}")
-        with torch.autocast(x.device.type, enabled=False):
-            out = self.model(x.to(self.compute).contiguous(memory_format=torch.channels_last))
+        if x.device != self.device:
+            raise ValueError(f"x: expected a tensor on {self.device}, where this model is, got one on {x.device}")
+        if torch.compiler.is_compiling():  # contexts would be operators of the graph
+            return self._run(x.detach())
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return self._run(x) if self.graphs is None else self.graphs(self._run, x)
+
+    def _run(self, x: Tensor) -> Any:
+        out = self.model(x.to(self.compute).contiguous(memory_format=torch.channels_last))
         return out.to(self.dtype) if isinstance(out, Tensor) else out
+
+    def extra_repr(self) -> str:
+        graphs = "" if self.graphs is None else f", {self.graphs}"
+        return f"dtype={self.dtype}, computed in {self.compute}, on {self.device}{graphs}"
 
 
 def _describe(x: object) -> str:
@@ -197,23 +177,30 @@ def freeze_copy(
     model: nn.Module,
     example: Tensor,
     dtype: torch.dtype | None,
-    freeze_chains: Callable[[nn.Module, torch.dtype], Iterable[Callable[[nn.Module], nn.Module]]],
+    cuda_graph: bool,
+    portable: bool,
+    freeze_chains: FreezeChains,
     join: Callable[[nn.Module], None],
 ) -> Frozen:
-    """See ``fused_resnet.freeze``. ``freeze_chains`` freezes the copy's chains, to compute in a dtype, and says how
-    each takes its place; ``join`` puts together what then stands side by side."""
+    """See ``fused_resnet.freeze``; ``freeze_chains`` freezes the copy's chains, ``join`` puts together what then stands
+    side by side."""
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
         raise ValueError(f"example: expected a floating-point tensor [N, C, H, W], got {_describe(example)}")
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters()), example.dtype)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+    for name, value in (("cuda_graph", cuda_graph), ("portable", portable)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
+    if cuda_graph and example.device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected an example on a CUDA device, got one on {example.device}")
     compute = dtype
-    if example.device.type == "cpu" and load("cpu")[0] is not None:
+    if example.device.type == "cpu" and load("cpu")[0] is not None and not portable:
         compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
-    copied = copy.deepcopy(model).eval()
+    copied = copy_of(model).eval()
     # folded from the parameters as they are, before the rest of the model is rounded
-    replacements = list(freeze_chains(copied, compute))
+    replacements = list(freeze_chains(copied, compute, portable))
     copied.to(example.device, compute)
     for replace in replacements:
         copied = replace(copied)
@@ -221,8 +208,11 @@ def freeze_copy(
         if isinstance(m, FrozenChain):
             m.to(example.device)
         if type(m) is nn.Sequential and len(m) and all(isinstance(child, FrozenChain) for child in m):
-            m.__class__ = FrozenStage
+            m.__class__ = FrozenRow
     join(copied)
-    frozen = Frozen(copied.eval(), dtype, compute).requires_grad_(False)
-    frozen(example)  # packs the weights, and shows at once what doesn't work
+    frozen = Frozen(copied, dtype, compute, example.device).requires_grad_(False)
+    frozen(example)  # packs the weights, measures where there is a choice, and shows at once what doesn't work
+    if cuda_graph:
+        frozen.graphs = Graphs()
+        frozen(example)
     return frozen

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet.chain  # noqa: F401  (registers the operators)
-from fused_resnet import checks, reference
+from fused_resnet import checks, joint, reference
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec, pair
 from fused_resnet.units import Chain, Unit
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Chain", "PoolSpec", "Unit", "bn_act", "conv_bn_act", "residual_chain", "residual_chains"]
 
@@ -42,13 +45,14 @@ def conv_bn_act(
     residual: Tensor | None = None,
     max_pool: PoolSpec | None = None,
     recompute: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """act(batch_norm(conv2d(x, weight)) [+ residual]) in one chain, optionally followed by a max-pool.
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
         weight, bn_weight, bn_bias, running_mean, running_var, bias, stride, padding, dilation, groups, act, eps,
-            momentum, training: see ``Unit``.
+            momentum, training, process_group: see ``Unit``.
         residual: a summand of the output's shape, added before the activation.
         max_pool: ``PoolSpec.make(3, 2, 1)`` for the stem of a ResNet.
         recompute: keep x instead of the convolution's output for the backward, and convolve again there.
@@ -64,7 +68,7 @@ def conv_bn_act(
     """
     unit = Unit(
         weight, bn_weight, bn_bias, running_mean, running_var, bias, stride, padding, dilation, groups, act, eps,
-        momentum, training,
+        momentum, training, process_group,
     )  # fmt: skip
     checks.check_tensor("weight", weight)
     return _run(x, [Chain([unit], None)], residual, max_pool, recompute)
@@ -82,6 +86,7 @@ def bn_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """act(batch_norm(x) [+ residual]), for an x that somebody else's convolution made.
 
@@ -98,8 +103,9 @@ def bn_act(
     Source: ``F.relu(F.batch_norm(x, ...) + residual)``.
     """
     unit = Unit(
-        None, bn_weight, bn_bias, running_mean, running_var, act=act, eps=eps, momentum=momentum, training=training
-    )
+        None, bn_weight, bn_bias, running_mean, running_var, act=act, eps=eps, momentum=momentum, training=training,
+        process_group=process_group,
+    )  # fmt: skip
     return _run(x, [Chain([unit], None)], residual)
 
 
@@ -192,7 +198,9 @@ def _run(
         plans.append(plan)
         specs.append(spec)
 
-    if 0 in x.shape:
+    # an empty batch has its part in statistics that other processes wait for
+    empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
+    if empty or fused_resnet.chain.transformed():
         for chain, spec in zip(chains, specs, strict=True):
             x = _plain(*_autocast(x, residual, chain.units[0]), chain.everyone, spec)
         return x
@@ -227,7 +235,7 @@ def _row(
         of_chain, stats = iter(stats[spec.n_convs : spec.n_saved]), stats[spec.n_saved :]
         for unit, s, size in zip(chain.everyone, spec.all_units, _counts(start, chain, spec), strict=True):
             if s.batch_stats:
-                _update_running(unit, next(of_chain), next(of_chain), size)
+                _update_running(unit, next(of_chain), next(of_chain), size if s.group is None else next(of_chain))
     return out
 
 
@@ -298,9 +306,14 @@ def _row_spec(plans: tuple[tuple[Any, ...], ...]) -> RowSpec:
 
 
 def _unit_spec(
-    conv: tuple[Any, ...] | None, act: str | tuple[str, float] | None, eps: float, training: bool, affine: bool
+    conv: tuple[Any, ...] | None,
+    act: str | tuple[str, float] | None,
+    eps: float,
+    training: bool,
+    affine: bool,
+    group: str | None,
 ) -> UnitSpec:
-    return UnitSpec(ConvSpec.make(*conv) if conv is not None else None, Act.make(act), eps, training, affine)
+    return UnitSpec(ConvSpec.make(*conv) if conv is not None else None, Act.make(act), eps, training, affine, group)
 
 
 # What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo.
@@ -319,7 +332,8 @@ def _key(unit: Unit, index: int) -> tuple[Any, ...]:
         size, geometry = tuple(unit.weight.shape), (unit.stride, unit.padding, unit.dilation)
         conv = (size, *(_hashable(v) for v in geometry), unit.groups, unit.bias is not None)
     act = (unit.act.name, unit.act.param) if isinstance(unit.act, Act) else unit.act
-    return conv, act, unit.eps, bool(unit.training), unit.bn_weight is not None
+    group = joint.name_of(unit.process_group) if unit.training else None
+    return conv, act, unit.eps, bool(unit.training), unit.bn_weight is not None, group
 
 
 def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
@@ -354,9 +368,9 @@ def _counts(x: Tensor, chain: Chain, spec: ChainSpec) -> list[int]:
 
 
 @torch.no_grad()
-def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int) -> None:
+def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
     """running = (1 - momentum) running + momentum new, with the unbiased variance and the convolution's bias."""
-    if unit.running_mean is None or unit.running_var is None:
+    if unit.running_mean is None or unit.running_var is None or (isinstance(count, int) and count == 0):
         return
     if unit.bias is not None:
         mean = mean + unit.bias
@@ -365,7 +379,8 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int) -> None:
 
 
 def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
-    """No batch or no pixels: PyTorch's own functions decide what comes out and what becomes of the statistics."""
+    """By PyTorch's own functions: where there is no batch or no pixel they decide what comes out and what becomes of
+    the statistics, and torch.func's transforms have rules for them."""
 
     def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
         if u.weight is not None and s.conv is not None:

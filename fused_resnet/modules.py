@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -35,6 +37,21 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The process group whose processes share this norm's statistics in training: that of a SyncBatchNorm, where there
+    is one and this process is not alone in it."""
+    if type(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
+        return None
+    group = dist.group.WORLD if bn.process_group is None else bn.process_group
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """``copy.deepcopy``, but for process groups, of which there is one each."""
+    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
+
+
 def act_of(module: nn.Module | Act) -> Act:
     """The table's entry for an activation module.
 
@@ -53,7 +70,7 @@ class UnitModules:
     one of ``patterns.NORMS``, its activation, if it has one, then is ``act``."""
 
     conv: nn.Conv2d | None
-    bn: nn.BatchNorm2d
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm
     act: nn.Module | Act | None = None
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -120,6 +137,7 @@ class UnitModules:
             eps=bn.eps,
             momentum=momentum,
             training=training or bn.running_mean is None,
+            process_group=shared_by(bn) if training else None,
         )
         if conv is not None:
             unit.weight, unit.bias, unit.groups = conv.weight, conv.bias, conv.groups

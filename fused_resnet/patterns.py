@@ -55,7 +55,7 @@ def original(m: nn.Module) -> type[nn.Module]:
 
 def norm_kind(cls: type) -> tuple[bool, bool] | None:
     """(frozen, with an activation) of a norm that a chain takes; None for others."""
-    return (False, False) if cls is nn.BatchNorm2d else NORMS.get(class_name(cls))
+    return (False, False) if cls in (nn.BatchNorm2d, nn.SyncBatchNorm) else NORMS.get(class_name(cls))
 
 
 def looks_like_norm(m: nn.Module) -> bool:

@@ -34,6 +34,18 @@ def folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fused_resnet"
 
 
+def _extension() -> str:
+    """The GPU part of the compiled extension."""
+    if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
+        return "none"
+    try:
+        from fused_resnet import _C
+    except ImportError:
+        return "none"
+    built = _C.build_info()
+    return f"cuda {built['cuda_archs']}, cutlass {built['cutlass']}"
+
+
 def identity(device: torch.device) -> dict[str, str]:
     """What a measurement depends on beside its signature: the device and every version that makes or runs kernels."""
     try:
@@ -54,6 +66,7 @@ def identity(device: torch.device) -> dict[str, str]:
         "cuda": str(torch.version.cuda or torch.version.hip),
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": triton,
+        "extension": _extension(),
     }
 
 
@@ -96,20 +109,26 @@ class PlanCache:
             return "its choices are damaged"
         return None
 
-    def add(self, signature: str, entry: dict[str, Any]) -> dict[str, Any]:
-        """Keeps ``entry`` unless another process was first; returns the one that holds. Never raises for the file's
-        sake: where it can't be written, the choice holds for this process."""
+    def add(self, signature: str, entry: dict[str, Any], instead_of: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Keeps ``entry``, ``instead_of`` one that is of no use any more, unless another process was first; returns the
+        one that holds. Never raises for the file's sake: where it can't be written, the choice holds for this
+        process."""
         from filelock import FileLock  # torch requires it
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.path}.lock"):
                 self.choices = {**self.choices, **self._read()}
-                self.choices.setdefault(signature, entry)
+                held = self._hold(signature, entry, instead_of)
                 self._write()
         except OSError as error:
             warn_once(f"plan cache {self.path} can't be written: {error}")
-            self.choices.setdefault(signature, entry)
+            held = self._hold(signature, entry, instead_of)
+        return held
+
+    def _hold(self, signature: str, entry: dict[str, Any], instead_of: dict[str, Any] | None) -> dict[str, Any]:
+        if self.choices.get(signature) in (None, instead_of):
+            self.choices[signature] = entry
         held: dict[str, Any] = self.choices[signature]
         return held
 

@@ -13,8 +13,9 @@ FUSED_RESNET_PLAN: "auto" (measure on GPUs; the default), "measure" (on CPUs too
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from fused_resnet.backends import (
     DyCoefficients,
     Norm,
     Prologue,
+    allow_tf32,
     forced,
     load,
     vector_dtype,
@@ -167,6 +169,7 @@ def _with(args: tuple[Any, ...], changes: dict[int, Any]) -> tuple[Any, ...]:
     return tuple(changes.get(i, a) for i, a in enumerate(args))
 
 
+_choosing = threading.RLock()
 # key of the arguments -> choice; and what ``explain`` reads: (primitive, conv, weight's shape or channels) -> entry
 _known: dict[Any, Choice] = {}
 _entries: dict[Any, dict[str, Any]] = {}
@@ -183,10 +186,11 @@ def run(primitive: str, *args: Any) -> Any:
     x = args[0]
     if forced() is not None or not _measures(x.device.type):
         return getattr(pick(primitive, _case(primitive, args)), primitive)(*args)
-    key = (primitive, x.device, *map(_part, args))
+    key = _key(primitive, args)
     choice = _known.get(key)
     if choice is None:
-        choice = _choose(primitive, args)
+        with _choosing:  # threads that come at once get one choice, and none is timed beside another
+            choice = _choose(primitive, args)
         if choice is None:  # not now: by preference, and measured at a later call
             return getattr(pick(primitive, _case(primitive, args)), primitive)(*args)
         _known[key] = choice
@@ -205,6 +209,16 @@ def _case(primitive: str, args: tuple[Any, ...]) -> Case:
         return case_of(args[0])
     conv, weight = _CONV[primitive]
     return case_of(args[3] if primitive == "conv_backward" else args[0], args[conv], args[weight])
+
+
+def _key(primitive: str, args: tuple[Any, ...]) -> Any:
+    """What a choice is known by in this process."""
+    return (primitive, args[0].device, _tf32(primitive, args[0]), *map(_part, args))
+
+
+def _tf32(primitive: str, x: Tensor) -> bool:
+    """Whether float32 products are tf32: another kernel, other times."""
+    return primitive in _CONV and x.device.type == "cuda" and allow_tf32(x.dtype)
 
 
 def _part(a: Any) -> Any:
@@ -226,7 +240,7 @@ def _part(a: Any) -> Any:
 
 def signature(primitive: str, args: tuple[Any, ...]) -> str:
     """What was measured, as the cache file names it; batches are rounded up to a power of two."""
-    return " ".join([primitive, *(f"{_text(a)}" for a in args)])
+    return " ".join([primitive, *(_text(a) for a in args), *(["tf32"] if _tf32(primitive, args[0]) else [])])
 
 
 def _text(a: Any) -> str:
@@ -270,14 +284,14 @@ def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
     device: torch.device = x.device
     text = signature(primitive, args)
     entry = cache(device).choices.get(text)
-    if entry is None:
+    if entry is None or not _usable(Choice.decode(entry["choice"]), primitive, case):
         if x.numel() == 0 or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         candidates = _candidates(primitive, case)
         if len(candidates) == 1:
             return Choice(candidates[0])
         choice, times = _measure(primitive, candidates, args)
-        entry = cache(device).add(text, {"choice": choice.encode(), "ms": times})
+        entry = cache(device).add(text, {"choice": choice.encode(), "ms": times}, instead_of=entry)
         for listener in listeners:
             listener(primitive, args, entry)
     about = args[_CONV[primitive][0]] if primitive in _CONV else None
@@ -288,7 +302,7 @@ def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
 
 
 def _usable(choice: Choice, primitive: str, case: Case) -> bool:
-    """A cache outlives a build: the backend it names may be gone."""
+    """A cache outlives what it was measured with: the backend it names may be gone."""
     if choice.parts is not None:
         return all(_usable(part, primitive, case) for part in choice.parts)
     module = load(choice.backend)[0] if choice.backend in NAMES else None
@@ -354,7 +368,10 @@ def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choi
                 choices += [Choice(name, c) for c in module.configurations(partial(_call, choices[0], primitive, own))]
             for choice in choices:
                 if want is not None and name != "aten":
-                    error = _error(_call(choice, primitive, _own(primitive, args)), want)
+                    with _nan_filled():
+                        got = _call(choice, primitive, _own(primitive, args))
+                    error = _error(got, want)
+                    del got
                     if not error <= _BOUND[args[0].dtype]:
                         warn_once(
                             f"{label(choice)} is not used for {signature(primitive, args)}: its result differs from "
@@ -372,6 +389,17 @@ def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choi
 # How far a candidate's result may be from aten's, relative to its norm: far above what rounding does (the tests hold to
 # that), so that what it refuses is broken: a miscompiled kernel, a driver, a backend that was not built for this chip.
 _BOUND = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.1, torch.float16: 5e-2}
+
+
+@contextmanager
+def _nan_filled() -> Iterator[None]:
+    """Within it new memory holds NaN: what a kernel leaves out could be there already, from the candidate before it."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def _own(primitive: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ Everything is differentiable by autograd, so the gradients of these functions ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,15 +45,40 @@ def conv(x: Tensor, p: dict[str, Tensor], c: ConvSpec) -> Tensor:
     return F.conv2d(x, p["weight"], p.get("bias"), c.stride, c.padding, c.dilation, c.groups)
 
 
-def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel over N, H, W."""
-    mean = y.mean((0, 2, 3))
-    return mean, (y - mean[:, None, None]).square().mean((0, 2, 3))
+class _JointSum(torch.autograd.Function):
+    """The sum over the processes of a group; so is its gradient, which is that of the sum of all their losses."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return all_reduce(t, group)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _JointSum.apply(g, ctx.group), None
+
+
+def all_reduce(t: Tensor, group: str) -> Tensor:
+    """The sum of every process's ``t``, the same bits on all of them."""
+    c10d = torch.ops._c10d_functional
+    found: Tensor = c10d.wait_tensor(c10d.all_reduce(t.contiguous(), "sum", group))
+    return found
+
+
+def batch_stats(y: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel over N, H, W, and over the processes of a group (given by its name)."""
+
+    def total(t: Tensor) -> Tensor:
+        return t if group is None else _JointSum.apply(t, group)
+
+    count = total(y.new_full((), y.numel() // y.shape[1]))
+    mean = total(y.sum((0, 2, 3))) / count
+    return mean, total((y - mean[:, None, None]).square().sum((0, 2, 3))) / count
 
 
 def normalise(y: Tensor, p: dict[str, Tensor], unit: UnitSpec) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """z = gamma * (y - mean) / sqrt(var + eps) + beta, and the statistics when they are this batch's."""
-    stats = batch_stats(y) if unit.batch_stats else None
+    stats = batch_stats(y, unit.group) if unit.batch_stats else None
     mean, var = stats if stats is not None else (p["running_mean"], p["running_var"])
     z = (y - mean[:, None, None]) / torch.sqrt(var + unit.eps)[:, None, None]
     if unit.affine:

@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, tuple[float, str]] = {
     "relu6": (0.0, ""),
     "hardswish": (0.0, ""),
 }
+_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 # Shortcut kinds. "identity": the chain's own x; "tensor": a tensor somebody else made; "projection": conv + BN of x;
 # "pad": option A of the paper, x strided with zero channels appended.
 SHORTCUTS = ("none", "identity", "tensor", "projection", "pad")
@@ -61,6 +62,11 @@ class Act:
             raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {self.name!r}")
         if isinstance(self.param, bool) or not isinstance(self.param, int | float):
             raise TypeError(f"act: expected a number as the parameter of {self.name}, got {self.param!r}")
+
+    @property
+    def index(self) -> int:
+        """Its place in ``ACTIVATIONS``, by which csrc knows it."""
+        return _INDEX[self.name]
 
     @staticmethod
     def make(act: str | tuple[str, float] | Act | None) -> Act:
@@ -178,6 +184,7 @@ class UnitSpec:
 
     ``conv=None``: somebody else's convolution came before, y is the chain's input. ``batch_stats``: mean and var are
     this batch's (training); otherwise the running ones (frozen or eval). ``affine=False``: gamma = 1, beta = 0.
+    ``group``: the name of the process group that shares this batch's statistics; None: they are this process's own.
     """
 
     conv: ConvSpec | None = ConvSpec()
@@ -185,12 +192,20 @@ class UnitSpec:
     eps: float = 1e-5
     batch_stats: bool = True
     affine: bool = True
+    group: str | None = None
 
     def __post_init__(self) -> None:
+        if self.group is not None and not self.batch_stats:
+            raise ValueError(f"process_group: expected None with running statistics, got {self.group!r}")
         if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
             raise TypeError(f"eps: expected a number, got {self.eps!r}")
         if not 0 < self.eps < float("inf"):
             raise ValueError(f"eps: expected a positive number, got {self.eps}")
+
+    @property
+    def n_stats(self) -> int:
+        """What is kept of this batch's statistics: mean and variance and, over a process group, the count."""
+        return (2 + (self.group is not None)) * self.batch_stats
 
     @property
     def param_names(self) -> tuple[str, ...]:
@@ -289,7 +304,7 @@ class ChainSpec:
     @property
     def n_saved(self) -> int:
         """What the chain's forward returns beside its output: raw convolution outputs, statistics, a pool's places."""
-        return self.n_convs + 2 * sum(unit.batch_stats for unit in self.all_units) + (self.pool is not None)
+        return self.n_convs + sum(unit.n_stats for unit in self.all_units) + (self.pool is not None)
 
     def encode(self) -> str:
         """A row of this chain alone, as text."""
@@ -370,4 +385,4 @@ def _pool(raw: dict[str, Any] | None) -> PoolSpec | None:
 
 def _unit(raw: dict[str, Any]) -> UnitSpec:
     conv = ConvSpec(**_tuples(raw["conv"])) if raw["conv"] else None
-    return UnitSpec(conv, Act(**raw["act"]), raw["eps"], raw["batch_stats"], raw["affine"])
+    return UnitSpec(conv, Act(**raw["act"]), raw["eps"], raw["batch_stats"], raw["affine"], raw["group"])

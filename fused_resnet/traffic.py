@@ -7,7 +7,6 @@ operators, between the chains and inside them, are counted too, as often as they
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from fused_resnet.backends import BackendUnavailable, forced_again, load
 from fused_resnet.chain_backward import row_backward
 from fused_resnet.chain_forward import inference, row_forward
 from fused_resnet.freezing import Frozen
+from fused_resnet.modules import copy_of
 
 if TYPE_CHECKING:
     from fused_resnet.backends.triton.runtime import Launch, Traffic
@@ -74,7 +74,7 @@ def network_traffic(
     if isinstance(model, Frozen):
         if training:
             raise ValueError("training: this model is frozen for inference, count the one it was made from")
-        frozen, x = copy.deepcopy(model.model).to("meta", dtype), _input(shape, dtype, torch.device("meta"))
+        frozen, x = copy_of(model.model).to("meta", dtype), _input(shape, dtype, torch.device("meta"))
         with traffic() as record, forced_again("triton"), _Count(record.launches), torch.no_grad():
             frozen(x)
         return record
@@ -101,7 +101,7 @@ def _walk(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, training: 
     parameter = next(model.parameters())
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(fake):
-        copied = copy.deepcopy(model).train(training)
+        copied = copy_of(model).train(training)
     mixed = dtype != parameter.dtype
     with fake, torch.autocast(parameter.device.type, dtype, enabled=mixed), torch.set_grad_enabled(training):
         x = _input(shape, dtype, parameter.device)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fused_resnet.spec import Act, PoolSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(eq=False)
@@ -22,6 +26,8 @@ class Unit:
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
         act: a name of ``fused_resnet.spec.ACTIVATIONS``, a (name, parameter) pair or None.
         eps, momentum, training: as in ``torch.nn.functional.batch_norm``.
+        process_group: when ``training``, the batches of all its processes make up the statistics, as in
+            ``torch.nn.SyncBatchNorm``, and every process has to make the same calls; None: this process's batch.
     """
 
     weight: Tensor | None = None
@@ -38,6 +44,7 @@ class Unit:
     eps: float = 1e-5
     momentum: float = 0.1
     training: bool = False
+    process_group: ProcessGroup | None = None
 
 
 @dataclass(eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, SHIM = ROOT / "csrc" / "cuda", Path(__file__).parent / "cuda_on_cpu"
 # What runs on a CPU: no kernel that needs a tensor core.
-KERNELS = ("copy.cu", "norm.cu", "pool.cu", "stats.cu")
+KERNELS = tuple(CSRC / name for name in ("copy.cu", "norm.cu", "pool.cu", "stats.cu"))
+# What checks, chooses and launches; CUTLASS's own convolutions are loops for a CPU here.
+GLUE = (CSRC / "ops.cpp", CSRC / "conv_ops.cpp", SHIM / "register.cpp")
 WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 _library: ctypes.CDLL | None = None
@@ -41,8 +44,9 @@ def compile_all(jobs: dict[Path, list[str]]) -> None:
 def build(folder: Path) -> Path:
     """The library with torch.ops.fused_resnet_cuda for CPU tensors; the objects beside it."""
     flags = ["-O1", "-g1", "-fPIC", f"-I{SHIM}"]
-    jobs = {folder / "ops.o": [*torch_flags(), *flags, str(CSRC / "ops.cpp")]}
-    jobs[folder / "register.o"] = [*torch_flags(), *flags, str(SHIM / "register.cpp")]
+    glue = [*torch_flags(), *flags, "-DFUSED_RESNET_CUTLASS=0"]
+    jobs = {(folder / path.name).with_suffix(".o"): [*glue, str(path)] for path in GLUE}
+    jobs |= kernels(folder, flags, (CSRC / "conv_sm90.cu", SHIM / "conv_on_cpu.cpp"))
     compile_all(jobs | kernels(folder, flags))
     return link(folder, "plain", [])
 
@@ -51,16 +55,18 @@ def sanitized(folder: Path) -> Path:
     """The same with AddressSanitizer and UndefinedBehaviorSanitizer in the kernels, from ``build``'s other objects."""
     below = folder / "sanitized"
     below.mkdir()
-    compile_all(kernels(below, ["-O1", "-g1", "-fPIC", f"-I{SHIM}", *SANITIZED]))
-    for name in ("ops.o", "register.o"):
-        shutil.copy(folder / name, below)
+    sanitized = kernels(below, ["-O1", "-g1", "-fPIC", f"-I{SHIM}", *SANITIZED])
+    compile_all(sanitized)
+    for path in folder.glob("*.o"):
+        if below / path.name not in sanitized:
+            shutil.copy(path, below)
     return link(below, "sanitized", SANITIZED)
 
 
-def kernels(folder: Path, flags: list[str]) -> dict[Path, list[str]]:
+def kernels(folder: Path, flags: list[str], paths: Iterable[Path] = KERNELS) -> dict[Path, list[str]]:
     """16-byte accesses through pointers to elements are what the kernels are made of: no strict aliasing."""
     ours = ["-std=c++20", *WARNINGS, "-fno-strict-aliasing", f"-I{CSRC}", *flags, "-x", "c++"]
-    return {(folder / name).with_suffix(".o"): [*ours, str(CSRC / name)] for name in KERNELS}
+    return {(folder / path.name).with_suffix(".o"): [*ours, str(path)] for path in paths}
 
 
 def link(folder: Path, name: str, flags: list[str]) -> Path:
@@ -90,3 +96,16 @@ def backwards(on: bool) -> None:
     """Threads and blocks in the opposite order, from now on."""
     assert _library is not None
     _library.fused_resnet_cuda_on_cpu_backwards(on)
+
+
+def convolutions() -> int:
+    """How many of CUTLASS's convolutions were launched."""
+    assert _library is not None
+    runs: int = _library.fused_resnet_cuda_on_cpu_conv_runs()
+    return runs
+
+
+def idle_convolutions(on: bool) -> None:
+    """From now on they write nothing, and say that all is well."""
+    assert _library is not None
+    _library.fused_resnet_cuda_on_cpu_conv_idle(on)

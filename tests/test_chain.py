@@ -355,6 +355,24 @@ def test_layout_of_size_one(backend: str, sizes: str, layout: str) -> None:
     opcheck(chain, t, ("test_faketensor",))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", AMBIGUOUS)
+def test_layout_of_size_one_in_inference(backend: str, sizes: str, layout: str) -> None:
+    """As above for ``chain_inference``: a grey image is dense in both layouts, its output has the one of the fake."""
+    x_shape, channels, kernel = AMBIGUOUS[sizes]
+    unit = UnitSpec(ConvSpec(padding=(kernel[0] // 2, kernel[1] // 2)), Act("silu"), 1e-5, False)
+    for k in (5, 1):
+        shapes = tuple((n, (k, channels, *kernel) if n == "weight" else (k,)) for n in unit.param_names)
+        chain = chains.Chain(ChainSpec((unit,)), x_shape, None, shapes)
+        t = in_layout(chain, chains.draw(chain), torch.float32, layout)
+        out = torch.ops.fused_resnet.chain_inference(t.x, None, t.params, chain.text)
+        assert_close("out", out, chains.truth(chain, t)["out"], chains.reduction(chain))
+        torch.library.opcheck(
+            torch.ops.fused_resnet.chain_inference.default, (t.x, None, t.params, chain.text),
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "every_other_column": lambda v: torch.stack([v, v + 1], -1)[..., 0],
     "permuted": lambda v: v.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),

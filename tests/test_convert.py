@@ -1,4 +1,4 @@
-"""fuse, unfuse, explain, freeze: the model stays the user's own, and computes the same numbers."""
+"""fuse, unfuse, explain: the model stays the user's own, and computes the same numbers."""
 
 import copy
 import io
@@ -412,55 +412,6 @@ def test_residual_chain_module():
     block.units[0].conv.register_forward_hook(lambda *a: None)
     with pytest.raises(RuntimeError, match="has hooks"):
         block(x)
-
-
-# ------------------------------------------------------------------------------------------------ freeze
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "plain18", "resnet20"])
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_freeze_equals_eval(name, channels_last):
-    model = prepared(getattr(fr.models, name)(fused=False, num_classes=5))
-    before = copy.deepcopy(model.state_dict())
-    x = images(2, channels_last)
-    frozen = fr.freeze(model, x)
-    with torch.no_grad():
-        want = model.eval()(x)
-    got = frozen(x)
-    assert relative(got, want) < 1e-5 and not got.requires_grad
-    assert torch.equal(frozen(x), got), "an input of its own was overwritten"
-    other = images(3, channels_last)
-    assert relative(frozen(other), model(other)) < 1e-5, "another batch size"
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
-
-
-def test_freeze_bfloat16(resnet18):
-    """Not further from float64 than twice the plain bfloat16 model; the dtype asked for comes out."""
-    x = images(4)
-    with torch.no_grad():
-        want = copy.deepcopy(resnet18).double().eval()(x.double())
-        plain = copy.deepcopy(resnet18).bfloat16().eval()(x.bfloat16())
-    got = fr.freeze(resnet18, x, dtype=torch.bfloat16)(x)
-    assert got.dtype == torch.bfloat16
-    assert relative(got, want) <= 2 * relative(plain, want)
-
-
-def test_freeze_fused_or_training_model_and_copies(resnet18):
-    x = images()
-    want = fr.freeze(resnet18, x)(x)
-    frozen = fr.freeze(fr.fuse(resnet18).train(), x)
-    assert torch.equal(frozen(x), want)
-    assert torch.equal(copy.deepcopy(frozen)(x), want)
-    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), want)
-    with pytest.raises(RuntimeError, match="frozen for inference"):
-        frozen.train()
-
-
-def test_freeze_bad_arguments(resnet18):
-    with pytest.raises(ValueError, match="example: expected a floating-point tensor"):
-        fr.freeze(resnet18, torch.zeros(3, 4))
-    with pytest.raises(TypeError, match="dtype: expected a floating-point"):
-        fr.freeze(resnet18, images(), dtype=torch.int8)
-    with pytest.raises(ValueError, match="x: expected a floating-point tensor"):
-        fr.freeze(resnet18, images())(torch.zeros(1, 3, 8, 8, dtype=torch.int64))
 
 
 # ------------------------------------------------------------------------------------------------ torch.compile

@@ -61,7 +61,7 @@ def test_without_nvcc_it_says_so(tmp_path: Path) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", ["cuda/stream.cpp", "bindings.cpp"])
+@pytest.mark.parametrize("source", ["cuda/stream.cpp", "cuda/conv_ops.cpp", "bindings.cpp"])
 def test_host_side_compiles(source: str, tmp_path: Path) -> None:
     """With the CUDA part switched on, against torch's and CUDA's headers; a CPU build of torch lacks the file that says
     how its CUDA part was configured. (ops.cpp needs neither: it is part of what test_cuda_kernels.py runs.)"""
@@ -70,7 +70,12 @@ def test_host_side_compiles(source: str, tmp_path: Path) -> None:
     if include is None:
         pytest.skip("no cuda_runtime_api.h beside nvcc")
     flags = [*cuda_build.torch_flags(), f"-isystem{include}", f"-isystem{sysconfig.get_path('include')}"]
-    flags += ["-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-DFUSED_RESNET_WITH_CUDA", "-Wno-psabi"]
+    flags += [
+        "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
+        "-DFUSED_RESNET_WITH_CUDA",
+        "-DFUSED_RESNET_CUTLASS=4.2.0",
+        "-Wno-psabi",
+    ]
     cuda_build.compile_all({tmp_path / "host.o": [*flags, str(ROOT / "csrc" / source)]})
 
 

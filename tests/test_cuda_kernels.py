@@ -15,8 +15,8 @@ from cuda_cases import ACTS, POOLS
 from primitives import image, vectors
 
 from fused_resnet import functional, use_backend
-from fused_resnet.backends import BackendUnavailable, Norm, aten
-from fused_resnet.spec import Act
+from fused_resnet.backends import BackendUnavailable, Norm, aten, cutlass
+from fused_resnet.spec import Act, ConvSpec
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -184,8 +184,19 @@ def test_schemas(cuda_device: str) -> None:
         "channels_last": (y.contiguous(),),
         "contiguous": (y,),
     }
+    x, w, tile = y.bfloat16(), torch.randn(8, 8, 3, 3, device=cuda_device).bfloat16(), [64, 64]
+    conv = ([1, 1], [1, 1], [1, 1], 1)
+    convolutions = {
+        "conv_why_not": ("fprop", x, w, *conv),
+        "conv_tiles": ("fprop", x),
+        "conv_bias_act": (x, w, None, *conv, 1, 0.0, x, tile),
+        "conv_backward_input": (x, w, [6, 6], *conv, x, [128, 64]),
+        "conv_backward_weight": (x, x, [3, 3], *conv, tile),
+    }
     names = torch._C._dispatch_get_all_op_names()
-    assert {n.split("::")[1] for n in names if n.startswith("fused_resnet_cuda::")} == set(calls)
+    assert {n.split("::")[1] for n in names if n.startswith("fused_resnet_cuda::")} == {*calls, *convolutions}
+    if cutlass.refuse("fprop", x, w, ConvSpec()) is None:
+        calls |= convolutions
     for name, args in calls.items():
         torch.library.opcheck(getattr(ops, name).default, args, test_utils="test_schema")
 

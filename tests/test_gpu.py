@@ -186,6 +186,29 @@ def test_a_cuda_graph_of_a_training_step(forced: str) -> None:
         torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-3 * value.abs().max().item() + 1e-6)
 
 
+def test_a_cuda_graph_of_an_evaluation(forced: str) -> None:
+    """Captured, and replayed on other images, an evaluation gives what the network gives outside the graph."""
+    model, x = network()
+    model.eval()
+    others = [torch.randn_like(x) * 2 + 1 for _ in range(2)]
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                model(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(x)
+        for other in others:
+            want = model(other)
+            x.copy_(other)
+            out.fill_(float("nan"))
+            graph.replay()
+            torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-3 * want.abs().max().item())
+
+
 def test_a_thousand_replays(forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured training step, replayed 1,000 times on one input, gives the bits of the first replay each time."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fused_resnet import planner
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,7 +56,33 @@ def test_dry_run(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     assert "| bn_act_max_pool_backward | 3 | 2x64x16x16 | aten |" in text
     assert "| resnet20 | training | fused |" in text and "conv_backward" in text
+    assert "| convolution, ms | apart | aten | cpu |" in text
     assert (tmp_path / "kernels.png").stat().st_size > 10_000
+
+
+def test_every_backend_has_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUTLASS's tiles are configurations of the cuda backend, and stand beside its other convolutions."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_report
+
+    tile = planner.label(planner.Choice("cuda", ("cutlass fprop", 128, 64)))
+    ms = {
+        "cuda": 2.0,
+        tile: 1.5,
+        tile.replace("64", "128"): 1.25,
+        "triton": 1.75,
+        "triton ('fprop', 1)": 1.0,
+        "aten": 3.0,
+    }
+    rows = [{"primitive": "conv_bias_act", "signature": "s", "ms": ms}, {"primitive": "bn_act", "ms": ms}]
+    assert gpu_report.convolutions(rows)[1:] == [
+        "| convolution, ms | aten | cuda | cutlass | triton |",
+        "|---|---|---|---|---|",
+        "| s | 3.0000 | 2.0000 | 1.2500 | 1.0000 |",
+    ]
+    parts = {"apart: cuda ('cutlass dgrad', 128, 64) + aten": 2.0, "input: cuda ('cutlass dgrad', 128, 64)": 1.0}
+    assert gpu_report.by_backend(parts) == {"apart": 2.0, "input: cutlass": 1.0}
+    assert gpu_report.convolutions([]) == []
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

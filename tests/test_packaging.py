@@ -25,12 +25,13 @@ TIERS = (
     {"_C", "_version", "reference", "spec"},
     {"backends"},
     {"plan_cache", "planner"},
-    {"chain", "chain_backward", "chain_forward"},
+    {"chain", "chain_backward", "chain_forward", "frozen_forward", "joint"},
     {"checks", "functional", "units"},
     {"modules", "patterns"},
-    {"analysis", "convert", "explanation", "freezing", "matching", "models", "plans", "tracing"},
+    {"analysis", "convert", "cuda_graphs", "explanation", "freezing", "matching", "models", "plans", "tracing"},
     {"traffic"},
     {""},  # fused_resnet/__init__.py: the public names
+    {"training"},
     {"cli"},
     {"__main__"},
 )
@@ -209,6 +210,7 @@ CUDAExtension = CppExtension
 class BuildExtension(build_ext):
     def build_extensions(self):
         built = {"sources": self.extensions[0].sources, "macros": self.extensions[0].define_macros}
+        built["objects"] = self.extensions[0].extra_objects
         built |= {key: os.environ.get(key) for key in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS")}
         print("BUILT", json.dumps(built))
 """
@@ -254,11 +256,17 @@ def stub_torch(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cuda_home(tmp_path: Path) -> Path:
-    """A CUDA 13.0 whose nvcc only tells its version."""
+    """A CUDA 13.0 whose nvcc only tells its version, and writes down what it is asked to compile."""
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.48'\n")
+    nvcc.write_text(
+        "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.48'\n"
+        f'case $* in --version) ;; *) echo "$*" >> {tmp_path / "compiled"}; for to; do :; done; touch $to; esac\n'
+    )
     nvcc.chmod(0o755)
+    header = tmp_path / "cuda" / "include" / "cuda_runtime.h"
+    header.parent.mkdir()
+    header.touch()
     return tmp_path / "cuda"
 
 
@@ -304,6 +312,21 @@ def test_cuda_1_refuses_an_nvcc_of_another_major_version(tree: Path, stub_torch:
     assert "nvcc is of CUDA 13.0 but torch was built with CUDA 12.8" in result.stderr
 
 
+def test_cuda_home_without_headers_is_told_before_anything_compiles(
+    tree: Path, stub_torch: Path, cuda_home: Path
+) -> None:
+    """As where the nvcc on PATH is a script of its own: torch takes the folder above it for CUDA_HOME."""
+    add_cuda_source(tree)
+    shutil.rmtree(cuda_home / "include")
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
+    result = run(["setup.py", "egg_info"], tree, FUSED_RESNET_CUDA="1", **stub)
+    said = f"{cuda_home} has nvcc but not CUDA's headers (set CUDA_HOME to the toolkit's folder)"
+    assert result.returncode != 0 and result.stderr.strip() == f"FUSED_RESNET_CUDA=1 can't be met: {said}."
+    auto = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub)
+    assert f"building the CPU part only: {said}" in auto.stdout
+    assert not [name for name in built(auto)["sources"] if "cuda" in name]
+
+
 @pytest.mark.parametrize("given", [None, "7.5"])
 def test_cuda_part_is_built_where_it_can_be(tree: Path, stub_torch: Path, cuda_home: Path, given: str | None) -> None:
     add_cuda_source(tree)
@@ -316,27 +339,92 @@ def test_cuda_part_is_built_where_it_can_be(tree: Path, stub_torch: Path, cuda_h
     assert 1 <= int(result["MAX_JOBS"]) <= (os.cpu_count() or 1)
 
 
-def test_unlisted_convolutions_are_not_built(tree: Path, stub_torch: Path, cuda_home: Path) -> None:
-    """No backend lists them, and each would take a minute and 4 GiB."""
+def cutlass(stub_torch: Path, there: bool) -> Path:
+    """A package cutlass_library before that of the environment, with headers or without."""
+    package = stub_torch / "cutlass_library"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    if there:
+        version = package / "source" / "include" / "cutlass" / "version.h"
+        version.parent.mkdir(parents=True)
+        version.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 12\n#define CUTLASS_PATCH 1 \n")
+    return package / "source" / "include"
+
+
+def test_cutlass_is_built_for_sm_90a_alone(tree: Path, stub_torch: Path, cuda_home: Path, tmp_path: Path) -> None:
+    """Objects of their own flags, linked with the rest; our own training convolution is not among them. Made once."""
+    include = cutlass(stub_torch, there=True)
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home), "CC": "gcc-13"}
+    result = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub)
+    found, compiled = built(result), (tmp_path / "compiled").read_text().splitlines()
+    assert "building without" not in result.stdout
+    assert ["FUSED_RESNET_CUTLASS", "4.12.1"] in found["macros"]
+    ours = {name for name in found["sources"] if "cuda/conv_" in name}
+    assert ours == {"csrc/cuda/conv_sm90.cu", "csrc/cuda/conv_ops.cpp"}
+    assert "csrc/cuda/norm.cu" in found["sources"]
+    kernels = {path.stem for path in (tree / "csrc" / "cuda").glob("conv_sm90_*.cu")}
+    assert len(kernels) > 3 and {Path(path).stem for path in found["objects"]} == kernels
+    assert len(compiled) == len(kernels) and all((tree / path).exists() for path in found["objects"])
+    for command in compiled:
+        words = command.split()
+        assert {"-DNDEBUG", "--expt-relaxed-constexpr", f"-isystem={include}"} < set(words)
+        assert [w for w in words if "gencode" in w or "arch" in w] == ["-gencode=arch=compute_90a,code=sm_90a"]
+        assert words[words.index("-ccbin") + 1] == "gcc-13" and "-Xcompiler=-fPIC,-fvisibility=hidden" in words
+        assert words[-4] == "-c" and Path(words[-3]).stem == Path(words[-1]).stem
+    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub))
+    assert len((tmp_path / "compiled").read_text().splitlines()) == len(kernels), "compiled again"
+    header = include / "cutlass" / "version.h"
+    header.write_text(header.read_text().replace("PATCH 1", "PATCH 2"))
+    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, MAX_JOBS="0", **stub))
+    assert len((tmp_path / "compiled").read_text().splitlines()) == 2 * len(kernels), "CUTLASS is another one"
+    os.utime(tree / "csrc" / "bn_math.h", (2e9, 2e9))
+    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, MAX_JOBS="many", **stub))
+    assert len((tmp_path / "compiled").read_text().splitlines()) == 3 * len(kernels), "a header is newer"
+
+
+@pytest.mark.parametrize(
+    ("there", "archs", "reason"),
+    [
+        (False, None, "its headers were not found (pip install --no-deps nvidia-cutlass)."),
+        (True, "8.0;9.0+PTX", "TORCH_CUDA_ARCH_LIST=8.0;9.0+PTX has no 9.0a, for which alone they are."),
+    ],
+)
+def test_without_cutlass_it_says_why(
+    tree: Path, stub_torch: Path, cuda_home: Path, tmp_path: Path, there: bool, archs: str | None, reason: str
+) -> None:
+    cutlass(stub_torch, there)
     stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
-    files = built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub))["sources"]
-    assert "csrc/cuda/norm.cu" in files and (tree / "csrc/cuda/conv_sm90.cu").exists()
-    assert not any(file.startswith("csrc/cuda/conv_") for file in files)
+    extra = {"TORCH_CUDA_ARCH_LIST": archs} if archs else {}
+    result = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, FUSED_RESNET_CUDA="1", **stub, **extra)
+    found = built(result)
+    lines = [line for line in result.stdout.splitlines() if "CUTLASS" in line and not line.startswith("BUILT")]
+    assert lines == [f"fused_resnet: building without CUTLASS's convolutions: {reason}"]
+    assert not any("cuda/conv_" in name for name in found["sources"]) and not found["objects"]
+    assert "FUSED_RESNET_CUTLASS" not in dict(found["macros"]) and not (tmp_path / "compiled").exists()
+
+
+def test_a_convolution_that_does_not_compile(tree: Path, stub_torch: Path, cuda_home: Path) -> None:
+    cutlass(stub_torch, there=True)
+    nvcc = cuda_home / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("touch $to", "exit 1"))
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
+    result = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("nvcc could not compile csrc/cuda/conv_sm90_")
 
 
 def test_compilers_as_memory_allows(tree: Path) -> None:
-    """2 GiB for each."""
+    """2 GiB for each; 4 where it compiles CUTLASS."""
     code = (
-        "import os, pathlib, runpy, setuptools; setuptools.setup = lambda **k: None;"
-        "os.environ['FUSED_RESNET_NO_EXT'] = '1'; made = runpy.run_path('setup.py');"
+        "import os, pathlib, runpy; made = runpy.run_path('setup.py');"
         "os.sched_getaffinity = lambda pid: range(64); read = pathlib.Path.read_text;"
         "pathlib.Path.read_text = lambda self: 'MemAvailable: 14680064 kB' if str(self) == '/proc/meminfo' else 'max';"
         "pathlib.Path.exists = lambda self: True;"
-        "print(made['default_jobs']())"
+        "print(made['default_jobs'](), made['default_jobs'](made['CUTLASS_BYTES_PER_JOB']))"
     )
     result = run(["-c", code], tree)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["7"]
+    assert result.stdout.split() == ["7", "3"]
 
 
 def test_cuda_0_leaves_the_cuda_part_out(tree: Path, stub_torch: Path, cuda_home: Path) -> None:

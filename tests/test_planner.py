@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_resnet as fr
 from fused_resnet import planner
@@ -119,6 +120,63 @@ def test_other_numbers_are_never_chosen(
     torch.testing.assert_close(got, load("aten")[0].bn_act(*args))  # type: ignore[union-attr]
     (entry,) = entries(measuring).values()
     assert entry == {"choice": {"backend": "aten", "config": None}, "ms": {"aten": 3.0}}
+
+
+def test_what_is_not_written_is_never_chosen(
+    measuring: Path, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that does nothing is fast, and the memory that it gets may hold another candidate's right result."""
+    clock |= {"cpu": 1.0, "aten": 3.0}
+    args = nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None
+    right = load("aten")[0].bn_act(*args)  # type: ignore[union-attr]
+
+    def nothing(y: Tensor, *others: Any) -> Tensor:
+        out = torch.empty_like(y)
+        return out if out.isnan().all() else right.clone()  # as freed memory would come back
+
+    monkeypatch.setattr(load("cpu")[0], "bn_act", nothing)
+    planner.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="^cpu is not used for bn_act .*differs from aten's by nan"):
+        planner.run("bn_act", *args)
+    assert torch.get_deterministic_debug_mode() == 0, "switched on for good"
+    (entry,) = entries(measuring).values()
+    assert entry["choice"]["backend"] == "aten"
+
+
+def test_tf32_is_another_signature() -> None:
+    """Of float32 convolutions on a GPU: PyTorch's setting decides which kernels run."""
+    settings: Any = torch.backends.cudnn.conv
+    before = settings.fp32_precision
+    with FakeTensorMode():
+        conv = [torch.empty(2, 4, 6, 6, device="cuda"), torch.empty(4, 4, 3, 3, device="cuda"), CONV, None, True]
+        half = [t.half() if isinstance(t, Tensor) else t for t in conv]
+        vectors = Norm(*(torch.empty(4, device="cuda") for _ in range(4)))
+        calls = {
+            "float32": ("conv_stats", tuple(conv)),
+            "float16": ("conv_stats", tuple(half)),
+            "pass": ("bn_act", (conv[0], vectors, Act("relu"), None, None)),
+        }
+        found = []
+        try:
+            for setting in ("tf32", "ieee"):
+                settings.fp32_precision = setting
+                found.append({n: (planner.signature(*c), planner._key(*c)) for n, c in calls.items()})
+        finally:
+            settings.fp32_precision = before
+    allowed, exact = found
+    assert allowed["float32"][0] == exact["float32"][0] + " tf32" and allowed["float32"][1] != exact["float32"][1]
+    assert allowed["float16"] == exact["float16"] and allowed["pass"] == exact["pass"]
+
+
+def test_another_build_has_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was built in since is measured too."""
+    from fused_resnet import _C
+
+    mine = identity(CPU)
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "800,900", "cutlass": "4.2.0"})
+    assert identity(CPU)["extension"] == "cuda 800,900, cutlass 4.2.0" != mine["extension"]
+    monkeypatch.setenv("FUSED_RESNET_NO_EXT", "1")
+    assert identity(CPU)["extension"] == "none"
 
 
 def test_no_numbers_in_the_same_places_are_the_same(measuring: Path, clock: dict[str, float]) -> None:
@@ -233,14 +291,22 @@ def test_a_backend_that_fails_is_left_out(
 
 
 def test_a_cached_backend_that_is_gone(measuring: Path, clock: dict[str, float]) -> None:
-    """The choice falls back to preference; nothing fails."""
+    """Is measured again, once, and its entry replaced; nothing fails."""
+    clock |= {"cpu": 1.0, "aten": 2.0}
     args = nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None
     want = planner.run("bn_act", *args)
     (file,) = measuring.glob("plan-*.json")
     file.write_text(file.read_text().replace('"backend": "cpu"', '"backend": "gone"'))
-    file.write_text(file.read_text().replace('"backend": "aten"', '"backend": "gone"'))
     planner.forget()
+    timed = clock["calls"]
     torch.testing.assert_close(planner.run("bn_act", *args), want)
+    assert clock["calls"] == timed + 2
+    (entry,) = entries(measuring).values()
+    assert entry["choice"] == {"backend": "cpu", "config": None}
+    planner.run("bn_act", *args)
+    planner.forget()
+    planner.run("bn_act", *args)
+    assert clock["calls"] == timed + 2, "measured again and again"
 
 
 def test_an_empty_batch_is_not_measured(measuring: Path, clock: dict[str, float]) -> None:

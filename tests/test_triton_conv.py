@@ -12,7 +12,7 @@ from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
 from fused_resnet import functional
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, aten, use_backend
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, allow_tf32, aten, use_backend
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, pair
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -451,13 +451,13 @@ def test_meta_tensors_are_counted_and_nothing_runs() -> None:
 
 
 def test_tf32_follows_pytorchs_setting() -> None:
-    assert not geometry.allow_tf32(torch.float32)
+    assert not allow_tf32(torch.float32)
     torch.backends.cudnn.allow_tf32 = True
-    assert geometry.allow_tf32(torch.float32) and not geometry.allow_tf32(torch.bfloat16)
+    assert allow_tf32(torch.float32) and not allow_tf32(torch.bfloat16)
     before = torch.backends.cudnn.conv.fp32_precision
     try:
         torch.backends.cudnn.conv.fp32_precision = "ieee"
-        assert not geometry.allow_tf32(torch.float32)
+        assert not allow_tf32(torch.float32)
     finally:
         torch.backends.cudnn.conv.fp32_precision = before
 

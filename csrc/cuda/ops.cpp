@@ -5,6 +5,8 @@
 
 #include <limits>
 
+#include "tensors.h"
+
 namespace fused_resnet::cuda::ops {
 
 namespace {
@@ -23,29 +25,40 @@ DType dtype_of(const char* name, const Tensor& t) {
 // Statistics and per-channel vectors.
 at::ScalarType wide(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// An uninitialised [N, C, H, W] tensor whose memory is NHWC, whatever its sizes.
-Tensor empty_nhwc(const Tensor& like, int64_t height, int64_t width, at::ScalarType dtype) {
-    return at::empty({like.size(0), height, width, like.size(1)}, like.options().dtype(dtype)).permute({0, 3, 1, 2});
+}  // namespace
+
+Tensor empty_nhwc(IntList nchw, const at::TensorOptions& options) {
+    return at::empty({nchw[0], nchw[2], nchw[3], nchw[1]}, options).permute({0, 3, 1, 2});
 }
 
-// t as NHWC memory.
 Tensor nhwc(const char* name, const Tensor& t) {
     TORCH_CHECK(t.dim() == 4, name, ": expected [N, C, H, W], got ", t.sizes());
     if (t.is_contiguous(at::MemoryFormat::ChannelsLast)) return t;
     if (!t.is_contiguous()) return t.contiguous(at::MemoryFormat::ChannelsLast);
-    const Tensor to = empty_nhwc(t, t.size(2), t.size(3), t.scalar_type());
+    const Tensor to = empty_nhwc(t.sizes(), t.options());
     check(cuda::transpose(int(t.element_size()), t.size(0), t.size(1), t.size(2) * t.size(3), t.const_data_ptr(), to.mutable_data_ptr(),
                     current_stream(t.device())),
           name);
     return to;
 }
 
-// As nhwc, of y's shape, dtype and device.
-Tensor like(const char* name, const Tensor& t, const Tensor& y) {
+Tensor like(const char* name, const Tensor& t, const Tensor& y, const char* what) {
     TORCH_CHECK(t.sizes() == y.sizes() && t.scalar_type() == y.scalar_type() && t.device() == y.device(), name,
-                ": expected y's shape, dtype and device, ", y.sizes(), " in ", y.scalar_type(), " on ", y.device(), ", got ",
+                ": expected ", what, "'s shape, dtype and device, ", y.sizes(), " in ", y.scalar_type(), " on ", y.device(), ", got ",
                 t.sizes(), " in ", t.scalar_type(), " on ", t.device());
     return nhwc(name, t);
+}
+
+Act act_of(int64_t index) {
+    TORCH_CHECK(index >= 0 && index <= static_cast<int64_t>(Act::hardswish), "act: no activation ", index);
+    return static_cast<Act>(index);
+}
+
+namespace {
+
+// As large as `like` but for its images.
+Tensor empty_nhwc(const Tensor& like, int64_t height, int64_t width, at::ScalarType dtype) {
+    return ops::empty_nhwc({like.size(0), like.size(1), height, width}, like.options().dtype(dtype));
 }
 
 // A vector of y's channels in the wide dtype.
@@ -62,11 +75,6 @@ Affine affine_of(const char* name, at::TensorList norm, const Tensor& y, bool ce
                 " tensors");
     const auto at = [&](size_t i) { return vector(name, norm[i], y.size(1), wide(y), y.device()); };
     return {at(0), at(1), center ? at(2) : nullptr};
-}
-
-Act act_of(int64_t index) {
-    TORCH_CHECK(index >= 0 && index <= static_cast<int64_t>(Act::hardswish), "act: no activation ", index);
-    return static_cast<Act>(index);
 }
 
 // y and what follows from it.

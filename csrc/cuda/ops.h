@@ -5,7 +5,10 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -39,6 +42,20 @@ std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Te
 Tensor channels_last(const Tensor& t);
 Tensor contiguous(const Tensor& t);
 
+#ifdef FUSED_RESNET_CUTLASS
+// conv_ops.cpp. `kind`: fprop, dgrad or wgrad; `tile`: one of conv_tiles, which come as m, n, m, n, ...
+std::optional<std::string> conv_why_not(std::string_view kind, const Tensor& x, const Tensor& weight, IntList stride,
+                                        IntList padding, IntList dilation, int64_t groups);
+std::vector<int64_t> conv_tiles(std::string_view kind, const Tensor& x);
+Tensor conv_bias_act(const Tensor& x, const Tensor& weight, const OptTensor& bias, IntList stride, IntList padding,
+                     IntList dilation, int64_t groups, int64_t act, double act_param, const OptTensor& residual,
+                     IntList tile);
+Tensor conv_backward_input(const Tensor& dy, const Tensor& weight, IntList size, IntList stride, IntList padding,
+                           IntList dilation, int64_t groups, const OptTensor& add, IntList tile);
+Tensor conv_backward_weight(const Tensor& dy, const Tensor& x, IntList kernel, IntList stride, IntList padding,
+                            IntList dilation, int64_t groups, IntList tile);
+#endif
+
 // What torch.ops.fused_resnet_cuda runs for tensors of one dispatch key.
 inline void implement(torch::Library& m) {
     m.impl("bn_stats", bn_stats);
@@ -51,6 +68,13 @@ inline void implement(torch::Library& m) {
     m.impl("bn_coefficients", bn_coefficients);
     m.impl("channels_last", channels_last);
     m.impl("contiguous", contiguous);
+#ifdef FUSED_RESNET_CUTLASS
+    m.impl("conv_why_not", conv_why_not);
+    m.impl("conv_tiles", conv_tiles);
+    m.impl("conv_bias_act", conv_bias_act);
+    m.impl("conv_backward_input", conv_backward_input);
+    m.impl("conv_backward_weight", conv_backward_weight);
+#endif
 }
 
 }  // namespace ops

@@ -182,6 +182,18 @@ def vector_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def allow_tf32(dtype: torch.dtype) -> bool:
+    """Whether float32 convolutions may round their operands to tf32, by PyTorch's own setting.
+
+    ``torch.backends.cudnn.allow_tf32`` shows in this newer setting, while reading the old one raises after the
+    newer has been used.
+    """
+    if dtype != torch.float32:
+        return False
+    setting: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return setting == "tf32"
+
+
 @lru_cache
 def load(name: str, to_run: bool = True) -> tuple[ModuleType | None, str]:
     """The backend's module and "ok", or None and the reason. Imports nothing before it is asked.

@@ -2,7 +2,8 @@
 epilogue would do happens in passes before and after it.
 
 The strongest rival of a fused convolution wherever the library's is faster than ours by more than those passes cost.
-One composition for every backend that has the passes.
+One composition for every backend that has the passes; one that has plain convolutions too overrides ``convolution``
+and ``gradients``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Convolutions:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
     ) -> Tensor:
         """See ``Primitives.conv_bias_act``."""
-        y = _conv(x, weight, conv)
+        y = self.convolution(x, weight, conv)
         if bias is None and act == _IDENTITY and residual is None:
             return y
         wide = vector_dtype(y.dtype)
@@ -45,7 +46,7 @@ class Convolutions:
         self, x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See ``Primitives.conv_stats``."""
-        y = _conv(x if prologue is None else self.passes.bn_act(x, *prologue), weight, conv)
+        y = self.convolution(x if prologue is None else self.passes.bn_act(x, *prologue), weight, conv)
         return (y, *self.passes.bn_stats(y)) if stats else (y, None, None)
 
     def conv_backward(
@@ -65,15 +66,12 @@ class Convolutions:
         """See ``Primitives.conv_backward``."""
         # the input's values matter to the weight's gradient only
         a = x if prologue is None or not need_weight else self.passes.bn_act(x, *prologue)
-        da, dw, _ = torch.ops.aten.convolution_backward(
-            self.passes.bn_backward(dz, y, coef), a, weight.to(x.dtype, memory_format=torch.channels_last), None,
-            conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, (need_input, need_weight, False),
-        )  # fmt: skip
-        dw = dw.to(weight.dtype) if need_weight else None
-        if not need_input:
+        dy = self.passes.bn_backward(dz, y, coef)
+        spare = add is not None and not add.is_set_to(dz)
+        da, dw = self.gradients(dy, a, as_operand(weight, x.dtype), conv, (need_input, need_weight), add, spare)
+        dw = None if dw is None else dw.to(weight.dtype)
+        if da is None:
             return None, dw, None, None
-        if add is not None:
-            da = da.add_(add) if add.is_set_to(dz) else add.add_(da)
         closing = Closing.before(x, prologue, closing)
         if closing is None:
             return da, dw, None, None
@@ -81,8 +79,33 @@ class Convolutions:
         previous, sums, summand_sums = self.passes.bn_act_backward(da, *closing)
         return previous, dw, sums, summand_sums
 
+    def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
+        """conv(x, W), channels_last; W of any dtype."""
+        y = torch.conv2d(
+            x, as_operand(weight, x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups
+        )  # fmt: skip
+        return y.contiguous(memory_format=torch.channels_last)
 
-def _conv(x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
-    weight = weight.to(x.dtype, memory_format=torch.channels_last)
-    y = torch.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return y.contiguous(memory_format=torch.channels_last)
+    def gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        conv: ConvSpec,
+        needs: tuple[bool, bool],
+        add: Tensor | None,
+        spare: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of a plain convolution, as ``needs`` says: the input's gradient + add, and the weight's, in x's dtype or
+        wider. ``spare``: add may be overwritten."""
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, (*needs, False)
+        )
+        if needs[0] and add is not None:
+            dx = add.add_(dx) if spare else dx.add_(add)
+        return dx if needs[0] else None, dw if needs[1] else None
+
+
+def as_operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as a convolution of channels_last tensors takes it."""
+    return weight.to(dtype, memory_format=torch.channels_last)

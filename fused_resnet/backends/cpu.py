@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import Case, Closing, DyCoefficients, Norm, Prologue, Sums, warn_once
-from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, PoolSpec
+from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
-_ACT_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # oneDNN's names of the activations that its convolutions apply themselves: (name, scalars)
 _POST_OPS = {
@@ -93,7 +93,7 @@ def _gemm() -> bool:
 
 
 def _act(act: Act) -> tuple[int, float]:
-    return _ACT_INDEX[act.name], act.param
+    return act.index, act.param
 
 
 def _pair(norm: Norm | None) -> list[Tensor]:
@@ -116,22 +116,34 @@ class Packed(NamedTuple):
     kind: Literal["onednn", "winograd", "pointwise"]
 
 
-def prepack(weight: Tensor, conv: ConvSpec, x: Tensor) -> Tensor | Packed:
-    """The weight packed for inputs like x; float64 stays as it is."""
+def prepack(weight: Tensor, conv: ConvSpec, x: Tensor, known: Sequence[Any] = ()) -> Packed | None:
+    """The weight packed for inputs like x, one of ``known`` (packed earlier, for others) if it is packed like that;
+    None for float64, which is not packed."""
     if weight.dtype == torch.float64:
-        return weight
+        return None
     where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    others = [form for form in known if isinstance(form, Packed)]
     if compute_dtype(x.dtype) == torch.float32 and _gemm():
         tile = _ops.winograd_tile(x, weight, *where)
         if tile:
-            return Packed(_ops.winograd_prepack(weight, tile), "winograd")
+            same = [form for form in others if form.kind == "winograd"]
+            return same[0] if same else Packed(_ops.winograd_prepack(weight, tile), "winograd")
         if _ops.pointwise_suits(x, weight, conv.stride, conv.padding, conv.groups):
-            return Packed(_ops.direct_prepack(weight), "pointwise")
+            same = [form for form in others if form.kind == "pointwise"]
+            return same[0] if same else Packed(_ops.direct_prepack(weight), "pointwise")
     weight = weight.to(compute_dtype(x.dtype))
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
     )
-    return Packed(packed, "onednn")
+    same = [form for form in others if form.kind == "onednn" and _layout(form.weight) == _layout(packed)]
+    return same[0] if same else Packed(packed, "onednn")
+
+
+def _layout(packed: Tensor) -> bytes:
+    """oneDNN's description of a tensor: int ndims, int64 dims[12], int data_type, 4 bytes of padding that nobody wrote,
+    and the rest. Were it another one in a later version, equal layouts would look different and be kept twice."""
+    description = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy(force=True).tobytes()
+    return bytes(description[:108] + description[112:])
 
 
 def conv_bias_act(
@@ -145,7 +157,7 @@ def conv_bias_act(
 ) -> Tensor:
     """See ``Primitives.conv_bias_act``: bias, add and act are oneDNN's post-ops, or Winograd's output transform.
 
-    ``weight`` may be packed; with ``inplace`` the result may take the residual's memory.
+    ``weight`` may be packed, for this or another input; with ``inplace`` the result may take the residual's memory.
     """
     if not isinstance(weight, Packed):
         if x.dtype == torch.float64:
@@ -153,7 +165,7 @@ def conv_bias_act(
 
             return aten.conv_bias_act(x, weight, bias, conv, act, residual)
         packed = prepack(weight, conv, x)
-        assert isinstance(packed, Packed)
+        assert packed is not None
     else:
         packed = weight
     if packed.kind == "pointwise":

@@ -1,6 +1,7 @@
 """The compiled CUDA backend: csrc/cuda, NHWC, NVIDIA sm_80 and up; no warm-up, no compiler at run time.
 
-The memory-bound primitives are kernels of ours, convolutions are PyTorch's (cuDNN) between them.
+The memory-bound primitives are kernels of ours, convolutions are PyTorch's (cuDNN) between them; where CUTLASS's were
+built in and the planner has found one of them faster, CUTLASS's.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import Case, DyCoefficients, Norm, Sums, forced
-from fused_resnet.backends.between import Convolutions
-from fused_resnet.spec import ACTIVATIONS, Act, PoolSpec
+from fused_resnet.backends import Case, DyCoefficients, Norm, Sums, cutlass, forced
+from fused_resnet.spec import Act, PoolSpec
 
-_ACT_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.fused_resnet_cuda
 # Set by tests that have compiled the kernels for a CPU (tests/cuda_build.py).
@@ -64,7 +63,7 @@ def refuse(primitive: str, case: Case) -> str | None:
 
 
 def _act(act: Act) -> tuple[int, float]:
-    return _ACT_INDEX[act.name], act.param
+    return act.index, act.param
 
 
 def _pair(norm: Norm | None) -> list[Tensor]:
@@ -138,7 +137,9 @@ def bn_coefficients(norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, 
     return dgamma, DyCoefficients(norm.scale, b, c, norm.center)
 
 
-_convolutions = Convolutions(sys.modules[__name__])
+_convolutions = cutlass.Convolutions(sys.modules[__name__])
 conv_bias_act = _convolutions.conv_bias_act
 conv_stats = _convolutions.conv_stats
 conv_backward = _convolutions.conv_backward
+configurations = cutlass.configurations
+configured = cutlass.configured

@@ -1,4 +1,5 @@
-"""``fused-resnet bench``, the main job: validate, measure, train on digits, print the table and write the report."""
+"""``fused-resnet bench``, the main job: validate, measure, train on digits, print the table and write the report; with
+``--distributed`` what scaling.py does."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fused_resnet.cli import report
+from fused_resnet.cli import report, scaling
 from fused_resnet.cli.cases import Case, Settings, Subject, run_case
 from fused_resnet.cli.console import console, pick_device, pick_models, progress, table, write_json
 from fused_resnet.cli.digits import train_both
@@ -50,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     preset = PRESETS[args.preset]
     names = pick_models(args.models, preset.models)
+    repeats = (args.repeats, args.repeats) if args.repeats else preset.repeats
+    if args.distributed:
+        return scaling.run(args, names, repeats, preset.case_budget_s)
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # plain PyTorch at its best: the shapes never change
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         args.batch_size or (8 if device.type == "cpu" else 256),
         args.size,
         args.seed,
-        (args.repeats, args.repeats) if args.repeats else preset.repeats,
+        repeats,
         preset.case_budget_s,
     )
     budget = None if args.no_compile else CompileBudget(preset.compile_s)

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from fused_resnet import models
@@ -22,8 +30,8 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-def progress() -> Progress:
-    """A progress bar on standard error, silent where that is no terminal."""
+def progress(*more: ProgressColumn, quiet: bool = False) -> Progress:
+    """A progress bar on standard error, silent where that is no terminal, or if ``quiet``; ``more``: columns."""
     err = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -31,8 +39,9 @@ def progress() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *more,
     )
-    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    return Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.backends import Closing, DyCoefficients
+from fused_resnet.backends import Closing, DyCoefficients, allow_tf32
 from fused_resnet.backends.triton import configs, formulas
-from fused_resnet.backends.triton.geometry import Geometry, Phase, allow_tf32, inside_table
+from fused_resnet.backends.triton.geometry import Geometry, Phase, inside_table
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 from fused_resnet.spec import Act
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Prologue
+from fused_resnet.backends import DyCoefficients, Prologue, allow_tf32
 from fused_resnet.backends.triton import configs, formulas
-from fused_resnet.backends.triton.geometry import Geometry, allow_tf32
+from fused_resnet.backends.triton.geometry import Geometry
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 from fused_resnet.spec import Act
 

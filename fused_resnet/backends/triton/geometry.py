@@ -186,13 +186,3 @@ def nhwc(t: Tensor) -> Tensor:
 def krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight as kernels read it: in the activations' dtype, channels_last. A copy where it isn't (fp32 masters)."""
     return nhwc(weight.to(dtype))
-
-
-def allow_tf32(dtype: torch.dtype) -> bool:
-    """Whether float32 convolutions may round their operands to tf32, by PyTorch's own setting.
-
-    ``torch.backends.cudnn.allow_tf32`` shows in this newer setting, while reading the old one raises after the
-    newer has been used.
-    """
-    setting: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return dtype == torch.float32 and setting == "tf32"

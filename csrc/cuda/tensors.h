@@ -1,0 +1,19 @@
+// What the operators of ops.cpp and conv_ops.cpp ask of tensors; errors name the argument.
+#pragma once
+
+#include "ops.h"
+
+namespace fused_resnet::cuda::ops {
+
+// An uninitialised [N, C, H, W] tensor whose memory is NHWC, whatever its sizes.
+Tensor empty_nhwc(IntList nchw, const at::TensorOptions& options);
+
+// t as NHWC memory.
+Tensor nhwc(const char* name, const Tensor& t);
+
+// As nhwc, of the shape, dtype and device of y, which the message calls `what`.
+Tensor like(const char* name, const Tensor& t, const Tensor& y, const char* what = "y");
+
+Act act_of(int64_t index);
+
+}  // namespace fused_resnet::cuda::ops

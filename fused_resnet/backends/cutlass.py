@@ -1,0 +1,151 @@
+"""CUTLASS's convolutions for sm_90a in the place of PyTorch's, between the passes of the ``cuda`` backend.
+
+Nothing is chosen here: they are what the planner may try (``configurations``) and impose (``configured``); without that
+every convolution is PyTorch's. csrc/cuda/conv.h says what there is, csrc/cuda/conv_sm90.cu what is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.backends import allow_tf32, between
+from fused_resnet.spec import Act, ConvSpec
+
+# "cutlass fprop", "cutlass dgrad" or "cutlass wgrad", and the rows and columns of the tile that a block computes.
+Config = tuple[str, int, int]
+Asked = tuple[str, Tensor, Tensor, ConvSpec]  # kind, x, weight, conv
+_ops = torch.ops.fused_resnet_cuda
+_imposed: ContextVar[Config | None] = ContextVar("fused_resnet_cutlass_config", default=None)
+_asked: ContextVar[list[Asked] | None] = ContextVar("fused_resnet_cutlass_asked", default=None)
+
+
+def refuse(kind: str, x: Tensor, weight: Tensor, conv: ConvSpec) -> str | None:
+    """Why CUTLASS does not compute this here, or None.
+
+    Args:
+        kind: "fprop", or for the gradients by x and weight "dgrad" and "wgrad".
+        x: [N, C, H, W], channels_last. weight: [K, C, R, S]. conv: its stride, padding, dilation, groups.
+    """
+    if not built(x.device.type):
+        return "not built: needs nvidia-cutlass and 9.0a in TORCH_CUDA_ARCH_LIST at build"
+    if x.is_cuda and (chip := torch.cuda.get_device_capability(x.device)) != (9, 0):
+        return f"made for compute capability 9.0 (Hopper), this GPU has {chip[0]}.{chip[1]}"
+    if x.dtype == torch.float32 and not allow_tf32(x.dtype):
+        return "computes float32 in tf32, which torch.backends.cudnn.conv.fp32_precision does not allow"
+    reason: str | None = _ops.conv_why_not(kind, x, weight, *_sizes(conv))
+    return reason
+
+
+def built(device: str) -> bool:
+    """Whether CUTLASS's convolutions are in the compiled extension ("cpu": in a test's stand-in)."""
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::conv_bias_act", device.upper())
+    return found
+
+
+def configurations(call: Callable[[], Any]) -> list[Config]:
+    """What the planner may try for a call beside the default: CUTLASS's tiles for one of its convolutions at a time.
+    The call is made once, to see which convolutions it has."""
+    if not (built("cuda") or built("cpu")):
+        return []
+    convolutions: list[Asked] = []
+    token = _asked.set(convolutions)
+    try:
+        call()
+    finally:
+        _asked.reset(token)
+    found: list[Config] = []
+    for kind, x, weight, conv in convolutions:
+        if refuse(kind, x, weight, conv) is None:
+            flat = _ops.conv_tiles(kind, x)
+            found += [(f"cutlass {kind}", m, n) for m, n in zip(flat[::2], flat[1::2], strict=True)]
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def configured(config: Config) -> Iterator[None]:
+    """Within it (this thread) convolutions of one kind run with one of ``configurations``, those that it can't take as
+    they would without."""
+    token = _imposed.set(config)
+    try:
+        yield
+    finally:
+        _imposed.reset(token)
+
+
+class Convolutions(between.Convolutions):
+    """See ``between.Convolutions``; bias, residual, activation and ``add`` in the epilogue where CUTLASS serves."""
+
+    def conv_bias_act(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
+    ) -> Tensor:
+        """See ``Primitives.conv_bias_act``."""
+        y = _fprop(x, weight, conv, bias, act, residual)
+        return super().conv_bias_act(x, weight, bias, conv, act, residual) if y is None else y
+
+    def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
+        """See ``between.Convolutions``."""
+        y = _fprop(x, weight, conv, None, Act("identity"), None)
+        return super().convolution(x, weight, conv) if y is None else y
+
+    def gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        conv: ConvSpec,
+        needs: tuple[bool, bool],
+        add: Tensor | None,
+        spare: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See ``between.Convolutions``; the weight's in float32."""
+        dx = dw = None
+        if needs[0]:
+            dx = _run(
+                ("dgrad", x, weight, conv),
+                lambda tile: _ops.conv_backward_input(dy, weight, x.shape[2:], *_sizes(conv), add, tile),
+            )
+        if needs[1]:
+            dw = _run(
+                ("wgrad", x, weight, conv),
+                lambda tile: _ops.conv_backward_weight(dy, x, weight.shape[2:], *_sizes(conv), tile),
+            )
+        left = (needs[0] and dx is None, needs[1] and dw is None)
+        if any(left):
+            others = super().gradients(dy, x, weight, conv, left, add, spare)
+            dx, dw = others[0] if left[0] else dx, others[1] if left[1] else dw
+        return dx, dw
+
+
+def _fprop(
+    x: Tensor, weight: Tensor, conv: ConvSpec, bias: Tensor | None, act: Act, residual: Tensor | None
+) -> Tensor | None:
+    return _run(
+        ("fprop", x, weight, conv),
+        lambda tile: _ops.conv_bias_act(
+            x, between.as_operand(weight, x.dtype), bias, *_sizes(conv), act.index, act.param, residual, tile
+        ),
+    )
+
+
+def _run(asked: Asked, launch: Callable[[tuple[int, int]], Tensor]) -> Tensor | None:
+    """``launch(tile)`` where a tile is imposed on this kind of convolution and can take it, else None."""
+    if (convolutions := _asked.get()) is not None:
+        convolutions.append(asked)
+    kind, x, *_ = asked
+    config = _imposed.get()
+    if config is None or config[0] != f"cutlass {kind}" or (x.dtype == torch.float32 and not allow_tf32(x.dtype)):
+        return None
+    try:
+        return launch(config[1:])
+    except NotImplementedError:  # a batch for which the plan was not measured may be too large, or empty
+        return None
+
+
+def _sizes(conv: ConvSpec) -> tuple[Any, ...]:
+    return conv.stride, conv.padding, conv.dilation, conv.groups

@@ -1,0 +1,268 @@
+"""Frozen chains: BatchNorm is in the weights, each unit is a convolution with bias, residual and act behind it.
+
+    h_i = act_i(conv(h_{i-1}, W_i) + b_i),  h_0 = x        out = act_k(conv(h_{k-1}, W_k) + b_k + shortcut(x))
+
+where a first unit without a convolution has W*h + b, per channel, and the summand may be somebody else's.
+
+``run_chains`` runs chains one after the other on the backends that serve them, ``plain_chains`` the same in PyTorch's
+own operators. What PyTorch sees of the former, in torch.export and torch.compile, is one operator, so that an exported
+model runs what the frozen one runs, in one piece:
+    fused_resnet::frozen           (x, params, chains, residual) -> out;  params: W, b of every unit, a chain's
+                                   projection last; chains: the text of one ``ChainSpec`` each (``encode``);
+                                   residual: the first chain's summand, if somebody else made it
+
+Weights are packed for the convolutions that use them at their first use, and the packed ones live as long as the
+weight does, in a table of this module: an operator has no module to keep them in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fused_resnet import reference
+from fused_resnet.backends import Norm, aten, vector_dtype
+from fused_resnet.planner import case_of, pick, run
+from fused_resnet.reference import shortcut_input
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec
+
+# Bytes of the stem's convolution per thread that a stem with stages behind it makes at a time.
+_STEM_BYTES = 8 << 20
+# Input shapes per weight whose packed weight is remembered; the packed weights themselves are as many as the layouts
+# that oneDNN wants for them: one to three in ResNet-50.
+SHAPES = 256
+
+_lib = torch.library.Library("fused_resnet", "FRAGMENT")
+_lib.define("frozen(Tensor x, Tensor[] params, str[] chains, Tensor? residual=None) -> Tensor")
+
+
+# ---------------------------------------------------------------------------------------------------- packed weights
+class _Packs:
+    """A weight's packed forms, by what asks for them: those of other values than the weight's present ones are void."""
+
+    def __init__(self, values: tuple[int, int]) -> None:
+        self.values = values
+        self.found: dict[Any, Any] = {}
+
+
+_MISSING = object()
+_packs = WeakTensorKeyDictionary()
+_packing = threading.Lock()
+
+
+def _values(weight: Tensor) -> tuple[int, int]:
+    """Changes when the weight's values do: in place, or by ``.data``."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
+    """What ``pack`` (which is shown what there is already) made of the weight when ``key`` came first."""
+    packs, values = _packs.get(weight), _values(weight)
+    if packs is not None and packs.values == values:
+        found = packs.found.get(key, _MISSING)  # None where there is nothing to pack
+        if found is not _MISSING:
+            return found
+    with _packing:
+        packs = _packs.get(weight)
+        if packs is None or packs.values != values:
+            _packs[weight] = packs = _Packs(values)
+        if key not in packs.found:
+            made = pack([form for form in packs.found.values() if form is not None])
+            while len(packs.found) >= SHAPES:
+                packs.found.pop(next(iter(packs.found)))
+            packs.found[key] = made
+        return packs.found[key]
+
+
+def packed_forms(weight: Tensor) -> list[Any]:
+    """What the weight is packed into by now, each once."""
+    packs = _packs.get(weight)
+    found = packs.found.copy().values() if packs is not None and packs.values == _values(weight) else ()
+    return list({id(form): form for form in found if form is not None}.values())
+
+
+# ---------------------------------------------------------------------------------------------------- units
+def _affine(scale: Tensor, shift: Tensor) -> Norm:
+    """scale*y + shift; inference reads neither a mean nor a deviation."""
+    return Norm(scale, shift, shift, shift)
+
+
+def _out_shape(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> tuple[int, ...]:
+    if conv is None:
+        return tuple(x.shape)
+    return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
+
+
+class _Backends:
+    """Units on the backends that serve them."""
+
+    @staticmethod
+    def unit(
+        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
+    ) -> Tensor:
+        """``owned``: nobody else holds the residual, its memory may be reused."""
+        if residual is not None:
+            if residual.dtype != x.dtype or tuple(residual.shape) != _out_shape(x, weight, conv):
+                # a summand that the add widens, or that widens the sum: PyTorch's add
+                return reference.act(_Backends.unit(x, weight, bias, conv, Act("identity"), None, True) + residual, act)
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        if conv is None:
+            made: Tensor = run("bn_act", x, _affine(weight, bias), act, residual, None)
+            return made
+        backend = pick("conv_bias_act", case_of(x, conv, weight))
+        if not hasattr(backend, "prepack"):
+            out: Tensor = run("conv_bias_act", x, weight, bias, conv, act, residual)
+            return out
+        key = (backend.__name__, x.shape, x.dtype)
+        packed = _packed(weight, key, lambda known: backend.prepack(weight, conv, x, known))
+        form = weight if packed is None else packed
+        return backend.conv_bias_act(x, form, bias, conv, act, residual, owned)
+
+    @staticmethod
+    def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
+        """max-pool of the unit's output, in one pass where the backend has one."""
+        if conv is None:
+            made: Tensor = run("bn_act_max_pool", x, _affine(weight, bias), act, pool)[0]
+            return made
+        backend = pick("conv_bias_act", case_of(x, conv, weight))
+        if hasattr(backend, "prepack_stem"):
+            key = (backend.__name__, x.dtype, pool)
+            packed = _packed(weight, key, lambda _: backend.prepack_stem(weight, conv, x, pool))
+            if packed is not None:
+                out: Tensor = backend.conv_bias_act_max_pool(x, packed, bias, conv, act, pool)
+                return out
+        h = _Backends.unit(x, weight, bias, conv, act, None, True)
+        one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
+        pooled: Tensor = run("bn_act_max_pool", h, _affine(one, torch.zeros_like(one)), Act("identity"), pool)[0]
+        return pooled
+
+
+class _Plain:
+    """Units of PyTorch's own operators."""
+
+    @staticmethod
+    def unit(
+        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
+    ) -> Tensor:
+        if conv is None:
+            return aten.bn_act(x, _affine(weight, bias), act, residual)
+        return aten.conv_bias_act(x, weight, bias, conv, act, residual)
+
+    @staticmethod
+    def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
+        h = _Plain.unit(x, weight, bias, conv, act, None, True)
+        return F.max_pool2d(h, pool.kernel, pool.stride, pool.padding)
+
+
+# ---------------------------------------------------------------------------------------------------- chains
+def _chain(
+    x: Tensor, params: Sequence[Tensor], chain: ChainSpec, residual: Tensor | None, owned: bool, units: Any
+) -> Tensor:
+    """``residual``: somebody else's; ``owned``: nobody else holds x, its memory may be reused."""
+    kind = chain.shortcut.kind
+    parts = [(params[2 * i], params[2 * i + 1], unit.conv, unit.act) for i, unit in enumerate(chain.all_units)]
+    *before, last = parts[: len(chain.units)]
+    h = x
+    for part in before:
+        h = units.unit(h, *part, None, True)
+    if chain.pool is not None:  # a chain that a pool closes has no shortcut
+        return units.pooled(h, *last, chain.pool)
+    if kind not in ("none", "tensor"):
+        residual = shortcut_input(x, chain.shortcut)
+    if chain.shortcut.unit is not None:
+        residual = units.unit(residual, *parts[-1], None, True)
+    return units.unit(
+        h, *last, residual, kind in ("projection", "pad") or (kind == "identity" and owned and h is not x)
+    )
+
+
+def _chains(
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None, units: Any
+) -> Tensor:
+    start = 0
+    for i, chain in enumerate(chains):
+        end = start + 2 * len(chain.all_units)
+        x = _chain(x, params[start:end], chain, residual if i == 0 else None, i > 0, units)
+        start = end
+    return x
+
+
+def run_chains(
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
+) -> Tensor:
+    """The chains on the backends that serve them.
+
+    On a CPU a stem and the stages behind it take a few images at a time: these tensors are the network's largest, and
+    whole they would be new memory from the system in every call.
+
+    Args:
+        x: [N, C, H, W]. params: for each unit of each chain (projection last) the weight with BatchNorm folded in,
+            channels_last, x's dtype, or [C] in ``vector_dtype`` where there is no convolution, and the bias,
+            [out_channels] in ``vector_dtype``.
+        chains: any number, each with the output of the one before.
+        residual: the summand of a first chain whose shortcut is "tensor".
+
+    Returns:
+        The last one's output, channels_last, x's dtype.
+
+    Raises:
+        ValueError: x has other channels than the first weight.
+    """
+    conv = chains[0].units[0].conv
+    channels = params[0].shape[0] if conv is None else params[0].shape[1] * conv.groups
+    if x.shape[1] != channels:
+        raise ValueError(f"x: expected {channels} channels, got shape {tuple(x.shape)}")
+    if x.numel() == 0:
+        return plain_chains(x, params, chains, residual)
+    # a model's own operations may hand over a slice: packed weights expect dense tensors
+    x = x.contiguous(memory_format=torch.channels_last)
+    parts = _parts(x, params, chains) if x.device.type == "cpu" else 1
+    if parts <= 1:
+        return _chains(x, params, chains, residual, _Backends)
+    return torch.cat([_chains(part, params, chains, None, _Backends) for part in x.chunk(min(parts, x.shape[0]))])
+
+
+def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> int:
+    """In how many parts a batch is to pass, one unless the first chain is a stem with others behind it."""
+    stem = chains[0]
+    if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
+        return 1
+    size, image = (x.shape[2], x.shape[3]), 0
+    for unit, weight in zip(stem.units, params[::2], strict=False):
+        if unit.conv is not None:
+            size = unit.conv.out_size(size, weight.shape[2:])
+        image = max(image, x.element_size() * weight.shape[0] * size[0] * size[1])
+    return -(-x.shape[0] * image // (torch.get_num_threads() * _STEM_BYTES))
+
+
+def plain_chains(
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
+) -> Tensor:
+    """``run_chains`` in PyTorch's own operators, for runtimes that have no others."""
+    return _chains(x, params, chains, residual, _Plain)
+
+
+# ---------------------------------------------------------------------------------------------------- the operator
+def _decode(texts: Sequence[str]) -> list[ChainSpec]:
+    return [RowSpec.decode(text).chains[0] for text in texts]
+
+
+def _frozen(x: Tensor, params: Sequence[Tensor], texts: Sequence[str], residual: Tensor | None = None) -> Tensor:
+    with torch._C._DisableAutocast():
+        out = run_chains(x, params, _decode(texts), residual)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def _frozen_fake(x: Tensor, params: Sequence[Tensor], texts: Sequence[str], residual: Tensor | None = None) -> Tensor:
+    out = plain_chains(x, params, _decode(texts), residual)
+    return torch.empty_like(out, memory_format=torch.channels_last)
+
+
+_lib.impl("frozen", _frozen, "CompositeExplicitAutograd")
+torch.library.register_fake("fused_resnet::frozen", _frozen_fake, lib=_lib)

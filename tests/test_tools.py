@@ -1,0 +1,393 @@
+"""The tools of a training script, on a fused network as on the plain one: the same numbers come out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from stack import State, both, images, loss_of, network, pair, state
+from test_chain import Calls, saved_tensors
+from test_convert import relative
+from tolerances import assert_as_good
+from torch import Tensor, nn
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+
+import fused_resnet as fr
+from fused_resnet.backends import warn_once
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@pytest.fixture(autouse=True)
+def every_warning() -> None:
+    warn_once.cache_clear()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def learn(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    loss = loss_of(model(x))
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+# ------------------------------------------------------------------------------------------------ optimizers
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, foreach=True),
+        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, fused=True),
+        lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-4, foreach=True),
+        lambda p: torch.optim.AdamW(p, 1e-2, eps=1e-4, fused=True),
+    ],
+    ids=["sgd-foreach", "sgd-fused", "adamw-foreach", "adamw-fused"],
+)
+@pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_optimizers(make: Callable[[Any], torch.optim.Optimizer], fmt: torch.memory_format) -> None:
+    """Three steps; weights in both layouts, with gradients in the weight's strides."""
+    batches = [images().to(memory_format=fmt) for _ in range(3)]
+
+    def run(model: nn.Module) -> State:
+        model.to(memory_format=fmt)
+        optimizer = make(model.parameters())
+        losses = torch.stack([learn(model, x, optimizer) for x in batches])
+        assert all(p.grad.stride() == p.stride() for p in model.parameters())
+        return {"losses": losses}
+
+    both(run)
+
+
+def test_accumulation_and_clipping() -> None:
+    """Two micro-batches per step, their gradients added, the norm clipped."""
+    batches = [images() for _ in range(4)]
+
+    def run(model: nn.Module) -> State:
+        optimizer, norms = sgd(model), []
+        for i, x in enumerate(batches):
+            (loss_of(model(x)) / 2).backward()
+            if i % 2:
+                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+                optimizer.step()
+                optimizer.zero_grad()
+        assert min(norms) > 0.1, "nothing was clipped"
+        return {"norms": torch.stack(norms)}
+
+    both(run)
+
+
+def test_sharpness_aware_minimisation() -> None:
+    """SAM (arXiv 2010.01412): two forwards and backwards per step, the parameters moved in place between them."""
+    batches = [images() for _ in range(2)]
+
+    def run(model: nn.Module) -> None:
+        optimizer = sgd(model)
+        for x in batches:
+            loss_of(model(x)).backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            with torch.no_grad():
+                moved = [p.grad * (0.05 / norm) for p in model.parameters()]
+                torch._foreach_add_(list(model.parameters()), moved)
+            optimizer.zero_grad()
+            loss_of(model(x)).backward()
+            with torch.no_grad():
+                torch._foreach_sub_(list(model.parameters()), moved)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    both(run)
+
+
+# ------------------------------------------------------------------------------------------------ averages of weights
+def test_exponential_moving_average() -> None:
+    """The averaged copy is fused too, averages buffers, and evaluates as the plain model's average."""
+    batches = [images() for _ in range(3)]
+
+    def run(model: nn.Module) -> State:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
+        optimizer = sgd(model)
+        for x in batches:
+            learn(model, x, optimizer)
+            average.update_parameters(model)
+        assert type(average.module) is type(model)
+        with torch.no_grad():
+            return state(average) | {"out": average.eval()(batches[0])}
+
+    both(run)
+
+
+def test_stochastic_weight_averaging() -> None:
+    """SWA, then ``update_bn``: statistics anew, as a cumulative average over the data."""
+    batches = [images() for _ in range(3)]
+
+    def run(model: nn.Module) -> State:
+        optimizer = sgd(model)
+        average, schedule = AveragedModel(model), SWALR(optimizer, 0.02, anneal_epochs=2)
+        for x in batches:
+            learn(model, x, optimizer)
+            average.update_parameters(model)
+            schedule.step()
+        update_bn(batches, average)
+        assert all(m.momentum == 0.1 for m in average.modules() if isinstance(m, nn.BatchNorm2d))
+        return state(average)
+
+    both(run)
+
+
+# ------------------------------------------------------------------------------------------------ autocast
+def scaled_step(model: nn.Module, x: Tensor, dtype: torch.dtype, scaler: torch.amp.GradScaler) -> State:
+    """Unscaled gradients, output and buffers of a step under autocast."""
+    with torch.autocast("cpu", dtype):
+        out = model(x)
+        loss = loss_of(out.float())
+    scaler.scale(loss).backward()
+    scaler.unscale_(torch.optim.SGD(model.parameters(), 0.1))
+    return {"out": out.detach()} | {n: v for n, v in state(model).items() if n.startswith("d ") or "running" in n}
+
+
+@DTYPES
+def test_autocast(dtype: torch.dtype) -> None:
+    """Parameters and their gradients stay float32; every gradient is as near to float64's as plain PyTorch's."""
+    plain, fused = (model.float() for model in pair())
+    draws: list[tuple[State, State, State]] = []
+    for _ in range(5):
+        x = images(dtype=torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        got, theirs = (scaled_step(copy.deepcopy(m), x, dtype, scaler) for m in (fused, plain))
+        wide = copy.deepcopy(plain).double()
+        out = wide(x.double())
+        loss_of(out).backward()
+        draws.append((got, theirs, state(wide) | {"out": out.detach()}))
+    for name, value in draws[0][0].items():
+        assert value.dtype == draws[0][1][name].dtype == (dtype if name == "out" else torch.float32), name
+        assert_as_good(name, *([draw[i][name] for draw in draws] for i in range(3)), dtype)
+
+
+@DTYPES
+def test_grad_scaler_skips_infinite_steps(dtype: torch.dtype) -> None:
+    """A scale that overflows skips the step and shrinks; the next step is taken; as with the plain network."""
+    x = images(dtype=torch.float32)
+    ends = []
+    for model in (m.float() for m in pair()):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)
+        optimizer = sgd(model)
+        before, scales, moved = state(model), [], []
+        for factor in (1e3, 1.0):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype):
+                loss = loss_of(model(x).float()) * factor
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+            moved.append(not all(torch.equal(p, before[n]) for n, p in model.named_parameters()))
+        assert moved == [False, True] and scales == [2.0**10] * 2
+        ends.append(torch.cat([(p.detach() - before[n]).flatten() for n, p in model.named_parameters()]))
+    assert relative(ends[1], ends[0]) < 0.5, "a gradient left scaled would be off by 1024"
+
+
+# ------------------------------------------------------------------------------------------------ what is frozen
+@pytest.mark.parametrize("bn", ["training", "frozen"])
+def test_frozen_stem_and_stages_cost_no_backward(bn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """requires_grad_(False) on the stem and two stages: not one primitive of theirs runs in the backward, nor the
+    gradient of the input of the first block that learns."""
+    x, calls = images(), Calls(monkeypatch)
+
+    def run(model: nn.Module) -> None:
+        for part in (model.conv1, model.bn1, model.layer1, model.layer2):
+            part.requires_grad_(False)
+            part.train(bn == "training")
+        loss_of(model(x)).backward()
+        assert all((p.grad is None) == (n < "layer3" and not n.startswith("fc")) for n, p in model.named_parameters())
+
+    both(run)
+    # two blocks with three convolutions each: all want dW, and those of layer3.0 that read its input no dx
+    assert sorted(calls.conv_backward) == [(False, True)] * 2 + [(True, True)] * 4
+
+
+def test_a_linear_probe_costs_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the classifier frozen, in eval and in training mode: no chain keeps or computes anything backward."""
+    x, calls = images(), Calls(monkeypatch)
+
+    def run(model: nn.Module) -> None:
+        model.requires_grad_(False)
+        model.fc.requires_grad_(True)
+        for mode in (False, True):
+            with saved_tensors() as found:
+                out = model.train(mode)(x)
+            loss_of(out).backward()
+            assert max(v.dim() for v in found.values()) == 2, "a chain kept an image"
+
+    both(run)
+    assert not calls.conv_backward
+
+
+# ------------------------------------------------------------------------------------------------ autograd's tools
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "detect_anomaly": lambda: torch.autograd.detect_anomaly(check_nan=True),
+    "one thread": lambda: torch.autograd.set_multithreading_enabled(False),
+    "clone saved": lambda: torch.autograd.graph.saved_tensors_hooks(lambda v: v.clone(), lambda v: v),
+    "nothing": nullcontext,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_contexts_around_a_step(name: str) -> None:
+    x = images()
+
+    def run(model: nn.Module) -> State:
+        x.grad = None
+        with CONTEXTS[name]():
+            loss_of(model(x.requires_grad_())).backward()
+        return {"dx": x.grad.clone()}
+
+    both(run)
+
+
+def test_hooks_on_parameters() -> None:
+    """An optimizer per parameter that steps when its gradient has come, and a hook that scales gradients."""
+    batches = [images() for _ in range(2)]
+
+    def run(model: nn.Module) -> None:
+        optimizers = {p: torch.optim.SGD([p], 0.05, momentum=0.9) for p in model.parameters()}
+
+        def update(p: Tensor) -> None:
+            optimizers[p].step()
+            p.grad = None
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(update)
+        model.layer1[0].conv1.weight.register_hook(lambda g: g * 0.5)
+        for x in batches:
+            loss_of(model(x)).backward()
+
+    both(run)
+
+
+def test_backward_twice() -> None:
+    """retain_graph: the same gradients again, in every bit; without it PyTorch's own error."""
+    _, fused = pair()
+    loss = loss_of(fused(images()))
+    loss.backward(retain_graph=True)
+    once = state(fused)
+    loss.backward()
+    for name, p in fused.named_parameters():
+        assert torch.equal(p.grad, 2 * once[f"d {name}"]), name
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_two_losses_of_one_forward() -> None:
+    """Heads on features between the stages: gradients meet in the middle of a network."""
+    x = images()
+
+    def run(model: nn.Module) -> State:
+        first = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))
+        second = model.layer2(first)
+        grads = torch.autograd.grad(second.sin().sum(), [first, *model.layer1.parameters()], retain_graph=True)
+        (second.square().mean() + first.cos().mean()).backward()
+        return {str(i): g for i, g in enumerate(grads)}
+
+    both(run)
+
+
+@pytest.mark.parametrize("policy", ["save", "recompute"])
+def test_selective_checkpointing(policy: str) -> None:
+    """torch.utils.checkpoint with a policy that keeps the chains' results, or recomputes them: statistics once."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    x = images()
+    keep = CheckpointPolicy.MUST_SAVE if policy == "save" else CheckpointPolicy.MUST_RECOMPUTE
+    ops = {torch.ops.fused_resnet.chain.default, torch.ops.aten.convolution.default}
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(
+            lambda ctx, op, *a, **k: keep if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+
+    def run(model: nn.Module) -> State:
+        if not isinstance(model, fr.convert.FusedModule):
+            out = model(x)  # PyTorch's own norms would be updated twice
+        else:
+            out = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+        loss_of(out).backward()
+        return {"out": out.detach()}
+
+    both(run)
+
+
+def test_profiler_names() -> None:
+    """A profile shows the chains, forward and backward: one for the stem and one for each stage."""
+    _, fused = pair()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss_of(fused(images())).backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["fused_resnet::chain"] == counts["fused_resnet::chain_backward"] == 5
+
+
+# ------------------------------------------------------------------------------------------------ pruning and the like
+@pytest.fixture
+def expected_warning() -> Iterator[None]:
+    with pytest.warns(UserWarning, match="runs plain"):
+        yield
+
+
+def test_pruning(expected_warning: None) -> None:
+    """A pruned convolution has a hook that applies its mask: that block runs plain, and is fused when it is made
+    permanent."""
+    from torch.nn.utils import prune
+
+    x = images()
+
+    def run(model: nn.Module) -> State:
+        conv = model.layer1[0].conv2
+        prune.l1_unstructured(conv, "weight", 0.5)
+        reasons = [row.reason for row in fr.explain(model).rows if row.name == "layer1.0"]
+        assert not isinstance(model, fr.convert.FusedModule) or "hooks" in reasons[0]
+        outs = [learn(model, x, sgd(model))]
+        prune.remove(conv, "weight")
+        assert (conv.weight == 0).float().mean() == 0.5
+        outs.append(learn(model, x, sgd(model)))
+        return {"losses": torch.stack(outs)}
+
+    plain, fused = pair()
+    both(run, (plain, fused))
+    assert all(row.fused for row in fr.explain(fused).rows)
+
+
+def test_spectral_norm(expected_warning: None) -> None:
+    """Parametrized after fuse: power iterations run once per forward, as in the plain network."""
+    batches = [images() for _ in range(2)]
+
+    def run(model: nn.Module) -> State:
+        torch.nn.utils.parametrizations.spectral_norm(model.layer2[1].conv1)
+        optimizer = sgd(model)
+        return {"losses": torch.stack([learn(model, x, optimizer) for x in batches])}
+
+    both(run)
+
+
+def test_the_tests_can_fail() -> None:
+    """``both`` sees a difference of one part in ten thousand in one gradient."""
+    x = images()
+
+    def run(model: nn.Module) -> None:
+        loss_of(model(x)).backward()
+        if isinstance(model, fr.convert.FusedModule):
+            model.layer3[0].bn1.weight.grad.mul_(1 + 1e-4)
+
+    with pytest.raises(AssertionError, match=r"d layer3\.0\.bn1\.weight"):
+        both(run)
+    plain = network()
+    with pytest.raises(AssertionError):
+        both(lambda model: loss_of(model(x)).backward(), (plain, copy.deepcopy(plain)))  # nothing was fused
