@@ -75,7 +75,7 @@ def test_links_to_guides() -> None:
     """What the README and the guides link to is there, and the README names every guide."""
     readme = ROOT / "README.md"
     for page in [readme, *GUIDES]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#:\s]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
     for guide in GUIDES:
         assert f"(docs/{guide.name})" in readme.read_text(), guide.name
