@@ -29,7 +29,7 @@ TIERS = (
     {"checks", "functional", "units"},
     {"modules"},
     {"convert", "explanation", "freezing", "models"},
-    {"traffic"},
+    {"measure", "traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"cli"},
     {"__main__"},

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from fused_resnet import models
@@ -22,8 +30,8 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-def progress() -> Progress:
-    """A progress bar on standard error, silent where that is no terminal."""
+def progress(*more: ProgressColumn) -> Progress:
+    """A progress bar on standard error, silent where that is no terminal; with columns of ``more`` at its end."""
     err = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -31,6 +39,7 @@ def progress() -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        *more,
     )
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
