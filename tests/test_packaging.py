@@ -31,6 +31,8 @@ TIERS = (
     {"convert", "explanation", "freezing", "models"},
     {"measure", "traffic"},
     {""},  # fused_resnet/__init__.py: the public names
+    {"training"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 )

@@ -50,7 +50,7 @@ def meta(name: str) -> nn.Module:
         return getattr(models, name)(fused=False)
 
 
-# ---------------------------------------------------------------------------------------------------- the paper's tables
+# ---------------------------------------------------------------------------------------------------- counts
 @pytest.mark.parametrize(("depth", "millions"), list(paper.CIFAR10_PARAMETERS.items()))
 def test_parameters_are_table_6s(depth: int, millions: float) -> None:
     digits = len(str(millions).split(".")[1])
@@ -103,11 +103,10 @@ def test_networks_are_what_they_are_called(network: Network, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------- end to end
 def toy_preset() -> studies.Preset:
     recipe = Recipe(epochs=4, batch_size=32)
-    return replace(
-        studies.PRESETS["quick"], name="toy", recipe=recipe, deep_recipe=replace(recipe, warmup="error"), depths=(8, 14),
-        deepest=20, shortcut_depth=8, bottleneck_depth=11, all_seeds_up_to=14, extreme=20, extreme_batch=4,
-        warm_up_from=20, data=toy_data,
-    )  # fmt: skip
+    sizes = {"depths": (8, 14), "deepest": 20, "shortcut_depth": 8, "bottleneck_depth": 11, "all_seeds_up_to": 14}
+    sizes |= {"extreme": 20, "extreme_batch": 4, "warm_up_from": 20}
+    deep_recipe = replace(recipe, warmup="error")
+    return replace(studies.PRESETS["quick"], name="toy", recipe=recipe, deep_recipe=deep_recipe, data=toy_data, **sizes)
 
 
 def toy_data(folder: Path | None) -> Any:
@@ -364,8 +363,10 @@ def test_convergence_verdict(plain: tuple[int, ...], residual: tuple[int, ...], 
 
 @pytest.mark.parametrize(
     ("losses", "test", "augmented", "expected"),
-    [([1.0, 0.8, 0.7, 0.65, 0.3, 0.3], 0.5, True, [True, True]), ([1.0, 0.8, 0.7, 0.65, 0.3, 0.3], 0.5, False, [True, False]),
-     ([1.0, 0.8, 0.7, 0.65, 0.6, 0.6], 2.0, True, [False, False]), ([4.0, 4.0, 1.0, 1.0, 0.5, 0.5], 0.1, True, [False, True])],
+    [([1.0, 0.8, 0.7, 0.65, 0.3, 0.3], 0.5, True, [True, True]),
+     ([1.0, 0.8, 0.7, 0.65, 0.3, 0.3], 0.5, False, [True, False]),
+     ([1.0, 0.8, 0.7, 0.65, 0.6, 0.6], 2.0, True, [False, False]),
+     ([4.0, 4.0, 1.0, 1.0, 0.5, 0.5], 0.1, True, [False, True])],
 )  # fmt: skip
 def test_lr_drop_verdict(losses: list[float], test: float, augmented: bool, expected: list[bool]) -> None:
     network = curves(20, "A", 1.0) | {"train_loss": [losses] * 3, "test_loss": [[test] * 6] * 3}

@@ -30,8 +30,8 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-def progress(*more: ProgressColumn) -> Progress:
-    """A progress bar on standard error, silent where that is no terminal; with columns of ``more`` at its end."""
+def progress(*more: ProgressColumn, quiet: bool = False) -> Progress:
+    """A progress bar on standard error, silent where that is no terminal, or if ``quiet``; ``more``: columns."""
     err = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -41,7 +41,7 @@ def progress(*more: ProgressColumn) -> Progress:
         TimeElapsedColumn(),
         *more,
     )
-    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    return Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Table:

@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fused_resnet import models
-from fused_resnet.cli.data import Digits, digits
-from fused_resnet.cli.validate import in_layout
+from fused_resnet.training import Callback, EpochRecord, Trainer, data, named
 
 REQUIRED_ACCURACY = 0.97
-BATCH_SIZE = 64
 
 
 @dataclass
@@ -38,29 +35,12 @@ class Training:
         return asdict(self) | {"ok": self.ok, "required_accuracy": REQUIRED_ACCURACY}
 
 
-def _train(
-    model: nn.Module, found: Digits, epochs: int, seed: int, tick: Callable[[], object]
-) -> tuple[list[float], float]:
-    steps = epochs * (len(found.train_x) // BATCH_SIZE)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps, pct_start=0.3)
-    generator = torch.Generator().manual_seed(seed)
-    losses: list[Tensor] = []
-    model.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(found.train_x), generator=generator).to(found.train_x.device)
-        for batch in order.split(BATCH_SIZE)[: len(order) // BATCH_SIZE]:
-            optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(found.train_x[batch]), found.train_y[batch])
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.detach())
-        tick()
-    model.eval()
-    with torch.no_grad():
-        right = model(found.test_x).argmax(1) == found.test_y
-    return torch.stack(losses).tolist(), float(right.float().mean())
+class _Tick(Callback):
+    def __init__(self, tick: Callable[[], object]) -> None:
+        self.tick = tick
+
+    def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+        self.tick()
 
 
 def train_both(
@@ -71,14 +51,15 @@ def train_both(
     Args:
         epochs: over the 1,437 training images. tick: called after each epoch, twice ``epochs`` times in all.
     """
-    found = Digits(*(t.to(device) for t in digits(seed)))
+    found, recipe = data.digits(), named("quick", epochs=epochs)
     trainings = []
     for variant in ("plain", "fused"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: nn.Module = models.resnet20(in_channels=1, fused=variant == "fused")
-        model = in_layout(model.to(device), torch.channels_last)
         start = time.perf_counter()
-        losses, accuracy = _train(model, found, epochs, seed, tick)
+        history = Trainer(model, found, recipe, device=device, seed=seed, callbacks=[_Tick(tick)]).run()
+        losses = [step["loss"] for step in history.steps]
+        accuracy = 1 - history.epochs[-1]["test_error"]
         trainings.append(Training(variant, losses, accuracy, time.perf_counter() - start))
     return trainings

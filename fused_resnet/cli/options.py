@@ -24,8 +24,19 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected at least 0, got {value}")
+    return value
+
+
 def _common(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--models", type=_names, metavar="A,B,...", help="only these (fused_resnet.models.list_models())")
+    _where(sub)
+
+
+def _where(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...")
     sub.add_argument("--seed", type=int, default=0, help="of weights, crops and inputs (default 0)")
 
@@ -54,6 +65,32 @@ def _bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     sub.add_argument("--no-digits", action="store_true", help="leave out the training on handwritten digits")
     sub.add_argument("--size", type=_positive, default=224, help=argparse.SUPPRESS)  # pixels: for the tests
+
+
+def _train(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--data",
+        default="digits",
+        metavar="DATA",
+        help="digits (default; scikit-learn's), cifar10, cifar10:FOLDER, or a folder of class folders",
+    )
+    sub.add_argument("--model", default="resnet20", metavar="NAME", help="of fused_resnet.models (default resnet20)")
+    sub.add_argument(
+        "--recipe",
+        choices=("paper", "modern", "quick"),
+        default="paper",
+        help="paper (default): He et al.'s; modern: cosine, label smoothing, moving average, bf16; quick: 8 epochs",
+    )
+    sub.add_argument("--output", default="train-report", metavar="FOLDER", help="where all goes (train-report)")
+    sub.add_argument("--resume", action="store_true", help="go on with the checkpoint in the folder, if there is one")
+    sub.add_argument("--plain", action="store_true", help="PyTorch's own modules, for comparison")
+    sub.add_argument("--epochs", type=_positive, metavar="N", help="in the place of the recipe's")
+    sub.add_argument("--batch-size", type=_positive, metavar="N", help="over all processes; default: the recipe's")
+    sub.add_argument("--lr", type=float, metavar="X", help="highest learning rate; default: the recipe's")
+    sub.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 by autocast; default: the recipe's")
+    sub.add_argument("--workers", type=_count, metavar="N", help="processes that decode images (default: by the cores)")
+    sub.add_argument("--checkpoint-every", type=_positive, metavar="N", help="updates, beside one after each epoch")
+    _where(sub)
 
 
 def _seeds(text: str) -> list[int]:
@@ -98,6 +135,15 @@ COMMANDS = {
         "fused-resnet bench\n  fused-resnet bench --preset full --models resnet50 --output report-resnet50",
         _bench,
     ),
+    "train": (
+        "train a network on digits, CIFAR-10 or a folder of class folders, by the paper's recipe or a modern one",
+        "fused-resnet train --data digits --recipe quick\n"
+        "  fused-resnet train --data cifar10:data --model resnet110 --output runs/resnet110\n"
+        "  fused-resnet train --data cifar10:data --model resnet110 --output runs/resnet110 --resume\n"
+        "  fused-resnet train --data photos/ --model resnet50 --recipe modern\n"
+        "  torchrun --nproc-per-node 8 -m fused_resnet train --data photos/ --model resnet50",
+        _train,
+    ),
     "study": (
         "repeat experiments of the paper, draw each beside its claim, and say whether the claim held",
         "fused-resnet study all\n  fused-resnet study degradation responses --seeds 0,1,2,3,4\n"
@@ -112,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
         prog="fused-resnet",
-        description="Fused residual networks: see what there is, check the numbers, measure the gain.",
+        description="Fused residual networks: see what there is, check the numbers, measure the gain, train.",
         epilog="example:\n  fused-resnet bench --preset quick\n\nfused-resnet COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

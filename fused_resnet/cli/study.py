@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     """
     device, preset, chosen = pick_device(args.device), PRESETS[args.preset], pick_studies(args.names)
     data, output, start = _data(args), Path(args.output), time.perf_counter()
+    if preset.keep and not args.resume and (output / "runs").exists():
+        raise UsageError(f"--output {output} holds trainings: --resume goes on with them; or name another folder")
     environment: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),

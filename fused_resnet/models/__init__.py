@@ -62,13 +62,22 @@ _CIFAR = (
 )
 
 
-def list_models() -> list[str]:
+def list_models(family: str | None = None) -> list[str]:
     """The names of all factories of this module: the ImageNet family, then the CIFAR family, by depth within each.
+
+    Args:
+        family: "imagenet" or "cifar": of that family alone.
 
     Returns:
         Names ``n`` for which ``getattr(fused_resnet.models, n)()`` builds a network.
+
+    Raises:
+        ValueError: there is no such family.
     """
-    return [*_IMAGENET, *_CIFAR]
+    families = {"imagenet": _IMAGENET, "cifar": _CIFAR}
+    if family is not None and family not in families:
+        raise ValueError(f"family must be None, {' or '.join(map(repr, families))}, got {family!r}")
+    return [name for key, names in families.items() if family in (None, key) for name in names]
 
 
 __all__ = [

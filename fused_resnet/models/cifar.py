@@ -107,9 +107,11 @@ class CifarResNet(nn.Module):
         check_positive_int("depth", depth)
         if shortcut is not None and shortcut not in ("A", "B", "C"):
             raise ValueError(f'shortcut must be "A", "B", "C" or None (a plain network), got {shortcut!r}')
-        made: Any = block or (PlainBlock if shortcut is None else BasicBlock)
-        if not (isinstance(made, type) and issubclass(made, nn.Module) and hasattr(made, "weighted_layers")):
-            raise TypeError(f"block must be a block class such as BasicBlock or Bottleneck, got {block!r}")
+        made: Any = PlainBlock if shortcut is None else BasicBlock
+        if block is not None:
+            if not (isinstance(block, type) and issubclass(block, nn.Module) and hasattr(block, "weighted_layers")):
+                raise TypeError(f"block must be a block class such as BasicBlock or Bottleneck, got {block!r}")
+            made = block
         if (shortcut is None) is made.has_shortcut:
             raise ValueError(f"block={made.__name__} does not go with shortcut={shortcut!r}: PlainBlock has none")
         step = 3 * made.weighted_layers

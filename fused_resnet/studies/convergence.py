@@ -20,8 +20,9 @@ from fused_resnet.studies.study import (
 )
 
 CLAIM = (
-    'When the net is "not overly deep" (18 layers here), the current SGD solver is still able to find good solutions to '
-    "the plain net. In this case, the ResNet eases the optimization by providing faster convergence at the early stage"
+    'When the net is "not overly deep" (18 layers here), the current SGD solver is still able to find good solutions '
+    "to the plain net. In this case, the ResNet eases the optimization by providing faster convergence at the early "
+    "stage"
 )
 # Of the loss of guessing; the second decides.
 SHARES = (0.5, 0.25, 0.125)

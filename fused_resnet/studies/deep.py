@@ -110,8 +110,8 @@ def judge(figures: Figures) -> list[Verdict]:
         losses = " → ".join(f"{loss:.3g}" for loss in entry["losses"])
         finite_text = "finite and not zero in every layer" if finite else "zero or not finite somewhere"
         parts.append(
-            f"{network} ({entry['parameters'] / 1e6:.3g} M parameters), {len(entry['losses'])} steps on {entry['batch']} "
-            f"images: loss {losses}, gradients {finite_text} ({min(norms):.1e} to {max(norms):.1e})"
+            f"{network} ({entry['parameters'] / 1e6:.3g} M parameters), {len(entry['losses'])} steps on "
+            f"{entry['batch']} images: loss {losses}, gradients {finite_text} ({min(norms):.1e} to {max(norms):.1e})"
         )
         fused, plain = entry["memory"]["fused"], entry["memory"]["plain"]
         less = less and fused["saved_bytes_per_image"] < plain["saved_bytes_per_image"]

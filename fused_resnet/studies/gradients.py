@@ -117,8 +117,8 @@ def judge(figures: Figures) -> list[Verdict]:
         f"{VANISH}; a residual network's do not vanish",
         plain < VANISHED_BELOW <= open_path,
         f"{depth} layers, sigmoid, no BN, first layer's gradient over the last one's: plain {plain:.1e}, residual with "
-        f"sigmoid in the branch alone {open_path:.1e}; with the sigmoid after the addition too, where the paper's block "
-        f"has its ReLU, {block:.1e}: there each block multiplies what comes back by a slope of at most 1/4.",
+        f"sigmoid in the branch alone {open_path:.1e}; with the sigmoid after the addition too, where the paper's "
+        f"block has its ReLU, {block:.1e}: there each block multiplies what comes back by a slope of at most 1/4.",
     )
     said, swings = [], {}
     for bn in (False, True):
