@@ -34,6 +34,7 @@ from fused_resnet.training import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+DIGITS = studies.PRESETS["quick"].data
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -104,13 +105,13 @@ def test_networks_are_what_they_are_called(network: Network, name: str) -> None:
 def toy_preset() -> studies.Preset:
     recipe = Recipe(epochs=4, batch_size=32)
     sizes = {"depths": (8, 14), "deepest": 20, "shortcut_depth": 8, "bottleneck_depth": 11, "all_seeds_up_to": 14}
-    sizes |= {"extreme": 20, "extreme_batch": 4, "warm_up_from": 20}
+    sizes |= {"extreme": 26, "extreme_batch": 4, "warm_up_from": 20}
     deep_recipe = replace(recipe, warmup="error")
     return replace(studies.PRESETS["quick"], name="toy", recipe=recipe, deep_recipe=deep_recipe, data=toy_data, **sizes)
 
 
 def toy_data(folder: Path | None) -> Any:
-    data = studies.PRESETS["quick"].data(folder)
+    data = DIGITS(folder)
     few = {"train_x": data.train_x[:64], "train_y": data.train_y[:64]}
     return replace(data, **few, test_x=data.test_x[:32], test_y=data.test_y[:32])
 

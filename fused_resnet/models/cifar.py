@@ -113,7 +113,8 @@ class CifarResNet(nn.Module):
                 raise TypeError(f"block must be a block class such as BasicBlock or Bottleneck, got {block!r}")
             made = block
         if (shortcut is None) is made.has_shortcut:
-            raise ValueError(f"block={made.__name__} does not go with shortcut={shortcut!r}: PlainBlock has none")
+            has = "has a" if made.has_shortcut else "has no"
+            raise ValueError(f"block={made.__name__} {has} shortcut, got shortcut={shortcut!r}")
         step = 3 * made.weighted_layers
         if depth < step + 2 or (depth - 2) % step:
             examples = ", ".join(str(step * n + 2) for n in range(1, 6))
