@@ -1,4 +1,4 @@
-"""Writes what the quick preset found into docs/paper.md, from the newest committed run, so that no figure is typed by hand.
+"""Writes what the quick preset found into docs/paper.md, from the newest committed run: no figure is typed by hand.
 
 python benchmarks/paper_table.py           # rewrites docs/paper.md between its markers
 python benchmarks/paper_table.py --check   # exit code 1 if docs/paper.md says something else

@@ -286,13 +286,21 @@ def held(study: str, figures: dict[str, Any]) -> list[bool]:
 def test_degradation_verdict(plain: tuple[float, float], residual: tuple[float, float], expected: list[bool]) -> None:
     networks = {f"plain-{d}": curves(d, None, loss) for d, loss in zip((20, 56), plain, strict=True)}
     networks |= {f"ResNet-{d}": curves(d, "A", loss) for d, loss in zip((20, 56), residual, strict=True)}
-    assert held("degradation", {"networks": networks}) == expected
+    assert held("degradation", {"networks": networks, "published_test_error_percent": {}}) == expected
+
+
+def test_published_numbers_stand_beside_ours() -> None:
+    networks = {"plain-20": curves(20, None, 0.2), "plain-56": curves(56, None, 0.4), "ResNet-20": curves(20, "A", 0.2)}
+    figures = {"networks": networks | {"ResNet-56": curves(56, "A", 0.1, 0.07)}}
+    figures["published_test_error_percent"] = {f"ResNet-{d}": error for d, error in paper.CIFAR10_ERROR.items()}
+    sentence = STUDIES["degradation"].judge(as_read_back(figures))[1].sentence
+    assert "ResNet-20 10.1 ± 0.1 % (8.75 %), ResNet-56 7.07 ± 0.07 % (6.97 %)." in sentence
 
 
 @pytest.mark.parametrize(
     ("plain", "options", "expected"),
     [(0.5, (0.2, 0.19, 0.18), [True, True]), (0.2, (0.2, 0.19, 0.1), [False, False]),
-     (0.5, (0.49, 0.1, 0.3), [False, False]), (0.5, (0.45, 0.2, 0.1), [True, False])],
+     (0.5, (0.5, 0.1, 0.3), [False, False]), (0.5, (0.45, 0.2, 0.1), [True, False])],
 )  # fmt: skip
 def test_shortcuts_verdict(plain: float, options: tuple[float, ...], expected: list[bool]) -> None:
     networks = {"plain-20": curves(20, None, plain)}
@@ -388,7 +396,11 @@ def test_deep_verdict() -> None:
             "memory": memory,
         }
         trained = {"ResNet-110": curves(110, "A", 0.1, error)}
-        return {"few_steps": {"ResNet-110": entry, "ResNet-1202": entry}, "trained": trained}
+        return {
+            "few_steps": {"ResNet-110": entry, "ResNet-1202": entry},
+            "trained": trained,
+            "published_test_error_percent": {},
+        }
 
     assert held("deep", figures(0.02, 1.0, 1.0, 60.0)) == [True, True, True]
     assert held("deep", figures(0.5, 1.0, 1.0, 60.0)) == [False, True, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import cache
 
 import torch
 from matplotlib.figure import Figure
@@ -37,6 +38,7 @@ def networks(preset: Preset) -> list[Network]:
     return [Network(6 * blocks + 2, "A"), Network(preset.bottleneck_depth, "A", bottleneck=True)]
 
 
+@cache
 def imagenet_costs() -> dict[str, Figures]:
     """Parameters and multiply-adds of the five networks of table 1, with the stride where the paper has it, and in the
     3x3 convolution; those of basic blocks with option A, the paper's."""

@@ -20,6 +20,7 @@ from fused_resnet.studies.study import (
     Preset,
     Study,
     Verdict,
+    beside_published,
     finals,
     spread,
     summary,
@@ -100,6 +101,7 @@ def judge(figures: Figures) -> list[Verdict]:
         f"{name} ends with a training error of {spread(errors, 100)} %, a training loss of "
         f"{spread(finals(trained, 'train_loss'))} and a test error of {spread(finals(trained, 'test_error'), 100)} %."
     )
+    sentence += beside_published(figures["trained"], figures["published_test_error_percent"])
     converges = Verdict(CONVERGES, statistics.fmean(errors) < CONVERGED, sentence)
     fine, parts, less, memory = True, [], True, []
     for network, entry in figures["few_steps"].items():

@@ -13,6 +13,7 @@ from fused_resnet.studies.study import (
     Preset,
     Study,
     Verdict,
+    beside_published,
     draw_curves,
     finals,
     spread,
@@ -45,6 +46,7 @@ def judge(figures: Figures) -> list[Verdict]:
         less = f"{name}-{shallow['network']['depth']} with {spread(b)}"
         errors = [f"{spread(finals(n, 'train_error'), 100)} %" for n in (deep, shallow)]
         sentence = f"{more}, {less} (difference {rise}); training error {errors[0]} and {errors[1]}."
+        sentence += "" if plain else beside_published(figures["networks"], figures["published_test_error_percent"])
         verdicts.append(Verdict(claim, rise.positive is plain, sentence))
     return verdicts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ def judge(figures: Figures) -> list[Verdict]:
 
 
 def _lines(ax: Any, norms: dict[str, list[float]], styles: dict[str, str]) -> None:
-    for (name, values), colour in zip(norms.items(), COLOURS * 2, strict=False):
+    for (name, values), colour in zip(norms.items(), cycle(COLOURS), strict=False):
         shown = [v if v > 0 and math.isfinite(v) else math.nan for v in values]
         ax.plot(range(1, len(shown) + 1), shown, styles.get(name, "-"), color=colour, linewidth=1, label=name)
     ax.set_yscale("log")
@@ -160,8 +161,9 @@ def _lines(ax: Any, norms: dict[str, list[float]], styles: dict[str, str]) -> No
 def draw(figures: Figures, figure: Figure) -> None:
     initial = figures["initial"]
     ax = figure.add_subplot(1, 3, 1)
-    names = [case_name(kind, False, "sigmoid") for kind in KINDS] + [case_name(k, True, "sigmoid") for k in KINDS[:2]]
-    _lines(ax, {name: initial[name] for name in names}, {})
+    plain = [case_name("plain", False, act) for act in ACTIVATIONS]
+    names = [*plain, *(case_name(kind, False, "sigmoid") for kind in KINDS[1:]), case_name("plain", True, "sigmoid")]
+    _lines(ax, {name: initial[name] for name in names}, dict.fromkeys(plain, "--"))
     ax.set_ylabel("gradient's norm at the start")
     ax = figure.add_subplot(1, 3, 2)
     names = [case_name("plain", bn, "relu", scale) for bn in (False, True) for scale in SCALES]
@@ -183,5 +185,6 @@ STUDY = Study(
     measure,
     judge,
     draw,
+    size=(12, 4.6),
     work=lambda preset: preset.depths[-1] * len(_cases()),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterator
+from itertools import cycle
 
 import torch
 from matplotlib.figure import Figure
@@ -89,7 +90,7 @@ def judge(figures: Figures) -> list[Verdict]:
 def draw(figures: Figures, figure: Figure) -> None:
     for i, ranked in enumerate((False, True)):
         ax = figure.add_subplot(1, 2, i + 1)
-        for (name, n), colour in zip(figures["networks"].items(), COLOURS, strict=False):
+        for (name, n), colour in zip(figures["networks"].items(), cycle(COLOURS), strict=False):
             std = [statistics.fmean(layer) for layer in zip(*n["std"], strict=True)]
             layers = [j / (len(std) - 1) for j in range(len(std))]
             values = sorted(std, reverse=True) if ranked else std

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -233,9 +234,20 @@ class Difference:
 
 
 def spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
-    """Mean and standard deviation, as text."""
+    """Mean and standard deviation, as text; of a training that diverged, the mean."""
     mean = f"{scale * statistics.fmean(values):.{digits}g}"
-    return f"{mean} ± {scale * statistics.stdev(values):.1g}" if len(values) > 1 else mean
+    several = len(values) > 1 and all(map(math.isfinite, values))
+    return f"{mean} ± {scale * statistics.stdev(values):.1g}" if several else mean
+
+
+def beside_published(networks: Mapping[str, Figures], published: Mapping[str, float]) -> str:
+    """ " Test error beside the paper's: ..." of the networks whose error in per cent is published; else nothing."""
+    found = [
+        f"{name} {spread(finals(n, 'test_error'), 100)} % ({published[name]} %)"
+        for name, n in networks.items()
+        if name in published
+    ]
+    return f" Test error beside the paper's: {', '.join(found)}." if found else ""
 
 
 # ---------------------------------------------------------------------------------------------------- studies
@@ -255,7 +267,7 @@ class Study:
     Attributes:
         name: on the command line. title: for the reader. claim: in the paper's words. source: where it stands.
         networks: those that are trained, by the preset.
-        measure: everything that is found, as what JSON can hold. judge, draw: from that alone.
+        measure: everything that is found, as what JSON can hold. judge, draw: from that alone. size: of the picture.
         work: steps times layers that ``measure`` takes beyond training.
     """
 
@@ -268,6 +280,7 @@ class Study:
     judge: Callable[[Figures], list[Verdict]]
     draw: Callable[[Figures, Figure], None]
     work: Callable[[Preset], float] = lambda preset: 0.0
+    size: tuple[float, float] = (9, 3.8)
 
     def run(self, lab: Laboratory) -> Result:
         """Measures and judges.
@@ -307,7 +320,7 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         text, picture = folder / f"{self.study.name}.json", folder / f"{self.study.name}.png"
         text.write_text(json.dumps({**environment, **self.to_json()}, indent=1) + "\n")
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        figure = Figure(figsize=self.study.size, layout="constrained")
         self.study.draw(self.figures, figure)
         figure.suptitle(f"{self.study.title} ({environment['preset']} preset)", fontsize=11)
         figure.savefig(picture, dpi=110)
@@ -338,7 +351,7 @@ COLOURS = ("#4c78a8", "#e4572e", "#54a24b", "#b279a2", "#9aa0a6")
 
 def draw_curves(ax: Any, networks: Mapping[str, Figures], key: str, label: str, scale: float = 1.0) -> None:
     """The mean over the seeds as a line, the least and the largest as a band; plain networks dashed."""
-    for (name, network), colour in zip(networks.items(), COLOURS, strict=False):
+    for (name, network), colour in zip(networks.items(), cycle(COLOURS), strict=False):
         curves = network[key]
         epochs = range(1, len(curves[0]) + 1)
         columns = [[scale * v for v in column] for column in zip(*curves, strict=True)]
