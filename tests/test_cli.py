@@ -247,13 +247,6 @@ def test_photographs() -> None:
     assert not torch.equal(x[0], x[2])
 
 
-def test_digits() -> None:
-    found = data.digits(0)
-    assert len(found.train_x) == len(found.train_y) == 1437 and len(found.test_x) == 360
-    assert found.train_x.shape[1:] == (1, 16, 16) and set(found.train_y.tolist()) == set(range(10))
-    assert abs(float(found.train_x.mean())) < 1e-5 and abs(float(found.train_x.std()) - 1) < 1e-5
-
-
 def test_digits_are_learnt() -> None:
     trainings = digits.train_both(2, CPU, seed=0)
     assert [t.variant for t in trainings] == ["plain", "fused"]

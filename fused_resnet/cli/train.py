@@ -146,8 +146,8 @@ def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: 
     paper = named("paper", model=args.model, imagenet=imagenet)
     deviations = [*recipe.differences(paper, mine="here", theirs="in the paper's recipe"), *found.deviations]
     workers = args.workers if args.workers is not None else 0 if found.in_memory else min(_MOST_WORKERS, cores())
-    try:
-        with _printing(leads) as bar:
+    with _printing(leads) as bar:
+        try:
             trainer = Trainer(
                 model,
                 found,
@@ -160,6 +160,11 @@ def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: 
                 resume=args.resume,
                 checkpoint_every=args.checkpoint_every,
             )
+        except ResumeError as error:
+            raise UsageError(f"--resume: {error}") from error
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        try:
             if leads:
                 variant = "plain PyTorch" if args.plain else "fused"
                 images = f"{len(found.train_x):,} training and {len(found.test_x):,} test images"
@@ -171,10 +176,8 @@ def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: 
                 if args.resume and not trainer.step:
                     logger.info("nothing to resume in %s: starts from the beginning", output)
             history = trainer.run()
-    except ResumeError as error:
-        raise UsageError(f"--resume: {error}") from error
-    except DataError as error:
-        raise UsageError(f"--data {args.data}: {error}") from error
+        except DataError as error:
+            raise UsageError(f"--data {args.data}: {error}") from error
     last = history.epochs[-1]
     ok = math.isfinite(last["train_loss"]) and math.isfinite(last["test_loss"])
     if not leads:
@@ -210,7 +213,8 @@ def _print(report: dict[str, Any], output: Path) -> None:
     ]
     out = console()
     title = f"{report['model']} on {report['data']['name']} after {len(epochs)} epochs, {report['device']}"
-    out.print(table(title, ("images", "loss", "error"), rows))
+    out.print(title)
+    out.print(table("", ("images", "loss", "error"), rows))
     best = min(epochs, key=lambda e: e["test_error"])
     out.print(f"lowest test error {best['test_error']:.2%}, after epoch {best['epoch'] + 1}")
     if report["broken_images"]:
