@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_training_data import write_binary
 from torch import nn
 
 from fused_resnet import models, studies
@@ -179,6 +182,34 @@ def test_trainings_that_are_kept_are_not_done_again(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     fresh = Laboratory(preset, data, [0], CPU, folder=tmp_path).train(Network(8), 0)
     assert fresh.curve("train_loss") == first.curve("train_loss")  # from the start: the seed decides
+
+
+def test_paper_preset_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On made-up files of CIFAR-10's form, at toy size: the paper's numbers beside ours, and nothing trained twice."""
+    preset = studies.PRESETS["paper"]
+    assert preset.recipe == Recipe() and preset.deep_recipe == replace(Recipe(), warmup="error")
+    assert {network.depth for network in STUDIES["degradation"].networks(preset)} == {20, 32, 44, 56}
+    recipe = Recipe(epochs=2, batch_size=16)
+    monkeypatch.setitem(studies.PRESETS, "paper", replace(preset, recipe=recipe, depths=(8, 20)))
+    write_binary(tmp_path)
+    words = ["study", "degradation", "convergence", "--preset", "paper", "--data", str(tmp_path), "--seeds", "1"]
+    words += ["--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    first = json.loads((tmp_path / "out" / "degradation.json").read_text())
+    assert re.search(r"ResNet-20 \d.* % \(8.75 %\)", first["verdicts"][1]["sentence"])
+    assert len(list((tmp_path / "out" / "runs").glob("*/checkpoint.pt"))) == 4
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "--resume goes on with them" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "_update", None)
+    assert main([*words, "--resume"]) == 0
+    again = json.loads((tmp_path / "out" / "degradation.json").read_text())
+    assert again["figures"] == first["figures"]
+    monkeypatch.setitem(studies.PRESETS, "paper", replace(preset, recipe=replace(recipe, lr=0.2), depths=(8, 20)))
+    assert main([*words, "--resume"]) == 2
+    assert "lr" in capsys.readouterr().err
 
 
 def test_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -409,9 +440,19 @@ def test_deep_verdict() -> None:
     for last in (3.0, math.nan):
         assert held("deep", figures(0.02, 1.0, last, 60.0)) == [True, False, True]
     assert held("deep", figures(0.02, 1.0, 1.0, 100.0)) == [True, True, False]
+    for error, fine in ((0.02, True), (0.9, False)):  # the paper preset trains both
+        both = figures(0.02, 1.0, 1.0, 60.0)
+        both["trained"]["ResNet-1202"] = curves(1202, "A", 0.1, error)
+        assert held("deep", both) == [True, fine, True]
 
 
 # ---------------------------------------------------------------------------------------------------- docs/paper.md
+def test_the_papers_page_says_what_was_measured() -> None:
+    """Its figures are what benchmarks/paper_table.py makes of the newest committed run."""
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "paper_table.py", "--check"], check=False)
+    assert done.returncode == 0, "run python benchmarks/paper_table.py"
+
+
 def test_the_papers_page_points_at_what_is_there() -> None:
     page = ROOT / "docs" / "paper.md"
     text = page.read_text()

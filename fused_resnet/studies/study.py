@@ -112,8 +112,10 @@ class _Watch(Callback):
         self.advance(self.network.depth, self.network.name)
 
     def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
-        if self.file:
-            self.file.write_text(json.dumps(list(self.norms.values())))
+        if self.file:  # before the checkpoint of this epoch, and whole or not at all
+            written = self.file.with_suffix(".tmp")
+            written.write_text(json.dumps(list(self.norms.values())))
+            written.replace(self.file)
 
 
 def weight_gradients(model: nn.Module) -> list[float]:
