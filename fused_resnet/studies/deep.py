@@ -99,10 +99,10 @@ def judge(figures: Figures) -> list[Verdict]:
     for name, trained in figures["trained"].items():
         errors = finals(trained, "train_error")
         converged[name] = statistics.fmean(errors) < CONVERGED
+        losses, tests = spread(finals(trained, "train_loss")), spread(finals(trained, "test_error"), 100)
         said[name] = (
-            f"{name} ends with a training error of {spread(errors, 100)} %, a training loss of "
-            f"{spread(finals(trained, 'train_loss'))} and a test error of {spread(finals(trained, 'test_error'), 100)} %."
-            + beside_published({name: trained}, figures["published_test_error_percent"])
+            f"{name} ends with a training error of {spread(errors, 100)} %, a training loss of {losses} and a test "
+            f"error of {tests} %." + beside_published({name: trained}, figures["published_test_error_percent"])
         )
     first, *others = converged
     fine, parts, less, memory = all(converged[name] for name in others), [], True, []
