@@ -437,3 +437,11 @@ REFUSED = [
 def test_refusals(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_list_models_by_family() -> None:
+    families = [models.list_models(family) for family in ("imagenet", "cifar")]
+    assert families[0] + families[1] == models.list_models() and "resnet50" in families[0]
+    assert "resnet110" in families[1]
+    with pytest.raises(ValueError, match="family must be None, 'imagenet' or 'cifar', got 'mnist'"):
+        models.list_models("mnist")

@@ -51,9 +51,8 @@ class _Bar(Callback):
         self.seen_at = now
         mean, error = trainer.running()
         speed = (step - self.first) * self.recipe.batch_size / (now - self.started)
-        text = (
-            f"epoch {epoch + 1}/{self.recipe.epochs}  loss {mean:.4f}  accuracy {1 - error:.1%}  {speed:.0f} images/s"
-        )
+        # with the bar and the times, not more than a terminal of 80 columns shows
+        text = f"epoch {epoch + 1}/{self.recipe.epochs} loss {mean:.3f} acc {1 - error:.1%} {speed:.0f} images/s"
         total = self.recipe.epochs * trainer.steps_per_epoch
         self.bar.update(self.task, description=text, completed=step, total=total)
 
