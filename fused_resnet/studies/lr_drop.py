@@ -96,6 +96,8 @@ def draw(figures: Figures, figure: Figure) -> None:
         for e in divisions(figures["lr"]):
             ax.axvline(e + 0.5, color="#9aa0a6", linewidth=0.8, linestyle=":")
         ax.set_yscale("log" if what == "loss" else "symlog")
+        if what == "error":
+            ax.set_ylim(bottom=0)
         ax.set_xlabel("epoch (dotted: rate divided by ten)")
         ax.set_ylabel(f"{what}{', %' if scale == 100 else ''}, {name}")
         tidy(ax)

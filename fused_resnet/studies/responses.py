@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import torch
 from matplotlib.figure import Figure
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from fused_resnet.convert import unfuse
 from fused_resnet.studies.study import (
     COLOURS,
+    Difference,
     Figures,
     Laboratory,
     Network,
     Preset,
     Study,
     Verdict,
+    spread,
     tidy,
 )
 
@@ -71,19 +73,15 @@ def measure(lab: Laboratory) -> Figures:
     return {"networks": found, "images": len(x)}
 
 
-def _mean(network: Figures) -> float:
-    return statistics.fmean(statistics.fmean(run) for run in network["std"])
-
-
 def judge(figures: Figures) -> list[Verdict]:
-    means = {name: _mean(n) for name, n in figures["networks"].items()}
+    means = {name: [statistics.fmean(run) for run in n["std"]] for name, n in figures["networks"].items()}
     plain = {n["depth"]: means[name] for name, n in figures["networks"].items() if n["plain"]}
     residual = {n["depth"]: means[name] for name, n in figures["networks"].items() if not n["plain"]}
-    numbers = f"Mean over layers and seeds: {', '.join(f'{name} {mean:.3f}' for name, mean in means.items())}."
+    numbers = f"Mean over layers: {', '.join(f'{name} {spread(mean, digits=4)}' for name, mean in means.items())}."
     in_order = [residual[depth] for depth in sorted(residual)]
     return [
-        Verdict(SMALLER, all(residual[depth] < mean for depth, mean in plain.items()), numbers),
-        Verdict(DEEPER, all(b < a for a, b in zip(in_order, in_order[1:], strict=False)), numbers),
+        Verdict(SMALLER, all(Difference.of(mean, residual[depth]).positive for depth, mean in plain.items()), numbers),
+        Verdict(DEEPER, all(Difference.of(a, b).positive for a, b in pairwise(in_order)), numbers),
     ]
 
 
