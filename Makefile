@@ -65,7 +65,7 @@ lint: $(VENV)/.requirements
 	$(BIN)/mypy fused_resnet
 
 clean:
-	rm -rf build dist *.egg-info bench-report fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info bench-report study-report fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed
 

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import fused_resnet as fr
-from fused_resnet import planner
+from fused_resnet import measure, planner
 from fused_resnet.backends import DyCoefficients, Norm, load
-from fused_resnet.cli import cases, measure, variants
+from fused_resnet.cli import cases, variants
 from fused_resnet.cli.env import describe, device_name
 from fused_resnet.cli.variants import CompileBudget, Variant
 from fused_resnet.spec import Act, PoolSpec

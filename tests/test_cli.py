@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from fused_resnet import measure
 from fused_resnet.backends import aten
-from fused_resnet.cli import bench, cases, data, digits, main, measure, options, subjects, validate, variants
+from fused_resnet.cli import bench, cases, data, digits, main, options, subjects, validate, variants
 from fused_resnet.cli import check as check_module
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+GUIDES = [page for page in PAGES if "```python" in page.read_text()]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 # An HTML comment of its own line, right before a block: <!-- not run: the reason -->
 SKIP = re.compile(r"<!-- not run: (.+) -->\s*\Z")
@@ -71,14 +72,14 @@ def test_what_a_guide_leaves_out(guide: Path) -> None:
     assert len(python) > 2 * len(skipped)
 
 
-def test_links_to_guides() -> None:
-    """What the README and the guides link to is there, and the README names every guide."""
+def test_links() -> None:
+    """What the README and docs/ link to is there, and the README names every page of docs/."""
     readme = ROOT / "README.md"
-    for page in [readme, *GUIDES]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    for page in [readme, *PAGES]:
+        for target in re.findall(r"\]\(([^)#:\s]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
-    for guide in GUIDES:
-        assert f"(docs/{guide.name})" in readme.read_text(), guide.name
+    for page in PAGES:
+        assert f"(docs/{page.name})" in readme.read_text(), page.name
 
 
 def test_blocks_are_found() -> None:

@@ -239,6 +239,41 @@ def test_cifar_shortcuts(shortcut):
     torch.testing.assert_close(model.fc(x.mean((2, 3))), model.fc(model.avgpool(x).flatten(1)))
 
 
+@pytest.mark.parametrize("shortcut", ["A", "B", "C"])
+def test_cifar_bottlenecks(shortcut):
+    with torch.device("meta"):
+        model = CifarResNet(29, shortcut, block=Bottleneck)
+    assert [type(b) for layer in (model.layer1, model.layer2, model.layer3) for b in layer] == [Bottleneck] * 9
+    assert sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules()) == 10
+    assert model.fc.in_features == 256
+    projected = [n for n, m in model.named_modules() if n.endswith("downsample") and isinstance(m, nn.Sequential)]
+    changing = ["layer1.0.downsample", "layer2.0.downsample", "layer3.0.downsample"]
+    assert projected == changing if shortcut == "B" else len(projected) == (9 if shortcut == "C" else 0)
+
+
+@pytest.mark.parametrize("act", [nn.Sigmoid, nn.ELU, lambda: nn.LeakyReLU(0.2)])
+@pytest.mark.parametrize(("depth", "shortcut", "block"), [(8, None, None), (8, "B", None), (11, "A", Bottleneck)])
+def test_cifar_activations_and_blocks_fused(act, depth, shortcut, block):
+    """Every activation is the one that was asked for, and the fused network computes what the plain one does."""
+    kwargs = {"shortcut": shortcut, "block": block, "act_layer": act, "in_channels": 1}
+    plain = models.cifar_resnet(depth, fused=False, **kwargs).double()
+    expected = repr(act())
+    assert all(repr(m) == expected for n, m in plain.named_modules() if n.split(".")[-1] == "relu")
+    assert not any(isinstance(m, nn.ReLU) for m in plain.modules())
+    for m in plain.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight)
+            nn.init.normal_(m.bias, 0.3)
+    fused = models.cifar_resnet(depth, weights=plain.state_dict(), **kwargs).double()
+    assert type(fused.layer1[0]).__name__.startswith("Fused")
+    x = torch.randn(3, 1, 8, 8, dtype=torch.float64) * 2 + 1
+    for model in (plain, fused):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(fused(x), plain(x))
+    for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-6 * float(q.grad.abs().max()) + 1e-9)
+
+
 def test_cifar_network_end_to_end():
     torch.manual_seed(0)
     model = models.cifar_resnet(8, shortcut="B", num_classes=7, in_channels=1, fused=False)
@@ -379,6 +414,15 @@ REFUSED = [
     (lambda: models.cifar_resnet(2, fused=False), ValueError, r"depth must be 6n \+ 2 with n at least 1 .*got 2"),
     (lambda: models.cifar_resnet(20.0, fused=False), TypeError, r"depth must be an int, got 20\.0 of type float"),
     (lambda: CifarResNet(20, "D"), ValueError, r'shortcut must be "A", "B", "C" or None .*got \'D\''),
+    (lambda: CifarResNet(20, block="basic"), TypeError, r"block must be a block class .*got 'basic'"),
+    (lambda: CifarResNet(20, block=nn.Linear), TypeError, r"block must be a block class .*Linear"),
+    (
+        lambda: CifarResNet(29, None, block=Bottleneck),
+        ValueError,
+        r"block=Bottleneck has a shortcut.*got shortcut=None",
+    ),
+    (lambda: CifarResNet(20, "A", block=PlainBlock), ValueError, r"block=PlainBlock has no shortcut.*got shortcut=.A."),
+    (lambda: CifarResNet(21, block=Bottleneck), ValueError, r"depth must be 9n \+ 2 .*\(11, 20, 29, .*got 21"),
     (lambda: CifarResNet(20, in_channels=0), ValueError, r"in_channels must be at least 1, got 0"),
     (lambda: CifarResNet(20, num_classes="10"), TypeError, r"num_classes must be an int, got '10' of type str"),
     (lambda: CifarResNet(20, None, zero_init_residual=True), ValueError, r"zero_init_residual=True needs residual"),

@@ -29,9 +29,10 @@ TIERS = (
     {"checks", "functional", "units"},
     {"modules", "patterns"},
     {"analysis", "convert", "cuda_graphs", "explanation", "freezing", "matching", "models", "plans", "tracing"},
-    {"traffic"},
+    {"measure", "traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"training"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 )

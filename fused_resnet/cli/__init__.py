@@ -1,4 +1,4 @@
-"""The command line, ``fused-resnet`` = ``python -m fused_resnet``: env, check, bench, train.
+"""The command line, ``fused-resnet`` = ``python -m fused_resnet``: env, check, bench, train, study.
 
 Every subcommand takes ``--json FILE``, shows progress on a terminal only, and exits with 0 only when what it checks
 holds (1: it does not; 2: the command could not run as asked).
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = (missing.name or "").split(".")[0]
         if name not in EXTRAS:
             raise
-        extra = "train" if args.command == "train" else "bench"
+        extra = "train" if args.command in ("train", "study") else "bench"
         problem = f"{EXTRAS[name]} is not installed: pip install 'fused_resnet[{extra}]'"
     except UsageError as error:
         problem = str(error)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import models
-from fused_resnet.cli import data, measure, validate, variants
+from fused_resnet import measure, models
+from fused_resnet.cli import data, validate, variants
 from fused_resnet.cli.validate import Finding, Tensors
 from fused_resnet.cli.variants import CompileBudget, Skipped, Variant
 

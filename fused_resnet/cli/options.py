@@ -99,6 +99,31 @@ def _train(sub: argparse.ArgumentParser) -> None:
     _where(sub)
 
 
+def _seeds(text: str) -> list[int]:
+    found = [int(name) for name in _names(text)]
+    if not found or len(set(found)) != len(found) or min(found) < 0:
+        raise argparse.ArgumentTypeError(f"expected different numbers from 0 on, separated by commas, got {text!r}")
+    return found
+
+
+def _study(sub: argparse.ArgumentParser) -> None:
+    studies = "degradation shortcuts projection bottleneck responses gradients convergence lr-drop deep"
+    sub.add_argument("names", nargs="+", metavar="NAME", help=f"all, or some of {studies}")
+    sub.add_argument(
+        "--preset",
+        choices=("quick", "paper"),
+        default="quick",
+        help="quick (default): handwritten digits, minutes on a CPU; paper: its recipe on CIFAR-10, for a GPU and days",
+    )
+    sub.add_argument(
+        "--seeds", type=_seeds, default=[0, 1, 2], metavar="A,B,...", help="a training for each (default 0,1,2)"
+    )
+    sub.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...")
+    sub.add_argument("--data", metavar="FOLDER", help="of CIFAR-10's files (default: where torchvision keeps them)")
+    sub.add_argument("--output", default="study-report", metavar="FOLDER", help="results go there (study-report)")
+    sub.add_argument("--resume", action="store_true", help="go on with the paper preset's trainings there")
+
+
 # name -> (one line of help, an example, what adds its options)
 COMMANDS = {
     "env": (
@@ -126,6 +151,13 @@ COMMANDS = {
         "  fused-resnet train --data photos/ --model resnet50 --recipe modern\n"
         "  torchrun --nproc-per-node 8 -m fused_resnet train --data photos/ --model resnet50",
         _train,
+    ),
+    "study": (
+        "repeat experiments of the paper, draw each beside its claim, and say whether the claim held",
+        "fused-resnet study all\n  fused-resnet study degradation responses --seeds 0,1,2,3,4\n"
+        "  fused-resnet study all --preset paper --data ~/data --device cuda --resume\n\n"
+        "the exit code is 0 when the studies ran: whether a claim held is what they find (NAME.json: held)",
+        _study,
     ),
 }
 

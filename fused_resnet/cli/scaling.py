@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_resnet as fr
-from fused_resnet import models
-from fused_resnet.cli import data, measure, validate
+from fused_resnet import measure, models
+from fused_resnet.cli import data, validate
 from fused_resnet.cli.console import console, pick_device, table, write_json
 from fused_resnet.cli.env import describe, device_name
 from fused_resnet.cli.options import UsageError

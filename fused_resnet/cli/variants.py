@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.cli import measure, validate
+from fused_resnet import measure
+from fused_resnet.cli import validate
 
 VARIANTS = ("plain", "compile", "fused")
 TITLES = {"plain": "plain PyTorch, channels_last", "compile": "torch.compile", "fused": "fused_resnet"}

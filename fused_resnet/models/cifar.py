@@ -1,5 +1,7 @@
 """The paper's networks for CIFAR-10: 6n + 2 layers with shortcuts of option A, B or C, and their plain twins.
 
+With bottleneck blocks they have 9n + 2 layers.
+
 Source: He et al., arXiv 1512.03385, section 4.2; the options are of section 4.1 (table 3).
 """
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_resnet.models.resnet import (
+    ActLayer,
     BasicBlock,
     NormLayer,
     PlainBlock,
@@ -69,7 +72,8 @@ class CifarResNet(nn.Module):
     Maps (N, in_channels, H, W), 32x32 in the paper, to (N, num_classes), any floating dtype, NCHW or channels_last.
 
     Args:
-        depth: weighted layers of the paper's count, 6n + 2 (projections are not counted).
+        depth: weighted layers of the paper's count (projections are not counted), 6n + 2 for blocks of two
+            convolutions, 9n + 2 for :class:`fused_resnet.models.Bottleneck`.
         shortcut: "A": identity, and :class:`ZeroPadShortcut` where the shape changes; "B": a 1x1 convolution and a
             norm where the shape changes, identity elsewhere; "C": a 1x1 convolution and a norm in every block;
             None: the plain network, without shortcuts.
@@ -77,11 +81,15 @@ class CifarResNet(nn.Module):
         in_channels: channels of the images.
         zero_init_residual: see :func:`fused_resnet.models.resnet.init_weights`.
         norm_layer: called with a number of channels; None is ``nn.BatchNorm2d``.
+        act_layer: called without arguments, for the stem and each block; None is ``nn.ReLU(inplace=True)``. The
+            initialisation stays ReLU's.
+        block: a class of residual blocks, built by the call of :class:`fused_resnet.models.BasicBlock`; stages have
+            16, 32 and 64 times its ``expansion`` channels. None is BasicBlock, or PlainBlock without shortcuts.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.
 
-    Source: arXiv 1512.03385, section 4.2.
+    Source: arXiv 1512.03385, section 4.2; with bottlenecks arXiv 1603.05027, section 5.
     """
 
     def __init__(
@@ -92,34 +100,47 @@ class CifarResNet(nn.Module):
         in_channels: int = 3,
         zero_init_residual: bool = False,
         norm_layer: NormLayer | None = None,
+        act_layer: ActLayer | None = None,
+        block: type[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         check_positive_int("depth", depth)
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n + 2 with n at least 1 (8, 14, 20, 26, 32 ...), got {depth}")
         if shortcut is not None and shortcut not in ("A", "B", "C"):
             raise ValueError(f'shortcut must be "A", "B", "C" or None (a plain network), got {shortcut!r}')
+        made: Any = PlainBlock if shortcut is None else BasicBlock
+        if block is not None:
+            if not (isinstance(block, type) and issubclass(block, nn.Module) and hasattr(block, "weighted_layers")):
+                raise TypeError(f"block must be a block class such as BasicBlock or Bottleneck, got {block!r}")
+            made = block
+        if (shortcut is None) is made.has_shortcut:
+            has = "has a" if made.has_shortcut else "has no"
+            raise ValueError(f"block={made.__name__} {has} shortcut, got shortcut={shortcut!r}")
+        step = 3 * made.weighted_layers
+        if depth < step + 2 or (depth - 2) % step:
+            examples = ", ".join(str(step * n + 2) for n in range(1, 6))
+            raise ValueError(f"depth must be {step}n + 2 with n at least 1 ({examples} ...), got {depth}")
         check_positive_int("num_classes", num_classes)
         check_positive_int("in_channels", in_channels)
         self.depth = depth
         self.shortcut = shortcut
-        n, norm = (depth - 2) // 6, norm_layer or nn.BatchNorm2d
+        n, norm, e = (depth - 2) // step, norm_layer or nn.BatchNorm2d, made.expansion
         self.conv1 = conv(in_channels, 16, 3)
         self.bn1 = norm(16)
-        self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._make_layer(16, 16, n, 1, norm)
-        self.layer2 = self._make_layer(16, 32, n, 2, norm)
-        self.layer3 = self._make_layer(32, 64, n, 2, norm)
+        self.relu = (act_layer or partial(nn.ReLU, inplace=True))()
+        make = partial(self._make_layer, partial(made, norm_layer=norm, act_layer=act_layer), n, e, norm)
+        self.layer1 = make(16, 16, 1)
+        self.layer2 = make(16 * e, 32, 2)
+        self.layer3 = make(32 * e, 64, 2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(64 * e, num_classes)
         init_weights(self, zero_init_residual)
 
-    def _make_layer(self, inplanes: int, planes: int, n: int, stride: int, norm: NormLayer) -> nn.Sequential:
-        block: type[BasicBlock | PlainBlock] = PlainBlock if self.shortcut is None else BasicBlock
-        shapes = [(inplanes, stride)] + [(planes, 1)] * (n - 1)
-        shortcuts = [self._make_shortcut(c, planes, s, norm) for c, s in shapes]
-        blocks = [block(c, planes, s, m, norm_layer=norm) for (c, s), m in zip(shapes, shortcuts, strict=True)]
-        return nn.Sequential(*blocks)
+    def _make_layer(
+        self, block: Any, n: int, expansion: int, norm: NormLayer, inplanes: int, planes: int, stride: int
+    ) -> nn.Sequential:
+        outplanes = planes * expansion
+        shapes = [(inplanes, stride)] + [(outplanes, 1)] * (n - 1)
+        return nn.Sequential(*(block(c, planes, s, self._make_shortcut(c, outplanes, s, norm)) for c, s in shapes))
 
     def _make_shortcut(self, inplanes: int, planes: int, stride: int, norm: NormLayer) -> nn.Module | None:
         same_shape = inplanes == planes and stride == 1

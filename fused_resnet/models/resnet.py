@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 NormLayer: TypeAlias = Callable[..., nn.Module]
+ActLayer: TypeAlias = Callable[[], nn.Module]
 Weights: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor] | Enum"
 Net = TypeVar("Net", bound=nn.Module)
 Net_co = TypeVar("Net_co", bound=nn.Module, covariant=True)
@@ -39,6 +40,7 @@ class _Block(nn.Module):
     """The one constructor of all blocks: checks, then the children in torchvision's order, the shortcut last."""
 
     expansion: ClassVar[int] = 1
+    weighted_layers: ClassVar[int] = 2
     has_shortcut: ClassVar[bool] = True
     _add_branch: Callable[..., None]
 
@@ -52,6 +54,7 @@ class _Block(nn.Module):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: NormLayer | None = None,
+        act_layer: ActLayer | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -66,7 +69,8 @@ class _Block(nn.Module):
                 f"{name}: downsample=None is an identity shortcut, which needs stride 1 and {outplanes} input channels "
                 f"(planes * expansion), got stride {stride} and inplanes {inplanes}"
             )
-        self._add_branch(inplanes, planes, stride, groups, base_width, dilation, norm_layer or nn.BatchNorm2d)
+        act = act_layer or partial(nn.ReLU, inplace=True)
+        self._add_branch(inplanes, planes, stride, groups, base_width, dilation, norm_layer or nn.BatchNorm2d, act())
         self.downsample = downsample
         self.stride = stride
 
@@ -75,15 +79,16 @@ class _TwoConvs(_Block):
     """conv3x3 - norm - relu - conv3x3 - norm, the branch of BasicBlock and the whole of PlainBlock."""
 
     def _add_branch(
-        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int, norm: NormLayer
-    ) -> None:
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int, norm: NormLayer,
+        act: nn.Module,
+    ) -> None:  # fmt: skip
         given = {"groups": (groups, 1), "base_width (width_per_group)": (base_width, 64), "dilation": (dilation, 1)}
         for name, (got, expected) in given.items():
             if got != expected:
                 raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {got}; others need Bottleneck")
         self.conv1 = conv(inplanes, planes, 3, stride)
         self.bn1 = norm(planes)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = act
         self.conv2 = conv(planes, planes, 3)
         self.bn2 = norm(planes)
 
@@ -98,6 +103,7 @@ class BasicBlock(_TwoConvs):
         downsample: the shortcut; None is the identity.
         groups, base_width, dilation: 1, 64 and 1; here only so that all blocks are built by the same call.
         norm_layer: called with a number of channels; None is ``nn.BatchNorm2d``.
+        act_layer: called without arguments; None is ``nn.ReLU(inplace=True)``. The module is named ``relu`` always.
 
     Raises:
         TypeError, ValueError: an argument is not a positive int or asks for what only Bottleneck has, or
@@ -130,7 +136,7 @@ class Bottleneck(_Block):
     """1x1, 3x3 and 1x1 convolutions with a shortcut; the 3x3 carries stride, dilation and groups (ResNet v1.5).
 
     Args:
-        inplanes, downsample, norm_layer: as for :class:`BasicBlock`.
+        inplanes, downsample, norm_layer, act_layer: as for :class:`BasicBlock`.
         planes: a quarter of the output's channels, (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
         stride, groups, dilation: of ``conv2``.
         base_width: channels per group at ``planes`` = 64; ``conv2`` has ``int(planes * base_width / 64) * groups``.
@@ -143,10 +149,12 @@ class Bottleneck(_Block):
     """
 
     expansion: ClassVar[int] = 4
+    weighted_layers: ClassVar[int] = 3
 
     def _add_branch(
-        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int, norm: NormLayer
-    ) -> None:
+        self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int, norm: NormLayer,
+        act: nn.Module,
+    ) -> None:  # fmt: skip
         width = int(planes * (base_width / 64)) * groups
         if width < 1:
             raise ValueError(
@@ -159,7 +167,7 @@ class Bottleneck(_Block):
         self.bn2 = norm(width)
         self.conv3 = conv(width, planes * self.expansion, 1)
         self.bn3 = norm(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = act
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))

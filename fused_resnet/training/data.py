@@ -12,14 +12,15 @@ from fused_resnet.training.images import DataError, ImageData, statistics
 __all__ = ["DataError", "ImageData", "cifar10", "digits", "image_folder", "statistics"]
 
 
-def digits(split_seed: int = 0) -> ImageData:
+def digits(split_seed: int = 0, size: int = 16) -> ImageData:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, enlarged to 16x16; four fifths are to train on.
 
     Args:
         split_seed: decides which.
+        size: pixels of each side, a multiple of 8; 8 leaves the images as they are.
 
     Returns:
-        Images uint8 [N, 1, 16, 16]; crops move by 2 pixels, the paper's 4 of 32, and nothing is mirrored.
+        Images uint8 [N, 1, size, size]; crops move by size / 8 pixels, the paper's 4 of 32, and nothing is mirrored.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -28,7 +29,7 @@ def digits(split_seed: int = 0) -> ImageData:
 
     found = load_digits()
     x = torch.from_numpy(found.images).float()[:, None] / 16
-    x = (F.interpolate(x, (16, 16), mode="bilinear") * 255).round().to(torch.uint8)
+    x = (F.interpolate(x, (size, size), mode="bilinear") * 255).round().to(torch.uint8)
     y = torch.from_numpy(found.target).long()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split_seed))
     x, y = x[order], y[order]
@@ -41,8 +42,8 @@ def digits(split_seed: int = 0) -> ImageData:
         y[split:],
         tuple(str(i) for i in range(10)),
         *statistics(x[:split]),
-        size=16,
-        pad=2,
+        size=size,
+        pad=size // 8,
         flip=False,
-        deviations=("the paper has no such data: 16x16, one channel, crops that move by 2 pixels, no flips",),
+        deviations=(f"the paper has no such data: {size}x{size}, one channel, crops move by {size // 8} px, no flips",),
     )

@@ -1,0 +1,96 @@
+"""``fused-resnet study``: the paper's experiments, each measured, drawn and judged."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.progress import TimeRemainingColumn
+
+from fused_resnet.cli.console import console, pick_device, progress, table, write_json
+from fused_resnet.cli.env import describe, device_name
+from fused_resnet.cli.options import UsageError
+from fused_resnet.studies import PRESETS, STUDIES, Laboratory, Result, Study
+from fused_resnet.training import DataError, ImageData, ResumeError
+
+
+def pick_studies(names: list[str]) -> list[Study]:
+    """The studies that were named, in the order of ``STUDIES``.
+
+    Raises:
+        UsageError: a name that is none of them, nor "all".
+    """
+    unknown = [name for name in names if name not in (*STUDIES, "all")]
+    if unknown:
+        raise UsageError(f"NAME: expected all or some of {', '.join(STUDIES)}, got {', '.join(unknown)}")
+    return [study for name, study in STUDIES.items() if "all" in names or name in names]
+
+
+def _data(args: argparse.Namespace) -> ImageData:
+    try:
+        return PRESETS[args.preset].data(Path(args.data) if args.data else None)
+    except (DataError, FileNotFoundError) as error:
+        raise UsageError(f"--data: {error}") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the studies and writes each one's JSON and picture as soon as it is done.
+
+    Returns:
+        0: they ran; whether the claims held is what they find, not a condition.
+    """
+    device, preset, chosen = pick_device(args.device), PRESETS[args.preset], pick_studies(args.names)
+    data, output, start = _data(args), Path(args.output), time.perf_counter()
+    if preset.keep and not args.resume and (output / "runs").exists():
+        raise UsageError(f"--output {output} holds trainings: --resume goes on with them; or name another folder")
+    environment: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": device_name(device),
+        **describe(),
+        "preset": preset.name,
+        "seeds": args.seeds,
+        "data": {"name": data.name, "train_images": len(data.train_x), "test_images": len(data.test_x)},
+        "recipe": preset.recipe.to_json(),
+        "recipe_of_deep_networks": preset.deep_recipe.to_json(),
+    }
+    results: list[Result] = []
+    with progress(TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(work: float, what: str) -> None:
+            bar.update(task, advance=work, description=what)
+
+        lab = Laboratory(preset, data, args.seeds, device, advance, output / "runs", args.resume)
+        networks = [network for study in chosen for network in study.networks(preset)]
+        bar.update(task, total=lab.work(networks) + sum(study.work(preset) for study in chosen))
+        for study in chosen:
+            begun = time.perf_counter()
+            try:
+                results.append(study.run(lab))
+            except ResumeError as error:
+                raise UsageError(f"--resume: {error}") from error
+            spent = {"elapsed_s": round(time.perf_counter() - begun, 1)}
+            results[-1].save(output, environment | spent)
+    elapsed = round(time.perf_counter() - start, 1)
+    if args.json:
+        found = [result.to_json() for result in results]
+        write_json(args.json, environment | {"elapsed_s": elapsed, "studies": found})
+    _print(
+        results, f"{preset.name} preset, {data.name}, seeds {', '.join(map(str, args.seeds))}, {device_name(device)}"
+    )
+    console().print(f"{elapsed:.0f} s; written: {output}/")
+    return 0
+
+
+def _print(results: list[Result], title: str) -> None:
+    rows = [
+        (r.study.name, "[green]held[/]" if v.held else "[red]did not hold[/]", v.claim, v.sentence)
+        for r in results
+        for v in r.verdicts
+    ]
+    out = console()
+    shown = table(title, ("study", "verdict", "the paper's claim", "what was found"), rows, left=4)
+    out.print(shown)

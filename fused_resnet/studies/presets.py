@@ -1,0 +1,52 @@
+"""The sizes at which the studies run: quick, on digits, and the paper's, on CIFAR-10."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from fused_resnet.studies.study import Preset
+from fused_resnet.training import Recipe
+from fused_resnet.training import data as datasets
+from fused_resnet.training import recipe as recipes
+
+
+def _digits(folder: Path | None) -> datasets.ImageData:
+    if folder is not None:
+        raise datasets.DataError(f"the quick preset's digits come with scikit-learn: expected no --data, got {folder}")
+    return datasets.digits(size=8)
+
+
+# The paper's recipe but for the rate and the length: at 0.1 a 56-layer network's first updates put out so many ReLUs
+# that it does not recover within some hundred steps.
+_QUICK = Recipe(epochs=30, lr=0.03)
+_PAPER = recipes.named("paper")
+
+PRESETS = {
+    # 330 updates of 128 images of 8x8: what fits nine studies into minutes on two cores
+    "quick": Preset(
+        name="quick",
+        data=_digits,
+        recipe=_QUICK,
+        deep_recipe=replace(_QUICK, warmup="error"),
+        depths=(20, 56),
+        deepest=110,
+        shortcut_depth=20,
+        bottleneck_depth=29,
+        all_seeds_up_to=56,
+    ),
+    "paper": Preset(
+        name="paper",
+        data=datasets.cifar10,
+        recipe=_PAPER,
+        deep_recipe=recipes.named("paper", model="resnet110"),
+        depths=(20, 32, 44, 56),
+        deepest=110,
+        shortcut_depth=56,
+        bottleneck_depth=83,
+        all_seeds_up_to=110,
+        keep=True,
+        extreme_batch=128,
+        train_extreme=True,
+    ),
+}

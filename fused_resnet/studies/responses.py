@@ -1,0 +1,110 @@
+"""Layer responses: residual networks' are smaller than plain ones', and the deeper the smaller."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Iterator
+from itertools import cycle, pairwise
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from fused_resnet.convert import unfuse
+from fused_resnet.studies.study import (
+    COLOURS,
+    Difference,
+    Figures,
+    Laboratory,
+    Network,
+    Preset,
+    Study,
+    Verdict,
+    spread,
+    tidy,
+)
+
+SMALLER = "ResNets have generally smaller responses than their plain counterparts"
+DEEPER = "the deeper ResNet has smaller magnitudes of responses"
+IMAGES = 256
+
+
+def networks(preset: Preset) -> list[Network]:
+    plain = [Network(depth, None) for depth in preset.depths]
+    return [*plain, *(Network(depth, "A") for depth in (*preset.depths, preset.deepest))]
+
+
+def _norms(model: nn.Module) -> Iterator[nn.Module]:
+    """The norm after each 3x3 convolution, in order."""
+    last: nn.Module | None = None
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            last = m
+        elif isinstance(m, nn.BatchNorm2d) and isinstance(last, nn.Conv2d) and last.kernel_size == (3, 3):
+            yield m
+
+
+@torch.no_grad()
+def responses(model: nn.Module, x: Tensor) -> list[float]:
+    """The standard deviation of each 3x3 layer's output after BN, before activation and addition, in eval mode.
+
+    Args:
+        model: not changed: a copy runs in plain PyTorch, where hooks see what a chain never writes.
+        x: [N, C, H, W], normalised images.
+
+    Source: arXiv 1512.03385, section 4.2, "Analysis of Layer Responses".
+    """
+    plain = unfuse(copy.deepcopy(model)).eval()
+    found: list[float] = []
+    for norm in _norms(plain):
+        # copied before an activation in place changes it
+        norm.register_forward_hook(lambda m, args, out: found.append(float(out.std())))
+    plain(x)
+    return found
+
+
+def measure(lab: Laboratory) -> Figures:
+    x, _ = lab.images(IMAGES)
+    found = {}
+    for n in networks(lab.preset):
+        std = [responses(run.model, x) for run in lab.runs(n)]
+        found[n.name] = {"depth": n.depth, "plain": n.shortcut is None, "std": std}
+    return {"networks": found, "images": len(x)}
+
+
+def judge(figures: Figures) -> list[Verdict]:
+    means = {name: [statistics.fmean(run) for run in n["std"]] for name, n in figures["networks"].items()}
+    plain = {n["depth"]: means[name] for name, n in figures["networks"].items() if n["plain"]}
+    residual = {n["depth"]: means[name] for name, n in figures["networks"].items() if not n["plain"]}
+    numbers = f"Mean over layers: {', '.join(f'{name} {spread(mean, digits=4)}' for name, mean in means.items())}."
+    in_order = [residual[depth] for depth in sorted(residual)]
+    return [
+        Verdict(SMALLER, all(Difference.of(mean, residual[depth]).positive for depth, mean in plain.items()), numbers),
+        Verdict(DEEPER, all(Difference.of(a, b).positive for a, b in pairwise(in_order)), numbers),
+    ]
+
+
+def draw(figures: Figures, figure: Figure) -> None:
+    for i, ranked in enumerate((False, True)):
+        ax = figure.add_subplot(1, 2, i + 1)
+        for (name, n), colour in zip(figures["networks"].items(), cycle(COLOURS), strict=False):
+            std = [statistics.fmean(layer) for layer in zip(*n["std"], strict=True)]
+            layers = [j / (len(std) - 1) for j in range(len(std))]
+            values = sorted(std, reverse=True) if ranked else std
+            ax.plot(layers, values, "--" if n["plain"] else "-", color=colour, linewidth=1, label=name)
+        ax.set_xlabel("layers, largest response first" if ranked else "layer, first (0) to last (1)")
+        ax.set_ylabel("standard deviation of the response")
+        tidy(ax, legend=not i)
+
+
+STUDY = Study(
+    "responses",
+    "Standard deviation of each layer's response",
+    f"{SMALLER} ... {DEEPER}",
+    "section 4.2, Fig. 7",
+    networks,
+    measure,
+    judge,
+    draw,
+)
