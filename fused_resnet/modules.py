@@ -181,6 +181,8 @@ class ChainModules:
         for unit in self.all_units:
             if reason := unit.why_not():
                 return reason
+        if len(self.units) == 1 and self.units[0].conv is None and type(self.units[0].bn) is nn.SyncBatchNorm:
+            return "a SyncBatchNorm without a convolution, which may get other than images"
         for pool in (self.avg_pool, self.max_pool):
             if pool is not None and has_hooks(pool):
                 return f"a {type(pool).__name__} has hooks"

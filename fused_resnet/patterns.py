@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fused_resnet.spec import ACTIVATIONS, Act
 
-# Norms beside torch.nn.BatchNorm2d: class -> (never uses a batch's statistics, has an activation of its own). The
-# former hold weight, bias and both statistics as buffers; the latter call it ``act``, behind ``drop``.
+# Norms beside torch.nn's BatchNorm2d and SyncBatchNorm: class -> (never uses a batch's statistics, has an activation of
+# its own). The former hold weight, bias and both statistics as buffers; the latter call it ``act``, behind ``drop``.
 NORMS: dict[str, tuple[bool, bool]] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": (True, False),
     "timm.layers.norm_act.BatchNormAct2d": (False, True),

@@ -29,6 +29,7 @@ from fused_resnet.freezing import FrozenChain, FrozenRow
 from fused_resnet.models.resnet import BasicBlock, Bottleneck, ResNet
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
+BATCH = torch.export.Dim("batch", min=1, max=64)
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"packs weights: backend cpu: {load('cpu')[1]}")
 
 
@@ -139,6 +140,47 @@ def test_what_cannot_be_folded_is_left():
     }
 
 
+class Gated(nn.Module):
+    """A norm before the first convolution, of a slice, and a summand that no chain makes: an image, or one value per
+    channel, which the add widens."""
+
+    def __init__(self, widened: bool) -> None:
+        super().__init__()
+        self.bn1, self.conv, self.bn2 = nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.side, self.widened = nn.Conv2d(16, 12, 1), widened
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = torch.tanh(self.side(x))
+        if self.widened:
+            side = side.mean((2, 3), keepdim=True)
+        return torch.relu(self.bn2(self.conv(torch.relu(self.bn1(x[:, 3:11])))) + side)
+
+
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("portable", [False, True])
+def test_norm_without_a_convolution_and_a_summand_of_others(portable, widened, empty_is_nan):
+    model = prepared(Gated(widened)).eval()
+    x = torch.randn(4, 16, 13, 9) * 1.3 + 0.4
+    frozen = fr.freeze(model, x, portable=portable)
+    (chain,) = blocks(frozen)
+    assert chain.spec.units[0].conv is None and chain.spec.shortcut.kind == "tensor"
+    with torch.no_grad():
+        want = model(x)
+        assert relative(frozen(x), want) < 1e-5
+        assert torch.equal(frozen(x), frozen(x.clone())), "the summand was overwritten"
+        exact = fr.freeze(copy.deepcopy(model).double(), x.double(), portable=portable)
+        assert relative(exact(x.double()), copy.deepcopy(model).double()(x.double())) < 1e-12
+        half = fr.freeze(model, x, dtype=torch.bfloat16, portable=portable)(x)
+        plain = copy.deepcopy(model).bfloat16()(x.bfloat16())
+        assert half.dtype == torch.bfloat16 and relative(half, want) <= 2 * relative(plain, want)
+    program = torch.export.export(frozen, (x,), dynamic_shapes=({0: BATCH},)).module()
+    assert all(relative(program(part), model(part)) < 1e-5 for part in (x[:1], x[:3]))
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), frozen(x))
+    (row,) = fr.explain(frozen).rows
+    assert list(row.backends) == ["bn_act 1", "conv 2 3x3"] and row.chains == 1
+
+
 # ------------------------------------------------------------------------------------------------ other shapes, packing
 def test_other_shapes(empty_is_nan):
     model = small()
@@ -247,8 +289,6 @@ def test_threads(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ export
-BATCH = torch.export.Dim("batch", min=1, max=64)
-
 LOAD = """
 import sys, torch
 sys.modules["fused_resnet"] = None  # an import of it is an error
@@ -323,6 +363,26 @@ def test_operator_keeps_its_word():
     torch.library.opcheck(torch.ops.fused_resnet.frozen, args, test_utils=("test_schema", "test_faketensor"))
     got = torch.ops.fused_resnet.frozen(*args)
     assert relative(got, frozen_forward.plain_chains(x, params, chains)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 19, 14), (2, 24, 1, 1), (24, 1, 1)])
+@pytest.mark.parametrize("act", ["relu", "identity"])
+def test_operator_with_a_summand(shape, act):
+    """``fused_resnet::frozen`` with a norm alone in front, on a slice, and somebody else's summand."""
+    units = (
+        UnitSpec(None, Act("silu"), batch_stats=False),
+        UnitSpec(ConvSpec((1, 1), (1, 1), bias=True), Act(act), batch_stats=False),
+    )
+    chains = [ChainSpec(units, ShortcutSpec("tensor"))]
+    params = [torch.randn(16), torch.randn(16), torch.randn(24, 16, 3, 3) / 4, torch.randn(24)]
+    x, residual = torch.randn(2, 20, 19, 14)[:, 2:18] + 0.5, torch.randn(shape) * 1.3 + 0.4
+    args = (x, params, [chain.encode() for chain in chains], residual)
+    torch.library.opcheck(torch.ops.fused_resnet.frozen, args, test_utils=("test_schema", "test_faketensor"))
+    h = torch.nn.functional.silu(x * params[0][:, None, None] + params[1][:, None, None])
+    want = torch.nn.functional.conv2d(h, params[2], params[3], padding=1) + residual
+    want = want.relu() if act == "relu" else want
+    for run in (torch.ops.fused_resnet.frozen(*args), frozen_forward.plain_chains(x, params, chains, residual)):
+        assert relative(run, want) < 1e-5
 
 
 @pytest.mark.slow

@@ -378,6 +378,20 @@ def test_slices_of_a_fused_sequential():
     torch.testing.assert_close(fused.eval()[1:](x), plain.eval()[1:](x))
 
 
+def test_sync_batchnorm_of_what_is_no_image():
+    """convert_sync_batchnorm makes one class of BatchNorm1d and BatchNorm2d: alone, nothing tells which it was."""
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    plain = convert(prepared(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)))).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert_same(fused, plain, torch.randn(5, 4, dtype=torch.float64) * 1.3 + 0.4)
+    (row,) = fr.explain(fused).rows
+    assert not row.fused and row.reason == "a SyncBatchNorm without a convolution, which may get other than images"
+    x = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
+    behind = fr.fuse(convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())))
+    assert all(row.fused for row in fr.explain(behind).rows)
+
+
 @pytest.mark.parametrize("cls", [Functions, LinearMiddle, PreActivation, NormAddAct, Broadcast, Lists, Sizes, Counts])
 def test_freeze(cls):
     plain, _ = made(cls)
