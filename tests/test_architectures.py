@@ -37,6 +37,15 @@ CLASSES = 5
 resnet = torchvision.models.resnet
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small are they that a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Narrow(resnet.Bottleneck):
     """A quarter of the channels between blocks, for the time of the tests."""
 
@@ -45,14 +54,6 @@ class Narrow(resnet.Bottleneck):
 
 def _resnet(block: type = Narrow, **kwargs: Any) -> nn.Module:
     return resnet.ResNet(block, [1, 2, 1, 1], **({"num_classes": CLASSES} | kwargs))
-
-
-def _dilated() -> nn.Module:
-    return _resnet(replace_stride_with_dilation=[False, True, True])
-
-    from torchvision.models.segmentation.deeplabv3 import _deeplabv3_resnet
-
-    return _deeplabv3_resnet(_dilated(), CLASSES, True)
 
 
 def _segmentation(net: type, head: type) -> nn.Module:
