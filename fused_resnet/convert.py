@@ -8,17 +8,21 @@ isinstance and pickling stay.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet.backends import warn_once
-from fused_resnet.freezing import Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
+from fused_resnet.freezing import CalledOtherwise, Folded, Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
 from fused_resnet.modules import ChainModules, has_hooks, run_row
 from fused_resnet.patterns import original
 from fused_resnet.plans import Plan, Ref, at
+
+if TYPE_CHECKING:
+    from fused_resnet.analysis import Found
 
 # The stages that belong to the stem's row, by the size of their tensors in the paper's networks.
 _STEM_STAGES = 2
@@ -31,7 +35,7 @@ class FusedModule:
     Attributes:
         _fr_original: that class. _fr_method: what of it is overridden, _fr_plain: and the original.
         _fr_plans: of the module: its plans in eval and in train mode.
-        _fr_frozen: of a module inside a frozen model: number of a chain -> the path of the frozen chain.
+        _fr_name, _fr_frozen: of a module inside a frozen model: its name; number of a chain -> the frozen chain's path.
     """
 
     _fr_original: type[nn.Module]
@@ -119,10 +123,12 @@ def _make_fused_class(cls: Any, method: str) -> type:
     @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = plan_of(self)
+        frozen = self.__dict__.get("_fr_frozen")
         # a slice of an nn.Sequential is made by the class, without a plan
         if plan is None or len(args) != 1 or kwargs or not plan.fits(args[0]):
+            if frozen is not None:
+                raise CalledOtherwise(self._fr_name, "other arguments, or of another class or size")
             return plain(self, *args, **kwargs)
-        frozen = self.__dict__.get("_fr_frozen")
         chains, reason = ([], None) if frozen is not None else plan.modules(self)
         if reason is not None:
             if not torch.compiler.is_compiling():
@@ -236,7 +242,8 @@ def freeze(
 
     Returns:
         A module whose forward takes x and returns what ``model.eval()(x)`` would, without gradients. Threads may call
-        it at once. ``torch.export`` takes it, with dynamic shapes too.
+        it at once. ``torch.export`` takes it, with dynamic shapes too. Where a forward branches on its arguments or on
+        its input's size, the example decides: an input that takes another branch raises RuntimeError.
 
     Raises:
         TypeError, ValueError: a model that is no nn.Module, an example that is no [N, C, H, W] floating tensor, a
@@ -247,13 +254,13 @@ def freeze(
 
 
 def _freeze_chains(
-    copied: nn.Module, compute: torch.dtype, portable: bool
+    copied: nn.Module, compute: torch.dtype, portable: bool, left: set[str]
 ) -> Iterator[Callable[[nn.Module], nn.Module]]:
     """For each module with chains, how its frozen version takes its place in the model (which it may be itself)."""
     from fused_resnet.analysis import analyse
 
     for found in analyse(unfuse(copied)):
-        if found.plans is None:
+        if found.plans is None or found.name in left:
             continue
         m, plan, block = found.module, found.plans[False], type(found.module).__name__
         chains = [chain.modules(m) for chain in plan.chains]
@@ -266,7 +273,7 @@ def _freeze_chains(
         if plan.whole is not None:
             yield partial(_replaced, found.name, frozen[0])
         else:
-            yield partial(_installed, m, plan, found.method, frozen)
+            yield partial(_installed, m, plan, found, frozen)
 
 
 def _replaced(name: str, chain: nn.Module, model: nn.Module) -> nn.Module:
@@ -277,15 +284,16 @@ def _replaced(name: str, chain: nn.Module, model: nn.Module) -> nn.Module:
     return model
 
 
-def _installed(m: nn.Module, plan: Plan, method: str, chains: Sequence[FrozenChain], model: nn.Module) -> nn.Module:
+def _installed(m: nn.Module, plan: Plan, found: Found, chains: Sequence[FrozenChain], model: nn.Module) -> nn.Module:
     """``m`` runs its plan with frozen chains, each in the place of the first module that it replaces."""
-    m.__class__ = _fused_class(type(m), method)
+    m.__class__ = _fused_class(type(m), found.method)
+    m.__dict__["_fr_name"] = found.name
     m.__dict__["_fr_plans"] = (plan, plan)
     m.__dict__["_fr_frozen"] = tuple(chain.units[0].paths[0] for chain in plan.chains)
     for unit in (u for chain in plan.chains for u in chain.all_units):
         for path in (unit.conv, unit.bn):
             if path is not None:
-                _set(m, path, nn.Identity())
+                _set(m, path, Folded(found.name))
     for path, chain in zip(m.__dict__["_fr_frozen"], chains, strict=True):
         _set(m, path, chain)
     return model
@@ -296,21 +304,26 @@ def _set(m: nn.Module, path: Sequence[str], child: nn.Module) -> None:
 
 
 def _join_stages(model: nn.Module) -> None:
-    """Puts a stem and the first stages behind it into one row in the stem's place; the stages become identities."""
+    """Puts a stem and the first stages behind it into one row in the stem's place."""
     for m in model.modules():
         plan, frozen = plan_of(m), m.__dict__.get("_fr_frozen")
         if plan is None or frozen is None:
             continue
-        for stem, behind in zip(plan.steps, plan.steps[1:], strict=False):
+        steps = list(plan.steps)
+        for i, (stem, behind) in enumerate(zip(plan.steps, plan.steps[1:], strict=False)):
             if stem.kind != "chain" or len(stem.args) != 1 or behind.kind != "children" or behind.kwargs:
                 continue
             if behind.args != (Ref(stem.name),) or stem.name not in behind.dead:
                 continue
-            joined = [at(m, frozen[stem.target])]
+            joined, taken = [at(m, frozen[stem.target])], []
             for path in behind.target[:_STEM_STAGES]:
                 stage = at(m, path)
                 if not isinstance(stage, FrozenRow) or has_hooks(stage):
                     break
                 joined += stage
-                _set(m, path, nn.Identity())
+                taken.append(path)
+            for path in taken:
+                _set(m, path, Folded(m.__dict__["_fr_name"]))
             _set(m, frozen[stem.target], FrozenRow(*joined))
+            steps[i + 1] = replace(behind, target=behind.target[len(taken) :])
+        m.__dict__["_fr_plans"] = (replace(plan, steps=tuple(steps)),) * 2

@@ -114,6 +114,8 @@ def _frozen_rows(model: Frozen) -> list[Row]:
         if found.plans is not None:
             unfolded = map(why_not_frozen, found.plans[False].modules(found.module)[0])
             reason = next(filter(None, unfolded), "")
+        if found.name in model.left:
+            reason = "it, or a module of its own, is called otherwise than its chains are for"
         if reason:
             rows.append(Row(found.name or "(model)", original(found.module).__name__, False, reason, {}))
     return rows

@@ -15,8 +15,17 @@ from fused_resnet.frozen_forward import plain_chains, run_chains
 from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
-# (a model's copy, the dtype to compute in, portable) -> for each module with chains, how it takes its place frozen.
-FreezeChains = Callable[[nn.Module, torch.dtype, bool], Iterable[Callable[[nn.Module], nn.Module]]]
+# (a model's copy, the dtype to compute in, portable, names of modules to leave) -> for each module with chains, how it
+# takes its place frozen.
+FreezeChains = Callable[[nn.Module, torch.dtype, bool, set[str]], Iterable[Callable[[nn.Module], nn.Module]]]
+
+
+class CalledOtherwise(RuntimeError):
+    """The module ``name`` of a frozen model was called in a way that its frozen chains are not for."""
+
+    def __init__(self, name: str, how: str) -> None:
+        super().__init__(f"{name or '(model)'}: expected the calls that it got when it was frozen, got {how}")
+        self.name = name
 
 
 def why_not_frozen(chain: ChainModules) -> str | None:
@@ -83,8 +92,21 @@ class FrozenChain(nn.Sequential):
     def extra_repr(self) -> str:
         return f"{self.name or '(model)'}, {self.block}, shortcut: {self.spec.shortcut.kind}"
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _run_row([self], x, residual)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if kwargs or len(args) != (self.spec.shortcut.kind == "tensor"):
+            raise CalledOtherwise(self.name, f"{len(args) + len(kwargs)} arguments behind x")
+        return _run_row([self], x, *args)
+
+
+class Folded(nn.Module):
+    """In the place of what is in a frozen chain of the module ``name``: no call but that module's may reach it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise CalledOtherwise(self.name, "a call of a module of its own by another")
 
 
 class FrozenRow(nn.Sequential):
@@ -107,13 +129,15 @@ def _run_row(chains: Sequence[FrozenChain], x: Tensor, residual: Tensor | None =
 class Frozen(nn.Module):
     """What ``freeze`` returns: x -> the model's output in ``dtype``, without gradients, in channels_last.
 
-    Several threads may call it at once. ``graphs``: the CUDA graphs of its forward, or None.
+    Several threads may call it at once. ``graphs``: the CUDA graphs of its forward, or None. ``left``: the modules with
+    chains that are as they were, for the example's forward called them otherwise.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.model = model
         self.dtype, self.compute, self.device = dtype, compute, device
+        self.left: set[str] = set()
         self.graphs: Graphs | None = None
         self.eval()
 
@@ -198,9 +222,35 @@ def freeze_copy(
     compute = dtype
     if example.device.type == "cpu" and load("cpu")[0] is not None and not portable:
         compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
+    left: set[str] = set()
+    while True:
+        frozen = _frozen_but(left, model, example, dtype, compute, portable, freeze_chains, join)
+        try:
+            frozen(example)  # packs the weights, measures where there is a choice, and shows at once what doesn't work
+        except CalledOtherwise as call:
+            left.add(call.name)
+        else:
+            break
+    if cuda_graph:
+        frozen.graphs = Graphs()
+        frozen(example)
+    return frozen
+
+
+def _frozen_but(
+    left: set[str],
+    model: nn.Module,
+    example: Tensor,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    portable: bool,
+    freeze_chains: FreezeChains,
+    join: Callable[[nn.Module], None],
+) -> Frozen:
+    """A frozen copy of the model, but for the modules named ``left``."""
     copied = copy_of(model).eval()
     # folded from the parameters as they are, before the rest of the model is rounded
-    replacements = list(freeze_chains(copied, compute, portable))
+    replacements = list(freeze_chains(copied, compute, portable, left))
     copied.to(example.device, compute)
     for replace in replacements:
         copied = replace(copied)
@@ -211,8 +261,5 @@ def freeze_copy(
             m.__class__ = FrozenRow
     join(copied)
     frozen = Frozen(copied, dtype, compute, example.device).requires_grad_(False)
-    frozen(example)  # packs the weights, measures where there is a choice, and shows at once what doesn't work
-    if cuda_graph:
-        frozen.graphs = Graphs()
-        frozen(example)
+    frozen.left = left
     return frozen

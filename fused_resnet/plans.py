@@ -192,11 +192,11 @@ class Plan:
             if step.kind == "chain":
                 value: Any = chains[step.target](*args)
             elif step.kind == "children":
-                first, *others = (at(m, path) for path in step.target)
+                called = [at(m, path) for path in step.target]
                 if step.kwargs or len(args) != 1:
-                    value = first(*args, **_filled(step.kwargs or {}, values))
+                    value = called[0](*args, **_filled(step.kwargs or {}, values))
                 else:
-                    value = children([first, *others], *args)
+                    value = children(called, *args)
             elif step.kind == "attribute":
                 value = at(m, step.target)
             else:

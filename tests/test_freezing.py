@@ -25,7 +25,7 @@ import fused_resnet as fr
 from fused_resnet import cuda_graphs, frozen_forward
 from fused_resnet.backends import aten, load, warn_once
 from fused_resnet.cuda_graphs import Graphs
-from fused_resnet.freezing import FrozenChain, FrozenRow
+from fused_resnet.freezing import CalledOtherwise, FrozenChain, FrozenRow
 from fused_resnet.models.resnet import BasicBlock, Bottleneck, ResNet
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
@@ -179,6 +179,87 @@ def test_norm_without_a_convolution_and_a_summand_of_others(portable, widened, e
     assert torch.equal(compiled(x), frozen(x))
     (row,) = fr.explain(frozen).rows
     assert list(row.backends) == ["bn_act 1", "conv 2 3x3"] and row.chains == 1
+
+
+class Extractor(nn.Module):
+    """Calls the children of a network whose own forward nobody calls: all, or the stages behind a stem of its own."""
+
+    def __init__(self, own_stem: bool) -> None:
+        super().__init__()
+        self.net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+        self.own = nn.Conv2d(3, 64, 3, 4, 1) if own_stem else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        net = self.net
+        stem = net.maxpool(net.relu(net.bn1(net.conv1(x)))) if self.own is None else self.own(x)
+        first = net.layer1(stem)
+        return first.mean((2, 3)) + net.layer2(first).flatten(2).mean(2)[:, :64]
+
+
+class Scaled(nn.Module):
+    """A block with an argument, which its parent gives or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, factor: float | None = None) -> Tensor:
+        if factor is not None:
+            x = x * factor
+        return torch.relu(self.bn(self.conv(x)))
+
+
+class Scales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.scaled = Scaled(), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.plain(x), 0.5)
+
+
+class Turns(nn.Module):
+    """Another forward for images of another height."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn(self.conv(x))
+        return torch.relu(h) if x.shape[2] == 8 else torch.tanh(h)
+
+
+@pytest.mark.parametrize("own_stem", [False, True])
+def test_network_whose_children_are_called_by_another(own_stem):
+    model, x = prepared(Extractor(own_stem)).eval(), images()
+    frozen = fr.freeze(model, x)
+    assert relative(frozen(x), model(x)) < 1e-5
+    other = images(3)[..., :33]
+    assert relative(frozen(other), model(other)) < 1e-5
+    rows = {row.name: row for row in fr.explain(frozen).rows}
+    assert rows["net.layer1.0"].fused and "called otherwise" in rows["net"].reason
+
+
+def test_calls_that_chains_are_not_for():
+    """Seen with the example they leave a module as it was; later they are an error, never other numbers."""
+    model, x = prepared(Scales()).eval(), torch.randn(2, 4, 8, 8) + 0.4
+    frozen = fr.freeze(model, x)
+    assert relative(frozen(x), model(x)) < 1e-5
+    rows = {row.name: row for row in fr.explain(frozen).rows}
+    assert rows["plain"].fused and "called otherwise" in rows["scaled"].reason
+    turns = prepared(Turns()).eval()
+    for size in (8, 6):
+        x = torch.randn(2, 4, size, 8)
+        frozen = fr.freeze(turns, x)
+        assert relative(frozen(x), turns(x)) < 1e-5
+        x = torch.randn(2, 4, 14 - size, 8)
+        assert fr.explain(frozen).rows[0].fused is (size == 8)
+        if size == 8:
+            with pytest.raises(CalledOtherwise, match=r"^\(model\): expected the calls that it got"):
+                frozen(x)
+        else:
+            assert relative(frozen(x), turns(x)) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ other shapes, packing
