@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -152,12 +152,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-Draw = tuple[Tensor, Tensor]
+Case = tuple[nn.Module, Tensor, Tensor]
 
 
-def subject(name: str) -> tuple[nn.Module, Iterator[Draw]]:
-    """A network in float64 with telling weights; inputs of it, each with a gradient of its output."""
-    generator = torch.Generator().manual_seed(11)
+def subject(name: str, seed: int) -> Case:
+    """A network in float64 with telling weights; an input of it, and a gradient of its output."""
+    generator = torch.Generator().manual_seed(seed)
     plain = OneTensor(NETWORKS[name]()).double()
 
     def images() -> Tensor:
@@ -168,18 +168,18 @@ def subject(name: str) -> tuple[nn.Module, Iterator[Draw]]:
         t.data = t.data.float().to(t.dtype)  # values that float32 holds, too
     with torch.no_grad():
         out = copy.deepcopy(plain).eval()(images())
-    return plain, ((images(), validate.exact(out.shape, generator)) for _ in range(3))
+    return plain, images(), validate.exact(out.shape, generator)
 
 
-def compared_in_narrow(plain: nn.Module, draws: Iterable[Draw]) -> list[str]:
-    """What exceeds its bound in float32 or bfloat16; where the first draw does, by the median of all."""
+def compared_in_narrow(cases: Iterator[Case]) -> list[str]:
+    """What exceeds its bound in float32 or bfloat16; where the first case does, by the median of all: with some weights
+    a gradient is a small difference of large sums, and plain PyTorch's own error happens to be small there."""
     dtypes = (torch.float32, torch.bfloat16)
-    draws = iter(draws)
-    found = compared(plain, *next(draws), dtypes)
+    found = compared(*next(cases), dtypes)
     suspects = [i for i, f in enumerate(found) if not f.ok]
     if not suspects:
         return []
-    more = [compared(plain, *draw, dtypes) for draw in draws]
+    more = [compared(*case, dtypes) for case in cases]
     return [str(found[i]) for i in suspects if statistics.median([found[i].used, *(m[i].used for m in more)]) > 1]
 
 
@@ -212,14 +212,14 @@ def frozen(plain: nn.Module, x: Tensor) -> list[validate.Finding]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_fused_equals_plain(name: str) -> None:
-    plain, draws = subject(name)
-    x, dout = next(draws)
+    plain, x, dout = subject(name, 11)
     classes = {n: type(m) for n, m in plain.named_modules()}
     objects = {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]}
 
     failed = [str(f) for f in [*compared(plain, x, dout, (torch.float64,)), *frozen(plain, x)] if not f.ok]
     if "drop" not in name:  # the same seed draws other numbers in another dtype
-        failed += compared_in_narrow(_smooth(plain), chain([(x, dout)], draws))
+        others = (subject(name, seed) for seed in range(12, 16))
+        failed += compared_in_narrow((_smooth(m), *rest) for m, *rest in chain([(plain, x, dout)], others))
     assert not failed, failed
 
     fr.fuse(plain)
