@@ -91,7 +91,7 @@ def compare_inference() -> dict[str, float]:
     ops, errors = torch.ops.fused_resnet_cpu, {}
     for act in ACTIVATIONS:
         a = Act.make(act)
-        code, b = cpu._ACT_INDEX[act], torch.randn(64)
+        code, b = a.index, torch.randn(64)
         for kernel, stride, pad, size in (
             ((7, 7), 2, 3, (37, 50)),
             ((3, 3), 1, 1, (9, 9)),
@@ -115,7 +115,7 @@ def compare_inference() -> dict[str, float]:
     x, w, b = nhwc(4, 64, 43, 36), torch.randn(80, 64, 3, 3) / 24, torch.randn(80)
     want = aten.conv_bias_act(x, w, b, ConvSpec((1, 1), (1, 1)), Act(), None)
     for tile in (2, 4):
-        got = ops.winograd_bias_act(x, ops.winograd_prepack(w, tile), b, 1, cpu._ACT_INDEX["relu"], 0.0, None)
+        got = ops.winograd_bias_act(x, ops.winograd_prepack(w, tile), b, 1, Act.make("relu").index, 0.0, None)
         errors[f"winograd {tile}-float32"] = worst((got,), (want,))
     return errors
 
