@@ -1,135 +1,56 @@
 """fuse, unfuse, freeze: the blocks of a model that exists, run as chains and back again.
 
-``fuse`` changes a block's class to a subclass of its own class whose forward runs the block's own children as one
-chain. Nothing is copied or renamed: parameters, buffers, names, hooks on the block, isinstance and pickling stay.
+``fuse`` changes a module's class to a subclass of its own class whose forward runs the module's own children as chains
+(and what isn't a chain as it was). Nothing is copied or renamed: parameters, buffers, names, hooks on the module,
+isinstance and pickling stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial, wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet.backends import warn_once
-from fused_resnet.freezing import Frozen, freeze_chains
-from fused_resnet.modules import ChainModules, UnitModules, has_hooks, run_row
+from fused_resnet.freezing import CalledOtherwise, Folded, Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
+from fused_resnet.modules import ChainModules, has_hooks, run_row
+from fused_resnet.patterns import original
+from fused_resnet.plans import Plan, Ref, at
 
-# What networks of the known classes call their stages.
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
+if TYPE_CHECKING:
+    from fused_resnet.analysis import Found
 
-
-class CannotFuse(Exception):
-    """A block that is left as it is; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """How a class of residual blocks names its children: the units' convs and norms, one activation, the shortcut."""
-
-    units: int
-    shortcut: bool = True
-    method: str = "forward"
-
-    def chain(self, m: nn.Module) -> ChainModules:
-        """The block's children as a chain.
-
-        Raises:
-            CannotFuse: they are not what the class's own constructor makes.
-        """
-        relu = _child(m, "relu")
-        units = [
-            UnitModules(_child(m, f"conv{i}"), _child(m, f"bn{i}"), relu)  # type: ignore[arg-type]
-            for i in range(1, self.units + 1)
-        ]
-        return ChainModules(units, *(_shortcut(m) if self.shortcut else (None,)))
-
-    def forward(self, m: Any, x: Tensor, chain: ChainModules) -> Tensor:
-        """The whole of the class's ``method``."""
-        return chain(x)
-
-
-@dataclass(frozen=True)
-class Network:
-    """How a class of networks names its stem; stages, pooling and classifier follow."""
-
-    stem: tuple[str, ...] = ("conv1", "bn1", "relu", "maxpool")
-    method: str = "forward"
-
-    def chain(self, m: nn.Module) -> ChainModules:
-        """The stem as a chain (raises CannotFuse as ``Block.chain`` does)."""
-        conv, bn, act, *pool = (_child(m, name) for name in self.stem)
-        if pool and type(pool[0]) is not nn.MaxPool2d:
-            raise CannotFuse(f"{type(pool[0]).__name__} in the place of MaxPool2d")
-        return ChainModules([UnitModules(conv, bn, act)], max_pool=pool[0] if pool else None)  # type: ignore[arg-type]
-
-    def forward(self, m: Any, x: Tensor, chain: ChainModules) -> Tensor:
-        """The whole of the class's ``method``."""
-        x = chain(x)
-        for stage in _STAGES:
-            if hasattr(m, stage):
-                x = getattr(m, stage)(x)
-        return m.fc(torch.flatten(m.avgpool(x), 1))
-
-
-# Classes by name, so that no library is imported that the user doesn't have.
-PATTERNS: dict[str, Block | Network] = {
-    "fused_resnet.models.resnet.BasicBlock": Block(2),
-    "fused_resnet.models.resnet.Bottleneck": Block(3),
-    "fused_resnet.models.resnet.PlainBlock": Block(2, shortcut=False),
-    "fused_resnet.models.resnet.ResNet": Network(),
-    "fused_resnet.models.cifar.CifarResNet": Network(("conv1", "bn1", "relu")),
-    "torchvision.models.resnet.BasicBlock": Block(2),
-    "torchvision.models.resnet.Bottleneck": Block(3),
-    "torchvision.models.resnet.ResNet": Network(method="_forward_impl"),
-}
-
-
-def _child(m: nn.Module, name: str) -> nn.Module:
-    child = getattr(m, name, None)
-    if not isinstance(child, nn.Module):
-        raise CannotFuse(f"no module {name!r}")
-    return child
-
-
-def _shortcut(m: nn.Module) -> tuple[UnitModules | str | None, int, nn.AvgPool2d | None]:
-    """(shortcut, stride, average pool) of a block's ``downsample``."""
-    down = getattr(m, "downsample", None)
-    if down is None:
-        return "identity", 1, None
-    if has_hooks(down):
-        raise CannotFuse(f"the shortcut, a {type(down).__name__}, has hooks")
-    if type(down).__name__ == "ZeroPadShortcut" and type(down).__module__ == "fused_resnet.models.cifar":
-        return "pad", down.stride, None
-    if type(down) is nn.Identity:
-        return "identity", 1, None
-    if type(down) is not nn.Sequential:
-        raise CannotFuse(f"shortcut of type {type(down).__name__}")
-    layers = [layer for layer in down if type(layer) is not nn.Identity]
-    pool = layers.pop(0) if layers and type(layers[0]) is nn.AvgPool2d else None
-    if len(layers) != 2:
-        raise CannotFuse(f"shortcut of {', '.join(type(layer).__name__ for layer in down)}")
-    return UnitModules(layers[0], layers[1]), 1, pool  # type: ignore[arg-type, return-value]
+# The stages that belong to the stem's row, by the size of their tensors in the paper's networks.
+_STEM_STAGES = 2
 
 
 # ---------------------------------------------------------------------------------------------------- fused classes
 class FusedModule:
-    """What a fused class adds to the class it was made from."""
+    """What a fused class adds to the class it was made from.
+
+    Attributes:
+        _fr_original: that class. _fr_method: what of it is overridden, _fr_plain: and the original.
+        _fr_plans: of the module: its plans in eval and in train mode.
+        _fr_name, _fr_frozen: of a module inside a frozen model: its name; number of a chain -> the frozen chain's path.
+    """
 
     _fr_original: type[nn.Module]
-    _fr_pattern: Block | Network
+    _fr_method: str
+    _fr_plain: Callable[..., Any]
+    _fr_plans: tuple[Plan, Plan]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = self.__getstate__()
-        return _rebuild, (self._fr_original,), state
+        return _rebuild, (self._fr_original, self._fr_method), state
 
 
-def _rebuild(original: type[nn.Module]) -> nn.Module:
+def _rebuild(cls: type[nn.Module], method: str) -> nn.Module:
     """Unpickling and deepcopy: an empty module of the fused class."""
-    fused: Any = _fused_class(original)
+    fused: Any = _fused_class(cls, method)
     made: nn.Module = fused.__new__(fused)
     return made
 
@@ -139,18 +60,25 @@ class FusedSequential(FusedModule, nn.Sequential):
     tell that they are not called themselves; everything else is called as by any nn.Sequential."""
 
     _fr_original = nn.Sequential
+    _fr_method = "rows"
+    _fr_plain = nn.Sequential.forward
 
     def forward(self, input: Any) -> Any:
-        for blocks in rows_of(self):
-            chains = [chain for _, chain in blocks if chain is not None]
-            input = run_row(chains, input) if len(chains) > 1 else blocks[0][0](input)
-        return input
+        return run_children(self, input)
 
 
-def rows_of(stage: nn.Sequential) -> list[list[tuple[nn.Module, ChainModules | None]]]:
-    """The stage's children as they run now: rows of blocks with their chains, and those called alone."""
+def run_children(children: Iterable[nn.Module], x: Any) -> Any:
+    """One after the other, rows of blocks as rows of chains."""
+    for blocks in rows_of(children):
+        chains = [chain for _, chain in blocks if chain is not None]
+        x = run_row(chains, x) if len(chains) > 1 else blocks[0][0](x)
+    return x
+
+
+def rows_of(children: Iterable[nn.Module]) -> list[list[tuple[nn.Module, ChainModules | None]]]:
+    """The children as they run now: rows of blocks with their chains, and those called alone."""
     rows: list[list[tuple[nn.Module, ChainModules | None]]] = []
-    for m in stage:
+    for m in children:
         chain = _row_chain(m)
         # a block that comes twice finds its running statistics updated the second time
         if chain is not None and rows and rows[-1][0][1] is not None and all(m is not other for other, _ in rows[-1]):
@@ -162,26 +90,54 @@ def rows_of(stage: nn.Sequential) -> list[list[tuple[nn.Module, ChainModules | N
 
 def _row_chain(m: nn.Module) -> ChainModules | None:
     """The chain of a block which nothing but its own forward would see called; else None."""
-    if not isinstance(m, FusedModule) or isinstance(m, FusedSequential) or not isinstance(m._fr_pattern, Block):
+    plan = plan_of(m)
+    whole = plan.whole if plan is not None else None
+    if plan is None or whole is None or whole.units[0].conv is None or whole.max_pool is not None:
         return None
-    own = type(m).forward is _FUSED[m._fr_original].forward and type(m).__call__ is nn.Module.__call__
+    own = type(m) is _FUSED.get((original(m), "forward")) and type(m).__call__ is nn.Module.__call__
     if not own or has_hooks(m) or "forward" in m.__dict__ or m._compiled_call_impl is not None:
         return None
-    try:
-        chain = m._fr_pattern.chain(m)
-    except CannotFuse:
-        return None
-    return chain if chain.why_not() is None else None
+    chains, reason = plan.modules(m)
+    return chains[0] if reason is None else None
 
 
-_FUSED: dict[type, Any] = {nn.Sequential: FusedSequential}
+def plan_of(m: nn.Module) -> Plan | None:
+    """What a fused module's forward does in its mode."""
+    plans = m.__dict__.get("_fr_plans")
+    return plans[m.training] if plans is not None and isinstance(m, FusedModule) else None
 
 
-def _fused_class(original: type) -> type:
-    """The subclass of ``original`` whose forward runs a chain; one per class and process."""
-    if original not in _FUSED:
-        _FUSED[original] = _make_fused_class(original)
-    return _FUSED[original]
+_FUSED: dict[tuple[type, str], Any] = {(nn.Sequential, "rows"): FusedSequential}
+
+
+def _fused_class(cls: type, method: str) -> type:
+    """The subclass of ``cls`` whose ``method`` runs a plan; one per class, method and process."""
+    if (cls, method) not in _FUSED:
+        _FUSED[cls, method] = _make_fused_class(cls, method)
+    return _FUSED[cls, method]
+
+
+def _make_fused_class(cls: Any, method: str) -> type:
+    plain = getattr(cls, method)
+
+    @wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = plan_of(self)
+        frozen = self.__dict__.get("_fr_frozen")
+        # a slice of an nn.Sequential is made by the class, without a plan
+        if plan is None or len(args) != 1 or kwargs or not plan.fits(args[0]):
+            if frozen is not None:
+                raise CalledOtherwise(self._fr_name, "other arguments, or of another class or size")
+            return plain(self, *args, **kwargs)
+        chains, reason = ([], None) if frozen is not None else plan.modules(self)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                warn_once(f"a fused {cls.__name__} runs plain: {reason}")
+            return plain(self, *args)
+        return plan.run(self, args[0], chains if frozen is None else [at(self, p) for p in frozen], run_children)
+
+    added = {"_fr_original": cls, "_fr_method": method, "_fr_plain": plain, method: forward, "__module__": __name__}
+    return type(f"Fused{cls.__name__}", (FusedModule, cls), added)
 
 
 @lru_cache
@@ -196,91 +152,19 @@ def _unfused_class(cls: Any) -> type:
     return type(cls.__name__.replace("Fused", "", 1), bases, own)
 
 
-def _make_fused_class(original: Any) -> type:
-    pattern = _pattern(original)
-    assert pattern is not None
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        try:
-            chain = pattern.chain(self)
-            reason = chain.why_not()
-        except CannotFuse as because:
-            reason = str(because)
-        if reason is not None:
-            if not torch.compiler.is_compiling():
-                warn_once(f"a fused {original.__name__} runs plain: {reason}")
-            return getattr(original, pattern.method)(self, x)
-        return pattern.forward(self, x, chain)
-
-    forward.__doc__ = getattr(original, pattern.method).__doc__
-    name = f"Fused{original.__name__}"
-    return type(
-        name,
-        (FusedModule, original),
-        {"_fr_original": original, "_fr_pattern": pattern, pattern.method: forward, "__module__": __name__},
-    )
-
-
-def _pattern(cls: type) -> Block | Network | None:
-    """The pattern of the class, or of the base class whose forward it still uses."""
-    for base in cls.__mro__:
-        pattern = PATTERNS.get(f"{base.__module__}.{base.__qualname__}")
-        if pattern is not None:
-            same = all(getattr(cls, f) is getattr(base, f) for f in {"forward", pattern.method})
-            return pattern if same else None
-    return None
-
-
-def _known(cls: type) -> bool:
-    return any(f"{base.__module__}.{base.__qualname__}" in PATTERNS for base in cls.__mro__)
-
-
 # ---------------------------------------------------------------------------------------------------- fuse and back
-def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules | None, str | None]]:
-    """(name, module, its chain, why it can't be fused) of every block and network of a known class."""
-    owners: dict[int, list[str]] = {}
-    for name, m in model.named_modules(remove_duplicate=False):
-        for child_name, child in m.named_children():
-            if isinstance(child, nn.Conv2d | nn.BatchNorm2d | nn.SyncBatchNorm):
-                owners.setdefault(id(child), []).append(f"{name}.{child_name}".lstrip("."))
-    for name, m in model.named_modules():
-        if isinstance(m, FusedSequential):
-            continue
-        if isinstance(m, FusedModule):
-            pattern: Block | Network | None = m._fr_pattern
-        elif _known(type(m)):
-            pattern = _pattern(type(m))
-        else:
-            continue
-        if pattern is None:
-            yield name, m, None, f"{type(m).__name__} has a forward of its own"
-            continue
-        if "forward" in m.__dict__ or pattern.method in m.__dict__:
-            yield name, m, None, "its forward was replaced"
-            continue
-        try:
-            chain = pattern.chain(m)
-        except CannotFuse as because:
-            yield name, m, None, str(because)
-            continue
-        reason = chain.why_not()
-        for unit in chain.all_units:
-            for child in unit:
-                if len(owners.get(id(child), ())) > 1:
-                    reason = f"a {type(child).__name__} is shared: {', '.join(owners[id(child)])}"
-        yield name, m, chain, reason
-
-
 def fuse(model: nn.Module) -> nn.Module:
-    """Swaps the residual blocks, their stages and the stem of ``model`` for fused ones, in place, and returns it.
+    """Swaps every module of ``model`` whose forward has chains in it for a fused one, in place, and returns it.
 
     Parameters, buffers, names, ``state_dict``, optimizers made before or after, hooks on the blocks: everything stays.
-    A block that can't be fused stays as it is; ``explain`` says why. An nn.Sequential of blocks becomes one that runs
-    them in rows. Fusing twice changes nothing. SyncBatchNorm and DistributedDataParallel may come before or after; a
-    SyncBatchNorm of a fused block shares its statistics with the other processes of its group on any device.
+    A module is fused by what its forward does, which is traced (``torch.fx``, one module at a time, nothing is
+    computed): residual blocks, stems, and conv -> norm -> act wherever it stands; what isn't a chain runs as it was.
+    A forward that can't be traced stays as it is; ``explain`` says why. An nn.Sequential of blocks becomes one that
+    runs them in rows. Fusing twice changes nothing. SyncBatchNorm and DistributedDataParallel may come before or after;
+    a SyncBatchNorm in a chain shares its statistics with the other processes of its group on any device.
 
     Args:
-        model: fused_resnet's or torchvision's ResNet family (ResNet, wide, ResNeXt), or any module that contains such.
+        model: any module: of torchvision, timm, transformers, of this package or your own.
 
     Returns:
         The same ``model``.
@@ -288,14 +172,19 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: not an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    from fused_resnet.analysis import analyse  # late: not every import of the package fuses
+
+    _check(model)
     found = False
-    for _, m, _, reason in list(candidates(model)):
-        if reason is None:
+    for each in analyse(model):
+        m = each.module
+        if each.plans is not None:
             found = True
-            if not isinstance(m, FusedModule):
-                m.__class__ = _fused_class(type(m))
+            if not isinstance(m, FusedModule) or m._fr_method != each.method:
+                m.__class__ = _fused_class(original(m), each.method)
+            m.__dict__["_fr_plans"] = each.plans
+        elif isinstance(m, FusedModule) and not isinstance(m, FusedSequential) and each.within is not None:
+            _unfuse(m)
     for m in model.modules():
         if type(m) is nn.Sequential and any(len(blocks) > 1 for blocks in rows_of(m)):
             m.__class__ = FusedSequential
@@ -310,15 +199,25 @@ def unfuse(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: not an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    _check(model)
     for m in model.modules():
         if isinstance(m, FusedModule):
-            cls: Any = type(m)
-            m.__class__ = _unfused_class(cls)
+            _unfuse(m)
     return model
 
 
+def _unfuse(m: Any) -> None:
+    cls: Any = type(m)
+    m.__class__ = _unfused_class(cls)
+    m.__dict__.pop("_fr_plans", None)
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+
+
+# ---------------------------------------------------------------------------------------------------- freeze
 def freeze(
     model: nn.Module,
     example: Tensor,
@@ -343,40 +242,88 @@ def freeze(
 
     Returns:
         A module whose forward takes x and returns what ``model.eval()(x)`` would, without gradients. Threads may call
-        it at once. ``torch.export`` takes it, with dynamic shapes too.
+        it at once. ``torch.export`` takes it, with dynamic shapes too. Where a forward branches on its arguments or on
+        its input's size, the example decides: an input that takes another branch raises RuntimeError.
 
     Raises:
         TypeError, ValueError: a model that is no nn.Module, an example that is no [N, C, H, W] floating tensor, a
             dtype that is not floating, cuda_graph with an example that is not on a CUDA device.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-
-    def chains(copied: nn.Module) -> Iterator[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]:
-        for name, m, chain, reason in list(candidates(unfuse(copied))):
-            if chain is not None and reason is None:
-                yield name, m, chain, _replacer(copied, name, m)
-
-    def networks(frozen: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-        for m in frozen.modules():
-            pattern = _pattern(type(m))
-            if isinstance(pattern, Network):
-                yield m, (pattern.stem[0], *_STAGES)
-
-    return freeze_chains(model, example, dtype, cuda_graph, portable, chains, networks)
+    _check(model)
+    return freeze_copy(model, example, dtype, cuda_graph, portable, _freeze_chains, _join_stages)
 
 
-def _replacer(model: nn.Module, name: str, m: nn.Module) -> Callable[[nn.Module], None]:
-    """How a frozen chain takes the place of a block, or of the stem's first module (the others become identities)."""
-    pattern = _pattern(type(m))
-    if isinstance(pattern, Network):
+def _freeze_chains(
+    copied: nn.Module, compute: torch.dtype, portable: bool, left: set[str]
+) -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """For each module with chains, how its frozen version takes its place in the model (which it may be itself)."""
+    from fused_resnet.analysis import analyse
 
-        def replace_stem(frozen: nn.Module) -> None:
-            first, *others = pattern.stem
-            setattr(m, first, frozen)
-            for other in others:
-                setattr(m, other, nn.Identity())
+    for found in analyse(unfuse(copied)):
+        if found.plans is None or found.name in left:
+            continue
+        m, plan, block = found.module, found.plans[False], type(found.module).__name__
+        chains = [chain.modules(m) for chain in plan.chains]
+        if not chains or any(map(why_not_frozen, chains)):
+            continue
+        frozen = [
+            FrozenChain(found.name, block, chain, paths.shortcut == "tensor", compute, portable)
+            for chain, paths in zip(chains, plan.chains, strict=True)
+        ]
+        if plan.whole is not None:
+            yield partial(_replaced, found.name, frozen[0])
+        else:
+            yield partial(_installed, m, plan, found, frozen)
 
-        return replace_stem
-    parent, _, child = name.rpartition(".")
-    return lambda frozen: setattr(model.get_submodule(parent), child, frozen)
+
+def _replaced(name: str, chain: nn.Module, model: nn.Module) -> nn.Module:
+    """The chain in the place of the module that it is all of."""
+    if not name:
+        return chain
+    _set(model, name.split("."), chain)
+    return model
+
+
+def _installed(m: nn.Module, plan: Plan, found: Found, chains: Sequence[FrozenChain], model: nn.Module) -> nn.Module:
+    """``m`` runs its plan with frozen chains, each in the place of the first module that it replaces."""
+    m.__class__ = _fused_class(type(m), found.method)
+    m.__dict__["_fr_name"] = found.name
+    m.__dict__["_fr_plans"] = (plan, plan)
+    m.__dict__["_fr_frozen"] = tuple(chain.units[0].paths[0] for chain in plan.chains)
+    for unit in (u for chain in plan.chains for u in chain.all_units):
+        for path in (unit.conv, unit.bn):
+            if path is not None:
+                _set(m, path, Folded(found.name))
+    for path, chain in zip(m.__dict__["_fr_frozen"], chains, strict=True):
+        _set(m, path, chain)
+    return model
+
+
+def _set(m: nn.Module, path: Sequence[str], child: nn.Module) -> None:
+    setattr(m.get_submodule(".".join(path[:-1])), path[-1], child)
+
+
+def _join_stages(model: nn.Module) -> None:
+    """Puts a stem and the first stages behind it into one row in the stem's place."""
+    for m in model.modules():
+        plan, frozen = plan_of(m), m.__dict__.get("_fr_frozen")
+        if plan is None or frozen is None:
+            continue
+        steps = list(plan.steps)
+        for i, (stem, behind) in enumerate(zip(plan.steps, plan.steps[1:], strict=False)):
+            if stem.kind != "chain" or len(stem.args) != 1 or behind.kind != "children" or behind.kwargs:
+                continue
+            if behind.args != (Ref(stem.name),) or stem.name not in behind.dead:
+                continue
+            joined, taken = [at(m, frozen[stem.target])], []
+            for path in behind.target[:_STEM_STAGES]:
+                stage = at(m, path)
+                if not isinstance(stage, FrozenRow) or has_hooks(stage):
+                    break
+                joined += stage
+                taken.append(path)
+            for path in taken:
+                _set(m, path, Folded(m.__dict__["_fr_name"]))
+            _set(m, frozen[stem.target], FrozenRow(*joined))
+            steps[i + 1] = replace(behind, target=behind.target[len(taken) :])
+        m.__dict__["_fr_plans"] = (replace(plan, steps=tuple(steps)),) * 2

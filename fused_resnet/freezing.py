@@ -12,60 +12,73 @@ from fused_resnet.backends import load, vector_dtype
 from fused_resnet.chain_forward import fold
 from fused_resnet.cuda_graphs import Graphs
 from fused_resnet.frozen_forward import plain_chains, run_chains
-from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of, has_hooks
+from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
-Chains = Callable[[nn.Module], Iterable[tuple[str, nn.Module, ChainModules, Callable[[nn.Module], None]]]]
-Networks = Callable[[nn.Module], Iterable[tuple[nn.Module, Sequence[str]]]]
-# The stages that belong to the stem's row, by the size of their tensors in the paper's networks.
-_STEM_STAGES = 2
+# (a model's copy, the dtype to compute in, portable, names of modules to leave) -> for each module with chains, how it
+# takes its place frozen.
+FreezeChains = Callable[[nn.Module, torch.dtype, bool, set[str]], Iterable[Callable[[nn.Module], nn.Module]]]
+
+
+class CalledOtherwise(RuntimeError):
+    """The module ``name`` of a frozen model was called in a way that its frozen chains are not for."""
+
+    def __init__(self, name: str, how: str) -> None:
+        super().__init__(f"{name or '(model)'}: expected the calls that it got when it was frozen, got {how}")
+        self.name = name
 
 
 def why_not_frozen(chain: ChainModules) -> str | None:
     """Why a chain that can be fused can't be frozen, or None."""
-    for unit in chain.all_units:
-        if unit.conv is None:
-            return "a BatchNorm2d without a convolution to fold it into"
-        if unit.bn.running_mean is None:
-            return "a BatchNorm2d without running statistics"
-    return None
+    norms = (type(u.bn).__name__ for u in chain.all_units if u.bn.running_mean is None)
+    return next((f"a {name} without running statistics" for name in norms), None)
 
 
 class FrozenUnit(nn.Module):
-    """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers): what a chain reads."""
+    """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers): what a chain reads.
+    Without a convolution act(weight*x + bias [+ residual]), both in ``vector_dtype``."""
 
     @torch.no_grad()
     def __init__(self, unit: UnitModules, dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
         super().__init__()
         u = unit.unit()
-        assert u.weight is not None and u.running_mean is not None and u.running_var is not None
-        wide = vector_dtype(u.weight.dtype)
+        assert u.running_mean is not None and u.running_var is not None
+        wide = vector_dtype(u.running_mean.dtype)
         params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
         norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, u.eps, wide)
-        weight = (u.weight.to(wide) * norm.scale[:, None, None, None]).to(dtype)
         self.weight: Tensor
         self.bias: Tensor
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", norm.shift.to(bias_dtype))
-        conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
+        conv = None
+        if u.weight is None:
+            self.register_buffer("weight", norm.scale.to(vector_dtype(dtype)))
+            self.register_buffer("bias", norm.shift.to(vector_dtype(dtype)))
+        else:
+            weight = (u.weight.to(wide) * norm.scale[:, None, None, None]).to(dtype)
+            self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+            self.register_buffer("bias", norm.shift.to(bias_dtype))
+            conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
         self.spec = UnitSpec(conv, act_of(unit.act) if unit.act is not None else Act("identity"), batch_stats=False)
 
     def extra_repr(self) -> str:
         c, w = self.spec.conv, self.weight
-        assert c is not None
+        if c is None:
+            return f"{w.shape[0]}, no convolution, {self.spec.act.name}"
         kernel = "x".join(map(str, w.shape[2:]))
         return f"{w.shape[1] * c.groups} -> {w.shape[0]}, {kernel}, stride {c.stride[0]}, {self.spec.act.name}"
 
 
 class FrozenChain(nn.Sequential):
-    """A chain of frozen units, its projection last; made from the block ``name``, of the class ``block``."""
+    """A chain of frozen units, its projection last; made from the module ``name``, of the class ``block``.
+    ``summand``: its forward takes one that somebody else made."""
 
-    def __init__(self, name: str, block: str, chain: ChainModules, dtype: torch.dtype, portable: bool) -> None:
+    def __init__(
+        self, name: str, block: str, chain: ChainModules, summand: bool, dtype: torch.dtype, portable: bool
+    ) -> None:
         bias_dtype = dtype if portable else vector_dtype(dtype)
         units = [FrozenUnit(u, dtype, bias_dtype) for u in chain.all_units]
         super().__init__(*units)
-        self.name, self.block, self.portable = name, block, portable
-        specs, shortcut = tuple(u.spec for u in units), ShortcutSpec()
+        self.name, self.block, self.dtype, self.portable = name, block, dtype, portable
+        specs, shortcut = tuple(u.spec for u in units), ShortcutSpec("tensor" if summand else "none")
         if isinstance(chain.shortcut, UnitModules):
             shortcut = ShortcutSpec("projection", specs[-1], chain.avg_pool_spec())
         elif chain.shortcut == "pad":
@@ -77,10 +90,23 @@ class FrozenChain(nn.Sequential):
         self.text = self.spec.encode()
 
     def extra_repr(self) -> str:
-        return f"{self.name or '(stem)'}, {self.block}, shortcut: {self.spec.shortcut.kind}"
+        return f"{self.name or '(model)'}, {self.block}, shortcut: {self.spec.shortcut.kind}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _run_row([self], x)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if kwargs or len(args) != (self.spec.shortcut.kind == "tensor"):
+            raise CalledOtherwise(self.name, f"{len(args) + len(kwargs)} arguments behind x")
+        return _run_row([self], x, *args)
+
+
+class Folded(nn.Module):
+    """In the place of what is in a frozen chain of the module ``name``: no call but that module's may reach it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise CalledOtherwise(self.name, "a call of a module of its own by another")
 
 
 class FrozenRow(nn.Sequential):
@@ -90,26 +116,28 @@ class FrozenRow(nn.Sequential):
         return _run_row(list(self), x)  # type: ignore[arg-type]
 
 
-def _run_row(chains: Sequence[FrozenChain], x: Tensor) -> Tensor:
+def _run_row(chains: Sequence[FrozenChain], x: Tensor, residual: Tensor | None = None) -> Tensor:
     params: list[Any] = [t for chain in chains for unit in chain for t in (unit.weight, unit.bias)]
     if chains[0].portable:
-        return plain_chains(x, params, [chain.spec for chain in chains])
+        return plain_chains(x, params, [chain.spec for chain in chains], residual)
     if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.fused_resnet.frozen(x, params, [chain.text for chain in chains])
+        out: Tensor = torch.ops.fused_resnet.frozen(x, params, [chain.text for chain in chains], residual)
         return out
-    return run_chains(x, params, [chain.spec for chain in chains])
+    return run_chains(x, params, [chain.spec for chain in chains], residual)
 
 
 class Frozen(nn.Module):
     """What ``freeze`` returns: x -> the model's output in ``dtype``, without gradients, in channels_last.
 
-    Several threads may call it at once. ``graphs``: the CUDA graphs of its forward, or None.
+    Several threads may call it at once. ``graphs``: the CUDA graphs of its forward, or None. ``left``: the modules with
+    chains that are as they were, for the example's forward called them otherwise.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.model = model
         self.dtype, self.compute, self.device = dtype, compute, device
+        self.left: set[str] = set()
         self.graphs: Graphs | None = None
         self.eval()
 
@@ -169,30 +197,17 @@ def _describe(x: object) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _join_stages(network: nn.Module, names: Sequence[str]) -> None:
-    """Puts stem and first stages into one row in the stem's place; the stages' own places become identities."""
-    stem, *stages = names
-    joined = [getattr(network, stem)]
-    for name in stages[:_STEM_STAGES]:
-        stage = getattr(network, name, None)
-        if not isinstance(stage, FrozenRow) or has_hooks(stage):
-            break
-        joined += stage
-        setattr(network, name, nn.Identity())
-    setattr(network, stem, FrozenRow(*joined))
-
-
-def freeze_chains(
+def freeze_copy(
     model: nn.Module,
     example: Tensor,
     dtype: torch.dtype | None,
     cuda_graph: bool,
     portable: bool,
-    chains: Chains,
-    networks: Networks,
+    freeze_chains: FreezeChains,
+    join: Callable[[nn.Module], None],
 ) -> Frozen:
-    """See ``fused_resnet.freeze``; ``chains`` finds the chains of the copy and says how to replace each, ``networks``
-    the networks and the names of their stem and stages, in order."""
+    """See ``fused_resnet.freeze``; ``freeze_chains`` freezes the copy's chains, ``join`` puts together what then stands
+    side by side."""
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
         raise ValueError(f"example: expected a floating-point tensor [N, C, H, W], got {_describe(example)}")
     if dtype is None:
@@ -207,25 +222,44 @@ def freeze_chains(
     compute = dtype
     if example.device.type == "cpu" and load("cpu")[0] is not None and not portable:
         compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
-    root = nn.Sequential(copy_of(model)).eval()  # the model may be a block itself, to be replaced
-    # folded from the parameters as they are, before the rest of the model is rounded
-    frozen_chains = [
-        (replace, FrozenChain(name.partition(".")[2], type(m).__name__, chain, compute, portable))
-        for name, m, chain, replace in list(chains(root))
-        if why_not_frozen(chain) is None
-    ]
-    root.to(example.device, compute)
-    for replace, chain in frozen_chains:
-        replace(chain.to(example.device))
-    for stage in root[0].modules():
-        if type(stage) is nn.Sequential and len(stage) and all(isinstance(m, FrozenChain) for m in stage):
-            stage.__class__ = FrozenRow
-    for network, names in list(networks(root)):
-        if isinstance(getattr(network, names[0]), FrozenChain):
-            _join_stages(network, names)
-    frozen = Frozen(root[0], dtype, compute, example.device).requires_grad_(False)
-    frozen(example)  # packs the weights, measures where there is a choice, and shows at once what doesn't work
+    left: set[str] = set()
+    while True:
+        frozen = _frozen_but(left, model, example, dtype, compute, portable, freeze_chains, join)
+        try:
+            frozen(example)  # packs the weights, measures where there is a choice, and shows at once what doesn't work
+        except CalledOtherwise as call:
+            left.add(call.name)
+        else:
+            break
     if cuda_graph:
         frozen.graphs = Graphs()
         frozen(example)
+    return frozen
+
+
+def _frozen_but(
+    left: set[str],
+    model: nn.Module,
+    example: Tensor,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    portable: bool,
+    freeze_chains: FreezeChains,
+    join: Callable[[nn.Module], None],
+) -> Frozen:
+    """A frozen copy of the model, but for the modules named ``left``."""
+    copied = copy_of(model).eval()
+    # folded from the parameters as they are, before the rest of the model is rounded
+    replacements = list(freeze_chains(copied, compute, portable, left))
+    copied.to(example.device, compute)
+    for replace in replacements:
+        copied = replace(copied)
+    for m in copied.modules():
+        if isinstance(m, FrozenChain):
+            m.to(example.device)
+        if type(m) is nn.Sequential and len(m) and all(isinstance(child, FrozenChain) for child in m):
+            m.__class__ = FrozenRow
+    join(copied)
+    frozen = Frozen(copied, dtype, compute, example.device).requires_grad_(False)
+    frozen.left = left
     return frozen

@@ -2,11 +2,14 @@
 
     h_i = act_i(conv(h_{i-1}, W_i) + b_i),  h_0 = x        out = act_k(conv(h_{k-1}, W_k) + b_k + shortcut(x))
 
+where a first unit without a convolution has W*h + b, per channel, and the summand may be somebody else's.
+
 ``run_chains`` runs chains one after the other on the backends that serve them, ``plain_chains`` the same in PyTorch's
 own operators. What PyTorch sees of the former, in torch.export and torch.compile, is one operator, so that an exported
 model runs what the frozen one runs, in one piece:
-    fused_resnet::frozen           (x, params, chains) -> out;  params: W, b of every unit, a chain's projection last;
-                                   chains: the text of one ``ChainSpec`` each (``encode``)
+    fused_resnet::frozen           (x, params, chains, residual) -> out;  params: W, b of every unit, a chain's
+                                   projection last; chains: the text of one ``ChainSpec`` each (``encode``);
+                                   residual: the first chain's summand, if somebody else made it
 
 Weights are packed for the convolutions that use them at their first use, and the packed ones live as long as the
 weight does, in a table of this module: an operator has no module to keep them in.
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fused_resnet import reference
 from fused_resnet.backends import Norm, aten, vector_dtype
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.reference import shortcut_input
@@ -35,7 +39,7 @@ _STEM_BYTES = 8 << 20
 SHAPES = 256
 
 _lib = torch.library.Library("fused_resnet", "FRAGMENT")
-_lib.define("frozen(Tensor x, Tensor[] params, str[] chains) -> Tensor")
+_lib.define("frozen(Tensor x, Tensor[] params, str[] chains, Tensor? residual=None) -> Tensor")
 
 
 # ---------------------------------------------------------------------------------------------------- packed weights
@@ -84,14 +88,33 @@ def packed_forms(weight: Tensor) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------- units
+def _affine(scale: Tensor, shift: Tensor) -> Norm:
+    """scale*y + shift; inference reads neither a mean nor a deviation."""
+    return Norm(scale, shift, shift, shift)
+
+
+def _out_shape(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> tuple[int, ...]:
+    if conv is None:
+        return tuple(x.shape)
+    return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
+
+
 class _Backends:
     """Units on the backends that serve them."""
 
     @staticmethod
-    def conv(
-        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec, act: Act, residual: Tensor | None, owned: bool
+    def unit(
+        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
     ) -> Tensor:
         """``owned``: nobody else holds the residual, its memory may be reused."""
+        if residual is not None:
+            if residual.dtype != x.dtype or tuple(residual.shape) != _out_shape(x, weight, conv):
+                # a summand that the add widens, or that widens the sum: PyTorch's add
+                return reference.act(_Backends.unit(x, weight, bias, conv, Act("identity"), None, True) + residual, act)
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        if conv is None:
+            made: Tensor = run("bn_act", x, _affine(weight, bias), act, residual, None)
+            return made
         backend = pick("conv_bias_act", case_of(x, conv, weight))
         if not hasattr(backend, "prepack"):
             out: Tensor = run("conv_bias_act", x, weight, bias, conv, act, residual)
@@ -102,8 +125,11 @@ class _Backends:
         return backend.conv_bias_act(x, form, bias, conv, act, residual, owned)
 
     @staticmethod
-    def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec, act: Act, pool: PoolSpec) -> Tensor:
+    def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output, in one pass where the backend has one."""
+        if conv is None:
+            made: Tensor = run("bn_act_max_pool", x, _affine(weight, bias), act, pool)[0]
+            return made
         backend = pick("conv_bias_act", case_of(x, conv, weight))
         if hasattr(backend, "prepack_stem"):
             key = (backend.__name__, x.dtype, pool)
@@ -111,10 +137,9 @@ class _Backends:
             if packed is not None:
                 out: Tensor = backend.conv_bias_act_max_pool(x, packed, bias, conv, act, pool)
                 return out
-        h = _Backends.conv(x, weight, bias, conv, act, None, True)
+        h = _Backends.unit(x, weight, bias, conv, act, None, True)
         one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
-        norm = Norm(one, torch.zeros_like(one), one, one)
-        pooled: Tensor = run("bn_act_max_pool", h, norm, Act("identity"), pool)[0]
+        pooled: Tensor = run("bn_act_max_pool", h, _affine(one, torch.zeros_like(one)), Act("identity"), pool)[0]
         return pooled
 
 
@@ -122,55 +147,66 @@ class _Plain:
     """Units of PyTorch's own operators."""
 
     @staticmethod
-    def conv(
-        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec, act: Act, residual: Tensor | None, owned: bool
+    def unit(
+        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
     ) -> Tensor:
+        if conv is None:
+            return aten.bn_act(x, _affine(weight, bias), act, residual)
         return aten.conv_bias_act(x, weight, bias, conv, act, residual)
 
     @staticmethod
-    def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec, act: Act, pool: PoolSpec) -> Tensor:
-        return F.max_pool2d(
-            aten.conv_bias_act(x, weight, bias, conv, act, None), pool.kernel, pool.stride, pool.padding
-        )
+    def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
+        h = _Plain.unit(x, weight, bias, conv, act, None, True)
+        return F.max_pool2d(h, pool.kernel, pool.stride, pool.padding)
 
 
 # ---------------------------------------------------------------------------------------------------- chains
-def _chain(x: Tensor, params: Sequence[Tensor], chain: ChainSpec, owned: bool, units: Any) -> Tensor:
-    """``owned``: nobody else holds x, its memory may be reused."""
+def _chain(
+    x: Tensor, params: Sequence[Tensor], chain: ChainSpec, residual: Tensor | None, owned: bool, units: Any
+) -> Tensor:
+    """``residual``: somebody else's; ``owned``: nobody else holds x, its memory may be reused."""
+    kind = chain.shortcut.kind
     parts = [(params[2 * i], params[2 * i + 1], unit.conv, unit.act) for i, unit in enumerate(chain.all_units)]
     *before, last = parts[: len(chain.units)]
     h = x
     for part in before:
-        h = units.conv(h, *part, None, True)
+        h = units.unit(h, *part, None, True)
     if chain.pool is not None:  # a chain that a pool closes has no shortcut
         return units.pooled(h, *last, chain.pool)
-    residual = None
-    if chain.shortcut.kind != "none":
+    if kind not in ("none", "tensor"):
         residual = shortcut_input(x, chain.shortcut)
     if chain.shortcut.unit is not None:
-        residual = units.conv(residual, *parts[-1], None, True)
-    return units.conv(h, *last, residual, chain.shortcut.kind != "identity" or (owned and h is not x))
+        residual = units.unit(residual, *parts[-1], None, True)
+    return units.unit(
+        h, *last, residual, kind in ("projection", "pad") or (kind == "identity" and owned and h is not x)
+    )
 
 
-def _chains(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], units: Any) -> Tensor:
+def _chains(
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None, units: Any
+) -> Tensor:
     start = 0
     for i, chain in enumerate(chains):
         end = start + 2 * len(chain.all_units)
-        x = _chain(x, params[start:end], chain, i > 0, units)
+        x = _chain(x, params[start:end], chain, residual if i == 0 else None, i > 0, units)
         start = end
     return x
 
 
-def run_chains(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> Tensor:
+def run_chains(
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
+) -> Tensor:
     """The chains on the backends that serve them.
 
     On a CPU a stem and the stages behind it take a few images at a time: these tensors are the network's largest, and
     whole they would be new memory from the system in every call.
 
     Args:
-        x: [N, C, H, W], channels_last. params: for each unit of each chain (projection last) the weight with BatchNorm
-            folded in, channels_last, x's dtype, and the bias, [out_channels] in ``vector_dtype``.
+        x: [N, C, H, W]. params: for each unit of each chain (projection last) the weight with BatchNorm folded in,
+            channels_last, x's dtype, or [C] in ``vector_dtype`` where there is no convolution, and the bias,
+            [out_channels] in ``vector_dtype``.
         chains: any number, each with the output of the one before.
+        residual: the summand of a first chain whose shortcut is "tensor".
 
     Returns:
         The last one's output, channels_last, x's dtype.
@@ -178,32 +214,38 @@ def run_chains(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec])
     Raises:
         ValueError: x has other channels than the first weight.
     """
-    first = chains[0].units[0].conv
-    assert first is not None
-    if x.shape[1] != params[0].shape[1] * first.groups:
-        raise ValueError(f"x: expected {params[0].shape[1] * first.groups} channels, got shape {tuple(x.shape)}")
+    conv = chains[0].units[0].conv
+    channels = params[0].shape[0] if conv is None else params[0].shape[1] * conv.groups
+    if x.shape[1] != channels:
+        raise ValueError(f"x: expected {channels} channels, got shape {tuple(x.shape)}")
     if x.numel() == 0:
-        return plain_chains(x, params, chains)
-    parts = _parts(x, params[0], chains) if x.device.type == "cpu" else 1
+        return plain_chains(x, params, chains, residual)
+    # a model's own operations may hand over a slice: packed weights expect dense tensors
+    x = x.contiguous(memory_format=torch.channels_last)
+    parts = _parts(x, params, chains) if x.device.type == "cpu" else 1
     if parts <= 1:
-        return _chains(x, params, chains, _Backends)
-    return torch.cat([_chains(part, params, chains, _Backends) for part in x.chunk(min(parts, x.shape[0]))])
+        return _chains(x, params, chains, residual, _Backends)
+    return torch.cat([_chains(part, params, chains, None, _Backends) for part in x.chunk(min(parts, x.shape[0]))])
 
 
-def _parts(x: Tensor, weight: Tensor, chains: Sequence[ChainSpec]) -> int:
+def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> int:
     """In how many parts a batch is to pass, one unless the first chain is a stem with others behind it."""
     stem = chains[0]
-    conv = stem.units[0].conv
-    if len(chains) == 1 or len(stem.units) > 1 or stem.shortcut.kind != "none" or conv is None:
+    if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
         return 1
-    h, w = conv.out_size(x.shape[2:], weight.shape[2:])
-    image = x.element_size() * weight.shape[0] * h * w
+    size, image = (x.shape[2], x.shape[3]), 0
+    for unit, weight in zip(stem.units, params[::2], strict=False):
+        if unit.conv is not None:
+            size = unit.conv.out_size(size, weight.shape[2:])
+        image = max(image, x.element_size() * weight.shape[0] * size[0] * size[1])
     return -(-x.shape[0] * image // (torch.get_num_threads() * _STEM_BYTES))
 
 
-def plain_chains(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> Tensor:
+def plain_chains(
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
+) -> Tensor:
     """``run_chains`` in PyTorch's own operators, for runtimes that have no others."""
-    return _chains(x, params, chains, _Plain)
+    return _chains(x, params, chains, residual, _Plain)
 
 
 # ---------------------------------------------------------------------------------------------------- the operator
@@ -211,14 +253,14 @@ def _decode(texts: Sequence[str]) -> list[ChainSpec]:
     return [RowSpec.decode(text).chains[0] for text in texts]
 
 
-def _frozen(x: Tensor, params: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
+def _frozen(x: Tensor, params: Sequence[Tensor], texts: Sequence[str], residual: Tensor | None = None) -> Tensor:
     with torch._C._DisableAutocast():
-        out = run_chains(x.contiguous(memory_format=torch.channels_last), params, _decode(texts))
+        out = run_chains(x, params, _decode(texts), residual)
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def _frozen_fake(x: Tensor, params: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
-    out = plain_chains(x, params, _decode(texts))
+def _frozen_fake(x: Tensor, params: Sequence[Tensor], texts: Sequence[str], residual: Tensor | None = None) -> Tensor:
+    out = plain_chains(x, params, _decode(texts), residual)
     return torch.empty_like(out, memory_format=torch.channels_last)
 
 

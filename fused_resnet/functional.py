@@ -117,6 +117,8 @@ def residual_chain(
     shortcut_stride: int | Sequence[int] = 1,
     shortcut_pool: PoolSpec | None = None,
     residual: Tensor | None = None,
+    max_pool: PoolSpec | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """A residual block: act_k(unit_k(... unit_1(x)) + shortcut(x)); the last unit's act comes after the add.
 
@@ -127,6 +129,8 @@ def residual_chain(
             a ``Unit`` without activation, the projection of options B and C; None for a plain block.
         shortcut_pool: an average pool before the projection (ResNet-D).
         residual: a summand of the output's shape instead of a shortcut (then ``shortcut=None``).
+        max_pool: behind a chain without a summand, as in a stem: ``PoolSpec.make(3, 2, 1)``.
+        recompute: the first convolution's output is not kept for the backward but computed again there.
 
     Returns:
         [N, out_channels of the last unit, oH, oW], x's dtype (autocast's inside autocast), x's layout.
@@ -140,7 +144,7 @@ def residual_chain(
     if residual is not None and shortcut is not None:
         came = repr(shortcut) if isinstance(shortcut, str) else "a Unit"
         raise ValueError(f"residual: expected shortcut=None with it, got shortcut={came}")
-    return _run(x, [chain], residual)
+    return _run(x, [chain], residual, max_pool, recompute)
 
 
 def residual_chains(x: Tensor, chains: Sequence[Chain]) -> Tensor:

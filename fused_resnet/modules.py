@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from fused_resnet import reference
 from fused_resnet.checks import autocasts
-from fused_resnet.functional import conv_bn_act, in_backward, residual_chains
-from fused_resnet.spec import Act, PoolSpec
+from fused_resnet.functional import in_backward, residual_chain, residual_chains
+from fused_resnet.patterns import norm_kind
+from fused_resnet.spec import Act, ConvSpec, PoolSpec
 from fused_resnet.units import Chain, Unit
 
 # Activation modules and the name of the attribute that holds their parameter.
@@ -50,26 +52,42 @@ def copy_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
 
 
-def act_of(module: nn.Module) -> Act:
+def act_of(module: nn.Module | Act) -> Act:
     """The table's entry for an activation module.
 
     Raises:
         KeyError: not in the table.
     """
+    if isinstance(module, Act):
+        return module
     name, attribute = ACT_MODULES[type(module)]
     return Act(name, float(getattr(module, attribute))) if attribute else Act.make(name)
 
 
 @dataclass(eq=False)
 class UnitModules:
-    """The modules of one unit; ``act=None`` is the identity."""
+    """The modules of one unit: ``act=None`` is the identity, an ``Act`` one that is called as a function; ``bn`` may be
+    one of ``patterns.NORMS``, its activation, if it has one, then is ``act``."""
 
     conv: nn.Conv2d | None
     bn: nn.BatchNorm2d | nn.SyncBatchNorm
-    act: nn.Module | None = None
+    act: nn.Module | Act | None = None
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return (m for m in (self.conv, self.bn, self.act) if m is not None)
+        return (m for m in (self.conv, self.bn, self.act) if isinstance(m, nn.Module))
+
+    @property
+    def channels(self) -> int:
+        """Of the unit's output."""
+        bn = self.bn
+        known = (t for t in (bn.weight, bn.running_mean) if t is not None)
+        return int(next((t.shape[0] for t in known), 0)) or bn.num_features
+
+    @property
+    def frozen(self) -> bool:
+        """The norm never uses a batch's statistics, whatever its mode."""
+        kind = norm_kind(type(self.bn))
+        return kind is not None and kind[0]
 
     def why_not(self) -> str | None:
         """Why a chain can't run these modules as they are now, or None."""
@@ -88,24 +106,28 @@ class UnitModules:
                 d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
             ):
                 return "padding 'same' with an even kernel"
-        if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        kind = norm_kind(type(bn))
+        if kind is None:
             return f"{type(bn).__name__} in the place of BatchNorm2d"
-        if act is not None and type(act) not in ACT_MODULES:
+        if kind[1] and (type(bn.drop) is not nn.Identity or (act is None and type(bn.act) is not nn.Identity)):
+            return f"a {type(bn).__name__} that drops, or whose activation changed"
+        if isinstance(act, nn.Module) and type(act) not in ACT_MODULES:
             return f"activation {type(act).__name__}"
-        if conv is not None and conv.out_channels != bn.num_features:
-            return f"{type(bn).__name__}({bn.num_features}) after a convolution with {conv.out_channels} channels"
+        if conv is not None and conv.out_channels != self.channels:
+            return f"{type(bn).__name__}({self.channels}) after a convolution with {conv.out_channels} channels"
         return None
 
     def unit(self) -> Unit:
         """The tensors and hyper-parameters as they are now, for the functional API."""
         conv, bn = self.conv, self.bn
-        averaging = bn.training and bn.track_running_stats
-        momentum = bn.momentum
+        training = bn.training and not self.frozen
+        averaging = training and bn.track_running_stats
+        momentum = bn.momentum if not self.frozen else 0.0
         if momentum is None:
             momentum = (
                 1.0 / float(bn.num_batches_tracked + 1) if averaging and bn.num_batches_tracked is not None else 0.0
             )
-        used = averaging or not bn.training
+        used = averaging or not training
         unit = Unit(
             bn_weight=bn.weight,
             bn_bias=bn.bias,
@@ -114,8 +136,8 @@ class UnitModules:
             act=act_of(self.act) if self.act is not None else None,
             eps=bn.eps,
             momentum=momentum,
-            training=bn.training or bn.running_mean is None,
-            process_group=shared_by(bn) if bn.training else None,
+            training=training or bn.running_mean is None,
+            process_group=shared_by(bn) if training else None,
         )
         if conv is not None:
             unit.weight, unit.bias, unit.groups = conv.weight, conv.bias, conv.groups
@@ -125,7 +147,9 @@ class UnitModules:
     def count_batch(self) -> None:
         """num_batches_tracked, after the chain has run."""
         bn = self.bn
-        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None and not in_backward():
+        if self.frozen or not (bn.training and bn.track_running_stats):
+            return
+        if bn.num_batches_tracked is not None and not in_backward():
             bn.num_batches_tracked.add_(1)
 
 
@@ -157,6 +181,8 @@ class ChainModules:
         for unit in self.all_units:
             if reason := unit.why_not():
                 return reason
+        if len(self.units) == 1 and self.units[0].conv is None and type(self.units[0].bn) is nn.SyncBatchNorm:
+            return "a SyncBatchNorm without a convolution, which may get other than images"
         for pool in (self.avg_pool, self.max_pool):
             if pool is not None and has_hooks(pool):
                 return f"a {type(pool).__name__} has hooks"
@@ -178,25 +204,39 @@ class ChainModules:
     def _recompute(self, x: Tensor) -> bool:
         """A stem's raw output is the network's largest tensor: in 32 bits memory is worth convolving again."""
         dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-        return self.max_pool is not None and dtype.itemsize > 2
+        one_conv = len(self.units) == 1 and self.units[0].conv is not None
+        return self.max_pool is not None and one_conv and dtype.itemsize > 2
 
     def block(self) -> Chain:
         """The tensors and hyper-parameters as they are now, for the functional API."""
         shortcut = self.shortcut.unit() if isinstance(self.shortcut, UnitModules) else self.shortcut
         return Chain([u.unit() for u in self.units], shortcut, self.stride, self.avg_pool_spec())
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.shortcut is not None or len(self.units) > 1:
-            return run_row([self], x)
-        u = self.units[0].unit()
-        assert u.weight is not None
-        out = conv_bn_act(
-            x, u.weight, u.bn_weight, u.bn_bias, u.running_mean, u.running_var, bias=u.bias, stride=u.stride,
-            padding=u.padding, dilation=u.dilation, groups=u.groups, act=u.act, training=u.training,
-            momentum=u.momentum, eps=u.eps, max_pool=self.max_pool_spec(), recompute=self._recompute(x),
-            process_group=u.process_group,
+    def out_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Of the last unit."""
+        shape = tuple(x.shape)
+        for conv in (u.conv for u in self.units):
+            if conv is not None:
+                c = ConvSpec.make(conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
+                shape = (shape[0], conv.out_channels, *c.out_size(shape[2:], conv.kernel_size))
+        return shape
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``residual``: a summand that somebody else made, in a chain without a shortcut."""
+        other_dtype = residual is not None and residual.dtype != x.dtype and not autocasts(x)
+        if residual is not None and (other_dtype or tuple(residual.shape) != self.out_shape(x)):
+            # a summand that the add widens, or that widens the sum: PyTorch's add
+            *before, last = self.units
+            out = ChainModules([*before, UnitModules(last.conv, last.bn)])(x) + residual
+            return reference.act(out, act_of(last.act)) if last.act is not None else out
+        block = self.block()
+        out = residual_chain(
+            x, block.units, shortcut=block.shortcut, shortcut_stride=block.shortcut_stride,
+            shortcut_pool=block.shortcut_pool, residual=residual, max_pool=self.max_pool_spec(),
+            recompute=self._recompute(x),
         )  # fmt: skip
-        self.units[0].count_batch()
+        for unit in self.all_units:
+            unit.count_batch()
         return out
 
 

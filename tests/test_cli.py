@@ -65,6 +65,8 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     [
         (["check", "--models", "resnet19"], "resnet19"),
         (["check", "--models", ","], "got nothing"),
+        (["check", "--models", "caffe/resnet50"], "timm/NAME, transformers/NAME, got caffe/resnet50"),
+        (["bench", "--models", "timm/resnet50"], "got timm/resnet50"),
         (["check", "--dtypes", "fp8"], "fp8"),
         (["check", "--models", "resnet20", "--device", "abacus"], "abacus"),
         (["bench", "--models", "resnet20", "--device", "meta"], "expected auto, cpu or cuda"),
@@ -142,6 +144,34 @@ def test_check_does_not_compare_plain_with_plain(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fr, "fuse", lambda model: model)
     result = check_module.check(subject, ["fp32"], CPU, 0)[0]
     assert not result.ok and "not fused" in result.problem
+
+
+class SqueezeExcite(nn.Module):
+    """Two blocks as other libraries have them, one of which a chain can't close; outputs in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.conv, self.bn, self.gate = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.stem(x)
+        h = self.bn(self.conv(x))
+        h = h * self.gate(h.mean((2, 3), keepdim=True)).sigmoid()
+        return {"features": self.drop(F.silu(h + x)), "stem": x}
+
+
+def test_check_of_a_network_of_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(subjects.LIBRARIES, "json", lambda library, name: SqueezeExcite())
+    file = tmp_path / "check.json"
+    assert main(["check", "--models", "json/net", "--device", "cpu", "--json", str(file)]) == 0
+    results = read(file)["results"]
+    assert [r["subject"] for r in results] == ["whole json/net"] * 3 and all(r["compared"] > 20 for r in results)
+    monkeypatch.setitem(subjects.LIBRARIES, "json", lambda library, name: getattr(library, name))
+    assert main(["check", "--models", "json/net"]) == 2
+    monkeypatch.setitem(subjects.LIBRARIES, "json", lambda library, name: nn.Conv2d(3, 4, 1))
+    assert main(["check", "--models", "json/net", "--device", "cpu"]) == 1
 
 
 def test_subjects_cover_all_models() -> None:

@@ -252,34 +252,44 @@ def test_parametrization_after_fuse_is_seen(resnet18):
     assert grads["layer1.0.conv1.parametrizations.weight.original"].abs().sum() > 0
 
 
-def test_subclassed_forward_is_left():
-    class Mine(torchvision.models.resnet.BasicBlock):
-        def forward(self, x):
-            return super().forward(x) * 2
+class Twice(torchvision.models.resnet.BasicBlock):
+    """A forward of its own around a known block's."""
 
-    class Same(torchvision.models.resnet.BasicBlock):
-        """A subclass that keeps the forward is fused."""
+    def forward(self, x):
+        return super().forward(x) * 2
 
-    model = nn.Sequential(Mine(8, 8), Same(8, 8))
-    fr.fuse(model)
-    assert type(model[0]) is Mine and "forward of its own" in reasons(model)["0"]
-    assert isinstance(model[1], Same) and type(model[1]) is not Same
+
+def test_subclassed_forward_is_what_runs():
+    plain = prepared(nn.Sequential(Twice(8, 8), torchvision.models.resnet.BasicBlock(8, 8))).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert isinstance(fused[0], Twice) and all(row.fused for row in fr.explain(fused).rows)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), plain(x))
 
 
 def test_unknown_modules_are_left(resnet18):
-    """A norm, activation or shortcut that no chain knows; a module of an unknown class with conv and bn is listed."""
+    """A norm, activation or padding that no chain knows: what is left of the block is fused, and explain says so."""
     resnet18.layer1[0].bn1 = nn.GroupNorm(4, 64)
     resnet18.layer1[1].relu = nn.Tanh()
     resnet18.layer2[0].downsample = nn.Sequential(*resnet18.layer2[0].downsample, nn.Dropout(0.0))
     resnet18.layer2[1].conv1.padding_mode = "reflect"
-    fr.fuse(resnet18)
-    left = reasons(resnet18)
-    assert "GroupNorm" in left["layer1.0"] and "Tanh" in left["layer1.1"]
-    assert "Dropout" in left["layer2.0"] and "reflect" in left["layer2.1"]
-    stranger = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    plain = copy.deepcopy(resnet18).double()
+    fused = fr.fuse(resnet18).double()
+    rows = {row.name: row for row in fr.explain(fused).rows}
+    assert "GroupNorm" in rows["layer1.0"].reason and "Tanh" in rows["layer1.1"].reason
+    assert rows["layer1.0"].fused and rows["layer1.1"].fused and rows["layer2.0"].fused
+    assert "reflect" in reasons(fused)["layer2.1"]
+    x = images().double()
+    (out, grads), (want, want_grads) = step(fused, x), step(plain, x)
+    assert relative(out, want) < 1e-9
+    assert max(relative(grads[key], grad) for key, grad in want_grads.items()) < 1e-7
+
+
+def test_nothing_to_fuse():
+    stranger = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
     with pytest.warns(UserWarning, match="nothing in this Sequential"):
         fr.fuse(stranger)
-    assert "no pattern" in fr.explain(stranger).rows[0].reason
+    assert type(stranger) is nn.Sequential and not fr.explain(stranger).rows
 
 
 def test_shared_modules_are_left(resnet18):

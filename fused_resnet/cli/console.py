@@ -79,15 +79,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_models(chosen: Sequence[str] | None, default: Sequence[str]) -> list[str]:
+def pick_models(chosen: Sequence[str] | None, default: Sequence[str], libraries: Sequence[str] = ()) -> list[str]:
     """The models that ``--models`` names, ``default`` without it.
 
     Raises:
-        UsageError: a name that is not in ``models.list_models()``, or no name at all.
+        UsageError: a name that is neither in ``models.list_models()`` nor "library/name", or no name at all.
     """
     names = list(default if chosen is None else chosen)
-    known = models.list_models()
-    unknown = [name for name in names if name not in known]
+    known = [*models.list_models(), *(f"{library}/NAME" for library in libraries)]
+    unknown = [name for name in names if name not in known and name.partition("/")[0] not in libraries]
     if unknown or not names:
         raise UsageError(f"--models: expected some of {', '.join(known)}, got {', '.join(unknown) or 'nothing'}")
     return names

@@ -133,7 +133,8 @@ COMMANDS = {
     ),
     "check": (
         "compare every block of every model with plain PyTorch: forward, gradients, running statistics",
-        "fused-resnet check\n  fused-resnet check --models resnet50,resnet20 --json check.json",
+        "fused-resnet check\n  fused-resnet check --models resnet50,resnet20 --json check.json\n"
+        "  fused-resnet check --models timm/resnet50d,torchvision/mobilenet_v2",
         _check,
     ),
     "bench": (

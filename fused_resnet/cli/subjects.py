@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fused_resnet import models
+from fused_resnet.cli.options import UsageError
 
 # Configurations beyond the defaults of a factory: model -> {name: keyword arguments}.
 VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -22,6 +24,12 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "avg_down": {"avg_down": True},
     },
 }
+# Whose networks can be checked by "library/name", and what builds one.
+LIBRARIES: dict[str, Callable[[Any, str], nn.Module]] = {
+    "torchvision": lambda library, name: library.models.get_model(name, weights=None),
+    "timm": lambda library, name: library.create_model(name),
+    "transformers": lambda library, name: getattr(library, name)(getattr(library, name).config_class()),
+}
 BLOCKS = (models.BasicBlock, models.Bottleneck, models.PlainBlock)
 
 
@@ -30,7 +38,8 @@ class Subject:
     """A plain float32 module on the CPU, and the input that it takes.
 
     Attributes:
-        label: what the table calls it. model: the name in ``models.list_models()`` (first of those that have it).
+        label: what the table calls it. model: the name in ``models.list_models()`` (first of those that have it), or
+            "library/name".
         build: makes it, with the default generator's weights. whole: a network, not a block.
         shape: of the input. shape16: the same for 16-bit dtypes, where many values fall on the other side of a ReLU's
             kink: so many that their number, here and in plain PyTorch, is no matter of luck.
@@ -120,13 +129,60 @@ def _input_of(block: nn.Module, values: int) -> tuple[int, int, int, int]:
     return 2, convs[0].in_channels, side, side + 1
 
 
+class OneTensor(nn.Module):
+    """A network whose outputs, whatever holds them, are one tensor, and whose runs draw the same random numbers.
+
+    Args:
+        network: takes [N, C, H, W]; its dropout is switched off in place, as its random numbers differ by dtype.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        for m in network.modules():
+            if isinstance(m, nn.Dropout):
+                m.p = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return torch.cat([t.flatten(1) for t in _tensors(self.network(x))], 1)
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    """All tensors of an output, in order."""
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, list | tuple):
+        return [t for part in out for t in _tensors(part)]
+    return [t for part in out.values() for t in _tensors(part)] if hasattr(out, "values") else []
+
+
+def _from_library(name: str) -> nn.Module:
+    """The network "library/name" with random weights.
+
+    Raises:
+        UsageError: the library is not installed, or has no network of that name.
+    """
+    library, _, of = name.partition("/")
+    try:
+        return OneTensor(LIBRARIES[library](importlib.import_module(library), of))
+    except ImportError as error:
+        raise UsageError(f"--models {name}: {library} can't be imported: {error}") from error
+    except Exception as error:  # each library has its own way to say so
+        raise UsageError(f"--models {name}: {library} builds no such network: {error}") from error
+
+
 def subjects(names: Sequence[str]) -> Iterator[Subject]:
     """Every kind of block of the named models, first at its narrowest and then each model's widest; and every network
-    that has a kind of block which no network of its class before it had."""
+    that has a kind of block which no network of its class before it had. Of other libraries ("library/name") the whole
+    network."""
     seen_blocks: set[str] = set()
     seen_kinds: set[tuple[str, ...]] = set()
     seen_in_network: set[tuple[str, ...]] = set()
     for name in names:
+        if "/" in name:
+            yield Subject(f"whole {name}", name, partial(_from_library, name), True, (4, 3, 64, 64), (4, 3, 64, 64))
+            continue
         for variation, kwargs in {"": {}, **VARIATIONS.get(name, {})}.items():
             with torch.device("meta"):
                 network = _network(name, kwargs)

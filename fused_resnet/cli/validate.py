@@ -9,6 +9,9 @@ The truth is the plain model in float64. Two rules:
                   For 16 bits, and for whole networks in float32. Among the millions of values of a network some do lie
                   at a kink; which of them fall on the wrong side, here and in plain PyTorch, is luck. Each one changes
                   a gradient by 1 of the n/2 values that passed: gradients of networks get sqrt(2 * KINKS / n) more.
+
+A gradient that is zero but for rounding (of a shift before another norm, say) has no relative error: its own is told
+relative to the run's largest gradient instead.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import models
+from fused_resnet.analysis import analyse
+from fused_resnet.patterns import norm_kind
+from fused_resnet.plans import at
 
 Tensors = dict[str, Tensor]
 
@@ -33,6 +38,8 @@ TOLERANCE = {torch.float64: (1e-7, 1e-7), torch.float32: (1.3e-6, 1e-5)}
 # Values on the wrong side of a kink, among the n of a network's smallest ReLU, that are luck: their number is a Poisson
 # variable of mean n * (relative error of the forward pass), well under 1.
 KINKS = 4
+# A gradient smaller than this share of the largest is rounding, in float64.
+NOTHING = 1e-9
 # Of ``randomise``, for whole networks.
 BRANCH = 0.3
 # Relative errors below these are rounding, however lucky plain PyTorch's were.
@@ -100,9 +107,16 @@ def compare(
     """
     elementwise = dtype == torch.float64 or (dtype == torch.float32 and length > 0)
     findings = []
+    largest = _largest_gradients(ref)
     for name, r in ref.items():
         if name not in got:
             findings.append(Finding(f"{name} (missing)", math.inf, 0.0, math.inf))
+            continue
+        scale = largest.get(_mode(name), 0.0) if is_gradient(name) else 0.0
+        if got[name].shape == r.shape and _rms(r) < NOTHING * scale:
+            error, plain_error = (_rms(t.double() - r.double()) / scale for t in (got[name], plain[name]))
+            used = error / (2 * plain_error + FLOOR[dtype])
+            findings.append(Finding(name, error, plain_error, used if not math.isnan(used) else math.inf))
             continue
         error, plain_error = relative_error(got[name], r), relative_error(plain[name], r)
         if elementwise:
@@ -112,6 +126,24 @@ def compare(
             used = error / (2 * plain_error + FLOOR[dtype] + luck)
         findings.append(Finding(name, error, plain_error, used if not math.isnan(used) else math.inf))
     return findings
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.double().square().mean().sqrt()) if t.numel() else 0.0
+
+
+def _mode(name: str) -> str:
+    """What stands before the name of a tensor, if anything does."""
+    return name.rpartition(": ")[0]
+
+
+def _largest_gradients(ref: Tensors) -> dict[str, float]:
+    """Mode -> the root mean square of its largest gradient."""
+    largest: dict[str, float] = {}
+    for name, t in ref.items():
+        if is_gradient(name):
+            largest[_mode(name)] = max(largest.get(_mode(name), 0.0), _rms(t))
+    return largest
 
 
 def worst(findings: Iterable[Finding]) -> Finding:
@@ -180,7 +212,7 @@ def run(
 # ---------------------------------------------------------------------------------------------------- telling inputs
 @torch.no_grad()
 def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: float = 1.0) -> None:
-    """Gives every BatchNorm values under which no mistake hides: gamma of both signs, beta, mean and var not 0, 1.
+    """Gives every norm of a chain values under which no mistake hides: gamma of both signs, beta, mean, var not 0, 1.
 
     The running statistics are those of this batch, moved a little, so that deep networks stay in range in eval mode.
     Leaves ``model`` in training mode; runs it once on ``x``.
@@ -189,17 +221,22 @@ def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: f
         branch: scales gamma and beta at the end of each residual branch. Under 1, as in trained networks, errors do
             not grow from block to block until nothing can be told from them (16 bits lose all of ResNet-50's gradient).
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    blocks = [m for m in model.modules() if isinstance(m, models.BasicBlock | models.Bottleneck)]
-    last = {id(m.bn3 if isinstance(m, models.Bottleneck) else m.bn2) for m in blocks}
+    norms: list[Any] = [m for m in model.modules() if norm_kind(type(m)) is not None]
+    closing = [(f.module, c) for f in analyse(model) if f.plans is not None for c in f.plans[True].chains if c.shortcut]
+    last = {id(at(m, chain.units[-1].bn)) for m, chain in closing}
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         values = torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
         return values.to(like)
 
-    momenta = [bn.momentum for bn in norms]
+    def measure(bn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        bn.running_mean.copy_(inputs[0].mean((0, 2, 3)))  # type: ignore[operator]
+        bn.running_var.copy_(inputs[0].var((0, 2, 3)))  # type: ignore[operator]
+
+    hooks = [bn.register_forward_pre_hook(measure) for bn in norms if norm_kind(type(bn)) == (True, False)]
+    momenta = [getattr(bn, "momentum", None) for bn in norms]
     for bn in norms:
-        if bn.affine:
+        if bn.weight is not None:
             sign = torch.where(uniform(bn.weight, 0, 1) < 0.2, -1.0, 1.0)
             bn.weight.copy_(uniform(bn.weight, 0.5, 1.5) * sign)
             bn.bias.copy_(uniform(bn.bias, -0.5, 0.5))
@@ -209,6 +246,8 @@ def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: f
         bn.momentum = 1.0
     model.train()
     model(x)
+    for hook in hooks:
+        hook.remove()
     for bn, momentum in zip(norms, momenta, strict=True):
         bn.momentum = momentum
         if bn.running_mean is not None and bn.running_var is not None:

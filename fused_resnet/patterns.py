@@ -1,0 +1,83 @@
+"""What classes and functions mean in a chain. Other libraries' classes by name: no library is imported for them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_resnet.spec import ACTIVATIONS, Act
+
+# Norms beside torch.nn's BatchNorm2d and SyncBatchNorm: class -> (never uses a batch's statistics, has an activation of
+# its own). The former hold weight, bias and both statistics as buffers; the latter call it ``act``, behind ``drop``.
+NORMS: dict[str, tuple[bool, bool]] = {
+    "torchvision.ops.misc.FrozenBatchNorm2d": (True, False),
+    "timm.layers.norm_act.BatchNormAct2d": (False, True),
+    "timm.layers.norm_act.FrozenBatchNormAct2d": (True, True),
+}
+# Option A's shortcut, with its ``stride``.
+ZERO_PAD = "fused_resnet.models.cifar.ZeroPadShortcut"
+# Methods of a network that its forward calls and that users call themselves; the first that there is is replaced.
+METHODS = ("forward_features", "_forward_impl", "forward")
+ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
+# Activations called as functions or methods, and the name of their parameter.
+ACT_CALLS: dict[Callable[..., Tensor] | str, tuple[str, str]] = {
+    F.relu: ("relu", ""),
+    F.relu_: ("relu", ""),
+    torch.relu: ("relu", ""),
+    torch.relu_: ("relu", ""),
+    "relu": ("relu", ""),
+    "relu_": ("relu", ""),
+    F.leaky_relu: ("leaky_relu", "negative_slope"),
+    F.elu: ("elu", "alpha"),
+    F.sigmoid: ("sigmoid", ""),
+    torch.sigmoid: ("sigmoid", ""),
+    "sigmoid": ("sigmoid", ""),
+    F.silu: ("silu", ""),
+    F.relu6: ("relu6", ""),
+    F.hardswish: ("hardswish", ""),
+}
+
+
+def class_name(cls: type) -> str:
+    """The name under which the tables here know a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def original(m: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was fused."""
+    return getattr(type(m), "_fr_original", type(m))
+
+
+def norm_kind(cls: type) -> tuple[bool, bool] | None:
+    """(frozen, with an activation) of a norm that a chain takes; None for others."""
+    return (False, False) if cls in (nn.BatchNorm2d, nn.SyncBatchNorm) else NORMS.get(class_name(cls))
+
+
+def looks_like_norm(m: nn.Module) -> bool:
+    """A BatchNorm of two-dimensional images, whether or not a chain takes its class."""
+    return isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) or class_name(type(m)) in NORMS
+
+
+def act_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Act | None:
+    """The activation that a call of ``target`` is, x being ``args[0]``; None if it is another function."""
+    if not isinstance(target, str) and not callable(target) or target not in ACT_CALLS or not args:
+        return None
+    name, parameter = ACT_CALLS[target]
+    given = dict(zip((parameter, "inplace") if parameter else ("inplace",), args[1:], strict=False)) | kwargs
+    value = given.pop(parameter, ACTIVATIONS[name][0]) if parameter else 0.0
+    given.pop("inplace", None)
+    return Act(name, float(value)) if not given and isinstance(value, int | float) else None
+
+
+def mutates(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of a function, or of the tensor method of that name, changes its first argument."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    augmented = getattr(operator, name, None) is target and name.startswith("i") and hasattr(operator, name[1:])
+    in_place = name.endswith("_") and not name.endswith("__")
+    inplace = kwargs.get("inplace", False) or (not isinstance(target, str) and target in ACT_CALLS and True in args[1:])
+    return bool(augmented or in_place or inplace or "out" in kwargs or name in ("setitem", "__setitem__"))
