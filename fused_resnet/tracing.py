@@ -316,7 +316,7 @@ def _importable(function: Any) -> bool:
     """A copy of the model, on this machine or another, finds the same function."""
     try:
         return pickle.loads(pickle.dumps(function)) is function
-    except Exception:
+    except Exception:  # whatever a class's own pickling raises: what can't travel is refused by name above
         return False
 
 
