@@ -32,7 +32,7 @@ from fused_resnet.studies import (
     paper,
     responses,
 )
-from fused_resnet.studies.study import Difference, Trainer, as_read_back, weight_gradients
+from fused_resnet.studies.study import Difference, Trainer, as_read_back, summary, weight_gradients
 from fused_resnet.training import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +182,25 @@ def test_trainings_that_are_kept_are_not_done_again(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     fresh = Laboratory(preset, data, [0], CPU, folder=tmp_path).train(Network(8), 0)
     assert fresh.curve("train_loss") == first.curve("train_loss")  # from the start: the seed decides
+
+
+def test_a_network_may_have_a_recipe_of_its_own(tmp_path: Path) -> None:
+    preset = replace(toy_preset(), keep=True)
+    usual, short = Network(8), Network(8, recipe=replace(preset.recipe, epochs=2, lr=0.01))
+    lab = Laboratory(preset, toy_data(None), [4], CPU, folder=tmp_path)
+    first, second = lab.train(usual, 4), lab.train(short, 4)
+    assert first.network == usual and second.network == short
+    rates = [[s["lr"] for s in run.history.steps] for run in (first, second)]
+    assert rates[0] == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert rates[1] == pytest.approx([0.01] * 2 + [0.001, 0.0001])
+    assert first.history.steps[0]["loss"] == second.history.steps[0]["loss"]  # the same weights, the same batch
+    # the preset's recipe is the same training, whether a network names it or not
+    named = Network(8, recipe=preset.recipe)
+    assert lab.train(named, 4) is first and lab.work([usual, named]) == lab.work([usual]) == 8 * 8
+    assert lab.work([usual, short]) == 8 * 8 + 8 * 4
+    folders = {folder.name for folder in tmp_path.iterdir()}
+    assert folders == {"ResNet-8-seed-4", "ResNet-8-seed-4-epochs=2-lr=0.01"}
+    assert summary([second])["network"]["recipe"]["epochs"] == 2
 
 
 def test_paper_preset_goes_on_where_it_was(

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ Advance = Callable[[float, str], object]
 
 @dataclass(frozen=True)
 class Network:
-    """One of the CIFAR family: its depth, its shortcut (None: plain) and its kind of blocks."""
+    """One of the CIFAR family: its depth, its shortcut (None: plain) and its kind of blocks; ``recipe``: how it is
+    trained, where that is not as the preset has it."""
 
     depth: int
     shortcut: Shortcut | None = "A"
     bottleneck: bool = False
+    recipe: Recipe | None = None
 
     @property
     def name(self) -> str:
@@ -77,8 +79,8 @@ class Preset:
     warm_up_from: int = 110
 
     def recipe_of(self, network: Network) -> Recipe:
-        """The paper warms its networks of 110 layers and more up (section 4.2)."""
-        return self.deep_recipe if network.depth >= self.warm_up_from else self.recipe
+        """The network's own, or the preset's: the paper warms its networks of 110 layers and more up (section 4.2)."""
+        return network.recipe or (self.deep_recipe if network.depth >= self.warm_up_from else self.recipe)
 
 
 @dataclass
@@ -126,11 +128,11 @@ def weight_gradients(model: nn.Module) -> list[float]:
 
 
 class Laboratory:
-    """Trains each network once per seed, however many studies ask for it.
+    """Trains each network once per recipe and seed, however many studies ask for it.
 
     Args:
         preset, data: the experiment's size and its images.
-        seeds: one training per network and seed. device: to run on.
+        seeds: one training per network, recipe and seed. device: to run on.
         advance: told of work done, in steps times layers, and of what is being done.
         folder: where the trainings of a preset that keeps them go. resume: go on with those that are there.
     """
@@ -153,10 +155,23 @@ class Laboratory:
         """With which the network is trained."""
         return self.seeds if network.depth <= self.preset.all_seeds_up_to else self.seeds[:1]
 
+    def _resolved(self, network: Network) -> Network:
+        """The same for all that are built and trained alike, whether the recipe is the preset's or their own."""
+        return replace(network, recipe=self.preset.recipe_of(network))
+
+    def _folder_of(self, network: Network, seed: int) -> Path | None:
+        """Where the training is kept; the name tells in what the recipe is not the preset's."""
+        if self.folder is None:
+            return None
+        recipe, usual = self.preset.recipe_of(network), self.preset.recipe_of(replace(network, recipe=None))
+        pairs = [(f.name, getattr(recipe, f.name), getattr(usual, f.name)) for f in fields(recipe)]
+        own = "".join(f" {name}={here}" for name, here, there in pairs if here != there)
+        return self.folder / f"{network.name} seed {seed}{own}".replace(" ", "-")
+
     def work(self, networks: Iterable[Network]) -> float:
         """What training them will tell ``advance`` in all."""
         total = 0.0
-        for network in set(networks):
+        for network in {self._resolved(network) for network in networks}:
             recipe = self.preset.recipe_of(network)
             steps = recipe.epochs * (len(self.data.train_x) // recipe.batch_size)
             total += network.depth * steps * len(self.seeds_of(network))
@@ -169,10 +184,10 @@ class Laboratory:
             return network.build(self.data.channels, len(self.data.classes), **kwargs).to(self.device)
 
     def train(self, network: Network, seed: int) -> Run:
-        """The network trained by the preset's recipe; the same run when it is asked for again."""
-        key = (network, seed)
+        """The network trained by its recipe; the same run when it is asked for again."""
+        key = (self._resolved(network), seed)
         if key not in self._runs:
-            output = self.folder / f"{network.name} seed {seed}".replace(" ", "-") if self.folder else None
+            output = self._folder_of(network, seed)
             resume = self.resume and output is not None
             watch = _Watch(network, self.advance, output / "gradients.json" if output else None, resume)
             model, recipe = self.build(network, seed), self.preset.recipe_of(network)
