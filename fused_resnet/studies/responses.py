@@ -31,8 +31,9 @@ IMAGES = 256
 
 
 def networks(preset: Preset) -> list[Network]:
-    plain = [Network(depth, None) for depth in preset.depths]
-    return [*plain, *(Network(depth, "A") for depth in (*preset.depths, preset.deepest))]
+    plain, residual = preset.response_depths
+    recipe = preset.response_recipe
+    return [*(Network(d, None, recipe=recipe) for d in plain), *(Network(d, "A", recipe=recipe) for d in residual)]
 
 
 def _norms(model: nn.Module) -> Iterator[nn.Module]:
@@ -70,7 +71,8 @@ def measure(lab: Laboratory) -> Figures:
     for n in networks(lab.preset):
         std = [responses(run.model, x) for run in lab.runs(n)]
         found[n.name] = {"depth": n.depth, "plain": n.shortcut is None, "std": std}
-    return {"networks": found, "images": len(x)}
+    recipe = lab.preset.response_recipe
+    return {"networks": found, "images": len(x), "recipe": recipe.to_json() if recipe else "the preset's"}
 
 
 def judge(figures: Figures) -> list[Verdict]:

@@ -34,6 +34,8 @@ class Preset:
         recipe: how every network is trained; networks of ``warm_up_from`` layers and more by ``deep_recipe``.
         depths: of the plain and residual networks that are compared, shallowest first. deepest: residual only.
         shortcut_depth: of the networks with options A, B and C. bottleneck_depth: of the one with bottlenecks.
+        response_depths: of the plain and of the residual networks whose responses are compared. response_recipe: how
+            they are trained, where that is not as all others are.
         all_seeds_up_to: deeper networks are trained with the first seed only.
         keep: trainings take hours: each writes checkpoints and logs, to go on with.
         extreme: layers of the network of which a few steps are run; extreme_batch: images of these.
@@ -48,7 +50,9 @@ class Preset:
     deepest: int
     shortcut_depth: int
     bottleneck_depth: int
+    response_depths: tuple[tuple[int, ...], tuple[int, ...]]
     all_seeds_up_to: int
+    response_recipe: Recipe | None = None
     keep: bool = False
     extreme: int = 1202
     extreme_batch: int = 16
