@@ -128,6 +128,29 @@ class ChangesTheShortcut(Layers):
         return F.relu(h + x)
 
 
+class ChangesTheInput(Layers):
+    """Between a convolution and its norm the convolution's input is changed, by a layer, through a view, ..."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.drop = how, nn.Dropout(0.5)
+        self.other = nn.Sequential(nn.ReLU(inplace=True), self.conv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        if self.how == "layer":
+            self.other(x)
+        elif self.how == "view":
+            x.flatten(2).add_(1.0)
+        elif self.how == "module's view":
+            torch.relu_(self.drop(x))
+        elif self.how == "out":
+            torch.neg(x * 2, out=x)
+        else:
+            torch.relu_(self.conv2(x))  # somebody else's
+        return self.bn1(y)
+
+
 class Mode(Layers):
     def forward(self, x: Tensor) -> Tensor:
         h = self.bn1(self.conv1(x))
@@ -220,6 +243,18 @@ def test_forward_backward_statistics(cls):
 def test_a_shortcut_that_is_changed_on_the_way():
     plain, fused = made(ChangesTheShortcut)
     assert len(plan_of(fused).chains) == 1 and plan_of(fused).chains[0].shortcut is None
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
+
+
+@pytest.mark.parametrize("how", ["layer", "view", "module's view", "out", "not at all"])
+def test_an_input_that_is_changed_on_the_way(how):
+    plain = prepared(ChangesTheInput(how)).double().eval()
+    fused = fr.fuse(copy.deepcopy(plain))
+    (row,) = fr.explain(fused).rows
+    assert row.fused == (how == "not at all")
+    assert row.fused or row.reason == "what the chain of bn1 reads is changed in place before its end"
     x = images()
     with torch.no_grad():
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
