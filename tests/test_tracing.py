@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_convert import prepared
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
 from fused_resnet.backends import warn_once
@@ -323,6 +324,50 @@ class AsksForGradients(Layers):
         return h if torch.is_grad_enabled() else h * 2
 
 
+class NoGrad(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(h))
+
+
+class Autocast(Layers):
+    """For a device that this machine may not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return self.bn1(self.conv1(x))
+
+
+class Checkpoints(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda t: self.bn1(self.conv1(t)), x, use_reentrant=False)
+
+
+class Offloads(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return self.bn1(self.conv1(x))
+
+
+class Freezes(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn2.eval()
+        return self.bn2(self.conv2(x))
+
+
+KEPT: list[Any] = []
+
+
+class Keeps(Layers):
+    """Where nobody looks for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn1(self.conv1(x))
+        KEPT.append(h)
+        return self.relu(h)
+
+
 class Several(Layers):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.bn1(self.conv1(x)) + y
@@ -331,7 +376,9 @@ class Several(Layers):
 REFUSED = {
     DrawsTorch: "draws random numbers", DrawsPython: "draws random numbers", Remembers: "sets 'last'",
     Collects: "sets 'seen'", Branches: "can't be traced", AsksForGradients: "gradients are wanted",
-    Several: "several inputs",
+    Several: "several inputs", NoGrad: "switches gradients", Autocast: "enters autocast",
+    Checkpoints: "enters saved_tensors_hooks", Offloads: "enters saved_tensors_hooks", Freezes: "sets 'training'",
+    Keeps: "keeps a value",
 }  # fmt: skip
 
 
@@ -344,7 +391,7 @@ def test_a_trace_that_would_lie_is_refused(cls):
     assert type(model[0]) is cls and isinstance(model[1], FusedModule)
     rows = {row.name: row for row in fr.explain(model).rows}
     assert REFUSED[cls] in rows["0"].reason and not rows["0"].fused
-    assert model[0].__dict__ == before
+    assert model[0].__dict__ == before and all(m.training for m in model.modules())
     assert cls is DrawsTorch or torch.equal(state, torch.get_rng_state())
 
 
