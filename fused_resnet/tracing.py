@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet.patterns import original
+from fused_resnet.patterns import calls_itself, original
 
 _PLAIN = (bool, int, float, str, type(None))
 _NO_INPUT = Parameter("none", Parameter.KEYWORD_ONLY)
@@ -203,6 +203,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
+        if calls_itself(m):
+            raise CannotTrace(f"the class {type(m).__name__} of {path!r} overrides __call__")
         self.calls[path] += 1
         if path not in self.inlined:
             return super().call_module(m, forward, args, kwargs)

@@ -368,6 +368,25 @@ class Keeps(Layers):
         return self.relu(h)
 
 
+class Doubling(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class CallsOtherwise(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = Doubling(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(self.conv1(x)))
+
+
+class IsCalledOtherwise(Functions):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
 class Several(Layers):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.bn1(self.conv1(x)) + y
@@ -378,7 +397,8 @@ REFUSED = {
     Collects: "sets 'seen'", Branches: "can't be traced", AsksForGradients: "gradients are wanted",
     Several: "several inputs", NoGrad: "switches gradients", Autocast: "enters autocast",
     Checkpoints: "enters saved_tensors_hooks", Offloads: "enters saved_tensors_hooks", Freezes: "sets 'training'",
-    Keeps: "keeps a value",
+    Keeps: "keeps a value", CallsOtherwise: "the class Doubling of 'conv1' overrides __call__",
+    IsCalledOtherwise: "its class overrides __call__",
 }  # fmt: skip
 
 
@@ -494,3 +514,13 @@ def test_compile_fullgraph(cls):
     torch.testing.assert_close(compiled(x), other(x))
     for (key, a), (_, b) in zip(fused.named_buffers(), other.named_buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=key)
+
+
+def test_running_statistics_take_an_eps_of_zero():
+    """As F.batch_norm: an error in training alone."""
+    plain = prepared(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, eps=0.0), nn.ReLU())).double()
+    fused, x = fr.fuse(copy.deepcopy(plain)), images()
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-7, atol=1e-9)
+    for model in (plain, fused):
+        with pytest.raises(ValueError, match="eps.*positive"):
+            model.train()(x)
