@@ -23,11 +23,13 @@ def sections(folder: Path) -> str:
     """The Markdown of one run: where it was measured, then each study's verdicts and picture."""
     found = {name: json.loads((folder / f"{name}.json").read_text()) for name in STUDIES}
     link = Path(os.path.relpath(folder, PAGE.parent)).as_posix()
-    first, seconds = next(iter(found.values())), sum(f["elapsed_s"] for f in found.values())
+    first = next(iter(found.values()))
+    training, measuring = max(f["training_s"] for f in found.values()), sum(f["elapsed_s"] for f in found.values())
     lines = [
         f"{first['device']}, torch {first['versions']['torch']}, {first['date']}, seeds "
-        f"{', '.join(map(str, first['seeds']))}: {seconds:.0f} s in all (the study that first asks for a network pays "
-        f"for its training). [The files]({link}), written by `fused-resnet study all`.",
+        f"{', '.join(map(str, first['seeds']))}: {training:.0f} s for the trainings, {first['processes']} at a time, "
+        f"and {measuring:.0f} s for what the studies measure beyond them. [The files]({link}), written by "
+        f"`fused-resnet study all`.",
     ]
     for name, f in found.items():
         lines += ["", f"### {name}", ""]

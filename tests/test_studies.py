@@ -32,8 +32,9 @@ from fused_resnet.studies import (
     paper,
     responses,
 )
-from fused_resnet.studies.study import Difference, Trainer, as_read_back, weight_gradients
-from fused_resnet.training import Recipe
+from fused_resnet.studies.study import Difference, as_read_back, summary
+from fused_resnet.studies.trainings import weight_gradients
+from fused_resnet.training import Recipe, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -130,7 +131,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
         advanced: list[float] = []
         patch.setattr(command, "Laboratory", lambda *args, **kw: _counting(Laboratory(*args, **kw), advanced))
-        words = ["study", "all", "--seeds", "3,5", "--device", "cpu", "--output", str(folder)]
+        # in this process, where patches are seen
+        words = ["study", "all", "--seeds", "3,5", "--device", "cpu", "--processes", "1", "--output", str(folder)]
         code = main([*words, "--json", str(folder / "everything.json")])
     return {"folder": folder, "trained": trained, "code": code, "advanced": sum(advanced)}
 
@@ -145,6 +147,7 @@ def _counting(lab: Laboratory, advanced: list[float]) -> Laboratory:
 def test_study_runs_end_to_end(name: str, ran: dict[str, Any]) -> None:
     found = json.loads((ran["folder"] / f"{name}.json").read_text())
     assert {"date", "device", "machine", "versions", "seeds", "preset", "recipe", "claim", "figures"} <= set(found)
+    assert found["processes"] == 1
     assert found["study"] == name and found["seeds"] == [3, 5] and found["preset"] == "toy"
     assert found["held"] == all(v["held"] for v in found["verdicts"]) and found["verdicts"]
     for verdict in found["verdicts"]:
@@ -161,12 +164,45 @@ def test_all_trains_each_network_once_and_says_how_far_it_is(ran: dict[str, Any]
     assert [s["study"] for s in everything["studies"]] == list(STUDIES) and not all(
         s["held"] for s in everything["studies"]
     )
+    # a study's time is its own: trainings are counted once, by themselves
+    files = [json.loads((ran["folder"] / f"{name}.json").read_text()) for name in STUDIES]
+    assert max(f["training_s"] for f in files) == everything["training_s"] > 0
+    measured = sum(f["elapsed_s"] for f in files)
+    assert 0 < measured < everything["elapsed_s"] - everything["training_s"] + 0.05 * len(files)
     # plain-8, plain-14, ResNet-8, -14, B, C and bottleneck for both seeds, ResNet-20 for the first
     assert len(ran["trained"]) == len(set(ran["trained"])) == 7 * 2 + 1
     preset = toy_preset()
     lab = Laboratory(preset, toy_data(None), [3, 5], CPU)
     networks = [n for s in STUDIES.values() for n in s.networks(preset)]
     assert ran["advanced"] == lab.work(networks) + sum(s.work(preset) for s in STUDIES.values())
+
+
+def test_runs_are_the_same_in_any_number_of_processes() -> None:
+    """Bit for bit, whatever the number of threads here."""
+    networks, told = [Network(8), Network(8, None), Network(11, "A", True)], []
+    torch.set_num_threads(2)
+    try:
+        labs = [
+            Laboratory(toy_preset(), toy_data(None), [3, 5], CPU, lambda *words: told.append(words), processes=n)
+            for n in (1, 2)
+        ]
+        for lab in labs:
+            told.clear()
+            lab.prepare(networks)
+            assert sum(work for work, _ in told) == lab.work(networks) and torch.get_num_threads() == 2
+            lab.processes = 0  # all are there: nobody is asked to train
+        x = labs[0].images(16)[0]
+        for network in networks:
+            for here, there in zip(*(lab.runs(network) for lab in labs), strict=True):
+                assert (here.network, here.seed, here.gradients) == (there.network, there.seed, there.gradients)
+                assert here.history.steps == there.history.steps and len(here.history.steps) == 8
+                for key in ("train_loss", "train_error", "test_loss", "test_error"):
+                    assert here.curve(key) == there.curve(key)
+                pairs = zip(here.model.state_dict().values(), there.model.state_dict().values(), strict=True)
+                assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in pairs)
+                assert responses.responses(here.model, x) == responses.responses(there.model, x)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_trainings_that_are_kept_are_not_done_again(tmp_path: Path) -> None:
@@ -184,6 +220,26 @@ def test_trainings_that_are_kept_are_not_done_again(tmp_path: Path) -> None:
     assert fresh.curve("train_loss") == first.curve("train_loss")  # from the start: the seed decides
 
 
+def test_a_network_may_have_a_recipe_of_its_own(tmp_path: Path) -> None:
+    preset = replace(toy_preset(), keep=True)
+    usual, short = Network(8), Network(8, recipe=replace(preset.recipe, epochs=2, lr=0.01))
+    lab = Laboratory(preset, toy_data(None), [4], CPU, folder=tmp_path)
+    first, second = lab.train(usual, 4), lab.train(short, 4)
+    assert first.network == usual and second.network == short
+    rates = [[s["lr"] for s in run.history.steps] for run in (first, second)]
+    assert rates[0] == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert rates[1] == pytest.approx([0.01] * 2 + [0.001, 0.0001])
+    assert first.history.steps[0]["loss"] == second.history.steps[0]["loss"]  # the same weights, the same batch
+    # the preset's recipe is the same training, whether a network names it or not
+    named = Network(8, recipe=preset.recipe)
+    assert lab.train(named, 4) is first and lab.work([usual, named]) == lab.work([usual]) == 8 * 8
+    assert lab.work([usual, short]) == 8 * 8 + 8 * 4
+    folders = {folder.name for folder in tmp_path.iterdir()}
+    assert folders == {"ResNet-8-seed-4", "ResNet-8-seed-4-epochs=2-lr=0.01"}
+    assert summary([second])["network"]["recipe"]["epochs"] == 2
+
+
+@pytest.mark.slow
 def test_paper_preset_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,7 +252,7 @@ def test_paper_preset_goes_on_where_it_was(
     write_binary(tmp_path)
     words = ["study", "degradation", "convergence", "--preset", "paper", "--data", str(tmp_path), "--seeds", "1"]
     words += ["--device", "cpu", "--output", str(tmp_path / "out")]
-    assert main(words) == 0
+    assert main([*words, "--processes", "2"]) == 0
     first = json.loads((tmp_path / "out" / "degradation.json").read_text())
     assert re.search(r"ResNet-20 \d.* % \(8.75 %\)", first["verdicts"][1]["sentence"])
     assert len(list((tmp_path / "out" / "runs").glob("*/checkpoint.pt"))) == 4
@@ -204,12 +260,13 @@ def test_paper_preset_goes_on_where_it_was(
     assert main(words) == 2
     assert "--resume goes on with them" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "_update", None)
-    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--processes", "1", "--resume"]) == 0
     again = json.loads((tmp_path / "out" / "degradation.json").read_text())
     assert again["figures"] == first["figures"]
     monkeypatch.setitem(studies.PRESETS, "paper", replace(preset, recipe=replace(recipe, lr=0.2), depths=(8, 20)))
-    assert main([*words, "--resume"]) == 2
-    assert "lr" in capsys.readouterr().err
+    for processes in ("1", "2"):
+        assert main([*words, "--processes", processes, "--resume"]) == 2
+        assert re.match(r"fused-resnet study: --resume: recipe\.lr is .*\n$", capsys.readouterr().err)
 
 
 def test_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

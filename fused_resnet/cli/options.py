@@ -119,6 +119,9 @@ def _study(sub: argparse.ArgumentParser) -> None:
         "--seeds", type=_seeds, default=[0, 1, 2], metavar="A,B,...", help="a training for each (default 0,1,2)"
     )
     sub.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...")
+    sub.add_argument(
+        "--processes", type=_positive, metavar="N", help="trainings at a time (default: the cores; on a GPU one)"
+    )
     sub.add_argument("--data", metavar="FOLDER", help="of CIFAR-10's files (default: where torchvision keeps them)")
     sub.add_argument("--output", default="study-report", metavar="FOLDER", help="results go there (study-report)")
     sub.add_argument("--resume", action="store_true", help="go on with the paper preset's trainings there")

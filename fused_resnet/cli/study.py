@@ -8,12 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import TimeRemainingColumn
 
 from fused_resnet.cli.console import console, pick_device, progress, table, write_json
-from fused_resnet.cli.env import describe, device_name
+from fused_resnet.cli.env import cores, describe, device_name
 from fused_resnet.cli.options import UsageError
-from fused_resnet.studies import PRESETS, STUDIES, Laboratory, Result, Study
+from fused_resnet.studies import PRESETS, STUDIES, Laboratory, Result, Study, WorkerLost
 from fused_resnet.training import DataError, ImageData, ResumeError
 
 
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """
     device, preset, chosen = pick_device(args.device), PRESETS[args.preset], pick_studies(args.names)
     data, output, start = _data(args), Path(args.output), time.perf_counter()
+    # the trainings on a GPU share it; on a CPU each has a core
+    processes = args.processes or (min(torch.get_num_threads(), cores()) if device.type == "cpu" else 1)
     if preset.keep and not args.resume and (output / "runs").exists():
         raise UsageError(f"--output {output} holds trainings: --resume goes on with them; or name another folder")
     environment: dict[str, Any] = {
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         **describe(),
         "preset": preset.name,
         "seeds": args.seeds,
+        "processes": processes,
         "data": {"name": data.name, "train_images": len(data.train_x), "test_images": len(data.test_x)},
         "recipe": preset.recipe.to_json(),
         "recipe_of_deep_networks": preset.deep_recipe.to_json(),
@@ -63,25 +67,33 @@ def run(args: argparse.Namespace) -> int:
         def advance(work: float, what: str) -> None:
             bar.update(task, advance=work, description=what)
 
-        lab = Laboratory(preset, data, args.seeds, device, advance, output / "runs", args.resume)
+        lab = Laboratory(preset, data, args.seeds, device, advance, output / "runs", args.resume, processes)
         networks = [network for study in chosen for network in study.networks(preset)]
         bar.update(task, total=lab.work(networks) + sum(study.work(preset) for study in chosen))
-        for study in chosen:
-            begun = time.perf_counter()
-            try:
+        try:
+            if processes > 1:  # a single one can as well train what each study asks for, whose results come sooner
+                lab.prepare(networks)
+            for study in chosen:
+                begun, trained = time.perf_counter(), lab.training_s
                 results.append(study.run(lab))
-            except ResumeError as error:
-                raise UsageError(f"--resume: {error}") from error
-            spent = {"elapsed_s": round(time.perf_counter() - begun, 1)}
-            results[-1].save(output, environment | spent)
+                measured = time.perf_counter() - begun - (lab.training_s - trained)
+                spent = {"training_s": round(lab.training_s, 1), "elapsed_s": round(measured, 1)}
+                results[-1].save(output, environment | spent)
+        except ResumeError as error:
+            raise UsageError(f"--resume: {error}") from error
+        except DataError as error:
+            raise UsageError(f"--data: {error}") from error
+        except WorkerLost as error:
+            raise UsageError(f"--processes {processes}: {error}") from error
     elapsed = round(time.perf_counter() - start, 1)
+    trained = round(lab.training_s, 1)
     if args.json:
         found = [result.to_json() for result in results]
-        write_json(args.json, environment | {"elapsed_s": elapsed, "studies": found})
+        write_json(args.json, environment | {"training_s": trained, "elapsed_s": elapsed, "studies": found})
     _print(
         results, f"{preset.name} preset, {data.name}, seeds {', '.join(map(str, args.seeds))}, {device_name(device)}"
     )
-    console().print(f"{elapsed:.0f} s; written: {output}/")
+    console().print(f"{elapsed:.0f} s, of which training {trained:.0f} s; written: {output}/")
     return 0
 
 

@@ -14,10 +14,11 @@ from fused_resnet.studies import (
     responses,
     shortcuts,
 )
+from fused_resnet.studies.pool import WorkerLost
 from fused_resnet.studies.presets import PRESETS
 from fused_resnet.studies.study import Laboratory, Network, Preset, Result, Study, Verdict
 
 _ALL = (degradation, shortcuts, projection, bottleneck, responses, gradients, convergence, lr_drop, deep)
 STUDIES = {module.STUDY.name: module.STUDY for module in _ALL}
 
-__all__ = ["PRESETS", "STUDIES", "Laboratory", "Network", "Preset", "Result", "Study", "Verdict"]
+__all__ = ["PRESETS", "STUDIES", "Laboratory", "Network", "Preset", "Result", "Study", "Verdict", "WorkerLost"]

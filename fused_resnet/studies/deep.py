@@ -25,8 +25,8 @@ from fused_resnet.studies.study import (
     spread,
     summary,
     tidy,
-    weight_gradients,
 )
+from fused_resnet.studies.trainings import weight_gradients
 
 CONVERGES = "This 110-layer network converges well"
 NO_DIFFICULTY = "Our method shows no optimization difficulty [with 1202 layers]"

@@ -22,8 +22,8 @@ from fused_resnet.studies.study import (
     Study,
     Verdict,
     tidy,
-    weight_gradients,
 )
+from fused_resnet.studies.trainings import weight_gradients
 
 VANISH = "vanishing/exploding gradients, which hamper convergence from the beginning (sigmoid, no normalization)"
 CURED = "has been largely addressed by normalized initialization and intermediate normalization layers"

@@ -5,45 +5,24 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
-from fused_resnet.models import Bottleneck, CifarResNet, cifar_resnet
-from fused_resnet.models.cifar import Shortcut
-from fused_resnet.training import Callback, EpochRecord, History, ImageData, Recipe, Trainer
+from fused_resnet.models import CifarResNet
+from fused_resnet.studies.pool import Advance, side_by_side
+from fused_resnet.studies.trainings import Network, Run, Training, train
+from fused_resnet.training import ImageData, Recipe
 
 Figures = dict[str, Any]
-Advance = Callable[[float, str], object]
-
-
-@dataclass(frozen=True)
-class Network:
-    """One of the CIFAR family: its depth, its shortcut (None: plain) and its kind of blocks."""
-
-    depth: int
-    shortcut: Shortcut | None = "A"
-    bottleneck: bool = False
-
-    @property
-    def name(self) -> str:
-        """ "plain-20", "ResNet-20", "ResNet-20 B", "ResNet-29 bottleneck"."""
-        if self.shortcut is None:
-            return f"plain-{self.depth}"
-        option = "" if self.shortcut == "A" else f" {self.shortcut}"
-        return f"ResNet-{self.depth}{option}{' bottleneck' if self.bottleneck else ''}"
-
-    def build(self, in_channels: int, num_classes: int, **kwargs: Any) -> CifarResNet:
-        """The network, initialised by the default generator; kwargs as of ``models.cifar_resnet``."""
-        block = Bottleneck if self.bottleneck else None
-        kwargs = {"in_channels": in_channels, "num_classes": num_classes, "block": block} | kwargs
-        return cifar_resnet(self.depth, shortcut=self.shortcut, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -77,62 +56,25 @@ class Preset:
     warm_up_from: int = 110
 
     def recipe_of(self, network: Network) -> Recipe:
-        """The paper warms its networks of 110 layers and more up (section 4.2)."""
-        return self.deep_recipe if network.depth >= self.warm_up_from else self.recipe
-
-
-@dataclass
-class Run:
-    """A network that was trained: the model after the last step, every step and epoch, and the gradients' norms of
-    each convolution at the first step of every epoch."""
-
-    network: Network
-    seed: int
-    model: nn.Module
-    history: History
-    gradients: list[dict[str, Any]]
-
-    def curve(self, key: str) -> list[float]:
-        """One value per epoch of what the history calls ``key``."""
-        return [record[key] for record in self.history.epochs]  # type: ignore[literal-required]
-
-
-class _Watch(Callback):
-    """Reports progress, and reads the gradients' norms at the first step of every epoch; ``file``, where there is one,
-    keeps them for a training that is resumed."""
-
-    def __init__(self, network: Network, advance: Advance, file: Path | None, resume: bool) -> None:
-        self.network, self.advance, self.file = network, advance, file
-        found = json.loads(file.read_text()) if file and resume and file.exists() else []
-        self.norms: dict[int, dict[str, Any]] = {record["step"]: record for record in found}
-
-    def on_step(self, trainer: Trainer, step: int, loss: Tensor) -> None:
-        if step % trainer.steps_per_epoch == 0:
-            self.norms[step] = {"step": step, "norms": weight_gradients(trainer.model)}
-        self.advance(self.network.depth, self.network.name)
-
-    def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
-        if self.file:  # before the checkpoint of this epoch, and whole or not at all
-            written = self.file.with_suffix(".tmp")
-            written.write_text(json.dumps(list(self.norms.values())))
-            written.replace(self.file)
-
-
-def weight_gradients(model: nn.Module) -> list[float]:
-    """The gradient's L2 norm of each 3x3 convolution, first to last layer."""
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-    grads = [m.weight.grad for m in convs if m.weight.grad is not None]
-    return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]).tolist()
+        """The network's own, or the preset's: the paper warms its networks of 110 layers and more up (section 4.2)."""
+        return network.recipe or (self.deep_recipe if network.depth >= self.warm_up_from else self.recipe)
 
 
 class Laboratory:
-    """Trains each network once per seed, however many studies ask for it.
+    """Trains each network once per recipe and seed, however many studies ask for it.
+
+    On a CPU every training runs with one thread, and several run side by side: what comes of them is the same for any
+    number of processes.
 
     Args:
         preset, data: the experiment's size and its images.
-        seeds: one training per network and seed. device: to run on.
+        seeds: one training per network, recipe and seed. device: to run on.
         advance: told of work done, in steps times layers, and of what is being done.
         folder: where the trainings of a preset that keeps them go. resume: go on with those that are there.
+        processes: trainings at a time; 1: in this process. See :func:`fused_resnet.studies.pool.side_by_side`.
+
+    Attributes:
+        training_s: seconds spent in training so far.
     """
 
     def __init__(
@@ -144,48 +86,59 @@ class Laboratory:
         advance: Advance = lambda work, what: None,
         folder: Path | None = None,
         resume: bool = False,
+        processes: int = 1,
     ) -> None:
         self.preset, self.data, self.seeds, self.device, self.advance = preset, data, tuple(seeds), device, advance
-        self.folder, self.resume = folder if preset.keep else None, resume
-        self._runs: dict[tuple[Network, int], Run] = {}
+        self.folder, self.resume, self.processes = folder if preset.keep else None, resume, processes
+        self.training_s = 0.0
+        self._runs: dict[Training, Run] = {}
 
     def seeds_of(self, network: Network) -> tuple[int, ...]:
         """With which the network is trained."""
         return self.seeds if network.depth <= self.preset.all_seeds_up_to else self.seeds[:1]
 
+    def _training(self, network: Network, seed: int) -> Training:
+        """The same whether a network names the preset's recipe or none; the folder's name tells what differs."""
+        recipe, usual = self.preset.recipe_of(network), self.preset.recipe_of(replace(network, recipe=None))
+        network = replace(network, recipe=None if recipe == usual else recipe)
+        pairs = [(f.name, getattr(recipe, f.name), getattr(usual, f.name)) for f in fields(recipe)]
+        own = "".join(f" {name}={here}" for name, here, there in pairs if here != there)
+        folder = self.folder / f"{network.name} seed {seed}{own}".replace(" ", "-") if self.folder else None
+        return Training(network, recipe, seed, folder)
+
+    def _trainings(self, networks: Iterable[Network]) -> list[Training]:
+        """Each once, the longest first, so that none is left to run alone in the end."""
+        found = dict.fromkeys(self._training(n, seed) for n in networks for seed in self.seeds_of(n))
+        return sorted(found, key=lambda training: -training.work(len(self.data.train_x)))
+
     def work(self, networks: Iterable[Network]) -> float:
         """What training them will tell ``advance`` in all."""
-        total = 0.0
-        for network in set(networks):
-            recipe = self.preset.recipe_of(network)
-            steps = recipe.epochs * (len(self.data.train_x) // recipe.batch_size)
-            total += network.depth * steps * len(self.seeds_of(network))
-        return total
+        return sum(training.work(len(self.data.train_x)) for training in self._trainings(networks))
 
     def build(self, network: Network, seed: int, **kwargs: Any) -> CifarResNet:
         """The network with the weights that ``seed`` gives, on the device."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return network.build(self.data.channels, len(self.data.classes), **kwargs).to(self.device)
+        return network.seeded(seed, self.data, self.device, **kwargs)
+
+    def _train(self, trainings: Iterable[Training]) -> None:
+        """Those that have not been."""
+        waiting, begun = [t for t in trainings if t not in self._runs], time.perf_counter()
+        one = partial(train, data=self.data, device=self.device, resume=self.resume)
+        self._runs |= zip(waiting, side_by_side(one, waiting, self.processes, self.advance), strict=True)
+        self.training_s += time.perf_counter() - begun
+
+    def prepare(self, networks: Iterable[Network]) -> None:
+        """Trains them with every seed, ``processes`` at a time, before they are asked for."""
+        self._train(self._trainings(networks))
 
     def train(self, network: Network, seed: int) -> Run:
-        """The network trained by the preset's recipe; the same run when it is asked for again."""
-        key = (network, seed)
-        if key not in self._runs:
-            output = self.folder / f"{network.name} seed {seed}".replace(" ", "-") if self.folder else None
-            resume = self.resume and output is not None
-            watch = _Watch(network, self.advance, output / "gradients.json" if output else None, resume)
-            model, recipe = self.build(network, seed), self.preset.recipe_of(network)
-            trainer = Trainer(
-                model, self.data, recipe, device=self.device, seed=seed, output=output, callbacks=[watch], resume=resume
-            )
-            self.advance(network.depth * trainer.step, network.name)
-            history = trainer.run()
-            self._runs[key] = Run(network, seed, model, history, [watch.norms[s] for s in sorted(watch.norms)])
-        return self._runs[key]
+        """The network trained by its recipe; the same run when it is asked for again."""
+        training = self._training(network, seed)
+        self._train([training])
+        return self._runs[training]
 
     def runs(self, network: Network) -> list[Run]:
         """One per seed."""
+        self.prepare([network])
         return [self.train(network, seed) for seed in self.seeds_of(network)]
 
     def images(self, count: int) -> tuple[Tensor, Tensor]:
