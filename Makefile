@@ -9,12 +9,14 @@
 #   make bench SYSTEM_TORCH=1               sees $(PYTHON)'s packages, downloads only what is missing beside torch
 #   make bench SYSTEM_TORCH=1 REQUIREMENTS= downloads nothing at all (then lint and test need their tools installed)
 #
-# Variables: PYTHON (python3), VENV (.venv), ARGS (passed on), SYSTEM_TORCH, TORCH_REQ, VISION_REQ, REQUIREMENTS, and
-# those of the build (CONTRIBUTING.md): FUSED_RESNET_CUDA, FUSED_RESNET_NO_EXT, MAX_JOBS.
+# Variables: PYTHON (python3), VENV (.venv), ARGS (passed on), SYSTEM_TORCH, TORCH_REQ, VISION_REQ, REQUIREMENTS,
+# WORKERS (2: processes that run the tests; empty: one, without pytest-xdist), and those of the build (CONTRIBUTING.md):
+# FUSED_RESNET_CUDA, FUSED_RESNET_NO_EXT, MAX_JOBS.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 SYSTEM_TORCH ?=
 ifneq ($(SYSTEM_TORCH),)
 TORCH_REQ ?=
@@ -45,8 +47,9 @@ help:
 bench: $(VENV)/.installed
 	$(BIN)/python -m fused_resnet bench --preset quick --output bench-report $(ARGS)
 
+# PASSIVE: the workers' threads share the cores; those that wait would keep the others' from them
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests $(if $(WORKERS),--numprocesses $(WORKERS) --dist loadfile) $(ARGS)
 
 codegen: $(VENV)/.installed
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/codegen.py --markdown benchmarks/results/codegen.md $(ARGS)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_resnet.matching import Matcher, Refusal
 from fused_resnet.modules import has_hooks
-from fused_resnet.patterns import METHODS, looks_like_norm, original
+from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm, original
 from fused_resnet.plans import ChainPaths, Plan, at
 from fused_resnet.tracing import CannotTrace, Trace, trace
 
@@ -91,6 +91,9 @@ def _analysed(m: nn.Module, name: str, found: dict[int, Found], shared: dict[int
         result.method, result.reason = method, ""
         if "forward" in m.__dict__ or method in m.__dict__:
             result.reason = "its forward was replaced"
+            break
+        if calls_itself(m):
+            result.reason = "its class overrides __call__"
             break
         try:
             _plan(m, result, found, shared)

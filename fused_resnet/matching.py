@@ -61,6 +61,7 @@ class Matcher:
         # the second call of a norm finds the statistics that the first has updated
         self.calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         self.taken: set[fx.Node] = set()
+        self.overtaken: list[str] = []
         self.units = {unit.end: unit for unit in map(self._unit, self.nodes) if unit is not None}
         self.matches = sorted([*self._closed(), *self._open()], key=lambda match: self.order[match.end])
 
@@ -209,17 +210,36 @@ class Matcher:
     def _keeps_order(self, match: Match) -> bool:
         """A chain reads its input where its last node was: nobody may have changed it by then."""
         first, last = min(self.order[node] for node in match.nodes), self.order[match.end]
-        inside = set(match.nodes)
-        return not any(
-            user not in inside and first < self.order[user] < last and self._changes(user, read)
-            for read in match.reads
-            for user in read.users
+        shares, inside = self._may_share(match.reads), set(match.nodes)
+        kept = not any(self._changes(node, shares) for node in self.nodes[first:last] if node not in inside)
+        if not kept:
+            norm = ".".join(match.paths.units[0].bn)
+            self.overtaken.append(f"what the chain of {norm} reads is changed in place before its end")
+        return kept
+
+    def _changes(self, node: fx.Node, shares: set[fx.Node]) -> bool:
+        """Whether the call may write into one of ``shares``."""
+        if node.op == "call_module":
+            called = self.module.get_submodule(str(node.target)).modules()
+            return not shares.isdisjoint(node.all_input_nodes) and any(getattr(m, "inplace", False) for m in called)
+        written = (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("out"))
+        return any(value in shares for value in written if isinstance(value, fx.Node)) and mutates(
+            node.target, node.args, node.kwargs
         )
 
-    def _changes(self, user: fx.Node, read: fx.Node) -> bool:
-        if user.op == "call_module":
-            return bool(getattr(self.module.get_submodule(str(user.target)), "inplace", False))
-        return user.args[:1] == (read,) and mutates(user.target, user.args, user.kwargs)
+    def _may_share(self, reads: list[fx.Node]) -> set[fx.Node]:
+        """The values that may be views of these: what a module with parameters returns is none."""
+        shares: set[fx.Node] = set()
+        found = list(reads)
+        while found:
+            value = found.pop()
+            shares.add(value)
+            found += [user for user in value.users if user not in shares and not self._computes(user)]
+        return shares
+
+    def _computes(self, node: fx.Node) -> bool:
+        called = self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return called is not None and next(called.parameters(), None) is not None
 
     # ------------------------------------------------------------------------------------------------ the plan
     def crosses(self, match: Match) -> set[str]:
@@ -254,7 +274,7 @@ class Matcher:
                 accepted.append(match)
             else:
                 left.append(reason)
-        left += self._left({n for match in accepted for n in match.nodes})
+        left += [*self.overtaken, *self._left({n for match in accepted for n in match.nodes})]
         ends = {match.end: i for i, match in enumerate(accepted)}
         inside = {n for match in accepted for n in match.nodes} - ends.keys()
         steps = [self._step(node, ends, accepted) for node in self.nodes[1:-1] if node not in inside]

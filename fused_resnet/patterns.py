@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fused_resnet.spec import ACTIVATIONS, Act
 
@@ -51,6 +51,11 @@ def class_name(cls: type) -> str:
 def original(m: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was fused."""
     return getattr(type(m), "_fr_original", type(m))
+
+
+def calls_itself(m: nn.Module) -> bool:
+    """Whether the class overrides what calling a module does, beside its forward; fx graphs do, to no effect."""
+    return type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule)
 
 
 def norm_kind(cls: type) -> tuple[bool, bool] | None:

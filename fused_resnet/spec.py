@@ -199,8 +199,8 @@ class UnitSpec:
             raise ValueError(f"process_group: expected None with running statistics, got {self.group!r}")
         if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
             raise TypeError(f"eps: expected a number, got {self.eps!r}")
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps: expected a positive number, got {self.eps}")
+        if not (0 < self.eps < float("inf") or (self.eps == 0 and not self.batch_stats)):
+            raise ValueError(f"eps: expected a positive number (with running statistics, 0 too), got {self.eps}")
 
     @property
     def n_stats(self) -> int:

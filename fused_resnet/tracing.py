@@ -2,8 +2,9 @@
 
 A trace holds for every input as long as the module stays what it was: its class, its children's names, its plain
 attributes (``Guard``), the sizes that its forward compared with constants (``Trace.sizes``). What a trace can't show
-is refused: random numbers that the forward draws itself, attributes that it sets, branches on values, on classes or on
-whether gradients are wanted.
+is refused: random numbers that the forward draws itself, attributes that it sets, values that it keeps elsewhere, modes
+that it enters (``torch.no_grad``, autocast, a checkpoint), branches on values, on classes or on whether gradients are
+wanted.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import operator
 import pickle
 import random
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet.patterns import original
+from fused_resnet.patterns import calls_itself, original
 
 _PLAIN = (bool, int, float, str, type(None))
 _NO_INPUT = Parameter("none", Parameter.KEYWORD_ONLY)
@@ -105,10 +108,8 @@ def trace(m: nn.Module, method: str, inline: Iterable[str], training: bool, grad
 def _trace(m: nn.Module, method: str, inlined: tuple[str, ...], takes: type, training: bool, grad: bool) -> Trace:
     _check_signature(m, method)
     tracer = _Tracer(frozenset(inlined), takes, method)
-    modules = [m.get_submodule(path) for path in inlined]
-    with _unchanged(modules), torch.set_grad_enabled(grad):
-        for module in modules:
-            module.__dict__["training"] = training
+    with torch.set_grad_enabled(grad), _unchanged(m, inlined, training), _no_contexts():
+        tracer.modes = _modes()
         try:
             graph = tracer.trace(m)
         except CannotTrace:
@@ -116,6 +117,9 @@ def _trace(m: nn.Module, method: str, inlined: tuple[str, ...], takes: type, tra
         except Exception as error:  # whatever a forward does when it is handed no tensor
             told = str(error).strip().splitlines()
             raise CannotTrace(f"its forward can't be traced: {told[0] if told else type(error).__name__}") from error
+    # parameters' stay in fx's own cache
+    if any(value.node.op != "get_attr" for ref in tracer.values if (value := ref()) is not None):
+        raise CannotTrace("its forward keeps a value beyond its call")
     _forget_shapes(graph)
     for node in graph.nodes:
         if node.op == "call_function" and not _importable(node.target):
@@ -182,6 +186,8 @@ class _Tracer(fx.Tracer):
         self.within = [""]
         self.calls: Counter[str] = Counter()
         self.sizes: list[tuple[int, int]] = []
+        self.values: list[weakref.ref[fx.Proxy]] = []
+        self.modes: tuple[Any, ...] = ()
         self.traced_func_name = method
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
@@ -197,6 +203,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         path = self.path_of_module(m)
+        if calls_itself(m):
+            raise CannotTrace(f"the class {type(m).__name__} of {path!r} overrides __call__")
         self.calls[path] += 1
         if path not in self.inlined:
             return super().call_module(m, forward, args, kwargs)
@@ -209,12 +217,16 @@ class _Tracer(fx.Tracer):
             self.within.pop()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if self.modes != _modes():
+            raise CannotTrace("its forward switches gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
         node.meta["within"] = self.within[-1]
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        value = _Value(node, self)
+        self.values.append(weakref.ref(value))
+        return value
 
     def create_arg(self, a: Any) -> Any:
         return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
@@ -256,10 +268,30 @@ def _forget_shapes(graph: fx.Graph) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- what would lie
+def _modes() -> tuple[Any, ...]:
+    """What a graph does not tell of how a call runs."""
+    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
 @contextmanager
-def _unchanged(modules: list[nn.Module]) -> Iterator[None]:
-    """Refuses a forward that draws random numbers or sets attributes of its modules; takes back what it set."""
-    before = [(m, dict(m.__dict__), {k: _copied(v) for k, v in m.__dict__.items()}) for m in modules]
+def _no_contexts() -> Iterator[None]:
+    """Refuses autocast, also for devices that this machine has not, and hooks on what is saved, as checkpoints set."""
+
+    with ExitStack() as stack:
+        for cls in (torch.autocast, torch.autograd.graph.saved_tensors_hooks):
+            refuse = mock.Mock(side_effect=CannotTrace(f"its forward enters {cls.__name__}"))
+            stack.enter_context(mock.patch.object(cls, "__enter__", refuse))
+        yield
+
+
+@contextmanager
+def _unchanged(root: nn.Module, inlined: tuple[str, ...], training: bool) -> Iterator[None]:
+    """Traces in a mode. Refuses a forward that draws random numbers or sets attributes of modules, and undoes that."""
+    original = [(m, dict(m.__dict__)) for m in root.modules()]
+    for path in inlined:
+        root.get_submodule(path).__dict__["training"] = training
+    before = [(m, dict(m.__dict__), {k: _copied(v) for k, v in m.__dict__.items()}) for m, _ in original]
     drawn = _random_states()
     changed = None
     try:
@@ -268,10 +300,11 @@ def _unchanged(modules: list[nn.Module]) -> Iterator[None]:
         for m, attributes, copies in before:
             for name in m.__dict__.keys() | attributes.keys():
                 same = name in m.__dict__ and name in attributes and m.__dict__[name] is attributes[name]
-                if name != "training" and not (same and _items(attributes[name]) == _items(copies[name])):
+                if not (same and _items(attributes[name]) == _items(copies[name])):
                     changed = changed or name
                     if name in attributes and isinstance(attributes[name], list | dict | set):
                         _restore(attributes[name], copies[name])
+        for m, attributes in original:
             m.__dict__.clear()
             m.__dict__.update(attributes)
     if changed is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import cuda_build
 import pytest
 import torch
+from filelock import FileLock
 
 from fused_resnet.backends import load, use_backend
 
@@ -87,12 +88,19 @@ def interpreted(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """csrc/cuda compiled for this CPU, once per session."""
+    """csrc/cuda compiled for this CPU, once per session, also of several workers (pytest-xdist)."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ on this machine")
     if load("cpu")[0] is None:
         pytest.skip(f"the compiled extension, which has the schemas: {load('cpu')[1]}")
-    return cuda_build.build(tmp_path_factory.mktemp("cuda"))
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(shared / "cuda.lock"):
+        folder = shared / "cuda"
+        if not (folder / "done").exists():
+            folder.mkdir()
+            (folder / "done").write_text(str(cuda_build.build(folder)))
+    return Path((folder / "done").read_text())
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_convert import prepared
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
 from fused_resnet.backends import warn_once
@@ -128,6 +129,29 @@ class ChangesTheShortcut(Layers):
         return F.relu(h + x)
 
 
+class ChangesTheInput(Layers):
+    """Between a convolution and its norm the convolution's input is changed, by a layer, through a view, ..."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.drop = how, nn.Dropout(0.5)
+        self.other = nn.Sequential(nn.ReLU(inplace=True), self.conv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(x)
+        if self.how == "layer":
+            self.other(x)
+        elif self.how == "view":
+            x.flatten(2).add_(1.0)
+        elif self.how == "module's view":
+            torch.relu_(self.drop(x))
+        elif self.how == "out":
+            torch.neg(x * 2, out=x)
+        else:
+            torch.relu_(self.conv2(x))  # somebody else's
+        return self.bn1(y)
+
+
 class Mode(Layers):
     def forward(self, x: Tensor) -> Tensor:
         h = self.bn1(self.conv1(x))
@@ -225,6 +249,18 @@ def test_a_shortcut_that_is_changed_on_the_way():
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
 
 
+@pytest.mark.parametrize("how", ["layer", "view", "module's view", "out", "not at all"])
+def test_an_input_that_is_changed_on_the_way(how):
+    plain = prepared(ChangesTheInput(how)).double().eval()
+    fused = fr.fuse(copy.deepcopy(plain))
+    (row,) = fr.explain(fused).rows
+    assert row.fused == (how == "not at all")
+    assert row.fused or row.reason == "what the chain of bn1 reads is changed in place before its end"
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
+
+
 @pytest.mark.parametrize("cls", [Lists, Tower])
 def test_children_with_forwards_of_their_own(cls):
     """Lists are looked through; what a forward calls twice stays a module of its own."""
@@ -288,6 +324,69 @@ class AsksForGradients(Layers):
         return h if torch.is_grad_enabled() else h * 2
 
 
+class NoGrad(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(h))
+
+
+class Autocast(Layers):
+    """For a device that this machine may not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return self.bn1(self.conv1(x))
+
+
+class Checkpoints(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda t: self.bn1(self.conv1(t)), x, use_reentrant=False)
+
+
+class Offloads(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return self.bn1(self.conv1(x))
+
+
+class Freezes(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn2.eval()
+        return self.bn2(self.conv2(x))
+
+
+KEPT: list[Any] = []
+
+
+class Keeps(Layers):
+    """Where nobody looks for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn1(self.conv1(x))
+        KEPT.append(h)
+        return self.relu(h)
+
+
+class Doubling(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class CallsOtherwise(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = Doubling(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(self.conv1(x)))
+
+
+class IsCalledOtherwise(Functions):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
 class Several(Layers):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.bn1(self.conv1(x)) + y
@@ -296,7 +395,10 @@ class Several(Layers):
 REFUSED = {
     DrawsTorch: "draws random numbers", DrawsPython: "draws random numbers", Remembers: "sets 'last'",
     Collects: "sets 'seen'", Branches: "can't be traced", AsksForGradients: "gradients are wanted",
-    Several: "several inputs",
+    Several: "several inputs", NoGrad: "switches gradients", Autocast: "enters autocast",
+    Checkpoints: "enters saved_tensors_hooks", Offloads: "enters saved_tensors_hooks", Freezes: "sets 'training'",
+    Keeps: "keeps a value", CallsOtherwise: "the class Doubling of 'conv1' overrides __call__",
+    IsCalledOtherwise: "its class overrides __call__",
 }  # fmt: skip
 
 
@@ -309,7 +411,7 @@ def test_a_trace_that_would_lie_is_refused(cls):
     assert type(model[0]) is cls and isinstance(model[1], FusedModule)
     rows = {row.name: row for row in fr.explain(model).rows}
     assert REFUSED[cls] in rows["0"].reason and not rows["0"].fused
-    assert model[0].__dict__ == before
+    assert model[0].__dict__ == before and all(m.training for m in model.modules())
     assert cls is DrawsTorch or torch.equal(state, torch.get_rng_state())
 
 
@@ -412,3 +514,13 @@ def test_compile_fullgraph(cls):
     torch.testing.assert_close(compiled(x), other(x))
     for (key, a), (_, b) in zip(fused.named_buffers(), other.named_buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=key)
+
+
+def test_running_statistics_take_an_eps_of_zero():
+    """As F.batch_norm: an error in training alone."""
+    plain = prepared(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, eps=0.0), nn.ReLU())).double()
+    fused, x = fr.fuse(copy.deepcopy(plain)), images()
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-7, atol=1e-9)
+    for model in (plain, fused):
+        with pytest.raises(ValueError, match="eps.*positive"):
+            model.train()(x)

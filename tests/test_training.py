@@ -322,6 +322,27 @@ def test_fused_and_plain_losses_follow_each_other() -> None:
     assert 0 < worst < 1e-3
 
 
+def test_fused_and_plain_losses_follow_each_other_in_float64() -> None:
+    """50 updates at the paper's rate: where rounding is small enough not to decide, nothing else makes them differ."""
+    found = data.digits()
+    images = (found.normalise(found.train_x[:64]).double(), found.train_y[:64])
+    losses = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = models.cifar_resnet(20, in_channels=1, num_classes=10, fused=fused).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+        losses.append([])
+        for _ in range(50):
+            loss = F.cross_entropy(model(images[0]), images[1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    print(f"loss from {losses[0][0]:.3g} to {losses[0][-1]:.3g}; largest difference {worst:.2g}")
+    assert 0 < worst < 1e-6
+
+
 @pytest.mark.slow
 def test_fused_and_plain_end_equally_good() -> None:
     """Three seeds: the means differ by no more than the seeds of one of them do, or by two images of 360."""
