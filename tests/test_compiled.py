@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from networks import prepared
 from stack import State, loss_of, same, state
-from test_convert import prepared
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision_shim import torchvision

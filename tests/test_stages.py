@@ -9,24 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_chain import Calls, saved_tensors
-from test_convert import prepared, relative
+from networks import prepared, relative
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision_shim import torchvision
+from watching import Calls, saved_tensors
 
 import fused_resnet as fr
 from fused_resnet import functional
-from fused_resnet.backends import warn_once
 from fused_resnet.convert import FusedSequential
 
 BasicBlock = torchvision.models.resnet.BasicBlock
 
 
-@pytest.fixture(autouse=True)
-def every_warning() -> None:
-    warn_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("every_warning")
 
 
 def stage(blocks: int = 3, **norm: Any) -> nn.Sequential:

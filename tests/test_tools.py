@@ -9,22 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from networks import relative
 from stack import State, both, images, loss_of, network, pair, state
-from test_chain import Calls, saved_tensors
-from test_convert import relative
 from tolerances import assert_as_good
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from watching import Calls, saved_tensors
 
 import fused_resnet as fr
-from fused_resnet.backends import warn_once
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
-@pytest.fixture(autouse=True)
-def every_warning() -> None:
-    warn_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("every_warning")
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
