@@ -127,8 +127,9 @@ def test_cuda_part_is_built_where_it_can_be(tree: Path, stub_torch: Path, cuda_h
     extra = {"TORCH_CUDA_ARCH_LIST": given} if given else {}
     result = built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub, **extra))
     assert "csrc/cuda/probe.cu" in result["sources"]
+    archs = given or "8.0;8.6;8.9;9.0a;10.0+PTX"
     assert ["FUSED_RESNET_WITH_CUDA", "1"] in result["macros"]
-    assert result["TORCH_CUDA_ARCH_LIST"] == (given or "8.0;8.6;8.9;9.0a;10.0+PTX")
+    assert ["FUSED_RESNET_CUDA_ARCHS", archs] in result["macros"] and result["TORCH_CUDA_ARCH_LIST"] == archs
     assert 1 <= int(result["MAX_JOBS"]) <= (os.cpu_count() or 1)
 
 
