@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from networks import images, prepared, relative, step
+from networks import images, narrow, prepared, relative, step
 from torch import nn
 from torchvision_shim import torchvision
 
@@ -21,7 +21,7 @@ def resnet18(request) -> nn.Module:
     torch.manual_seed(3)
     family = fr.models if request.param == "ours" else torchvision.models
     kwargs = {"fused": False} if request.param == "ours" else {}
-    return prepared(family.resnet18(num_classes=7, **kwargs))
+    return prepared(narrow(family.resnet18(num_classes=7, **kwargs)))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_subclassed_forward_is_what_runs():
 
 def test_unknown_modules_are_left(resnet18):
     """A norm, activation or padding that no chain knows: what is left of the block is fused, and explain says so."""
-    resnet18.layer1[0].bn1 = nn.GroupNorm(4, 64)
+    resnet18.layer1[0].bn1 = nn.GroupNorm(4, 16)
     resnet18.layer1[1].relu = nn.Tanh()
     resnet18.layer2[0].downsample = nn.Sequential(*resnet18.layer2[0].downsample, nn.Dropout(0.0))
     resnet18.layer2[1].conv1.padding_mode = "reflect"

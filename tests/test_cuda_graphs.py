@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import time
 from contextlib import nullcontext
 from threading import Thread
 from types import SimpleNamespace
@@ -75,6 +76,7 @@ def test_graphs_are_bounded_and_their_results_copies(monkeypatch):
     assert len(calls) == 2 + 1 + 1, "warmed up, recorded, replayed"
     kept = first.clone()
     assert torch.equal(graphs(function, x + 1), function(x + 1))
+    assert torch.equal(graphs(function, x.double() / 3), function(x.double() / 3)), "another dtype"
     assert torch.equal(first, kept), "a later call must not write into an earlier result"
     with pytest.warns(UserWarning, match="others run without"):
         for n in range(3, 3 + cuda_graphs.SHAPES):
@@ -93,8 +95,43 @@ def test_what_cannot_be_recorded_runs_without(monkeypatch):
         UserWarning, match="^cuda_graph: this model can't be recorded .*not permitted when stream is capt"
     ):
         assert torch.equal(stand_ins.graphs(function, x), x * 2)
+    tried = list(stand_ins.log)
     assert torch.equal(stand_ins.graphs(function, x), x * 2)
+    assert stand_ins.log == tried, "tried again"
     assert "not permitted" in repr(stand_ins.graphs) and "replay" not in stand_ins.log
+
+
+def test_threads_take_turns(monkeypatch):
+    """A graph has one input and one output: what a thread puts there nobody may touch before it has its result."""
+
+    def function(x: Tensor) -> Tensor:
+        time.sleep(1e-3)
+        return x * 2
+
+    graphs = StandIns(monkeypatch, function).graphs
+    graphs(function, torch.randn(2, 3, 4, 4))
+    wrong: list[Any] = []
+
+    def serve(i: int) -> None:
+        x = torch.randn(2, 3, 4, 4) + i
+        try:
+            wrong.extend(i for _ in range(5) if not torch.equal(graphs(function, x), x * 2))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [Thread(target=serve, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and len(graphs._graphs) == 1
+
+
+def test_a_model_that_moves_loses_its_graphs():
+    """They read and write the memory that they were recorded with."""
+    frozen = fr.freeze(prepared(torchvision.models.resnet.BasicBlock(3, 3)), images())
+    frozen.graphs = Graphs()
+    assert frozen.to("cpu").graphs is None
 
 
 @pytest.mark.gpu

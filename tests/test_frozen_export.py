@@ -68,6 +68,15 @@ def test_export_with_dynamic_images(portable):
         assert relative(program(x), model(x)) < 1e-5
 
 
+@pytest.mark.parametrize("portable", [False, True])
+def test_export_in_16_bits(portable):
+    """The dtype that was asked for comes out, also where a CPU computes in another, in the frozen model's bits."""
+    model, x = prepared(torchvision.models.resnet.BasicBlock(8, 8)), torch.randn(3, 8, 9, 7) * 1.3 + 0.4
+    frozen = fr.freeze(model, x, dtype=torch.bfloat16, portable=portable)
+    out = torch.export.export(frozen, (x,)).module()(x)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, frozen(x))
+
+
 def test_compile_in_one_graph():
     frozen = fr.freeze(small(), images())
     compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")

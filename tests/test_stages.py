@@ -276,15 +276,17 @@ def test_copies_and_unfuse(pair: Any) -> None:
 
 
 def test_functional_call(pair: Any) -> None:
-    """Somebody else's parameters are used, and get the gradients."""
+    """Somebody else's parameters are used, others in each call, and get the gradients; then the module's own again."""
     plain, fused = pair
-    given = {n: (p.detach() * 1.1 + 0.01).requires_grad_() for n, p in plain.named_parameters()}
-    x, found = images(), []
-    for model in pair:
-        out = torch.func.functional_call(model, given, (x,))
-        found.append(torch.autograd.grad(out.sin().sum(), list(given.values())))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
+    for scale in (1.1, 0.8):
+        given = {n: (p.detach() * scale + 0.01).requires_grad_() for n, p in plain.named_parameters()}
+        x, found = images(), []
+        for model in pair:
+            out = torch.func.functional_call(model, given, (x,))
+            found.append(torch.autograd.grad(out.sin().sum(), list(given.values())))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+    same(step(fused, x), step(plain, x))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
