@@ -240,7 +240,8 @@ def extension_arguments() -> dict:
     make = cpp_extension.CppExtension
     if with_cuda:
         files += sorted({*sources("cuda/*.cu", "cuda/*.cpp")} - {*sources("cuda/conv_*")})
-        macros.append(("FUSED_RESNET_WITH_CUDA", "1"))
+        # nvcc's own list says 900 for 9.0a
+        macros += [("FUSED_RESNET_WITH_CUDA", "1"), ("FUSED_RESNET_CUDA_ARCHS", os.environ["TORCH_CUDA_ARCH_LIST"])]
         make = cpp_extension.CUDAExtension
     if with_cutlass:
         files += sources(*CONVOLUTIONS)

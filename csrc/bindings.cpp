@@ -11,10 +11,10 @@
 #ifdef FUSED_RESNET_WITH_CUDA
 #include "cuda/ops.h"
 #endif
-#ifdef FUSED_RESNET_CUTLASS  // its version, where its convolutions are part of the build
+// Macros whose values setup.py gives: FUSED_RESNET_CUDA_ARCHS, the GPUs that the CUDA part is compiled for, as in
+// TORCH_CUDA_ARCH_LIST; FUSED_RESNET_CUTLASS, CUTLASS's version, where its convolutions are part of the build.
 #define FR_QUOTED(text) #text
 #define FR_TEXT(macro) FR_QUOTED(macro)
-#endif
 
 TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
@@ -126,7 +126,7 @@ PYBIND11_MODULE(_C, m) {
             {"cpu_isa", fused_resnet::cpu::table().name},
 #ifdef FUSED_RESNET_WITH_CUDA
             {"cuda", fused_resnet::cuda::built_with()},
-            {"cuda_archs", fused_resnet::cuda::built_for()},
+            {"cuda_archs", FR_TEXT(FUSED_RESNET_CUDA_ARCHS)},
 #else
             {"cuda", "not built"},
             {"cuda_archs", "none"},

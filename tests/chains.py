@@ -113,6 +113,15 @@ SHAPES: dict[str, Shape] = {
     "stem_recompute": Shape((Conv(1, 2),), pool=PoolSpec.make(3, 2, 1), recompute=True),
 }
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+# What torch.library.opcheck can tell of an operator.
+EVERYTHING = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+# x and the weights in one layout, or one in each: the chain works in channels_last as soon as anything comes in it.
+LAYOUT_PAIRS = {
+    "nchw": (torch.contiguous_format, torch.contiguous_format),
+    "nhwc": (torch.channels_last, torch.channels_last),
+    "x_nchw-weight_nhwc": (torch.contiguous_format, torch.channels_last),
+    "x_nhwc-weight_nchw": (torch.channels_last, torch.contiguous_format),
+}
 
 
 @dataclass(frozen=True)
@@ -264,6 +273,27 @@ def cast(chain: Chain, t: Tensors, dtype: torch.dtype, fmt: torch.memory_format 
 def learnable(chain: Chain) -> list[bool]:
     """Which of ``Chain.names`` have a gradient: all but running statistics and an absent residual."""
     return [True, chain.residual_shape is not None] + [not n.startswith("running") for n, _ in chain.param_shapes]
+
+
+def in_layout(chain: Chain, t: Tensors, dtype: torch.dtype, layout: str) -> Tensors:
+    """The tensors in a dtype, x's layout and the weights' chosen apart; dout comes in the other one."""
+    x_format, weight_format = LAYOUT_PAIRS[layout]
+    t = cast(chain, t, dtype, weight_format)
+    other = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}[x_format]
+    return t._replace(x=t.x.contiguous(memory_format=x_format), dout=t.dout.contiguous(memory_format=other))
+
+
+def leaves(chain: Chain, t: Tensors) -> list[Tensor | None]:
+    """x, residual and the parameters, all that can learn wanting a gradient; strides kept."""
+    return [
+        None if v is None else v.detach().requires_grad_(need)
+        for v, need in zip(t.inputs, learnable(chain), strict=True)
+    ]
+
+
+def call(chain: Chain, inputs: list[Tensor | None]) -> list[Tensor]:
+    """The operator's outputs."""
+    return torch.ops.fused_resnet.chain(inputs[0], inputs[1], inputs[2:], chain.text)
 
 
 def reduction(chain: Chain) -> int:

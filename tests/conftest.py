@@ -12,8 +12,9 @@ import cuda_build
 import pytest
 import torch
 from filelock import FileLock
+from source_tree import copy_to
 
-from fused_resnet.backends import load, use_backend
+from fused_resnet.backends import load, use_backend, warn_once
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; it asks once, at its import
@@ -118,6 +119,12 @@ def cuda_device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def every_warning() -> None:
+    """Warnings that come once per process come once per test."""
+    warn_once.cache_clear()
+
+
+@pytest.fixture
 def empty_is_nan() -> Iterator[None]:
     """As ``nan_filled``, also for what C++ allocates."""
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -136,3 +143,9 @@ def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
         return t.fill_(float("nan") if t.is_floating_point() else 255)
 
     monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources, to build from."""
+    return copy_to(tmp_path / "tree")

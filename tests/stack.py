@@ -7,7 +7,7 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
-from test_convert import prepared
+from networks import prepared
 from torch import Tensor, nn
 from torchvision_shim import torchvision
 

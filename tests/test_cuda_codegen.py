@@ -73,10 +73,13 @@ def test_host_side_compiles(source: str, tmp_path: Path) -> None:
     flags += [
         "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
         "-DFUSED_RESNET_WITH_CUDA",
+        "-DFUSED_RESNET_CUDA_ARCHS=8.0;9.0a;10.0+PTX",
         "-DFUSED_RESNET_CUTLASS=4.2.0",
         "-Wno-psabi",
     ]
     cuda_build.compile_all({tmp_path / "host.o": [*flags, str(ROOT / "csrc" / source)]})
+    told = b"8.0;9.0a;10.0+PTX" in (tmp_path / "host.o").read_bytes()
+    assert told is (source == "bindings.cpp"), "what build_info says of the GPUs"
 
 
 REASONS = """
@@ -92,7 +95,7 @@ torch.cuda.get_device_capability = lambda: (7, 5)
 from fused_resnet import _C
 stub = types.SimpleNamespace(
     cuda_status=lambda: "no kernel image is available for execution on the device",
-    build_info=lambda: {"cuda_archs": "800,900"})
+    build_info=lambda: {"cuda_archs": "8.0;9.0a"})
 import fused_resnet
 fused_resnet._C = sys.modules["fused_resnet._C"] = stub
 found["other GPU"] = cuda.unavailable()
@@ -119,7 +122,7 @@ def test_reasons_are_one_line() -> None:
     assert found["no GPU"].startswith("no GPU: ")
     assert found["not built"].startswith("not built: ")
     assert found["other GPU"] == (
-        "built for 800,900, can't run on this GPU (compute capability 7.5): "
+        "built for 8.0;9.0a, can't run on this GPU (compute capability 7.5): "
         "no kernel image is available for execution on the device"
     )
     assert "for another torch" in found["other torch"]

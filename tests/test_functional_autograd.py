@@ -178,6 +178,24 @@ def test_autocast(backend: str, kind: str, dtype: torch.dtype, training: bool) -
     assert got[0]["out"].dtype == (torch.float32 if kind == "no_conv" else dtype)
 
 
+@BOTH
+def test_autocast_leaves_norms_in_float32(backend: str, training: bool) -> None:
+    """gamma and beta half-way between two bfloat16 numbers: they show in the outputs' deviation and mean."""
+    u = unit(4, 6, act=None, training=training)
+    x, between = image(8, 4, 20, 20).detach().bfloat16().float(), 1 + 2**-8
+    with torch.no_grad():
+        u.weight.copy_(u.weight.bfloat16())
+        u.bn_weight.fill_(between)
+        u.bn_bias.fill_(-between)
+        y = F.conv2d(x, u.weight, padding=1)
+        u.running_mean, u.running_var = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fused(Case(x, [u])).double()
+    want = torch.full((6,), between, dtype=torch.float64)
+    torch.testing.assert_close(out.std((0, 2, 3), correction=0), want, rtol=0, atol=2**-10)
+    torch.testing.assert_close(out.mean((0, 2, 3)), -want, rtol=0, atol=2**-10)
+
+
 def test_autocast_leaves_float64_alone(backend: str) -> None:
     """Autocast never lowers fp64."""
     case = Case(image(2, 4, 5, 5, dtype=torch.float64), [in_float64(unit(4, 6))])

@@ -173,8 +173,8 @@ def test_another_build_has_another_plan(monkeypatch: pytest.MonkeyPatch) -> None
     from fused_resnet import _C
 
     mine = identity(CPU)
-    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "800,900", "cutlass": "4.2.0"})
-    assert identity(CPU)["extension"] == "cuda 800,900, cutlass 4.2.0" != mine["extension"]
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "8.0;9.0a", "cutlass": "4.2.0"})
+    assert identity(CPU)["extension"] == "cuda 8.0;9.0a, cutlass 4.2.0" != mine["extension"]
     monkeypatch.setenv("FUSED_RESNET_NO_EXT", "1")
     assert identity(CPU)["extension"] == "none"
 

@@ -9,9 +9,10 @@ import chains
 import pytest
 import rows
 import torch
-from test_chain import EVERYTHING, saved_tensors
+from chains import EVERYTHING
 from tolerances import assert_as_good, assert_close
 from torch import Tensor
+from watching import saved_tensors
 
 import fused_resnet.chain_backward
 from fused_resnet.spec import RowSpec

@@ -9,24 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_chain import Calls, saved_tensors
-from test_convert import prepared, relative
+from networks import prepared, relative
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision_shim import torchvision
+from watching import Calls, saved_tensors
 
 import fused_resnet as fr
 from fused_resnet import functional
-from fused_resnet.backends import warn_once
 from fused_resnet.convert import FusedSequential
 
 BasicBlock = torchvision.models.resnet.BasicBlock
 
 
-@pytest.fixture(autouse=True)
-def every_warning() -> None:
-    warn_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("every_warning")
 
 
 def stage(blocks: int = 3, **norm: Any) -> nn.Sequential:
@@ -279,15 +276,17 @@ def test_copies_and_unfuse(pair: Any) -> None:
 
 
 def test_functional_call(pair: Any) -> None:
-    """Somebody else's parameters are used, and get the gradients."""
+    """Somebody else's parameters are used, others in each call, and get the gradients; then the module's own again."""
     plain, fused = pair
-    given = {n: (p.detach() * 1.1 + 0.01).requires_grad_() for n, p in plain.named_parameters()}
-    x, found = images(), []
-    for model in pair:
-        out = torch.func.functional_call(model, given, (x,))
-        found.append(torch.autograd.grad(out.sin().sum(), list(given.values())))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b)
+    for scale in (1.1, 0.8):
+        given = {n: (p.detach() * scale + 0.01).requires_grad_() for n, p in plain.named_parameters()}
+        x, found = images(), []
+        for model in pair:
+            out = torch.func.functional_call(model, given, (x,))
+            found.append(torch.autograd.grad(out.sin().sum(), list(given.values())))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+    same(step(fused, x), step(plain, x))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -9,22 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from networks import relative
 from stack import State, both, images, loss_of, network, pair, state
-from test_chain import Calls, saved_tensors
-from test_convert import relative
 from tolerances import assert_as_good
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from watching import Calls, saved_tensors
 
 import fused_resnet as fr
-from fused_resnet.backends import warn_once
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
-@pytest.fixture(autouse=True)
-def every_warning() -> None:
-    warn_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("every_warning")
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -107,18 +104,19 @@ def test_sharpness_aware_minimisation() -> None:
 
 # ------------------------------------------------------------------------------------------------ averages of weights
 def test_exponential_moving_average() -> None:
-    """The averaged copy is fused too, averages buffers, and evaluates as the plain model's average."""
+    """The averaged copy is fused too, averages buffers, and after each step evaluates as the plain model's average."""
     batches = [images() for _ in range(3)]
 
     def run(model: nn.Module) -> State:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
-        optimizer = sgd(model)
+        assert type(average.module) is type(model)
+        optimizer, outs = sgd(model), []
         for x in batches:
             learn(model, x, optimizer)
             average.update_parameters(model)
-        assert type(average.module) is type(model)
-        with torch.no_grad():
-            return state(average) | {"out": average.eval()(batches[0])}
+            with torch.no_grad():
+                outs.append(average.eval()(x))
+        return state(average) | {"outs": torch.stack(outs)}
 
     both(run)
 
@@ -172,7 +170,8 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_grad_scaler_skips_infinite_steps(dtype: torch.dtype) -> None:
-    """A scale that overflows skips the step and shrinks; the next step is taken; as with the plain network."""
+    """A scale that overflows skips the step and shrinks; the next step is taken; as with the plain network. Every
+    gradient shows the overflow, not only the classifier's."""
     x = images(dtype=torch.float32)
     ends = []
     for model in (m.float() for m in pair()):
@@ -184,6 +183,7 @@ def test_grad_scaler_skips_infinite_steps(dtype: torch.dtype) -> None:
             with torch.autocast("cpu", dtype):
                 loss = loss_of(model(x).float()) * factor
             scaler.scale(loss).backward()
+            assert {bool(p.grad.isfinite().all()) for p in model.parameters()} == {factor == 1}
             scaler.step(optimizer)
             scaler.update()
             scales.append(scaler.get_scale())
@@ -340,6 +340,38 @@ def test_profiler_names() -> None:
 def expected_warning() -> Iterator[None]:
     with pytest.warns(UserWarning, match="runs plain"):
         yield
+
+
+def test_hooks_on_all_modules(expected_warning: None) -> None:
+    """Hooks for all modules of a process see every layer's output; gone, chains run again."""
+    x = images()
+
+    def run(model: nn.Module) -> State:
+        seen: list[Tensor] = []
+        hook = lambda m, i, o: None if list(m.children()) else seen.append(o.detach().clone())  # noqa: E731
+        handle = nn.modules.module.register_module_forward_hook(hook)
+        try:
+            learn(model, x, sgd(model))
+        finally:
+            handle.remove()
+        learn(model, x, sgd(model))
+        return {str(i): o for i, o in enumerate(seen)}
+
+    both(run)
+
+
+@pytest.mark.parametrize("child", ["conv1", "bn1", "relu", "maxpool"])
+def test_hooks_on_the_stems_layers(child: str, expected_warning: None) -> None:
+    """A hook that comes after ``fuse`` sees and changes what it would of the plain network."""
+    x = images()
+
+    def run(model: nn.Module) -> State:
+        seen: list[Tensor] = []
+        getattr(model, child).register_forward_hook(lambda m, i, o: (seen.append(o.detach().clone()), o * 2)[1])
+        learn(model, x, sgd(model))
+        return {str(i): o for i, o in enumerate(seen)}
+
+    both(run)
 
 
 def test_pruning(expected_warning: None) -> None:

@@ -10,18 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_convert import prepared
+from networks import prepared
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
-from fused_resnet.backends import warn_once
 from fused_resnet.convert import FusedModule, plan_of
 
-
-@pytest.fixture(autouse=True)
-def every_warning() -> None:
-    warn_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("every_warning")
 
 
 def images(channels: int = 4) -> Tensor:

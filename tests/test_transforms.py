@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_convert import prepared
+from networks import prepared
 from test_stages import stage
 from torch import Tensor, nn
 from torch.autograd import forward_ad

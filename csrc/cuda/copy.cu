@@ -56,9 +56,8 @@ Status transpose(int element_size, int64_t images, int64_t rows, int64_t columns
 }
 
 #ifdef __CUDACC__
-#define FR_TEXT_OF(...) #__VA_ARGS__
-#define FR_TEXT(...) FR_TEXT_OF(__VA_ARGS__)
-const char* built_for() { return FR_TEXT(__CUDA_ARCH_LIST__); }
+#define FR_QUOTED(text) #text
+#define FR_TEXT(macro) FR_QUOTED(macro)
 const char* built_with() { return FR_TEXT(__CUDACC_VER_MAJOR__) "." FR_TEXT(__CUDACC_VER_MINOR__); }
 
 Status usable() {

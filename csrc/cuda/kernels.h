@@ -84,8 +84,7 @@ Status bn_coefficients(DType, int64_t channels, const void* scale, const void* r
 // out[n][column][row] = in[n][row][column] of elements of 1, 2, 4 or 8 bytes: NCHW <-> NHWC.
 Status transpose(int element_size, int64_t images, int64_t rows, int64_t columns, const void* in, void* out, Stream);
 
-// What nvcc compiled for ("800,900,..."), its CUDA version ("13.0"), and why no kernel runs on the current device, or null.
-const char* built_for();
+// nvcc's CUDA version ("13.0"), and why no kernel runs on the current device, or null.
 const char* built_with();
 Status usable();
 

@@ -1,0 +1,66 @@
+"""Networks with norms that tell mistakes apart, images for them, a training step, a distance: what many tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fused_resnet.freezing import FrozenChain
+from fused_resnet.models.resnet import Bottleneck, ResNet
+
+SIZE = 48
+# Of a model that torch.export takes with any number of images.
+BATCH = torch.export.Dim("batch", min=1, max=64)
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """Norms with gamma of both signs and running statistics that are not 0 and 1."""
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            m.weight.data *= torch.where(torch.rand_like(m.weight) < 0.2, -1.0, 1.0)
+            nn.init.normal_(m.bias, 0.1, 0.2)
+            nn.init.normal_(m.running_mean, 0.0, 0.3)
+            nn.init.uniform_(m.running_var, 0.5, 2.0)
+    return model
+
+
+def narrow(model: nn.Module, by: int = 4) -> nn.Module:
+    """A ResNet with a fourth of the channels, and of the test's seconds a sixteenth."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            cin = m.in_channels if m.in_channels == 3 else m.in_channels // by
+            m.__init__(cin, m.out_channels // by, m.kernel_size, m.stride, m.padding, bias=m.bias is not None)
+        elif isinstance(m, nn.BatchNorm2d):
+            m.__init__(m.num_features // by)
+        elif isinstance(m, nn.Linear):
+            m.__init__(m.in_features // by, m.out_features)
+    return model
+
+
+def images(n: int = 2, channels_last: bool = True) -> torch.Tensor:
+    x = torch.randn(n, 3, SIZE, SIZE) * 1.3 + 0.4
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+def step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.train()
+    model.zero_grad()
+    out = model(x)
+    (out.square().mean() + out.sin().mean()).backward()
+    return out.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.detach(), b.detach()
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
+
+
+def small() -> nn.Module:
+    """Every kind of convolution of a ResNet, in four blocks."""
+    return prepared(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, avg_down=True)).eval()
+
+
+def blocks(frozen: nn.Module) -> list[FrozenChain]:
+    """The frozen chains of a frozen model."""
+    return [m for m in frozen.modules() if isinstance(m, FrozenChain)]

@@ -1,0 +1,270 @@
+"""setup.py's promises. A stub of torch stands in where its answers decide, so that every machine tests every case, in
+no time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from source_tree import add_cuda_source, run
+
+STUB_TORCH = """
+from torch import version
+__version__ = "9.9"
+"""
+STUB_CPP_EXTENSION = """
+import json, os
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+CUDA_HOME = os.environ.get("STUB_CUDA_HOME")
+def get_cxx_compiler():
+    return os.environ.get("CXX", "c++")
+def CppExtension(name, sources, **kwargs):
+    kwargs.pop("extra_compile_args")
+    return Extension(name, sources, **kwargs)
+CUDAExtension = CppExtension
+class BuildExtension(build_ext):
+    def build_extensions(self):
+        built = {"sources": self.extensions[0].sources, "macros": self.extensions[0].define_macros}
+        built["objects"] = self.extensions[0].extra_objects
+        built |= {key: os.environ.get(key) for key in ("TORCH_CUDA_ARCH_LIST", "MAX_JOBS")}
+        print("BUILT", json.dumps(built))
+"""
+
+# Found, runs, and is never asked to compile anything.
+A_COMPILER = sys.executable
+
+
+@pytest.fixture
+def stub_torch(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH with a torch that says what the test wants it to say."""
+    utils = tmp_path / "stub" / "torch" / "utils"
+    utils.mkdir(parents=True)
+    (utils.parent / "__init__.py").write_text(STUB_TORCH)
+    (utils.parent / "version.py").write_text("import os\ncuda = os.environ.get('STUB_TORCH_CUDA')\n")
+    (utils / "__init__.py").touch()
+    (utils / "cpp_extension.py").write_text(STUB_CPP_EXTENSION)
+    return tmp_path / "stub"
+
+
+@pytest.fixture
+def cuda_home(tmp_path: Path) -> Path:
+    """A CUDA 13.0 whose nvcc only tells its version, and writes down what it is asked to compile."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.48'\n"
+        f'case $* in --version) ;; *) echo "$*" >> {tmp_path / "compiled"}; for to; do :; done; touch $to; esac\n'
+    )
+    nvcc.chmod(0o755)
+    header = tmp_path / "cuda" / "include" / "cuda_runtime.h"
+    header.parent.mkdir()
+    header.touch()
+    return tmp_path / "cuda"
+
+
+def no_cuda_source(tree: Path) -> None:
+    shutil.rmtree(tree / "csrc" / "cuda", ignore_errors=True)
+
+
+def built(result: subprocess.CompletedProcess[str]) -> dict:
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("BUILT "))
+    return json.loads(line.removeprefix("BUILT "))
+
+
+def test_cuda_1_with_a_cpu_torch_says_what_is_missing(tree: Path, stub_torch: Path, cuda_home: Path) -> None:
+    add_cuda_source(tree)
+    path = os.pathsep.join([str(cuda_home / "bin"), os.environ["PATH"]])
+    result = run(["setup.py", "egg_info"], tree, PYTHONPATH=str(stub_torch), FUSED_RESNET_CUDA="1", PATH=path)
+    assert result.returncode != 0
+    assert result.stderr.strip() == "FUSED_RESNET_CUDA=1 can't be met: torch 9.9 is not a CUDA build."
+
+
+def test_cuda_1_without_nvcc_or_kernels_says_both(tree: Path, stub_torch: Path, tmp_path: Path) -> None:
+    no_cuda_source(tree)
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(tmp_path / "nowhere")}
+    result = run(["setup.py", "egg_info"], tree, FUSED_RESNET_CUDA="1", **stub)
+    assert result.returncode != 0
+    assert result.stderr.strip() == (
+        "FUSED_RESNET_CUDA=1 can't be met: csrc/cuda has no .cu file, "
+        "and nvcc was not found (set CUDA_HOME, or put nvcc on PATH)."
+    )
+
+
+def test_cuda_1_refuses_an_nvcc_of_another_major_version(tree: Path, stub_torch: Path, cuda_home: Path) -> None:
+    add_cuda_source(tree)
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "12.8", "STUB_CUDA_HOME": str(cuda_home)}
+    result = run(["setup.py", "egg_info"], tree, FUSED_RESNET_CUDA="1", **stub)
+    assert result.returncode != 0
+    assert "nvcc is of CUDA 13.0 but torch was built with CUDA 12.8" in result.stderr
+
+
+def test_cuda_home_without_headers_is_told_before_anything_compiles(
+    tree: Path, stub_torch: Path, cuda_home: Path
+) -> None:
+    """As where the nvcc on PATH is a script of its own: torch takes the folder above it for CUDA_HOME."""
+    add_cuda_source(tree)
+    shutil.rmtree(cuda_home / "include")
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
+    result = run(["setup.py", "egg_info"], tree, FUSED_RESNET_CUDA="1", **stub)
+    said = f"{cuda_home} has nvcc but not CUDA's headers (set CUDA_HOME to the toolkit's folder)"
+    assert result.returncode != 0 and result.stderr.strip() == f"FUSED_RESNET_CUDA=1 can't be met: {said}."
+    auto = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub)
+    assert f"building the CPU part only: {said}" in auto.stdout
+    assert not [name for name in built(auto)["sources"] if "cuda" in name]
+
+
+@pytest.mark.parametrize("given", [None, "7.5"])
+def test_cuda_part_is_built_where_it_can_be(tree: Path, stub_torch: Path, cuda_home: Path, given: str | None) -> None:
+    add_cuda_source(tree)
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
+    extra = {"TORCH_CUDA_ARCH_LIST": given} if given else {}
+    result = built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub, **extra))
+    assert "csrc/cuda/probe.cu" in result["sources"]
+    archs = given or "8.0;8.6;8.9;9.0a;10.0+PTX"
+    assert ["FUSED_RESNET_WITH_CUDA", "1"] in result["macros"]
+    assert ["FUSED_RESNET_CUDA_ARCHS", archs] in result["macros"] and result["TORCH_CUDA_ARCH_LIST"] == archs
+    assert 1 <= int(result["MAX_JOBS"]) <= (os.cpu_count() or 1)
+
+
+def cutlass(stub_torch: Path, there: bool) -> Path:
+    """A package cutlass_library before that of the environment, with headers or without."""
+    package = stub_torch / "cutlass_library"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    if there:
+        version = package / "source" / "include" / "cutlass" / "version.h"
+        version.parent.mkdir(parents=True)
+        version.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 12\n#define CUTLASS_PATCH 1 \n")
+    return package / "source" / "include"
+
+
+def test_cutlass_is_built_for_sm_90a_alone(tree: Path, stub_torch: Path, cuda_home: Path, tmp_path: Path) -> None:
+    """Objects of their own flags, linked with the rest; our own training convolution is not among them. Made once."""
+    include = cutlass(stub_torch, there=True)
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home), "CC": "gcc-13"}
+    result = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub)
+    found, compiled = built(result), (tmp_path / "compiled").read_text().splitlines()
+    assert "building without" not in result.stdout
+    assert ["FUSED_RESNET_CUTLASS", "4.12.1"] in found["macros"]
+    ours = {name for name in found["sources"] if "cuda/conv_" in name}
+    assert ours == {"csrc/cuda/conv_sm90.cu", "csrc/cuda/conv_ops.cpp"}
+    assert "csrc/cuda/norm.cu" in found["sources"]
+    kernels = {path.stem for path in (tree / "csrc" / "cuda").glob("conv_sm90_*.cu")}
+    assert len(kernels) > 3 and {Path(path).stem for path in found["objects"]} == kernels
+    assert len(compiled) == len(kernels) and all((tree / path).exists() for path in found["objects"])
+    for command in compiled:
+        words = command.split()
+        assert {"-DNDEBUG", "--expt-relaxed-constexpr", f"-isystem={include}"} < set(words)
+        assert [w for w in words if "gencode" in w or "arch" in w] == ["-gencode=arch=compute_90a,code=sm_90a"]
+        assert words[words.index("-ccbin") + 1] == "gcc-13" and "-Xcompiler=-fPIC,-fvisibility=hidden" in words
+        assert words[-4] == "-c" and Path(words[-3]).stem == Path(words[-1]).stem
+    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub))
+    assert len((tmp_path / "compiled").read_text().splitlines()) == len(kernels), "compiled again"
+    header = include / "cutlass" / "version.h"
+    header.write_text(header.read_text().replace("PATCH 1", "PATCH 2"))
+    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, MAX_JOBS="0", **stub))
+    assert len((tmp_path / "compiled").read_text().splitlines()) == 2 * len(kernels), "CUTLASS is another one"
+    os.utime(tree / "csrc" / "bn_math.h", (2e9, 2e9))
+    built(run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, MAX_JOBS="many", **stub))
+    assert len((tmp_path / "compiled").read_text().splitlines()) == 3 * len(kernels), "a header is newer"
+
+
+@pytest.mark.parametrize(
+    ("there", "archs", "reason"),
+    [
+        (False, None, "its headers were not found (pip install --no-deps nvidia-cutlass)."),
+        (True, "8.0;9.0+PTX", "TORCH_CUDA_ARCH_LIST=8.0;9.0+PTX has no 9.0a, for which alone they are."),
+    ],
+)
+def test_without_cutlass_it_says_why(
+    tree: Path, stub_torch: Path, cuda_home: Path, tmp_path: Path, there: bool, archs: str | None, reason: str
+) -> None:
+    cutlass(stub_torch, there)
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
+    extra = {"TORCH_CUDA_ARCH_LIST": archs} if archs else {}
+    result = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, FUSED_RESNET_CUDA="1", **stub, **extra)
+    found = built(result)
+    lines = [line for line in result.stdout.splitlines() if "CUTLASS" in line and not line.startswith("BUILT")]
+    assert lines == [f"fused_resnet: building without CUTLASS's convolutions: {reason}"]
+    assert not any("cuda/conv_" in name for name in found["sources"]) and not found["objects"]
+    assert "FUSED_RESNET_CUTLASS" not in dict(found["macros"]) and not (tmp_path / "compiled").exists()
+
+
+def test_a_convolution_that_does_not_compile(tree: Path, stub_torch: Path, cuda_home: Path) -> None:
+    cutlass(stub_torch, there=True)
+    nvcc = cuda_home / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("touch $to", "exit 1"))
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
+    result = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, **stub)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("nvcc could not compile csrc/cuda/conv_sm90_")
+
+
+def test_compilers_as_memory_allows(tree: Path) -> None:
+    """2 GiB for each; 4 where it compiles CUTLASS."""
+    code = (
+        "import os, pathlib, runpy; made = runpy.run_path('setup.py');"
+        "os.sched_getaffinity = lambda pid: range(64); read = pathlib.Path.read_text;"
+        "pathlib.Path.read_text = lambda self: 'MemAvailable: 14680064 kB' if str(self) == '/proc/meminfo' else 'max';"
+        "pathlib.Path.exists = lambda self: True;"
+        "print(made['default_jobs'](), made['default_jobs'](made['CUTLASS_BYTES_PER_JOB']))"
+    )
+    result = run(["-c", code], tree)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["7", "3"]
+
+
+def test_cuda_0_leaves_the_cuda_part_out(tree: Path, stub_torch: Path, cuda_home: Path) -> None:
+    add_cuda_source(tree)
+    stub = {"PYTHONPATH": str(stub_torch), "STUB_TORCH_CUDA": "13.0", "STUB_CUDA_HOME": str(cuda_home)}
+    result = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, FUSED_RESNET_CUDA="0", **stub)
+    assert not [name for name in built(result)["sources"] if "cuda" in name]
+    assert "CPU part only" not in result.stdout
+
+
+def test_cuda_auto_falls_back_and_says_why(tree: Path, stub_torch: Path) -> None:
+    add_cuda_source(tree)
+    result = run(["setup.py", "build_ext"], tree, CXX=A_COMPILER, PYTHONPATH=str(stub_torch))
+    assert not [name for name in built(result)["sources"] if "cuda" in name]
+    assert "building the CPU part only: " in result.stdout
+    assert "torch 9.9 is not a CUDA build" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"FUSED_RESNET_CUDA": "yes"}, "FUSED_RESNET_CUDA='yes' is not understood: expected one of auto, 0, 1."),
+        ({"FUSED_RESNET_NO_EXT": "true"}, "FUSED_RESNET_NO_EXT='true' is not understood: expected one of 0, 1."),
+        ({"FUSED_RESNET_NO_EXT": "1", "FUSED_RESNET_CUDA": "1"}, "contradict each other"),
+    ],
+)
+def test_values_that_are_not_understood(tree: Path, stub_torch: Path, variables: dict[str, str], message: str) -> None:
+    result = run(["setup.py", "egg_info"], tree, PYTHONPATH=str(stub_torch), **variables)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_torch_is_one_sentence(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    result = run(["setup.py", "egg_info"], tree, PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert result.stderr.strip() == (
+        "fused_resnet's build needs torch already installed: "
+        "pip install torch first, then pip install --no-build-isolation ."
+    )
+
+
+def test_missing_compiler_names_the_way_out(tree: Path, stub_torch: Path) -> None:
+    result = run(["setup.py", "build_ext"], tree, PYTHONPATH=str(stub_torch), CXX="no-such-compiler -O2")
+    assert result.returncode != 0
+    assert "'no-such-compiler' was not found" in result.stderr
+    assert "FUSED_RESNET_NO_EXT=1" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,115 @@
+"""A frozen model's packed weights: as many as layouts, those of the present values, for threads that begin at once."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from networks import blocks, images, relative, small
+
+import fused_resnet as fr
+from fused_resnet import frozen_forward
+from fused_resnet.backends import aten, load
+from fused_resnet.spec import Act, ConvSpec
+
+needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"packs weights: backend cpu: {load('cpu')[1]}")
+
+
+@needs_extension
+def test_packed_weights_are_as_many_as_layouts(monkeypatch):
+    """Not as many as shapes; and what is remembered of shapes is bounded too."""
+    model = small()
+    frozen = fr.freeze(model, images())
+    weights = [unit.weight for chain in blocks(frozen) for unit in chain]
+    for n in (1, 2, 3):
+        for size in range(32, 62, 6):
+            frozen(torch.randn(n, 3, size, size))
+    for w in weights:
+        packs = frozen_forward._packs[w]
+        assert 1 <= len(frozen_forward.packed_forms(w)) <= 4
+        assert len(packs.found) > 4 or w.shape[1] == 3
+    monkeypatch.setattr(frozen_forward, "SHAPES", 2)
+    x = images(4)
+    assert relative(frozen(x), model(x)) < 1e-5
+    assert all(len(frozen_forward._packs[w].found) <= 2 for w in weights)
+
+
+@needs_extension
+def test_weights_packed_for_another_shape_serve():
+    """oneDNN reorders what it finds in another layout."""
+    from fused_resnet.backends import cpu
+
+    conv, weight, bias = ConvSpec((1, 1), (0, 0)), torch.randn(48, 96, 1, 1), torch.randn(48)
+    forms = [cpu.prepack(weight, conv, torch.randn(n, 96, s, s)) for n, s in ((1, 7), (8, 40), (3, 13))]
+    x = torch.randn(2, 96, 21, 21).to(memory_format=torch.channels_last)
+    want = aten.conv_bias_act(x, weight, bias, conv, Act(), None)
+    for form in forms:
+        assert relative(cpu.conv_bias_act(x, form, bias, conv, Act(), None), want) < 1e-5
+        again = cpu.prepack(weight, conv, torch.randn(1, 96, 7, 7), forms)
+        assert any(again is other for other in forms)
+
+
+def test_new_values_are_packed_again():
+    """load_state_dict, in-place changes and ``.data`` are seen; a dtype that was not frozen is an error."""
+    x = images()
+    one, other = fr.freeze(small(), x), fr.freeze(small(), x)
+    want = other(x)
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x), want)
+    unit = blocks(one)[1][1]
+    unit.weight.mul_(2)
+    doubled = one(x)
+    assert relative(doubled, want) > 1e-3
+    unit.weight.data = unit.weight.data / 2
+    assert torch.equal(one(x), want)
+    assert torch.equal(one.to("cpu")(x), want)
+    with pytest.raises(RuntimeError, match="^dtype: frozen for torch.float32, got torch.float16"):
+        one.half()
+    assert torch.equal(one(x), want)
+
+
+@needs_extension
+def test_packed_weights_die_with_the_model():
+    gc.collect()  # of earlier tests
+    before = len(frozen_forward._packs)
+    frozen = fr.freeze(small(), images())
+    assert len(frozen_forward._packs) > before
+    del frozen
+    gc.collect()
+    assert len(frozen_forward._packs) <= before
+
+
+def test_threads(monkeypatch):
+    """Eight threads that begin at once, nothing packed: the bits of single calls, each weight packed once a shape."""
+    model = small()
+    inputs = [torch.randn(n, 3, s, s) * 1.3 + 0.4 for n, s in ((1, 40), (2, 40), (4, 33), (3, 56))]
+    frozen = fr.freeze(model, inputs[0])
+    want = [frozen(x) for x in inputs]
+    fresh = copy.deepcopy(frozen)
+    packed: list[Any] = []
+    cpu: Any = load("cpu")[0]
+    if cpu is not None:
+        prepack = cpu.prepack
+        record = lambda w, conv, x, known: packed.append((id(w), x.shape)) or prepack(w, conv, x, known)  # noqa: E731
+        monkeypatch.setattr(cpu, "prepack", record)
+    wrong: list[Any] = []
+
+    def serve(seed: int) -> None:
+        order = random.Random(seed).choices(range(len(inputs)), k=10)
+        try:
+            wrong.extend(i for i in order if not torch.equal(fresh(inputs[i]), want[i]))
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [Thread(target=serve, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(packed) == len(set(packed)) and (cpu is None or packed)

@@ -1,0 +1,41 @@
+"""What a forward keeps for the backward, and which work the backward asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused_resnet.chain_backward
+
+
+@contextmanager
+def saved_tensors() -> Iterator[dict[int, Tensor]]:
+    """Everything that autograd saves, by storage."""
+    found: dict[int, Tensor] = {}
+
+    def pack(v: Tensor) -> Tensor:
+        found[v.untyped_storage().data_ptr()] = v
+        return v
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+        yield found
+
+
+class Calls:
+    """Which convolution gradients a backward pass asked the backend for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.conv_backward: list[tuple[bool, bool]] = []
+        real = fused_resnet.chain_backward.run
+
+        def run(primitive: str, *args: Any) -> Any:
+            if primitive == "conv_backward":
+                self.conv_backward.append((args[7], args[8]))  # need_input, need_weight
+            return real(primitive, *args)
+
+        monkeypatch.setattr(fused_resnet.chain_backward, "run", run)
