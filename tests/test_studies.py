@@ -109,7 +109,8 @@ def test_networks_are_what_they_are_called(network: Network, name: str) -> None:
 def toy_preset() -> studies.Preset:
     recipe = Recipe(epochs=4, batch_size=32)
     sizes = {"depths": (8, 14), "deepest": 20, "shortcut_depth": 8, "bottleneck_depth": 11, "all_seeds_up_to": 14}
-    sizes |= {"extreme": 26, "extreme_batch": 4, "warm_up_from": 20}
+    sizes |= {"extreme": 26, "extreme_batch": 4, "warm_up_from": 20, "response_depths": ((8,), (8, 14))}
+    sizes |= {"response_recipe": replace(recipe, epochs=1, weight_decay=1e-3)}
     deep_recipe = replace(recipe, warmup="error")
     return replace(studies.PRESETS["quick"], name="toy", recipe=recipe, deep_recipe=deep_recipe, data=toy_data, **sizes)
 
@@ -127,7 +128,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(studies.PRESETS, "quick", toy_preset())
         patch.setattr(
-            Trainer, "run", lambda self, run=Trainer.run: trained.append((repr(self.model), self.seed)) or run(self)
+            Trainer,
+            "run",
+            lambda self, run=Trainer.run: trained.append((repr(self.model), self.recipe, self.seed)) or run(self),
         )
         advanced: list[float] = []
         patch.setattr(command, "Laboratory", lambda *args, **kw: _counting(Laboratory(*args, **kw), advanced))
@@ -169,8 +172,9 @@ def test_all_trains_each_network_once_and_says_how_far_it_is(ran: dict[str, Any]
     assert max(f["training_s"] for f in files) == everything["training_s"] > 0
     measured = sum(f["elapsed_s"] for f in files)
     assert 0 < measured < everything["elapsed_s"] - everything["training_s"] + 0.05 * len(files)
-    # plain-8, plain-14, ResNet-8, -14, B, C and bottleneck for both seeds, ResNet-20 for the first
-    assert len(ran["trained"]) == len(set(ran["trained"])) == 7 * 2 + 1
+    # plain-8, plain-14, ResNet-8, -14, B, C and bottleneck for both seeds, ResNet-20 for the first; and those whose
+    # responses are compared, plain-8, ResNet-8 and -14, by another recipe
+    assert len(ran["trained"]) == len(set(ran["trained"])) == (7 + 3) * 2 + 1
     preset = toy_preset()
     lab = Laboratory(preset, toy_data(None), [3, 5], CPU)
     networks = [n for s in STUDIES.values() for n in s.networks(preset)]
