@@ -421,16 +421,20 @@ def test_bottleneck_verdict(cost: float, error: float, expected: list[bool]) -> 
 
 
 @pytest.mark.parametrize(
-    ("means", "expected"),
-    [((0.9, 0.8, 0.5, 0.4, 0.3), [True, True]), ((0.9, 0.8, 0.5, 0.85, 0.3), [False, False]),
-     ((0.9, 0.8, 0.5, 0.4, 0.45), [True, False]), ((0.3, 0.8, 0.5, 0.4, 0.3), [False, True])],
+    ("means", "noise", "expected"),
+    [((0.9, 0.8, 0.5, 0.4, 0.3), 0.0, [True, True]), ((0.9, 0.8, 0.5, 0.85, 0.3), 0.0, [False, False]),
+     ((0.9, 0.8, 0.5, 0.4, 0.45), 0.0, [True, False]), ((0.3, 0.8, 0.5, 0.4, 0.3), 0.0, [False, True]),
+     ((0.9, 0.8, 0.5, 0.48, 0.3), 0.1, [True, True]), ((0.9, 0.8, 0.5, 0.45, 0.4), 0.1, [True, False])],
 )  # fmt: skip
-def test_responses_verdict(means: tuple[float, ...], expected: list[bool]) -> None:
+def test_responses_verdict(means: tuple[float, ...], noise: float, expected: list[bool]) -> None:
+    """In order, and the ends further apart than ``noise`` between seeds explains."""
     kinds = [(20, True), (56, True), (20, False), (56, False), (110, False)]
     networks = {
-        f"{'plain' if plain else 'ResNet'}-{depth}": {"depth": depth, "plain": plain, "std": [[m - 0.1, m + 0.1]] * 3}
+        f"{'plain' if plain else 'ResNet'}-{depth}": {
+            "depth": depth, "plain": plain, "std": [[m - 0.1 + e, m + 0.1 + e] for e in (-noise, 0, noise)]
+        }
         for (depth, plain), m in zip(kinds, means, strict=True)
-    }
+    }  # fmt: skip
     assert held("responses", {"networks": networks}) == expected
 
 

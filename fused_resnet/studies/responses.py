@@ -81,9 +81,16 @@ def judge(figures: Figures) -> list[Verdict]:
     residual = {n["depth"]: means[name] for name, n in figures["networks"].items() if not n["plain"]}
     numbers = f"Mean over layers: {', '.join(f'{name} {spread(mean, digits=4)}' for name, mean in means.items())}."
     in_order = [residual[depth] for depth in sorted(residual)]
+    steps = [Difference.of(a, b) for a, b in pairwise(in_order)]
+    ends = Difference.of(in_order[0], in_order[-1])
+    # an order of several: every step as claimed, and the whole way beyond what seeds make
+    deeper = all(step.value > 0 for step in steps) and ends.positive
+    falls = (
+        f"From each depth to the next it falls by {', '.join(map(str, steps))}; from the first to the last by {ends}."
+    )
     return [
         Verdict(SMALLER, all(Difference.of(mean, residual[depth]).positive for depth, mean in plain.items()), numbers),
-        Verdict(DEEPER, all(Difference.of(a, b).positive for a, b in pairwise(in_order)), numbers),
+        Verdict(DEEPER, deeper, f"{numbers} {falls}"),
     ]
 
 
