@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fused_resnet.backends import load, use_backend
+from fused_resnet.small import chains_always
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; it asks once, at its import
@@ -36,6 +37,13 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = seed_of(request.node.nodeid)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def chains() -> Iterator[None]:
+    """Chains run at any size: tests' images are small. tests/test_small.py does without."""
+    with chains_always():
+        yield
 
 
 @pytest.hookimpl(wrapper=True)
