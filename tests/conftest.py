@@ -12,8 +12,8 @@ import cuda_build
 import pytest
 import torch
 
+from fused_resnet import small
 from fused_resnet.backends import load, use_backend
-from fused_resnet.small import chains_always
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; it asks once, at its import
@@ -40,10 +40,9 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
-def chains() -> Iterator[None]:
-    """Chains run at any size: tests' images are small. tests/test_small.py does without."""
-    with chains_always():
-        yield
+def chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains run at any size, in every thread: tests' images are small. tests/test_small.py does without."""
+    monkeypatch.setattr(small, "SMALL", dict.fromkeys(small.SMALL, 0))
 
 
 @pytest.hookimpl(wrapper=True)
