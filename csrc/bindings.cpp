@@ -32,6 +32,12 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "bn_act_max_pool_backward(Tensor dout, Tensor argmax, Tensor y, Tensor[] norm, int act, float act_param, "
         "int[2] kernel, int[2] stride, int[2] padding, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)");
     m.def(
+        "bn_fold(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? conv_bias, float eps) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "bn_coefficients(Tensor scale, Tensor rstd, Tensor sum_dz, Tensor sum_dz_y, int? count) "
+        "-> (Tensor, Tensor, Tensor)");
+    m.def(
         "conv_stats(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
         "Tensor[] prologue, int act, float act_param, bool stats, ScalarType compute, bool gemm) "
         "-> (Tensor, Tensor, Tensor)");
@@ -39,6 +45,9 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "conv_backward(Tensor dz, Tensor y, Tensor[] coef, Tensor x, Tensor[] prologue, int act, float act_param, "
         "Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool need_input, bool need_weight, "
         "Tensor(a!)? add, ScalarType compute, bool gemm) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "conv_bn_act(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor[] norm, "
+        "int act, float act_param, Tensor? residual, ScalarType compute, bool gemm) -> Tensor");
     m.def("winograd_tile(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> int");
     m.def("winograd_prepack(Tensor weight, int tile) -> Tensor");
     m.def(
@@ -101,8 +110,11 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("bn_backward", cpu::bn_backward);
     m.impl("bn_act_max_pool", cpu::bn_act_max_pool);
     m.impl("bn_act_max_pool_backward", cpu::bn_act_max_pool_backward);
+    m.impl("bn_fold", cpu::bn_fold);
+    m.impl("bn_coefficients", cpu::bn_coefficients);
     m.impl("conv_stats", cpu::conv_stats);
     m.impl("conv_backward", cpu::conv_backward);
+    m.impl("conv_bn_act", cpu::conv_bn_act);
     m.impl("winograd_tile", cpu::winograd_tile);
     m.impl("winograd_prepack", cpu::winograd_prepack);
     m.impl("winograd_bias_act", cpu::winograd_bias_act);

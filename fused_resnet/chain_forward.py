@@ -143,7 +143,7 @@ def summand_of(x: Tensor, residual: Tensor | None, spec: ChainSpec, fmt: torch.m
 
 def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> Tensor:
     """The operator fused_resnet::chain_inference, for one chain: BatchNorm with running statistics folded into the
-    convolutions, conv(x, s W) + t, and into a closing max-pool."""
+    convolutions, conv(x, s W) + t, or applied to what they return, and in a closing max-pool."""
     (spec,) = RowSpec.decode(text).chains
     fmt = memory_format(x, params)
     x = x.contiguous(memory_format=fmt)
@@ -155,8 +155,12 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
         if u.conv is None:
             bn_act: Tensor = run("bn_act", h, norm, act, summand, None)
             return bn_act
-        weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
-        out: Tensor = run("conv_bias_act", h, weight, norm.shift, u.conv, act, summand)
+        backend = pick("conv_bias_act", case_of(h, u.conv, p["weight"]))
+        if hasattr(backend, "conv_bn_act"):
+            out: Tensor = backend.conv_bn_act(h, p["weight"], norm, u.conv, act, summand)
+        else:
+            weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
+            out = run("conv_bias_act", h, weight, norm.shift, u.conv, act, summand)
         return out.contiguous(memory_format=fmt)  # as in raw_conv: the layout that the fake kernel promises
 
     summand = summand_of(x, residual, spec, fmt)

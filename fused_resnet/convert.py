@@ -13,13 +13,16 @@ from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_resnet.backends import warn_once
 from fused_resnet.freezing import CalledOtherwise, Folded, Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
-from fused_resnet.modules import ChainModules, has_hooks, run_row
+from fused_resnet.functional import in_backward
+from fused_resnet.modules import ChainModules, has_hooks, run_row, shared_by
 from fused_resnet.patterns import original
 from fused_resnet.plans import Plan, Ref, at
+from fused_resnet.small import is_small
 
 if TYPE_CHECKING:
     from fused_resnet.analysis import Found
@@ -69,23 +72,41 @@ class FusedSequential(FusedModule, nn.Sequential):
 
 def run_children(children: Iterable[nn.Module], x: Any) -> Any:
     """One after the other, rows of blocks as rows of chains."""
-    for blocks in rows_of(children):
+    rest = list(children)
+    while rest:
+        blocks = _next_row(rest, x)
         chains = [chain for _, chain in blocks if chain is not None]
         x = run_row(chains, x) if len(chains) > 1 else blocks[0][0](x)
+        rest = rest[len(blocks) :]
     return x
 
 
 def rows_of(children: Iterable[nn.Module]) -> list[list[tuple[nn.Module, ChainModules | None]]]:
-    """The children as they run now: rows of blocks with their chains, and those called alone."""
-    rows: list[list[tuple[nn.Module, ChainModules | None]]] = []
-    for m in children:
+    """The children as they run on large images: rows of blocks with their chains, and those called alone."""
+    rest, rows = list(children), []
+    while rest:
+        rows.append(_next_row(rest, None))
+        rest = rest[len(rows[-1]) :]
+    return rows
+
+
+def _next_row(modules: Sequence[nn.Module], x: Any) -> list[tuple[nn.Module, ChainModules | None]]:
+    """The first of them, with its chain and all that run in a row with it when it is given x; None: a large image."""
+    row: list[tuple[nn.Module, ChainModules | None]] = []
+    share = 1.0  # of x's values that are left where the next block begins
+    for m in modules:
+        plan = plan_of(m)
+        if plan is not None and _is_small(m, plan, x, share):
+            return row or [(m, None)]
         chain = _row_chain(m)
         # a block that comes twice finds its running statistics updated the second time
-        if chain is not None and rows and rows[-1][0][1] is not None and all(m is not other for other, _ in rows[-1]):
-            rows[-1].append((m, chain))
-        else:
-            rows.append([(m, chain)])
-    return rows
+        if row and (chain is None or any(m is other for other, _ in row)):
+            return row
+        row.append((m, chain))
+        if plan is None or chain is None:
+            return row
+        share *= plan.out
+    return row
 
 
 def _row_chain(m: nn.Module) -> ChainModules | None:
@@ -129,6 +150,8 @@ def _make_fused_class(cls: Any, method: str) -> type:
             if frozen is not None:
                 raise CalledOtherwise(self._fr_name, "other arguments, or of another class or size")
             return plain(self, *args, **kwargs)
+        if frozen is None and _is_small(self, plan, args[0]):
+            return _own_forward(self, plan, args[0])
         chains, reason = ([], None) if frozen is not None else plan.modules(self)
         if reason is not None:
             if not torch.compiler.is_compiling():
@@ -138,6 +161,33 @@ def _make_fused_class(cls: Any, method: str) -> type:
 
     added = {"_fr_original": cls, "_fr_method": method, "_fr_plain": plain, method: forward, "__module__": __name__}
     return type(f"Fused{cls.__name__}", (FusedModule, cls), added)
+
+
+def _is_small(m: nn.Module, plan: Plan, x: Any, share: float = 1.0) -> bool:
+    """Whether the module had better run its own forward on ``share`` of x's values (``small.py``); never where other
+    processes wait for its statistics, which a SyncBatchNorm's own forward takes on GPUs alone."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return False
+    kind = "training" if torch.is_grad_enabled() else "evaluation"
+    if not is_small(x, x.numel() * share * plan.values, kind):
+        return False
+    return not (dist.is_available() and dist.is_initialized() and any(shared_by(bn) for bn in _norms(m, plan)))
+
+
+def _norms(m: nn.Module, plan: Plan) -> list[Any]:
+    return [at(m, unit.bn) for chain in plan.chains for unit in chain.all_units]
+
+
+def _own_forward(m: Any, plan: Plan, x: Any) -> Any:
+    """What the module did before it was fused; a forward inside a backward updates no statistics, as in a chain."""
+    if not (m.training and in_backward()):
+        return m._fr_plain(x)
+    kept = [(b, b.clone()) for bn in _norms(m, plan) for b in bn.buffers(recurse=False)]
+    try:
+        return m._fr_plain(x)
+    finally:
+        for buffer, value in kept:
+            buffer.data.copy_(value)  # the backward to come has kept it, and asks for its version
 
 
 @lru_cache

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.modules import ChainModules, shared_by
 from fused_resnet.patterns import original
 from fused_resnet.planner import planned, why
+from fused_resnet.plans import Plan
+from fused_resnet.small import least_values
 from fused_resnet.spec import ConvSpec
 
 
@@ -25,7 +29,8 @@ class Row:
 
     Attributes:
         chains: how many, where it is fused. reason: why it runs plain, or what of a fused one does.
-        statistics: over which processes its SyncBatchNorms take theirs.
+        statistics: over which processes its SyncBatchNorms take theirs. least: values of its input below which it runs
+            its own forward, in training on this CPU (``small.py``).
     """
 
     name: str
@@ -35,6 +40,7 @@ class Row:
     backends: dict[str, str]
     chains: int = 0
     statistics: str = ""
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Explanation:
         lines = []
         for r in self.rows:
             parts = [*(f"{p}: {b}" for p, b in r.backends.items()), r.statistics]
+            parts.append(f"its own forward below {r.least} values" if r.least else "")
             served = ", ".join(filter(None, parts))
             told = f"{served}; plain: {r.reason}" if served and r.reason else served or r.reason
             lines.append(f"{r.name:<{width}}{r.type:<{kinds}}{'fused' if r.fused else 'plain':<7}{told}")
@@ -89,10 +96,20 @@ def explain(model: nn.Module) -> Explanation:
             if served and id(m) in closed_by:
                 served["bn_act_backward"] = f"in conv_backward of {closed_by[id(m)]}"
             shared = _shared(chains) if reason is None else ""
-            rows.append(Row(name, kind, reason is None, reason or "; ".join(plan.left), served, len(chains), shared))
+            least = _least(chains, plan) if reason is None else 0
+            rows.append(
+                Row(name, kind, reason is None, reason or "; ".join(plan.left), served, len(chains), shared, least)
+            )
         elif found.within is None and (found.reason or (found.plans is not None and found.plans[True].chains)):
             rows.append(Row(name, kind, False, found.reason or "not fused yet: call fuse(model)", {}))
     return Explanation(rows)
+
+
+def _least(chains: Sequence[ChainModules], plan: Plan) -> int:
+    """Of the module's input, values from which its chains run: 0 where they do at any size."""
+    weights = [t for chain in chains for unit in chain.all_units for t in unit.bn.parameters()]
+    limited = plan.values < float("inf") and weights and all(t.device.type == "cpu" for t in weights)
+    return math.ceil(least_values("training") / plan.values) if limited and weights[0].dtype == torch.float32 else 0
 
 
 def _frozen_rows(model: Frozen) -> list[Row]:

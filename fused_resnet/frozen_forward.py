@@ -30,6 +30,7 @@ from fused_resnet import reference
 from fused_resnet.backends import Norm, aten, vector_dtype
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.reference import shortcut_input
+from fused_resnet.small import is_small
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec
 
 # Bytes of the stem's convolution per thread that a stem with stages behind it makes at a time.
@@ -99,8 +100,16 @@ def _out_shape(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> tuple[int, .
     return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
 
 
+def _is_small(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> bool:
+    """Whether PyTorch's own operators are faster: they start sooner."""
+    values = (
+        x.numel() if conv is None else x.numel() // x.shape[1] * weight.shape[0] // (conv.stride[0] * conv.stride[1])
+    )
+    return is_small(x, values, "frozen")
+
+
 class _Backends:
-    """Units on the backends that serve them."""
+    """Units on the backends that serve them; small ones on PyTorch's own operators."""
 
     @staticmethod
     def unit(
@@ -112,6 +121,8 @@ class _Backends:
                 # a summand that the add widens, or that widens the sum: PyTorch's add
                 return reference.act(_Backends.unit(x, weight, bias, conv, Act("identity"), None, True) + residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
+        if _is_small(x, weight, conv):
+            return _Plain.unit(x, weight, bias, conv, act, residual, owned)
         if conv is None:
             made: Tensor = run("bn_act", x, _affine(weight, bias), act, residual, None)
             return made
@@ -127,6 +138,8 @@ class _Backends:
     @staticmethod
     def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output, in one pass where the backend has one."""
+        if _is_small(x, weight, conv):
+            return _Plain.pooled(x, weight, bias, conv, act, pool)
         if conv is None:
             made: Tensor = run("bn_act_max_pool", x, _affine(weight, bias), act, pool)[0]
             return made

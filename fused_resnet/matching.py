@@ -292,7 +292,7 @@ class Matcher:
             self.trace.sizes,
             modal,
             tuple(dict.fromkeys(left)),
-        )
+        ).measured(self.module)
 
     def _step(self, node: fx.Node, ends: dict[fx.Node, int], accepted: list[Match]) -> Step:
         if node in ends:

@@ -210,15 +210,9 @@ class UnitSpec:
     @property
     def param_names(self) -> tuple[str, ...]:
         """The tensors this unit needs, in the order in which operators take them (``PARAM_NAMES``)."""
-        has = {
-            "weight": self.conv is not None,
-            "bias": self.conv is not None and self.conv.bias,
-            "bn_weight": self.affine,
-            "bn_bias": self.affine,
-            "running_mean": not self.batch_stats,
-            "running_var": not self.batch_stats,
-        }
-        return tuple(name for name in PARAM_NAMES if has[name])
+        weight = ("weight", "bias")[: 1 + self.conv.bias] if self.conv is not None else ()
+        affine, statistics = PARAM_NAMES[2:4] if self.affine else (), PARAM_NAMES[4:] if not self.batch_stats else ()
+        return weight + affine + statistics
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from source_tree import copy_to
 
+from fused_resnet import small
 from fused_resnet.backends import load, use_backend, warn_once
 
 if not torch.cuda.is_available():
@@ -38,6 +39,12 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = seed_of(request.node.nodeid)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains run at any size, in every thread: tests' images are small. tests/test_small.py does without."""
+    monkeypatch.setattr(small, "SMALL", dict.fromkeys(small.SMALL, 0))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -34,12 +34,12 @@ def test_same_numbers(backend: str, shape: str, layout: str, dtype: torch.dtype)
             assert got[name].dtype == dtype
 
 
-# Sizes from which a backend may do otherwise (Winograd's convolution from 64 channels on; more rows, or tiles, than
-# one slice of a product): shape, width, batch, image.
+# Sizes from which a backend may do otherwise (Winograd's convolution from 64 channels and 256 pixels on; more rows, or
+# tiles, than one slice of a product): shape, width, batch, image.
 LARGE = {
-    "odd_tiles": ("basic", 64, 2, (7, 9)),
-    "smallest_tile": ("basic_projection", 64, 1, (8, 8)),
-    "uneven_widths": ("conv", 65, 2, (5, 4)),
+    "odd_tiles": ("basic", 64, 5, (7, 9)),
+    "smallest_tile": ("basic_projection", 64, 16, (8, 8)),
+    "uneven_widths": ("conv", 65, 13, (5, 4)),
     "many_tiles": ("conv_identity", 64, 1, (66, 66)),
     "many_rows": ("conv_1x1_identity", 512, 1, (64, 65)),
 }
@@ -64,7 +64,7 @@ def test_same_numbers_where_sizes_decide(backend: str, case: str, mode: str) -> 
 def test_16_bit_is_as_good_as_plain_where_sizes_decide(backend: str, dtype: torch.dtype) -> None:
     """The 16-bit rule for wide tensors."""
     for mode in ("batch", "frozen"):
-        chain = chains.make("basic", "silu", mode, 64, 2, (7, 9))
+        chain = chains.make("basic", "silu", mode, 64, 5, (7, 9))
         t = in_layout(chain, chains.draw(chain), dtype, "nhwc")
         want, plain, got = chains.truth(chain, t), chains.run(chain, t, chains.plain), chains.run(chain, t)
         for name in want:
@@ -77,7 +77,7 @@ def test_padding_of_wide_convolutions(backend: str, padding: Any) -> None:
     p = (padding, padding) if isinstance(padding, int) else padding
     units = tuple(UnitSpec(ConvSpec(padding=p), Act("sigmoid")) for _ in range(2))
     shapes = [("weight", (64, 64, 3, 3)), ("bn_weight", (64,)), ("bn_bias", (64,))] * 2
-    chain = chains.Chain(ChainSpec(units), (2, 64, 9, 8), None, tuple(shapes))
+    chain = chains.Chain(ChainSpec(units), (7, 64, 9, 8), None, tuple(shapes))
     t = in_layout(chain, chains.draw(chain), torch.float32, "nhwc")
     want, got = chains.truth(chain, t), chains.run(chain, t)
     for name in want:

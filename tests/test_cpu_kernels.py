@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, aten, cpu, load
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, Sums, aten, cpu, load
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, PoolSpec
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +57,15 @@ def compare_all() -> dict[str, float]:
                 errors[f"bn_act {act} {key}"] = worst((cpu.bn_act(y, n, a, r, m),), (aten.bn_act(y, n, a, r, m),))
                 got, want = cpu.bn_act_backward(r, y, n, a, r, m), aten.bn_act_backward(r, y, n, a, r, m)
                 errors[f"bn_act_backward {act} {key}"] = worst(got, want)
+            mean, var, *given = (torch.randn(channels, dtype=wide).exp() for _ in range(5))
+            for vectors in ((None, None, None), tuple(v.to(dtype) for v in given)):
+                args = (mean, var, *vectors, 1e-3)
+                errors[f"bn_fold {vectors[0] is None} {key}-{str(wide).removeprefix('torch.')}"] = worst(
+                    cpu.bn_fold(*args), aten.bn_fold(*args)
+                )
+            for count in (None, 126):
+                got, want = (b.bn_coefficients(n, Sums(mean, var), count) for b in (cpu, aten))
+                errors[f"bn_coefficients {count} {key}-{str(wide).removeprefix('torch.')}"] = worst(got, want)
             coef = DyCoefficients(*random_norm(channels, wide))
             errors[f"bn_backward {key}"] = worst((cpu.bn_backward(r, y, coef),), (aten.bn_backward(r, y, coef),))
             pool = PoolSpec.make(3, 2, 1)
@@ -78,6 +87,15 @@ def compare_all() -> dict[str, float]:
                 c = DyCoefficients(*random_norm(70, wide))
                 args = (z, c, y, pre, w, conv, True, True, None)
                 errors[f"conv_backward {case}"] = worst(cpu.conv_backward(dz, *args), aten.conv_backward(dz, *args))
+            # the second is wide and large enough for Winograd's algorithm in float32
+            for wide_in, size in ((channels, (9, 7)), (64, (18, 17))):
+                h = (torch.randn(2, wide_in, *size) + 0.5).to(dtype).contiguous(memory_format=fmt)
+                w, m = torch.randn(70, wide_in, 3, 3, dtype=wide) / wide_in**0.5 / 3, random_norm(70, wide)
+                for residual in (None, torch.randn(2, 70, *size).to(dtype).contiguous(memory_format=fmt)):
+                    raw = aten.conv_stats(h, w, ConvSpec(padding=(1, 1)), None, False)[0]
+                    want = aten.bn_act(raw, m, Act.make("silu"), residual)
+                    got = cpu.conv_bn_act(h, w, m, ConvSpec(padding=(1, 1)), Act.make("silu"), residual)
+                    errors[f"conv_bn_act {wide_in} {residual is None} {key}"] = worst((got,), (want,))
     return errors | compare_inference()
 
 
@@ -282,6 +300,9 @@ def test_schemas_of_the_compiled_operators() -> None:
         "bn_backward": (y, y, coef, f32),
         "bn_act_max_pool": (y, v[:2], 1, 0.0, [3, 3], [2, 2], one),
         "bn_act_max_pool_backward": (small, place, y, v, 1, 0.0, [3, 3], [2, 2], one, f32),
+        "bn_fold": (v[0], v[1].abs(), v[2], v[0], v[1], 1e-5),
+        "bn_coefficients": (*coef, 72),
+        "conv_bn_act": (y, w3, one, one, one, 1, v[:2], 1, 0.0, y, f32, True),
         "conv_stats": (y, w3, one, one, one, 1, v[:2], 1, 0.0, True, f32, True),
         "conv_backward": (y, y, coef, y, v, 1, 0.0, w1, one, none, one, 1, True, True, None, f32, True),
         "winograd_tile": (y, w3, one, one, one, 1),

@@ -15,7 +15,7 @@ from source_tree import PACKAGE, ROOT, run
 TIERS = (
     {"_C", "_version", "reference", "spec"},
     {"backends"},
-    {"plan_cache", "planner"},
+    {"plan_cache", "planner", "small"},
     {"chain", "chain_backward", "chain_forward", "frozen_forward", "joint"},
     {"checks", "functional", "units"},
     {"modules", "patterns"},

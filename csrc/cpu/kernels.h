@@ -81,7 +81,7 @@ struct Table {
     void (*bn_act_max_pool_backward)(const Args&, const Pool&, int64_t begin, int64_t end);
     // Winograd, on channels_last; compute in float. V = B'dB of tiles [begin, end) of act(z) (raw y without norm)
     void (*winograd_input)(const Args&, const Winograd&, float* v, int64_t begin, int64_t end);
-    // out = act(A'mA + shift (+ residual)), without act, shift and residual where norm.shift is null
+    // out = act(scale A'mA + shift (+ residual)): without scale where it is null, the bare A'mA where norm.shift is
     void (*winograd_output)(const Args&, const Winograd&, const float* m, int64_t begin, int64_t end);
     // U = GgG' [(M+2)^2, K, C] of rows [begin, end) of weights [K, 3, 3, C], turned by 180 degrees if flip
     void (*winograd_weight)(int tile, const float* weight, float* u, int64_t out_channels, int64_t channels, bool flip, int64_t begin,

@@ -34,6 +34,19 @@ Pool pool_of(const Tensor& y, const Tensor& out, const Tensor& argmax, IntList k
             static_cast<uint8_t*>(argmax.data_ptr())};
 }
 
+// body(T{}) for vectors in `dtype`: float or double.
+template <class Body>
+void with_wide(at::ScalarType dtype, Body body) {
+    if (dtype == at::kDouble) body(double{});
+    else body(float{});
+}
+
+const void* vector(const char* name, const Tensor& v, int64_t channels, at::ScalarType dtype) {
+    TORCH_CHECK(v.dim() == 1 && v.size(0) == channels && v.is_contiguous() && v.scalar_type() == dtype, name, ": expected ", channels,
+                " values in ", dtype, ", got ", v.sizes(), " in ", v.scalar_type());
+    return v.const_data_ptr();
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& y) {
@@ -55,6 +68,12 @@ Tensor bn_act(const Tensor& y, at::TensorList norm, int64_t act, double act_para
     a.out = out.data_ptr();
     run(table().bn_act, a, View::of(y));
     return out;
+}
+
+void bn_act_in_place(const Tensor& y, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual) {
+    Args a = args_of(y, norm, act, act_param, residual, {});
+    a.out = y.data_ptr();
+    run(table().bn_act, a, View::of(y));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& y, at::TensorList norm,
@@ -130,6 +149,54 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, 
         }
     });
     return {dz, partial[0].sum(0), partial[1].sum(0)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var, const OptTensor& weight,
+                                                   const OptTensor& bias, const OptTensor& conv_bias, double eps) {
+    const at::ScalarType dtype = wide(mean);
+    const int64_t C = mean.numel();
+    // a convolution's bias, a checkpoint's weights: of any dtype
+    const auto given = [&](const OptTensor& t) { return t ? t->to(dtype).contiguous() : Tensor(); };
+    const Tensor in[5] = {given(mean), given(var), given(weight), given(bias), given(conv_bias)};
+    const char* names[5] = {"mean", "var", "weight", "bias", "conv_bias"};
+    Tensor out[4];
+    for (Tensor& t : out) t = at::empty({C}, in[0].options());
+    with_wide(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const T* from[5] = {};
+        T* to[4];
+        for (int i = 0; i < 5; i++)
+            if (in[i].defined()) from[i] = static_cast<const T*>(vector(names[i], in[i], C, dtype));
+        for (int i = 0; i < 4; i++) to[i] = out[i].mutable_data_ptr<T>();
+        const auto at = [&](int i, int64_t c, T other) { return from[i] ? from[i][c] : other; };
+        for (int64_t c = 0; c < C; c++) {
+            const Fold<T> f = fused_resnet::bn_fold(from[0][c], from[1][c], at(2, c, 1), at(3, c, 0), at(4, c, 0), T(eps));
+            to[0][c] = f.scale, to[1][c] = f.shift, to[2][c] = f.center, to[3][c] = f.rstd;
+        }
+    });
+    return {out[0], out[1], out[2], out[3]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Tensor& rstd, const Tensor& sum_dz,
+                                                   const Tensor& sum_dz_y, std::optional<int64_t> count) {
+    const at::ScalarType dtype = wide(scale);
+    const int64_t C = scale.numel();
+    Tensor out[3];
+    for (int i = 0; i < (count ? 3 : 1); i++) out[i] = at::empty({C}, scale.options());
+    with_wide(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const auto at = [&](const char* name, const Tensor& v) { return static_cast<const T*>(vector(name, v, C, dtype)); };
+        const T *s = at("scale", scale), *r = at("rstd", rstd), *dz = at("sum_dz", sum_dz), *dz_y = at("sum_dz_y", sum_dz_y);
+        T* to[3] = {};
+        for (int i = 0; i < 3; i++)
+            if (out[i].defined()) to[i] = out[i].mutable_data_ptr<T>();
+        for (int64_t c = 0; c < C; c++) {
+            const Coefficients<T> k = fused_resnet::bn_coefficients(s[c], r[c], dz[c], dz_y[c], T(count.value_or(1)));
+            to[0][c] = k.dgamma;
+            if (count) to[1][c] = k.b, to[2][c] = k.c;
+        }
+    });
+    return {out[0], out[1], out[2]};
 }
 
 }  // namespace fused_resnet::cpu

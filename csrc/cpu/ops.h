@@ -12,6 +12,7 @@ using IntList = at::IntArrayRef;
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& y);
 Tensor bn_act(const Tensor& y, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
               at::TensorList residual_norm, at::ScalarType out_dtype);
+void bn_act_in_place(const Tensor& y, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual);
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& y, at::TensorList norm,
                                                            int64_t act, double act_param, const OptTensor& residual,
                                                            at::TensorList residual_norm);
@@ -22,6 +23,10 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, 
                                                             at::TensorList norm, int64_t act, double act_param,
                                                             IntList kernel, IntList stride, IntList padding,
                                                             at::ScalarType out_dtype);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var, const OptTensor& weight,
+                                                   const OptTensor& bias, const OptTensor& conv_bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Tensor& rstd, const Tensor& sum_dz,
+                                                   const Tensor& sum_dz_y, std::optional<int64_t> count);
 std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
                                               IntList dilation, int64_t groups, at::TensorList prologue, int64_t act,
                                               double act_param, bool stats, at::ScalarType compute, bool gemm);
@@ -31,6 +36,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
                                                          IntList padding, IntList dilation, int64_t groups,
                                                          bool need_input, bool need_weight, const OptTensor& add,
                                                          at::ScalarType compute, bool gemm);
+
+// Inference with weights as they are: act(norm(conv(x)) (+ residual)).
+Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
+                   at::TensorList norm, int64_t act, double act_param, const OptTensor& residual, at::ScalarType compute, bool gemm);
 
 // Inference by Winograd: the outputs per side of a tile (0: not to be used), the transformed weights, and act(conv(x) + bias (+ residual)).
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,

@@ -73,11 +73,34 @@ FR_INLINE U16 narrow(F32 v, bf16) {  // to nearest, ties to even; NaN stays NaN
 }
 FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_convertvector(v, F16); }
 
+// Part of a vector of floats; AVX-512 does it in one instruction, memcpy of a length that is not known in a call.
+FR_INLINE F32 load_part(const float* p, int n) {
+#if FR_WIDE_REGISTERS >= 32
+    return __builtin_ia32_loadups512_mask(p, F32{}, uint16_t((1u << n) - 1));
+#else
+    F32 v{};
+    __builtin_memcpy(&v, p, n * sizeof(float));
+    return v;
+#endif
+}
+FR_INLINE void store_part(float* p, F32 v, int n) {
+#if FR_WIDE_REGISTERS >= 32
+    __builtin_ia32_storeups512_mask(p, v, uint16_t((1u << n) - 1));
+#else
+    __builtin_memcpy(p, &v, n * sizeof(float));
+#endif
+}
+
 // n of the vector's lanes from p, the others 0.
 template <class V, class T>
 FR_INLINE V load(const T* p, int n) {
     constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-    if constexpr (sizeof(T) == sizeof(V{}[0])) {
+    if constexpr (std::is_same_v<T, float>) {
+        if (n != lanes) return load_part(p, n);
+        V v;
+        __builtin_memcpy(&v, p, sizeof v);
+        return v;
+    } else if constexpr (sizeof(T) == sizeof(V{}[0])) {
         V v{};
         if (n == lanes) __builtin_memcpy(&v, p, sizeof v);
         else __builtin_memcpy(&v, p, n * sizeof(T));
@@ -93,7 +116,10 @@ FR_INLINE V load(const T* p, int n) {
 template <class V, class T>
 FR_INLINE void store(T* p, V v, int n) {
     constexpr int lanes = sizeof(V) / sizeof(V{}[0]);
-    if constexpr (sizeof(T) == sizeof(V{}[0])) {
+    if constexpr (std::is_same_v<T, float>) {
+        if (n != lanes) return store_part(p, v, n);
+        __builtin_memcpy(p, &v, sizeof v);
+    } else if constexpr (sizeof(T) == sizeof(V{}[0])) {
         if (n == lanes) __builtin_memcpy(p, &v, sizeof v);
         else __builtin_memcpy(p, &v, n * sizeof(T));
     } else {

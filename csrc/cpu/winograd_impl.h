@@ -126,7 +126,8 @@ void winograd_output_impl(const Args& a, const Winograd& q, const float* m, int6
                     F32 z = d[i * N + j];
                     const int64_t off = ((image * q.out_height + top + i) * q.out_width + left + j) * C + c;
                     if (a.norm.shift) {
-                        z = z + load<F32>(static_cast<const float*>(a.norm.shift) + c, n);
+                        const F32 shift = load<F32>(static_cast<const float*>(a.norm.shift) + c, n);
+                        z = a.norm.scale ? affine(z, load<F32>(static_cast<const float*>(a.norm.scale) + c, n), shift) : z + shift;
                         if (residual) z = z + load<F32>(residual + off, n);
                         z = k.forward(z, p);
                     }

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -83,8 +82,7 @@ class Sums(NamedTuple):
     dz_y: Tensor
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """What a primitive is to be applied to, as far as backends decide by it."""
 
     device: str

@@ -208,6 +208,16 @@ def conv_bias_act(
     return y.to(x.dtype).contiguous(memory_format=fmt)
 
 
+def conv_bn_act(x: Tensor, weight: Tensor, norm: Norm, conv: ConvSpec, act: Act, residual: Tensor | None) -> Tensor:
+    """A unit in inference that is not frozen, act(norm(conv(x, W)) [+ residual]): folding and packing weights that may
+    be others in the next call costs more than the one pass, over an output still in cache, that it saves."""
+    out: Tensor = _ops.conv_bn_act(
+        x, weight, conv.stride, conv.padding, conv.dilation, conv.groups, _pair(norm), *_act(act), residual,
+        compute_dtype(x.dtype), _gemm(),
+    )  # fmt: skip
+    return out
+
+
 def prepack_stem(weight: Tensor, conv: ConvSpec, x: Tensor, pool: PoolSpec) -> Tensor | None:
     """The weight packed for ``conv_bias_act_max_pool``; None where a pass for the pool of its own is faster."""
     if not _ops.stem_suits(x, weight, conv.dilation, conv.groups, pool.kernel):
@@ -310,3 +320,16 @@ def bn_act_max_pool_backward(
         dout, argmax, y, _triple(norm), *_act(act), pool.kernel, pool.stride, pool.padding, compute_dtype(y.dtype)
     )
     return dz, Sums(s0, s1)
+
+
+def bn_fold(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, conv_bias: Tensor | None, eps: float
+) -> Norm:
+    """See ``Primitives.bn_fold``."""
+    return Norm(*_ops.bn_fold(mean, var, weight, bias, conv_bias, eps))
+
+
+def bn_coefficients(norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
+    """See ``Primitives.bn_coefficients``."""
+    dgamma, b, c = _ops.bn_coefficients(norm.scale, norm.rstd, *sums, count)
+    return dgamma, DyCoefficients(norm.scale, b, c, norm.center)

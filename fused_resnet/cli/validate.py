@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fused_resnet.analysis import analyse
 from fused_resnet.patterns import norm_kind
 from fused_resnet.plans import at
+from fused_resnet.small import chains_always
 
 Tensors = dict[str, Tensor]
 
@@ -197,7 +198,7 @@ def run(
     model.train(train)
     model.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_(dout is not None and input_gradient)
-    with torch.set_grad_enabled(dout is not None), autocast(x.device, dtype):
+    with torch.set_grad_enabled(dout is not None), autocast(x.device, dtype), chains_always():
         out = forward(x)
     found = {"out": out.detach().clone()}
     if dout is not None:
