@@ -183,9 +183,6 @@ class ChainModules:
                 return reason
         if len(self.units) == 1 and self.units[0].conv is None and type(self.units[0].bn) is nn.SyncBatchNorm:
             return "a SyncBatchNorm without a convolution, which may get other than images"
-        for pool in (self.avg_pool, self.max_pool):
-            if pool is not None and has_hooks(pool):
-                return f"a {type(pool).__name__} has hooks"
         m, a = self.max_pool, self.avg_pool
         if m is not None and (m.return_indices or m.ceil_mode or m.dilation not in (1, (1, 1))):
             return "max-pool with return_indices, ceil_mode or dilation"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
+import itertools
 import pickle
 
 import pytest
 import torch
-from networks import BATCH, blocks, images, prepared, relative, small
+from networks import BATCH, blocks, images, narrow, prepared, relative, small
 from torch import Tensor, nn
 from torchvision_shim import torchvision
 
@@ -21,10 +23,12 @@ pytestmark = pytest.mark.usefixtures("every_warning")
 
 
 # ------------------------------------------------------------------------------------------------ the same numbers
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "plain18", "resnet20"])
+@pytest.mark.parametrize(
+    ("name", "by"), [("resnet18", 4), ("resnet50", 4), ("resnext50_32x4d", 2), ("plain18", 4), ("resnet20", 1)]
+)
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_equals_eval(name, channels_last, empty_is_nan):
-    model = prepared(getattr(fr.models, name)(fused=False, num_classes=5))
+def test_equals_eval(name, by, channels_last, empty_is_nan):
+    model = prepared(narrow(getattr(fr.models, name)(fused=False, num_classes=5), by))
     before = copy.deepcopy(model.state_dict())
     x = images(2, channels_last)
     frozen = fr.freeze(model, x)
@@ -49,16 +53,19 @@ def test_shortcuts_in_double(shortcut, portable):
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(dtype, portable):
-    """Not further from float64 than twice the plain 16-bit model; the dtype asked for comes out."""
+    """Not further from float64 than twice the plain 16-bit model; the dtype asked for comes out, the same bits whether
+    autocast is on around it or not."""
     model, x = prepared(torchvision.models.resnet18(num_classes=7)).eval(), images(4)
     with torch.no_grad():
         want = copy.deepcopy(model).double()(x.double())
         plain = copy.deepcopy(model).to(dtype)(x.to(dtype))
     frozen = fr.freeze(model, x, dtype=dtype, portable=portable)
-    assert frozen(x).dtype == dtype
-    assert relative(frozen(x), want) <= 2 * relative(plain, want)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(frozen(x), frozen(x.to(torch.float32)))
+    got = frozen(x)
+    assert got.dtype == dtype
+    assert relative(got, want) <= 2 * relative(plain, want)
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    with torch.autocast("cpu", other):
+        assert torch.equal(frozen(x), got)
 
 
 def test_fused_or_training_model_and_copies():
@@ -72,6 +79,17 @@ def test_fused_or_training_model_and_copies():
         assert torch.equal(fr.freeze(model, x)(x), want)
     with pytest.raises(RuntimeError, match="frozen for inference"):
         frozen.train()
+
+
+def test_saved_here_loaded_elsewhere():
+    """A frozen model knows the device that torch.load has moved it to."""
+    x, buffer = images(), io.BytesIO()
+    torch.save(fr.freeze(prepared(torchvision.models.resnet.BasicBlock(3, 3)), x), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, map_location="meta", weights_only=False)
+    assert loaded.device == torch.device("meta")
+    with pytest.raises(ValueError, match="^x: expected a tensor on meta, where this model is, got one on cpu"):
+        loaded(x)
 
 
 def test_stem_in_parts(monkeypatch):
@@ -91,9 +109,10 @@ def test_stem_in_parts(monkeypatch):
 @pytest.mark.parametrize("wrap", [lambda block: block, nn.Sequential])
 def test_a_block_alone(wrap):
     block = prepared(torchvision.models.resnet.BasicBlock(8, 8)).eval()
-    x = torch.randn(3, 8, 9, 7) + 0.5
-    frozen = fr.freeze(wrap(block), x)
+    x = torch.randn(3, 8, 9, 7).to(memory_format=torch.channels_last) + 0.5
+    frozen, given = fr.freeze(wrap(block), x), x.clone()
     assert len(blocks(frozen)) == 1 and relative(frozen(x), block(x)) < 1e-5
+    assert torch.equal(x, given), "the caller's memory was reused"
     assert str(fr.explain(frozen)).endswith("1 of 1 fused")
 
 
@@ -191,14 +210,14 @@ class Scales(nn.Module):
 
 
 class Turns(nn.Module):
-    """Another forward for images of another height."""
+    """Another forward for images of another height; its chain may be a norm and an activation alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, convolves: bool) -> None:
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1) if convolves else None, nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.bn(self.conv(x))
+        h = self.bn(x if self.conv is None else self.conv(x))
         return torch.relu(h) if x.shape[2] == 8 else torch.tanh(h)
 
 
@@ -220,8 +239,8 @@ def test_calls_that_chains_are_not_for():
     assert relative(frozen(x), model(x)) < 1e-5
     rows = {row.name: row for row in fr.explain(frozen).rows}
     assert rows["plain"].fused and "called otherwise" in rows["scaled"].reason
-    turns = prepared(Turns()).eval()
-    for size in (8, 6):
+    for turns, size in itertools.product((Turns(True), Turns(False)), (8, 6)):
+        prepared(turns).eval()
         x = torch.randn(2, 4, size, 8)
         frozen = fr.freeze(turns, x)
         assert relative(frozen(x), turns(x)) < 1e-5

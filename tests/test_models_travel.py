@@ -72,7 +72,7 @@ def test_meta_device(assign: bool) -> None:
 def test_dtype_and_layout_back_and_forth() -> None:
     """.float(), channels_last, .double() after fuse, between the steps of a training."""
     plain, fused = pair()
-    x = images()
+    x, features = images(), torch.randn(2, 8, 12, 12, dtype=torch.float64)
     found = []
     for model in (fused, plain):
         states = [step(model, x)]
@@ -82,6 +82,8 @@ def test_dtype_and_layout_back_and_forth() -> None:
         assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             states.append({"eval": model.eval()(x)})
+        for mode in (False, True):  # the weights' layout decides
+            assert model.train(mode).layer1(features).is_contiguous(memory_format=torch.channels_last)
         found.append(states)
     for i, (got, want) in enumerate(zip(*found, strict=True)):
         same(got, want, rtol=1e-2 if i == 1 else 1e-4 if i > 1 else 1e-6)  # the float32 step rounds the statistics

@@ -40,14 +40,16 @@ def images(n: int = 3) -> Tensor:
 
 
 class Operators(TorchDispatchMode):
-    """Chains per call of the forward's operators, in order."""
+    """The forward's operators and the chains of each call, in order."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.names: list[str] = []
         self.rows: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fused_resnet" and func._opname in ("chain", "chain_inference"):
+            self.names.append(func._opname)
             self.rows.append(len(fr.spec.RowSpec.decode(args[3]).chains))
         return func(*args, **(kwargs or {}))
 
@@ -120,6 +122,17 @@ def test_eval_and_no_grad(pair: Any) -> None:
         assert rows_of(lambda: fused(x)) == [1, 1, 1]
     assert rows_of(lambda: fused(x)) == [3]
     same(step(fused, x), step(plain, x))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_learns_nothing_is_inference(pair: Any, wanted: bool) -> None:
+    """In eval mode norms fold into the convolutions, also outside no_grad, unless somebody wants a gradient."""
+    plain, fused = (model.eval().requires_grad_(wanted) for model in pair)
+    x = images()
+    with Operators() as seen:
+        out = fused(x)
+    assert seen.names == (["chain"] if wanted else ["chain_inference"] * 3)
+    torch.testing.assert_close(out, plain(x))
 
 
 def test_one_block_with_frozen_norms(pair: Any) -> None:

@@ -374,6 +374,18 @@ def test_hooks_on_the_stems_layers(child: str, expected_warning: None) -> None:
     both(run)
 
 
+def test_a_layer_whose_forward_was_replaced(expected_warning: None) -> None:
+    """As quantization's and adapters' libraries do, on the object."""
+    x = images()
+
+    def run(model: nn.Module) -> State:
+        conv = model.layer2[1].conv1
+        conv.forward = lambda h, plain=conv.forward: plain(h) + h.tanh()
+        return {"loss": learn(model, x, sgd(model))}
+
+    both(run)
+
+
 def test_pruning(expected_warning: None) -> None:
     """A pruned convolution has a hook that applies its mask: that block runs plain, and is fused when it is made
     permanent."""

@@ -444,6 +444,58 @@ def test_layers_that_are_replaced():
     assert_same(fused, plain, x)
 
 
+class Passing(Layers):
+    """An Identity on the way, as timm keeps one where a network may drop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(self.drop(self.conv1(x))))
+
+
+def test_an_identity_that_is_replaced():
+    plain, fused = made(Passing)
+    assert_same(fused, plain, images())
+    seen: list[int] = []
+    handle = fused.drop.register_forward_hook(lambda *a: seen.append(1))
+    with pytest.warns(UserWarning, match="'drop' is no plain Identity any more"):
+        assert_same(fused, plain, images())
+    assert seen == [1, 1]
+    handle.remove()
+    plain.drop, fused.drop = nn.Tanh(), nn.Tanh()
+    assert_same(fused, plain, images())
+
+
+class PartByMode(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn1(self.conv1(x))
+        return self.relu(h) if self.training else h
+
+
+class AroundIt(Layers):
+    """A chain reaches into the part, whose forward depends on its own mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = PartByMode()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.part(x))))
+
+
+def test_a_part_in_another_mode():
+    plain, fused = made(AroundIt)
+    assert plan_of(fused).modal and len(plan_of(fused).chains[0].units) == 2
+    assert_same(fused, plain, images())
+    x = images()
+    for model in (plain, fused):
+        model.train().part.eval()
+    with pytest.warns(UserWarning, match="a PartByMode is in another mode"):
+        torch.testing.assert_close(fused(x), plain(x))
+
+
 def test_hooks_on_a_module_that_is_part_of_a_plan():
     plain, fused = made(Lists)
     seen: list[int] = []
