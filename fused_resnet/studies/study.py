@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fused_resnet.models import CifarResNet
+from fused_resnet.small import chains_always
 from fused_resnet.studies.pool import Advance, side_by_side
 from fused_resnet.studies.trainings import Network, Run, Training, train
 from fused_resnet.training import ImageData, Recipe
@@ -247,7 +248,8 @@ class Study:
         Args:
             lab: shared among studies that ask for the same networks.
         """
-        found = as_read_back(self.measure(lab))
+        with chains_always():
+            found = as_read_back(self.measure(lab))
         return Result(self, found, self.judge(found))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fused_resnet.models import Bottleneck, CifarResNet, cifar_resnet
 from fused_resnet.models.cifar import Shortcut
+from fused_resnet.small import chains_always
 from fused_resnet.studies.pool import Advance
 from fused_resnet.training import Callback, EpochRecord, History, ImageData, Recipe, Trainer
 
@@ -81,7 +82,7 @@ class Run:
 
 
 def train(training: Training, advance: Advance, *, data: ImageData, device: torch.device, resume: bool) -> Run:
-    """Trains a network.
+    """Trains a network, by chains at any size: it is they that are tried.
 
     Args:
         advance: told of steps times layers done.
@@ -89,7 +90,7 @@ def train(training: Training, advance: Advance, *, data: ImageData, device: torc
     """
     network, folder = training.network, training.folder
     watch = _Watch(network, advance, folder / "gradients.json" if folder else None, resume)
-    with _one_thread_on_a_cpu(device):
+    with _one_thread_on_a_cpu(device), chains_always():
         model = network.seeded(training.seed, data, device)
         trainer = Trainer(
             model,
