@@ -152,8 +152,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-# Rounding decides on some gradients of its attention: plain PyTorch in NCHW exceeds the bound of channels_last's in
-# four of six seeds (to 1.7), while the error of all our gradients is 0.56 of plain's, 1.08 where norms are frozen.
+# Rounding decides on some gradients of its attention: half an ulp in the parameters changes them by more than the bound
+# (fc1.bias with frozen norms, five seeds: ours 2e-6 to 8e-5, plain PyTorch 3e-6 to 6e-5, that change 2e-5 to 1e-4).
 ILL_CONDITIONED = {"torchvision/efficientnet_b0"}
 Case = tuple[nn.Module, Tensor, Tensor]
 
@@ -175,20 +175,32 @@ def subject(name: str, seed: int) -> Case:
 
 
 def compared_in_narrow(name: str, cases: Iterator[Case]) -> list[str]:
-    """What exceeds its bound: in float32 in the first case; in bfloat16, and where a network is ``ILL_CONDITIONED``,
-    there and by the median of all cases, as in tolerances.py."""
-    dtypes = (torch.float32, torch.bfloat16)
-    found = compared(*next(cases), dtypes)
-    strict = 0 if name in ILL_CONDITIONED else len(found) // len(dtypes)
+    """What exceeds its bound: in float32 in the first case; in bfloat16, and in ``ILL_CONDITIONED`` networks, there and
+    by the median of all cases, as in tolerances.py."""
+    dtypes, ill_conditioned = (torch.float32, torch.bfloat16), name in ILL_CONDITIONED
+    found = compared(*next(cases), dtypes, ill_conditioned)
+    strict = 0 if ill_conditioned else len(found) // len(dtypes)
     suspects = [i for i, f in enumerate(found) if not f.ok]
     if not suspects or suspects[0] < strict:
         return [str(found[i]) for i in suspects]
-    more = [compared(*case, dtypes) for case in cases]
+    more = [compared(*case, dtypes, ill_conditioned) for case in cases]
     return [str(found[i]) for i in suspects if statistics.median([found[i].used, *(m[i].used for m in more)]) > 1]
 
 
-def compared(plain: nn.Module, x: Tensor, dout: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[validate.Finding]:
-    """All tensors of three runs in each dtype, fused beside plain; ``plain`` is in float64."""
+@torch.no_grad()
+def shaken(plain: nn.Module) -> nn.Module:
+    """A float32 copy whose parameters are off by up to half an ulp."""
+    copied, half = copy.deepcopy(plain).float(), torch.finfo(torch.float32).eps / 2
+    for p in copied.parameters():
+        p.mul_(1 + half * torch.empty_like(p, dtype=torch.float64).uniform_(-1, 1))
+    return copied
+
+
+def compared(
+    plain: nn.Module, x: Tensor, dout: Tensor, dtypes: tuple[torch.dtype, ...], ill_conditioned: bool = False
+) -> list[validate.Finding]:
+    """All tensors of three runs in each dtype, fused beside plain; ``plain`` is in float64. ``ill_conditioned``: in
+    float32 beside what half an ulp in the parameters does to it, too."""
     ref = _all_runs(plain, x, dout, None)
     fused = fr.fuse(copy.deepcopy(plain))
     assert list(fused.state_dict()) == list(plain.state_dict())
@@ -200,7 +212,12 @@ def compared(plain: nn.Module, x: Tensor, dout: Tensor, dtypes: tuple[torch.dtyp
             continue
         narrow = [validate.in_layout(copy.deepcopy(m).float(), torch.channels_last) for m in (fused, plain)]
         got, expected = (_all_runs(m, x.float(), dout, dtype) for m in narrow)
-        findings += validate.compare(got, expected, ref, dtype)
+        found = validate.compare(got, expected, ref, dtype)
+        if ill_conditioned and dtype == torch.float32:
+            other = _all_runs(validate.in_layout(shaken(plain), torch.channels_last), x.float(), dout, dtype)
+            pairs = zip(found, validate.compare(got, other, ref, dtype), strict=True)
+            found = [min(pair, key=lambda f: f.used) for pair in pairs]
+        findings += found
     return findings
 
 

@@ -170,8 +170,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Ten
         for (int i = 0; i < 4; i++) to[i] = out[i].mutable_data_ptr<T>();
         const auto at = [&](int i, int64_t c, T other) { return from[i] ? from[i][c] : other; };
         for (int64_t c = 0; c < C; c++) {
-            const Fold<T> f = fused_resnet::bn_fold(from[0][c], from[1][c], at(2, c, 1), at(3, c, 0), at(4, c, 0), T(eps));
-            to[0][c] = f.scale, to[1][c] = f.shift, to[2][c] = f.center, to[3][c] = f.rstd;
+            // In double: an error here is that of every pixel of a channel, and no mean over pixels takes it out. The shift
+            // belongs to the scale as it is rounded, so that y = center still makes the bias.
+            const Fold<double> f = fused_resnet::bn_fold<double>(from[0][c], from[1][c], at(2, c, 1), 0, at(4, c, 0), eps);
+            to[0][c] = T(f.scale), to[2][c] = T(f.center), to[3][c] = T(f.rstd);
+            to[1][c] = T(affine<double>(-f.center, to[0][c], at(3, c, 0)));
         }
     });
     return {out[0], out[1], out[2], out[3]};

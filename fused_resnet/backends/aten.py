@@ -183,15 +183,16 @@ def bn_act_max_pool_backward(
 def bn_fold(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, conv_bias: Tensor | None, eps: float
 ) -> Norm:
-    """See ``Primitives.bn_fold``."""
+    """See ``Primitives.bn_fold``: in float64, for a rounding error here is every pixel's of a channel."""
     wide = vector_dtype(mean.dtype)
-    center = mean.to(wide)
+    exact = torch.float64 if mean.device.type != "mps" else wide
+    center = mean.to(exact)
     if conv_bias is not None:
-        center = center - conv_bias.to(wide)
-    rstd = torch.rsqrt(var.to(wide) + eps)
-    scale = weight.to(wide) * rstd if weight is not None else rstd
-    shift = (bias.to(wide) if bias is not None else 0) - center * scale
-    return Norm(scale, shift, center, rstd)
+        center = center - conv_bias.to(exact)
+    rstd = torch.rsqrt(var.to(exact) + eps)
+    scale = (weight.to(exact) * rstd if weight is not None else rstd).to(wide)
+    shift = (bias.to(exact) if bias is not None else 0) - center * scale
+    return Norm(scale, shift.to(wide), center.to(wide), rstd.to(wide))
 
 
 def bn_coefficients(norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
