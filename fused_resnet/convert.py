@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fused_resnet.backends import warn_once
 from fused_resnet.freezing import CalledOtherwise, Folded, Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
 from fused_resnet.functional import in_backward
-from fused_resnet.modules import ChainModules, has_hooks, run_row, shared_by
+from fused_resnet.modules import ChainModules, has_hooks, run_row
 from fused_resnet.patterns import original
 from fused_resnet.plans import Plan, Ref, at
 from fused_resnet.small import is_small
@@ -164,14 +164,15 @@ def _make_fused_class(cls: Any, method: str) -> type:
 
 
 def _is_small(m: nn.Module, plan: Plan, x: Any, share: float = 1.0) -> bool:
-    """Whether the module had better run its own forward on ``share`` of x's values (``small.py``); never where other
-    processes wait for its statistics, which a SyncBatchNorm's own forward takes on GPUs alone."""
+    """Whether the module had better run its own forward on ``share`` of x's values (``small.py``); never among processes
+    with a SyncBatchNorm, whose own forward refuses a CPU."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False
     kind = "training" if torch.is_grad_enabled() else "evaluation"
     if not is_small(x, x.numel() * share * plan.values, kind):
         return False
-    return not (dist.is_available() and dist.is_initialized() and any(shared_by(bn) for bn in _norms(m, plan)))
+    among_others = dist.is_available() and dist.is_initialized()
+    return not (among_others and any(type(bn) is nn.SyncBatchNorm for bn in _norms(m, plan)))
 
 
 def _norms(m: nn.Module, plan: Plan) -> list[Any]:

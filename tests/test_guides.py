@@ -43,11 +43,12 @@ def command(text: str, path: Path) -> list[str]:
 def test_guide(guide: Path, tmp_path: Path) -> None:
     text = guide.read_text()
     code = script(text)
+    assert not code.partition("\n")[0], "a guide's first line is its title"
+    code = f"import any_size{code}"
     if "torchvision" in code:
         import torchvision_shim  # noqa: F401  (skips where there is none)
 
-        assert not code.partition("\n")[0], "a guide's first line is its title"
-        code = f"import torchvision_shim{code}"
+        code = f"import torchvision_shim, {code.removeprefix('import ')}"
     if "import triton" in code:
         pytest.importorskip("triton", reason="needs Triton")
     path = tmp_path / f"{guide.stem}_guide.py"

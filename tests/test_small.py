@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_stages import rows_of, step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -93,6 +95,20 @@ def test_checkpoint_updates_statistics_once(size: int, reentrant: bool) -> None:
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=name)
     assert fused.get_buffer("0.bn1.num_batches_tracked") == 1
+
+
+def test_chains_among_processes_with_a_sync_batchnorm(tmp_path: Path) -> None:
+    """Its own forward refuses a CPU there, also where a process is alone."""
+    plain = network()
+    fused, x = fr.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))), images(4)
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert rows_of(lambda: copy.deepcopy(fused)(x)) == [4]
+        want, got = step(plain, x), step(fused, x)
+    finally:
+        dist.destroy_process_group()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_frozen_models_are_frozen_at_any_size() -> None:

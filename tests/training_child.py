@@ -51,6 +51,8 @@ def trainer(output: Path | None, *, norm: bool = True, **options: object) -> Tra
 
 
 if __name__ == "__main__":
+    import any_size  # noqa: F401
+
     torch.set_num_threads(1)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
     folder, how = Path(sys.argv[1]), sys.argv[2]

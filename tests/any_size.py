@@ -1,0 +1,5 @@
+"""For processes that tests start: chains run at any size, as ``conftest.py`` lets them; to be imported."""
+
+from fused_resnet import small
+
+small.SMALL.update(dict.fromkeys(small.SMALL, 0))
