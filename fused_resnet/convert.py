@@ -164,8 +164,8 @@ def _make_fused_class(cls: Any, method: str) -> type:
 
 
 def _is_small(m: nn.Module, plan: Plan, x: Any, share: float = 1.0) -> bool:
-    """Whether the module had better run its own forward on ``share`` of x's values (``small.py``); never among processes
-    with a SyncBatchNorm, whose own forward refuses a CPU."""
+    """Whether the module had better run its own forward on ``share`` of x's values (``small.py``); never, among
+    processes, with a SyncBatchNorm, whose own forward refuses a CPU."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return False
     kind = "training" if torch.is_grad_enabled() else "evaluation"
