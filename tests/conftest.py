@@ -47,6 +47,15 @@ def chains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small, "SMALL", dict.fromkeys(small.SMALL, 0))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tensors so small that threads cost more than they bring; and sums are of one order everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

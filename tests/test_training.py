@@ -31,13 +31,7 @@ from fused_resnet.training.logs import logger
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tensors as small as here's threads cost more than they bring; and sums are of one order everywhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def child(*words: object, processes: int = 0) -> subprocess.Popen[str]:
