@@ -74,7 +74,8 @@ def run_children(children: Iterable[nn.Module], x: Any) -> Any:
     """One after the other, rows of blocks as rows of chains."""
     rest = list(children)
     while rest:
-        blocks = _next_row(rest, x)
+        # no tensor: a list of them, or a value of a trace, in which every child is called
+        blocks = _next_row(rest, x) if isinstance(x, Tensor) else [(rest[0], None)]
         chains = [chain for _, chain in blocks if chain is not None]
         x = run_row(chains, x) if len(chains) > 1 else blocks[0][0](x)
         rest = rest[len(blocks) :]

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from fused_resnet.modules import ACT_MODULES
-from fused_resnet.patterns import ADDS, ZERO_PAD, act_call, class_name, looks_like_norm, mutates, norm_kind
+from fused_resnet.patterns import ADDS, ZERO_PAD, act_call, class_name, looks_like_norm, mutates, norm_kind, original
 from fused_resnet.plans import ChainPaths, Path, Plan, Ref, Step, UnitPaths
 from fused_resnet.spec import Act
 from fused_resnet.tracing import Guard, Trace, parts
@@ -143,12 +143,13 @@ class Matcher:
                 for branch, other in (add.args, add.args[::-1])
                 if (match := self._residual(add, branch, other)) is not None
             ]
-            if found:
-                # a shortcut from the chain's own input before somebody else's tensor, then the longer one
-                match = max(found, key=lambda f: (f.paths.shortcut != "tensor", len(f.paths.units)))
-                if self._keeps_order(match):
-                    self.taken.update(match.nodes)
-                    yield match
+            # a shortcut from the chain's own input before somebody else's tensor, the longer one, the later one
+            found.sort(key=lambda f: (f.paths.shortcut == "tensor", -len(f.paths.units), -self.order[f.nodes[0]]))
+            match = next((f for f in found if self._keeps_order(f)), None)
+            if match is not None:
+                self.taken.update(match.nodes)
+                yield match
+            self.overtaken += map(_overtaken, found if match is None else [])
 
     def _residual(self, add: fx.Node, branch: fx.Node, other: fx.Node) -> Match | None:
         last = self.units.get(branch)
@@ -206,16 +207,14 @@ class Matcher:
             if self._keeps_order(match):
                 self.taken.update(nodes)
                 yield match
+            else:
+                self.overtaken.append(_overtaken(match))
 
     def _keeps_order(self, match: Match) -> bool:
         """A chain reads its input where its last node was: nobody may have changed it by then."""
         first, last = min(self.order[node] for node in match.nodes), self.order[match.end]
         shares, inside = self._may_share(match.reads), set(match.nodes)
-        kept = not any(self._changes(node, shares) for node in self.nodes[first:last] if node not in inside)
-        if not kept:
-            norm = ".".join(match.paths.units[0].bn)
-            self.overtaken.append(f"what the chain of {norm} reads is changed in place before its end")
-        return kept
+        return not any(self._changes(node, shares) for node in self.nodes[first:last] if node not in inside)
 
     def _changes(self, node: fx.Node, shares: set[fx.Node]) -> bool:
         """Whether the call may write into one of ``shares``."""
@@ -251,16 +250,12 @@ class Matcher:
 
     @property
     def open(self) -> bool:
-        """One path of layers from the input to the output, nothing but what units and pools are made of."""
+        """One path of modules and activations from the input to the output."""
         node, *others = self.nodes
         for user in others:
-            layer = self.child(user)
-            known = layer is not None and (
-                isinstance(layer, nn.Conv2d | nn.AvgPool2d | nn.MaxPool2d) or looks_like_norm(layer)
-            )
             if list(node.users) != [user] or user.all_input_nodes != [node]:
                 return False
-            if not known and self._act(user) is None and user.op != "output":
+            if self.child(user) is None and self._act(user) is None and user.op != "output":
                 return False
             node = user
         return node.op == "output" and node.args[0] is self.nodes[-2]
@@ -327,7 +322,11 @@ class Matcher:
                 yield f"{self._name(user)}: no chain has this activation"
 
     def _name(self, node: Any) -> str:
-        return f"{node.target} ({type(self.module.get_submodule(str(node.target))).__name__})"
+        return f"{node.target} ({original(self.module.get_submodule(str(node.target))).__name__})"
+
+
+def _overtaken(match: Match) -> str:
+    return f"what the chain of {'.'.join(match.paths.units[0].bn)} reads is changed in place before its end"
 
 
 def _lists(m: nn.Module, inlined: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:

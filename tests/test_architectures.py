@@ -12,7 +12,7 @@ import copy
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +170,21 @@ def subject(name: str, seed: int) -> Case:
 
 def compared_in_narrow(name: str, cases: Iterator[Case]) -> list[str]:
     """What exceeds its bound: in float32 in the first case; in bfloat16, and in ``ILL_CONDITIONED`` networks, there and
-    by the median of all cases, as in tolerances.py."""
+    by the median of five cases, and again by the median of fifteen, as in tolerances.py: of hundreds of tensors, each
+    the sum of other roundings than plain PyTorch's, some exceed it in three draws of five."""
     dtypes, ill_conditioned = (torch.float32, torch.bfloat16), name in ILL_CONDITIONED
     found = compared(*next(cases), dtypes, ill_conditioned)
     strict = 0 if ill_conditioned else len(found) // len(dtypes)
-    suspects = [i for i, f in enumerate(found) if not f.ok]
-    if not suspects or suspects[0] < strict:
-        return [str(found[i]) for i in suspects]
-    more = [compared(*case, dtypes, ill_conditioned) for case in cases]
-    return [str(found[i]) for i in suspects if statistics.median([found[i].used, *(m[i].used for m in more)]) > 1]
+    suspects = {i: [f.used] for i, f in enumerate(found) if not f.ok}
+    if any(i < strict for i in suspects):
+        return [str(found[i]) for i in suspects if i < strict]
+    for more in (4, 10):
+        for case in islice(cases, more if suspects else 0):
+            again = compared(*case, dtypes, ill_conditioned)
+            for i, used in suspects.items():
+                used.append(again[i].used)
+        suspects = {i: used for i, used in suspects.items() if statistics.median(used) > 1}
+    return [f"{found[i]}, median {statistics.median(used):.2f}" for i, used in suspects.items()]
 
 
 @torch.no_grad()
@@ -233,7 +239,7 @@ def test_fused_equals_plain(name: str) -> None:
 
     failed = [str(f) for f in [*compared(plain, x, dout, (torch.float64,)), *frozen(plain, x)] if not f.ok]
     if "drop" not in name:  # the same seed draws other numbers in another dtype
-        others = (subject(name, seed) for seed in range(12, 16))
+        others = (subject(name, seed) for seed in count(12))
         cases = chain([(plain, x, dout)], others)
         failed += compared_in_narrow(name, ((_smooth(m), *rest) for m, *rest in cases))
     assert not failed, failed
@@ -245,11 +251,9 @@ def test_fused_equals_plain(name: str) -> None:
     assert {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]} == objects
 
 
-@pytest.mark.parametrize(
-    "row", [("torchvision", "mobilenet_v2"), ("timm", "seresnet50"), ("timm", "resnet26d, features_only")]
-)
-def test_table_is_what_fuse_does(row: tuple[str, str]) -> None:
-    """A sample of benchmarks/results/architectures.md; all: python benchmarks/architectures.py --check."""
-    library, name = row
-    line = architectures.line(library, name, architectures.ARCHITECTURES[library][name])
-    assert line in architectures.RESULTS.read_text().splitlines(), "run python benchmarks/architectures.py"
+def test_table_is_what_fuse_does() -> None:
+    """All of benchmarks/results/architectures.md."""
+    table = architectures.RESULTS.read_text().splitlines()
+    if architectures.written_with() not in table:
+        pytest.skip("the table was written with other versions of the libraries")
+    assert table == list(architectures.lines()), "rewrite it: python benchmarks/architectures.py"

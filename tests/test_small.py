@@ -125,7 +125,7 @@ def test_estimate_follows_strides_channels_and_pools() -> None:
     stem = fr.fuse(torchvision.models.resnet18())
     assert plan_of(stem).values == pytest.approx(64 / 4 / 3 / 3)
     features = fr.fuse(torchvision.models.mobilenet_v2()).features
-    plan = plan_of(features[2].conv)  # 16 -> 96 -> 96 at half the size -> 24
-    assert plan.values == pytest.approx((96 + 96 / 4 / 2 + 24 / 4) / 16 / 4)
-    assert plan.out == pytest.approx(24 / 4 / 16)
+    plan = plan_of(features[4].conv)  # 24 -> 144 -> 144 at half the size -> 32
+    assert plan.values == pytest.approx((144 + 144 / 4 / 2 + 32 / 4) / 24 / 4)
+    assert plan.out == pytest.approx(32 / 4 / 24)
     assert plan_of(features[3]).values == pytest.approx((144 + 144 / 2 + 24) / 24 / 4)

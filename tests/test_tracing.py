@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
-from fused_resnet.convert import FusedModule, plan_of
+from fused_resnet.convert import FusedModule, FusedSequential, plan_of
 
 pytestmark = pytest.mark.usefixtures("every_warning")
 
@@ -198,6 +198,21 @@ class Tower(Layers):
         return self.tower(x) + self.tower(x * 2)
 
 
+class Gated(nn.Module):
+    """As in RegNet: layers that are no unit between the units of a branch, which is a module of modules."""
+
+    def __init__(self, projected: bool) -> None:
+        super().__init__()
+        unit = lambda *act: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), *act)  # noqa: E731
+        gate = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GELU())
+        self.branch = nn.Sequential(unit(nn.ReLU(inplace=True)), unit(nn.ReLU(inplace=True)), gate, unit())
+        self.projection = unit() if projected else nn.Identity()
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.projection(x) + self.branch(x))
+
+
 class CallsTwice(Layers):
     def forward(self, x: Tensor) -> Tensor:
         h = self.relu(self.bn1(self.conv1(x)))
@@ -255,6 +270,31 @@ def test_an_input_that_is_changed_on_the_way(how):
     x = images()
     with torch.no_grad():
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_residual_whose_last_unit_is_two_modules_down(projected):
+    """RegNet's block: the add and its activation join the last convolution, which the gate before it leaves alone; not
+    the shortcut's, whose input the branch's own in-place activation might have changed by the end."""
+    plain = prepared(Gated(projected)).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    first, last = plan_of(fused).chains
+    assert (len(first.units), len(last.units), last.shortcut) == (2, 1, "tensor")
+    assert last.units[0].bn == ("branch", "3", "1") and last.units[0].act == ("relu",)
+    assert [row.reason for row in fr.explain(fused).rows] == [""] * (2 if projected else 1)
+    assert_same(fused, plain, images())
+
+
+def test_a_fused_model_is_read_as_the_plain_one():
+    """A chain through two nn.Sequentials, the inner of which runs its blocks as a row."""
+    block, unit = lambda: prepared(Methods()), lambda: [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]  # noqa: E731
+    plain = nn.Sequential(*unit(), nn.Sequential(nn.Sequential(*unit()), block(), block())).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert type(fused[2]) is FusedSequential and len(plan_of(fused).chains[0].units) == 2
+    explained, classes = str(fr.explain(fused)), [type(m) for m in fused.modules()]
+    assert "plain" not in explained
+    assert [type(m) for m in fr.fuse(fused).modules()] == classes and str(fr.explain(fused)) == explained
+    assert_same(fused, plain, images())
 
 
 @pytest.mark.parametrize("cls", [Lists, Tower])
