@@ -121,6 +121,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision/regnet_y_400mf": _regnet,
     "torchvision/densenet121": lambda: models.DenseNet(8, (2, 3, 2), 16, num_classes=CLASSES),
     "torchvision/shufflenet_v2_x0_5": lambda: models.shufflenet_v2_x0_5(num_classes=CLASSES),
+    "torchvision/mnasnet0_5": lambda: models.MNASNet(0.25, num_classes=CLASSES, dropout=0.0),
     "torchvision/vgg16_bn": _vgg,
     "timm/resnet18": lambda: _timm("resnet18"),
     "timm/resnet50d": lambda: _timm("resnet50d", stem_width=8),
@@ -142,6 +143,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "transformers/ResNetForImageClassification, basic": lambda: _transformers(
         "ResNetForImageClassification", layer_type="basic"
     ),
+    "transformers/RegNetForImageClassification": lambda: _transformers("RegNetForImageClassification", groups_width=8),
     "transformers/ResNetBackbone": lambda: _transformers("ResNetBackbone", out_features=["stage1", "stage2"]),
 }
 
