@@ -50,6 +50,14 @@ class FusedModule:
         state = self.__getstate__()
         return _rebuild, (self._fr_original, self._fr_method), state
 
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` asks for.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("torch.jit.script: TorchScript can't hold chains; fused_resnet.unfuse(model), then script it")
+
 
 def _rebuild(cls: type[nn.Module], method: str) -> nn.Module:
     """Unpickling and deepcopy: an empty module of the fused class."""
@@ -74,12 +82,16 @@ def run_children(children: Iterable[nn.Module], x: Any) -> Any:
     """One after the other, rows of blocks as rows of chains."""
     rest = list(children)
     while rest:
-        # no tensor: a list of them, or a value of a trace, in which every child is called
-        blocks = _next_row(rest, x) if isinstance(x, Tensor) else [(rest[0], None)]
+        blocks = _next_row(rest, x) if _runs_chains(x) else [(rest[0], None)]
         chains = [chain for _, chain in blocks if chain is not None]
         x = run_row(chains, x) if len(chains) > 1 else blocks[0][0](x)
         rest = rest[len(blocks) :]
     return x
+
+
+def _runs_chains(x: Any) -> bool:
+    """Not lists of tensors, nor what torch.fx or torch.jit.trace hands on: their graphs are the plain model's."""
+    return isinstance(x, Tensor) and not torch.jit.is_tracing()
 
 
 def rows_of(children: Iterable[nn.Module]) -> list[list[tuple[nn.Module, ChainModules | None]]]:
@@ -151,7 +163,7 @@ def _make_fused_class(cls: Any, method: str) -> type:
             if frozen is not None:
                 raise CalledOtherwise(self._fr_name, "other arguments, or of another class or size")
             return plain(self, *args, **kwargs)
-        if frozen is None and _is_small(self, plan, args[0]):
+        if frozen is None and (torch.jit.is_tracing() or _is_small(self, plan, args[0])):
             return _own_forward(self, plan, args[0])
         chains, reason = ([], None) if frozen is not None else plan.modules(self)
         if reason is not None:

@@ -120,6 +120,8 @@ def _run_row(chains: Sequence[FrozenChain], x: Tensor, residual: Tensor | None =
     params: list[Any] = [t for chain in chains for unit in chain for t in (unit.weight, unit.bias)]
     if chains[0].portable:
         return plain_chains(x, params, [chain.spec for chain in chains], residual)
+    if torch.jit.is_tracing():
+        raise RuntimeError("torch.jit.trace: use freeze(..., portable=True), or torch.export, for a frozen model")
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.fused_resnet.frozen(x, params, [chain.text for chain in chains], residual)
         return out
@@ -151,6 +153,14 @@ class Frozen(nn.Module):
             raise RuntimeError("train: this model is frozen for inference; train the one it was made from")
         super().train(False)
         return self
+
+    def __prepare_scriptable__(self) -> Any:
+        """What ``torch.jit.script`` asks for.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("torch.jit.script: a frozen model can't be; torch.jit.trace of freeze(..., portable=True) can")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         """Another device, or other memory: graphs of the present one are void.
