@@ -14,6 +14,7 @@ from stack import State, both, images, loss_of, network, pair, state
 from tolerances import assert_as_good
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.flop_counter import FlopCounterMode
 from watching import Calls, saved_tensors
 
 import fused_resnet as fr
@@ -340,6 +341,22 @@ def test_profiler_names() -> None:
 def expected_warning() -> Iterator[None]:
     with pytest.warns(UserWarning, match="runs plain"):
         yield
+
+
+def test_flop_counter(expected_warning: None) -> None:
+    """PyTorch's counter, whose hooks are on all modules, finds the same operations; in a frozen network too."""
+    found = []
+    for model in pair():
+        with FlopCounterMode(display=False) as training:
+            loss_of(model(images())).backward()
+        found.append(training.get_flop_counts()["Global"])
+    assert found[0] == found[1] and len(found[0]) > 2
+    model = network().eval()
+    for each in (model, fr.freeze(model, images())):
+        with torch.no_grad(), FlopCounterMode(display=False) as evaluation:
+            each(images())
+        found.append(evaluation.get_flop_counts()["Global"])
+    assert found[2] == found[3] and len(found[2]) == 2
 
 
 def test_hooks_on_all_modules(expected_warning: None) -> None:
