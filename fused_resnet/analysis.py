@@ -11,7 +11,7 @@ from fused_resnet.matching import Matcher, Refusal
 from fused_resnet.modules import has_hooks
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm, original
 from fused_resnet.plans import ChainPaths, Plan, at
-from fused_resnet.tracing import CannotTrace, Trace, trace
+from fused_resnet.tracing import CannotTrace, Trace, parts, trace
 
 
 @dataclass(eq=False)
@@ -142,8 +142,9 @@ def _plan(m: nn.Module, result: Found, found: dict[int, Found], shared: dict[int
         result.reason = "; ".join(result.plans[0].left or result.plans[1].left)
         result.plans = None
         return
-    for path in inline:
-        part = found.get(id(m.get_submodule(path)))
+    owners = set(map(parts, inline)).union(*(c.owners for plan in result.plans for c in plan.chains))
+    for path in owners:
+        part = found.get(id(at(m, path)))
         if part is not None:
             part.within, part.plans = result.name, None
 

@@ -334,7 +334,7 @@ def _freeze_chains(
             FrozenChain(found.name, block, chain, paths.shortcut == "tensor", compute, portable)
             for chain, paths in zip(chains, plan.chains, strict=True)
         ]
-        if plan.whole is not None:
+        if plan.whole is not None and found.method == "forward":
             yield partial(_replaced, found.name, frozen[0])
         else:
             yield partial(_installed, m, plan, found, frozen)

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from fused_resnet.modules import ACT_MODULES
 from fused_resnet.patterns import ADDS, ZERO_PAD, act_call, class_name, looks_like_norm, mutates, norm_kind, original
-from fused_resnet.plans import ChainPaths, Path, Plan, Ref, Step, UnitPaths
+from fused_resnet.plans import ChainPaths, Path, Plan, Ref, Step, UnitPaths, at
 from fused_resnet.spec import Act
 from fused_resnet.tracing import Guard, Trace, parts
 
@@ -274,15 +274,18 @@ class Matcher:
         inside = {n for match in accepted for n in match.nodes} - ends.keys()
         steps = [self._step(node, ends, accepted) for node in self.nodes[1:-1] if node not in inside]
         output = _refs(self.nodes[-1].args[0])
-        guards = [Guard.of(path, self.module.get_submodule(path)) for path in self.trace.inlined]
-        guards += [Guard.of(path, m) for path, m in _lists(self.module, self.trace.inlined)]
+        paths = tuple(match.paths for match in accepted)
+        # a forward may call a child's children without calling the child
+        owners = {*map(parts, self.trace.inlined), *_lists(self.module, self.trace.inlined)}
+        owners = owners.union(*(chain.owners for chain in paths))
+        guards = tuple(Guard.of(path, at(self.module, path)) for path in sorted(owners))
         return Plan(
             self.trace.takes,
             self.nodes[0].name,
             _with_dead(_joined(steps, output), output),
             output,
-            tuple(match.paths for match in accepted),
-            tuple(guards),
+            paths,
+            guards,
             self.passed,
             self.trace.sizes,
             modal,
@@ -329,12 +332,12 @@ def _overtaken(match: Match) -> str:
     return f"what the chain of {'.'.join(match.paths.units[0].bn)} reads is changed in place before its end"
 
 
-def _lists(m: nn.Module, inlined: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
+def _lists(m: nn.Module, inlined: tuple[str, ...]) -> Iterator[Path]:
     """Lists of modules, whose children the forwards call themselves."""
     for owner in inlined:
         for path, child in m.get_submodule(owner).named_children():
             if isinstance(child, nn.ModuleList | nn.ModuleDict):
-                yield f"{owner}.{path}".lstrip("."), child
+                yield (*parts(owner), path)
 
 
 def _refs(arguments: Any) -> Any:

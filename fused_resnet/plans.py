@@ -106,6 +106,11 @@ class ChainPaths:
         own = [p for p in (self.pad, self.avg_pool, self.max_pool) if p is not None]
         return [p for u in self.all_units for p in u.paths] + own
 
+    @property
+    def owners(self) -> set[Path]:
+        """Of the modules that these are in, but for the one whose forward it is."""
+        return {p[:n] for p in self.paths for n in range(1, len(p))} - set(self.paths)
+
 
 @dataclass(frozen=True)
 class Step:

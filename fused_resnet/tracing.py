@@ -47,10 +47,10 @@ class Guard:
     attributes: tuple[tuple[str, Any], ...]
 
     @staticmethod
-    def of(path: str, m: nn.Module) -> Guard:
+    def of(path: tuple[str, ...], m: nn.Module) -> Guard:
         attributes = {k: v for k, v in m.__dict__.items() if k not in _OWN and not k.startswith("_fr_") and _plain(v)}
         absent = {k: None for k, v in m._modules.items() if v is None}
-        return Guard(parts(path), original(m), tuple(m._modules), tuple((attributes | absent).items()))
+        return Guard(path, original(m), tuple(m._modules), tuple((attributes | absent).items()))
 
     def broken(self, m: nn.Module) -> str | None:
         """What is different now, or None."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
 from typing import Any
 
 import pytest
@@ -12,49 +11,12 @@ import torch
 import torch.nn.functional as F
 from networks import prepared
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from traced import Layers, assert_same, images, made
 
 import fused_resnet as fr
 from fused_resnet.convert import FusedModule, FusedSequential, plan_of
 
 pytestmark = pytest.mark.usefixtures("every_warning")
-
-
-def images(channels: int = 4) -> Tensor:
-    return torch.randn(3, channels, 7, 6, dtype=torch.float64) * 1.3 + 0.4
-
-
-def step(model: nn.Module, x: Any, train: bool = True) -> dict[str, Tensor]:
-    """Output, every gradient (x's too) and every buffer of one step."""
-    model.train(train).zero_grad()
-    leaves = [t.detach().requires_grad_() for t in (x if isinstance(x, list) else [x])]
-    # a copy each: some forwards change their input in place
-    given = [t.clone() for t in leaves]
-    out = model(given if isinstance(x, list) else given[0])
-    (out.square().mean() + out.sin().mean()).backward()
-    found = {"out": out.detach(), **{f"dx{i}": t.grad for i, t in enumerate(leaves)}}
-    found |= {f"given{i}": t.detach() for i, t in enumerate(given)}
-    found |= {f"d {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return found | {n: b.clone() for n, b in model.named_buffers()}  # type: ignore[return-value]
-
-
-def assert_same(fused: nn.Module, plain: nn.Module, x: Any) -> None:
-    for train in (True, False):
-        got, want = step(fused, x, train), step(plain, x, train)
-        assert got.keys() == want.keys()
-        for key in want:
-            torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-9, msg=f"{key}, train={train}")
-
-
-class Layers(nn.Module):
-    """Two convolutions with their norms, for the forwards below."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-        self.scale = 1.0
 
 
 class Functions(Layers):
@@ -213,6 +175,28 @@ class Gated(nn.Module):
         return self.relu(self.projection(x) + self.branch(x))
 
 
+class Headed(Layers):
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x).mean((2, 3))
+
+
+class CallsForward(nn.Module):
+    """As in HRNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        unit = lambda: [nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]  # noqa: E731
+        self.stem, self.branch = nn.Sequential(*unit(), *unit()), nn.Sequential(*unit(), *unit()[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.stem:
+            x = layer(x)
+        return F.relu(self.branch.forward(x) + x)
+
+
 class CallsTwice(Layers):
     def forward(self, x: Tensor) -> Tensor:
         h = self.relu(self.bn1(self.conv1(x)))
@@ -233,11 +217,6 @@ FUSED = {
     Broadcast: (2, 2), UsedTwice: (1, 1), ChangesItsInput: (1, 1), Mode: (1, 1), Default: (1, 1), Counts: (1, 1),
     Sizes: (1, 1),
 }  # fmt: skip
-
-
-def made(cls: type[nn.Module]) -> tuple[nn.Module, nn.Module]:
-    plain = prepared(cls()).double()
-    return plain, fr.fuse(copy.deepcopy(plain))
 
 
 @pytest.mark.parametrize("cls", FUSED, ids=lambda cls: cls.__name__)
@@ -297,6 +276,33 @@ def test_a_fused_model_is_read_as_the_plain_one():
     assert_same(fused, plain, images())
 
 
+def test_a_network_whose_features_are_one_chain():
+    """Its ``forward_features`` runs the chain; what its forward does behind that stays, frozen too."""
+    plain = prepared(Headed()).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert plan_of(fused).whole is not None and type(fused)._fr_method == "forward_features"
+    assert_same(fused, plain, images())
+    with torch.no_grad():
+        frozen = fr.freeze(plain, x := images())
+        torch.testing.assert_close(frozen(x), plain.eval()(x))
+
+
+def test_children_of_a_child_that_is_not_called_itself():
+    """Called by hand, or by the child's ``forward`` without its hooks: part of the caller's chains, and guarded."""
+    plain = prepared(CallsForward()).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert [len(chain.units) for chain in plan_of(fused).chains] == [2, 2]
+    assert [row.name for row in fr.explain(fused).rows] == ["(model)"]
+    assert_same(fused, plain, images())
+    with torch.no_grad():
+        frozen = fr.freeze(plain, x := images())
+        torch.testing.assert_close(frozen(x), plain.eval()(x))
+    for model in (plain, fused):
+        model.branch.append(nn.Tanh())
+    with pytest.warns(UserWarning, match="a Sequential has other children"):
+        assert_same(fused, plain, images())
+
+
 @pytest.mark.parametrize("cls", [Lists, Tower])
 def test_children_with_forwards_of_their_own(cls):
     """Lists are looked through; what a forward calls twice stays a module of its own."""
@@ -320,135 +326,6 @@ def test_a_list_of_tensors():
     assert plan_of(fused).takes is list
     assert_same(fused, plain, halves)
     assert_same(fused, plain, images(4))  # a tensor: as it was
-
-
-# ------------------------------------------------------------------------------------------------ what is refused
-class DrawsTorch(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn1(self.conv1(x)) if torch.rand(()) < 0.5 else x
-
-
-class DrawsPython(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn1(self.conv1(x)) if random.random() < 0.5 else x
-
-
-class Remembers(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        self.last = self.bn1(self.conv1(x))
-        return self.last
-
-
-class Collects(Layers):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x)
-        return self.bn1(self.conv1(x))
-
-
-class Branches(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn1(self.conv1(x)) if x.mean() > 0 else x
-
-
-class AsksForGradients(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.bn1(self.conv1(x))
-        return h if torch.is_grad_enabled() else h * 2
-
-
-class NoGrad(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            h = self.relu(self.bn1(self.conv1(x)))
-        return self.bn2(self.conv2(h))
-
-
-class Autocast(Layers):
-    """For a device that this machine may not have."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            return self.bn1(self.conv1(x))
-
-
-class Checkpoints(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(lambda t: self.bn1(self.conv1(t)), x, use_reentrant=False)
-
-
-class Offloads(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autograd.graph.save_on_cpu():
-            return self.bn1(self.conv1(x))
-
-
-class Freezes(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        self.bn2.eval()
-        return self.bn2(self.conv2(x))
-
-
-KEPT: list[Any] = []
-
-
-class Keeps(Layers):
-    """Where nobody looks for it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.bn1(self.conv1(x))
-        KEPT.append(h)
-        return self.relu(h)
-
-
-class Doubling(nn.Conv2d):
-    def __call__(self, x: Tensor) -> Tensor:
-        return 2 * super().__call__(x)
-
-
-class CallsOtherwise(Layers):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = Doubling(4, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x)))
-
-
-class IsCalledOtherwise(Functions):
-    def __call__(self, x: Tensor) -> Tensor:
-        return 2 * super().__call__(x)
-
-
-class Several(Layers):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.bn1(self.conv1(x)) + y
-
-
-REFUSED = {
-    DrawsTorch: "draws random numbers", DrawsPython: "draws random numbers", Remembers: "sets 'last'",
-    Collects: "sets 'seen'", Branches: "can't be traced", AsksForGradients: "gradients are wanted",
-    Several: "several inputs", NoGrad: "switches gradients", Autocast: "enters autocast",
-    Checkpoints: "enters saved_tensors_hooks", Offloads: "enters saved_tensors_hooks", Freezes: "sets 'training'",
-    Keeps: "keeps a value", CallsOtherwise: "the class Doubling of 'conv1' overrides __call__",
-    IsCalledOtherwise: "its class overrides __call__",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("cls", REFUSED, ids=lambda cls: cls.__name__)
-def test_a_trace_that_would_lie_is_refused(cls):
-    model = nn.Sequential(cls(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
-    before = {k: list(v) if isinstance(v, list) else v for k, v in model[0].__dict__.items()}
-    state = torch.get_rng_state()
-    fr.fuse(model)
-    assert type(model[0]) is cls and isinstance(model[1], FusedModule)
-    rows = {row.name: row for row in fr.explain(model).rows}
-    assert REFUSED[cls] in rows["0"].reason and not rows["0"].fused
-    assert model[0].__dict__ == before and all(m.training for m in model.modules())
-    assert cls is DrawsTorch or torch.equal(state, torch.get_rng_state())
 
 
 # ------------------------------------------------------------------------------------------------ what changes later
