@@ -15,7 +15,17 @@ from typing import Any
 from torch import fx, nn
 
 from fused_resnet.modules import ACT_MODULES
-from fused_resnet.patterns import ADDS, ZERO_PAD, act_call, class_name, looks_like_norm, mutates, norm_kind, original
+from fused_resnet.patterns import (
+    ADDS,
+    ZERO_PAD,
+    act_call,
+    class_name,
+    looks_like_norm,
+    mutates,
+    norm_kind,
+    original,
+    same_as,
+)
 from fused_resnet.plans import ChainPaths, Path, Plan, Ref, Step, UnitPaths, at
 from fused_resnet.spec import Act
 from fused_resnet.tracing import Guard, Trace, parts
@@ -84,7 +94,7 @@ class Matcher:
     def _act(self, node: fx.Node) -> Path | Act | None:
         m = self.child(node)
         if m is not None:
-            return parts(str(node.target)) if type(m) in ACT_MODULES else None
+            return parts(str(node.target)) if same_as(type(m)) in ACT_MODULES else None
         return act_call(node.target, node.args, node.kwargs) if node.op in ("call_function", "call_method") else None
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:

@@ -14,7 +14,7 @@ from torch.nn.modules import module as nn_module
 from fused_resnet import reference
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward, residual_chain, residual_chains
-from fused_resnet.patterns import norm_kind
+from fused_resnet.patterns import norm_kind, same_as
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 from fused_resnet.units import Chain, Unit
 
@@ -60,7 +60,7 @@ def act_of(module: nn.Module | Act) -> Act:
     """
     if isinstance(module, Act):
         return module
-    name, attribute = ACT_MODULES[type(module)]
+    name, attribute = ACT_MODULES[same_as(type(module))]
     return Act(name, float(getattr(module, attribute))) if attribute else Act.make(name)
 
 
@@ -98,7 +98,7 @@ class UnitModules:
                 return f"the forward of a {type(m).__name__} was replaced"
         conv, bn, act = self.conv, self.bn, self.act
         if conv is not None:
-            if type(conv) is not nn.Conv2d:
+            if same_as(type(conv)) is not nn.Conv2d:
                 return f"{type(conv).__name__} in the place of Conv2d"
             if conv.padding_mode != "zeros":
                 return f"padding_mode {conv.padding_mode!r}"
@@ -111,7 +111,7 @@ class UnitModules:
             return f"{type(bn).__name__} in the place of BatchNorm2d"
         if kind[1] and (type(bn.drop) is not nn.Identity or (act is None and type(bn.act) is not nn.Identity)):
             return f"a {type(bn).__name__} that drops, or whose activation changed"
-        if isinstance(act, nn.Module) and type(act) not in ACT_MODULES:
+        if isinstance(act, nn.Module) and same_as(type(act)) not in ACT_MODULES:
             return f"activation {type(act).__name__}"
         if conv is not None and conv.out_channels != self.channels:
             return f"{type(bn).__name__}({self.channels}) after a convolution with {conv.out_channels} channels"

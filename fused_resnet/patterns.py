@@ -19,6 +19,8 @@ NORMS: dict[str, tuple[bool, bool]] = {
     "timm.layers.norm_act.BatchNormAct2d": (False, True),
     "timm.layers.norm_act.FrozenBatchNormAct2d": (True, True),
 }
+# Other libraries' activations that are one of PyTorch's.
+ACTS = {"transformers.activations.SiLUActivation": nn.SiLU}
 # Option A's shortcut, with its ``stride``.
 ZERO_PAD = "fused_resnet.models.cifar.ZeroPadShortcut"
 # Methods of a network that its forward calls and that users call themselves; the first that there is is replaced.
@@ -43,6 +45,18 @@ ACT_CALLS: dict[Callable[..., Tensor] | str, tuple[str, str]] = {
 }
 
 
+class _Constructed:
+    """What a class with nothing but a constructor holds."""
+
+    field: int
+
+    def __init__(self) -> None:
+        self.field = 0
+
+
+_CONSTRUCTED = {*vars(_Constructed), "__annotations__", "__constants__", "extra_repr"}
+
+
 def class_name(cls: type) -> str:
     """The name under which the tables here know a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -58,9 +72,21 @@ def calls_itself(m: nn.Module) -> bool:
     return type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule)
 
 
+def same_as(cls: type) -> type:
+    """The class of PyTorch's that ``cls`` does the same as, for it has a constructor of its own and nothing else; or
+    ``cls`` itself."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch."):
+            return base
+        if not vars(base).keys() <= _CONSTRUCTED:
+            break
+    return ACTS.get(class_name(cls), cls)
+
+
 def norm_kind(cls: type) -> tuple[bool, bool] | None:
     """(frozen, with an activation) of a norm that a chain takes; None for others."""
-    return (False, False) if cls in (nn.BatchNorm2d, nn.SyncBatchNorm) else NORMS.get(class_name(cls))
+    known = same_as(cls) is nn.BatchNorm2d or cls is nn.SyncBatchNorm
+    return (False, False) if known else NORMS.get(class_name(cls))
 
 
 def looks_like_norm(m: nn.Module) -> bool:

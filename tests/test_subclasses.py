@@ -1,0 +1,62 @@
+"""Layers of classes that are derived from PyTorch's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from traced import assert_same, images
+
+import fused_resnet as fr
+from fused_resnet.convert import plan_of
+
+
+class Half(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(4, 4, 3, padding=1, bias=False)
+        nn.init.constant_(self.weight, 0.5)
+
+
+class Careful(nn.BatchNorm2d):
+    """With more words, and a larger eps."""
+
+    scale: float
+
+    def __init__(self) -> None:
+        super().__init__(4, eps=0.1)
+        self.scale = 2.0
+
+    def extra_repr(self) -> str:
+        return f"careful, {super().extra_repr()}"
+
+
+class Scaled(Careful):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * super().forward(input)
+
+
+class Flipped(Half):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight.flip(-1), bias)
+
+
+class Soft(nn.LeakyReLU):
+    def __init__(self) -> None:
+        super().__init__(0.3)
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "units"),
+    [(Half, Careful, 2), (Half, Scaled, 0), (Flipped, Careful, 0), (nn.Identity, Careful, 2), (nn.Identity, Scaled, 0)],
+)
+def test_subclasses(conv, norm, units):
+    """Those with nothing but a constructor of their own are what they come from."""
+    plain = nn.Sequential(conv(), norm(), Soft(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    plan = plan_of(fused)
+    assert sum(len(chain.units) for chain in (plan.chains if plan else ())) == units
+    assert_same(fused, plain, images())
+    with torch.no_grad():
+        torch.testing.assert_close(fr.freeze(plain, x := images())(x), plain.eval()(x))
