@@ -1,0 +1,217 @@
+"""Every network of timm and torchvision that has a BatchNorm2d, fused and frozen, compared with itself before.
+
+    python benchmarks/sweep.py [--most-parameters 30e6] [--processes 2] [--names resnet50 hrnet_w18]
+
+Writes benchmarks/results/sweep.json, a row per network, and sweep.md. Per network, on small images, with telling norms:
+in float64 the output, every gradient and every buffer of a training step, of a step with frozen statistics and of an
+inference; in float32 the output frozen. Some networks are ill-conditioned with random weights: beside each error
+stands the one that a change of the last bit of the parameters (in float32: plain PyTorch's rounding) makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib
+import json
+import math
+import multiprocessing
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+import fused_resnet as fr
+from fused_resnet.cli import validate
+from fused_resnet.cli.env import describe
+from fused_resnet.cli.subjects import LIBRARIES, OneTensor
+from fused_resnet.convert import plan_of
+
+RESULTS = Path(__file__).parent / "results"
+BATCH, SEED = 2, 11
+# An error up to this in float64, and in float32, or up to so many times that of a changed last bit, is rounding.
+EXACT, EXACT32, ROUNDINGS = 1e-9, 1e-5, 100.0
+
+
+def names(library: str) -> list[str]:
+    """All classifiers of a library."""
+    package = importlib.import_module(library)
+    found: list[str] = package.list_models() if library == "timm" else package.models.list_models(package.models)
+    return [f"{library}/{name}" for name in found]
+
+
+def build(name: str) -> nn.Module:
+    """With random weights; raises whatever the library raises."""
+    library, _, network = name.partition("/")
+    package = importlib.import_module(library)
+    if network in ("googlenet", "inception_v3"):  # auxiliary heads want large images
+        made: nn.Module = package.models.get_model(network, weights=None, aux_logits=False, init_weights=False)
+        return made
+    return LIBRARIES[library](package, network)
+
+
+def side(model: nn.Module) -> int:
+    """Of the smallest images that suit a network."""
+    config: dict[str, Any] = getattr(model, "default_cfg", {})
+    if config.get("fixed_input_size"):
+        return int(config["input_size"][-1])
+    return max(64, config.get("min_input_size", (3, 64, 64))[-1]) if config else 160
+
+
+def runs(model: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
+    """A training step, one with frozen statistics, and inference, from the same buffers each."""
+    found = {}
+    for mode, gradient in (("train", dout), ("eval", dout), ("inference", None)):
+        each = copy.deepcopy(model)
+        tensors = validate.run(each, each, x, gradient, train=mode == "train")
+        found |= {f"{mode}: {name}": t for name, t in tensors.items()}
+    return found
+
+
+@torch.no_grad()
+def last_bit(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are off by up to their last bit."""
+    copied = copy.deepcopy(model)
+    for p in copied.parameters():
+        p.mul_(1 + torch.finfo(p.dtype).eps * torch.empty_like(p).uniform_(-1, 1))
+    return copied
+
+
+def why_not(name: str, most: float) -> str | None:
+    """Why a network is left out: without BatchNorm2d, larger than that many parameters, ..."""
+    try:
+        with torch.device("meta"):
+            model = build(name)
+    except Exception:  # on the meta device, or without what the library would download
+        return "can't be built without memory or files"
+    if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        return "no BatchNorm2d"
+    return f"more than {most:.0f} parameters" if sum(p.numel() for p in model.parameters()) > most else None
+
+
+def compared(name: str) -> dict[str, Any]:
+    """The row of one network: what was fused, the largest errors, and beside each what rounding alone makes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    plain = OneTensor(build(name)).double()
+    shape = (BATCH, 3, *[side(plain.network)] * 2)
+    try:
+        with torch.no_grad():
+            out = copy.deepcopy(plain).eval()(validate.exact(shape, generator))
+        validate.randomise(plain, validate.exact(shape, generator, 0.5, 2.0), generator, validate.BRANCH)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        return {"name": name, "left_out": "refuses small images", "error": str(error)}
+    x, dout = validate.exact(shape, generator, 0.5, 2.0), validate.exact(out.shape, generator)
+    for t in [*plain.parameters(), *plain.buffers()]:
+        t.data = t.data.float().to(t.dtype)  # values that float32 holds, too
+
+    fused = fr.fuse(copy.deepcopy(plain))
+    plans = [plan for m in fused.modules() if (plan := plan_of(m)) is not None]
+    ref = runs(plain, x, dout)
+    findings = validate.compare(runs(fused, x, dout), runs(last_bit(plain), x, dout), ref, torch.float32)
+    worst = max(findings, key=lambda f: f.error / max(EXACT, ROUNDINGS * f.plain_error))
+    narrow, image = plain.float().eval(), x.float()
+    with torch.no_grad():
+        want, got = narrow(image), fr.freeze(narrow, image)(image)
+    (frozen,) = validate.compare({"out": got}, {"out": want}, {"out": ref["inference: out"]}, torch.float32)
+    return {
+        "name": name,
+        "modules": len(plans),
+        "chains": sum(len(plan.chains) for plan in plans),
+        "tensors": len(findings) + 1,
+        "worst": worst.name,
+        "error": worst.error,
+        "error_of_last_bit": worst.plain_error,
+        "frozen_error": frozen.error,
+        "frozen_error_of_plain": frozen.plain_error,
+        "ok": worst.error <= max(EXACT, ROUNDINGS * worst.plain_error)
+        and frozen.error <= max(EXACT32, ROUNDINGS * frozen.plain_error),
+    }
+
+
+def tried(name: str, most: float = math.inf) -> dict[str, Any]:
+    """``compared``, or why not."""
+    if reason := why_not(name, most):
+        return {"name": name, "left_out": reason}
+    try:
+        return compared(name)
+    except Exception as error:  # a row says what failed, and the others go on
+        return {"name": name, "ok": False, "failed": f"{type(error).__name__}: {error}"}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """sweep.md."""
+    left_out = Counter(row["left_out"] for row in result["networks"] if "left_out" in row)
+    rows = [row for row in result["networks"] if "left_out" not in row]
+    measured, bad = [row for row in rows if "failed" not in row], [row for row in rows if not row["ok"]]
+    chains = [row["chains"] for row in measured if row["chains"]]
+    exact = sum(row["error"] <= EXACT for row in measured)
+    libraries = ", ".join(f"{name} {version}" for name, version in result["libraries"].items())
+    lines = [
+        "# Networks of timm and torchvision, fused and frozen",
+        "",
+        f"Written by `python benchmarks/sweep.py` on {result['date']} with torch {result['versions']['torch']} and",
+        f"{libraries}; [sweep.json](sweep.json) has a row for each network.",
+        "",
+        f"{len(rows)} networks with a BatchNorm2d and up to {result['most_parameters']:.0f} parameters;",
+        f"{len(chains)} of them run chains, {sum(chains)} in all;",
+        f"{sum(row['tensors'] for row in measured)} tensors compared.",
+        "",
+        f"- In float64 {exact} are within a relative error of {EXACT:.0e} in every tensor; in the other",
+        f"  {len(measured) - exact} a change of the last bit of the parameters makes 1 % of the error, or more.",
+        f"- Frozen in float32 the median network has {_median(measured):.2f} times plain PyTorch's error.",
+        f"- Not so: {len(bad) or 'none'}.",
+        *(f"  - {row['name']}: {row.get('failed') or _told(row)}" for row in bad),
+        f"- Left out: {', '.join(f'{n} ({why})' for why, n in left_out.items()) or 'none'}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _median(rows: list[dict[str, Any]]) -> float:
+    ratios = sorted(row["frozen_error"] / row["frozen_error_of_plain"] for row in rows if row["frozen_error_of_plain"])
+    return float(ratios[len(ratios) // 2]) if ratios else math.nan
+
+
+def _told(row: dict[str, Any]) -> str:
+    return (
+        f"{row['worst']}: {row['error']:.1e} (the last bit: {row['error_of_last_bit']:.1e}); "
+        f"frozen {row['frozen_error']:.1e} (plain: {row['frozen_error_of_plain']:.1e})"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--libraries", nargs="+", default=["timm", "torchvision"], choices=["timm", "torchvision"])
+    parser.add_argument("--most-parameters", type=float, default=30e6)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--names", nargs="+", help="these alone, as timm/resnet50; prints, writes nothing")
+    args = parser.parse_args()
+    if args.names:
+        rows = [tried(name) for name in args.names]
+        print(json.dumps(rows, indent=1))
+        return int(not all(row.get("ok", True) for row in rows))
+    every = [name for library in args.libraries for name in names(library)]
+    context, task = multiprocessing.get_context("spawn"), partial(tried, most=args.most_parameters)
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+        rows = list(track(pool.map(task, every), "networks", len(every)))
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **describe(),
+        "libraries": {name: importlib.import_module(name).__version__ for name in args.libraries},
+        "most_parameters": args.most_parameters,
+        "networks": rows,
+    }
+    (RESULTS / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "sweep.md").write_text(summary(result))
+    return int(not all(row.get("ok", True) for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""benchmarks/sweep.py: networks of other libraries beside themselves, and what its summary says of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torchvision_shim  # noqa: F401
+from torch import nn
+
+import fused_resnet as fr
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import sweep  # noqa: E402
+
+pytest.importorskip("timm")
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAME = "timm/test_resnet"
+
+
+def result_of(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "date": "2020-01-01", "versions": {"torch": "2"}, "libraries": {"timm": "1"}, "most_parameters": 1e6,
+        "networks": list(rows),
+    }  # fmt: skip
+
+
+def test_a_network() -> None:
+    row = sweep.tried(NAME, 1e6)
+    assert row["ok"] and row["chains"] > 4 and row["tensors"] > 100
+    assert 0 < row["error"] < sweep.EXACT and 0 < row["frozen_error"] < sweep.EXACT32
+    text = sweep.summary(result_of(row, row))
+    assert (
+        "\n2 networks" in text
+        and f"2 of them run chains, {2 * row['chains']} in all" in text
+        and "Not so: none" in text
+    )
+
+
+@pytest.mark.parametrize("what", ["weights", "buffers", "frozen", "an error"])
+def test_what_is_wrong_is_told(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse, freeze = fr.fuse, fr.freeze
+
+    def wrong(model: nn.Module) -> nn.Module:
+        tensors = dict(model.named_parameters()) if what == "weights" else dict(model.named_buffers())
+        name = "network.layer1.0.bn1." + ("weight" if what == "weights" else "running_var")
+        tensors[name].data.mul_(1 + 1e-6)
+        return fuse(model)
+
+    def refuses(*args: Any, **kwargs: Any) -> nn.Module:
+        raise RuntimeError("not today")
+
+    if what in ("weights", "buffers"):
+        monkeypatch.setattr(fr, "fuse", wrong)
+    elif what == "frozen":
+        monkeypatch.setattr(fr, "freeze", lambda model, x: lambda image: freeze(model, x)(image) * (1 + 1e-3))
+    else:
+        monkeypatch.setattr(fr, "freeze", refuses)
+    row = sweep.tried(NAME)
+    assert not row["ok"] and ("not today" in row["failed"] if what == "an error" else "failed" not in row)
+    assert f"Not so: 1.\n  - {NAME}: " in sweep.summary(result_of(row))
+
+
+def test_networks_that_are_left_out() -> None:
+    rows = [sweep.tried("timm/test_vit"), sweep.tried(NAME, 1000), sweep.tried("timm/halonet26t", 1.0)]
+    assert [row["left_out"] for row in rows] == [
+        "no BatchNorm2d",
+        *["more than 1000 parameters"],
+        "more than 1 parameters",
+    ]
+    assert "Left out: 1 (no BatchNorm2d), 1 (more than 1000 parameters)" in sweep.summary(result_of(*rows))
+
+
+def test_names() -> None:
+    assert NAME in sweep.names("timm") and "torchvision/resnet50" in sweep.names("torchvision")
