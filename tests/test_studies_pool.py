@@ -18,7 +18,7 @@ from fused_resnet.studies.pool import Advance, WorkerLost, side_by_side
 from fused_resnet.training import ResumeError
 
 SLEEPS = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from fused_resnet.studies.pool import side_by_side
 
@@ -29,6 +29,7 @@ def sleep(folder, advance):
         advance(1, "sleeps")
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     side_by_side(sleep, sys.argv[1:] * 2, 2, lambda *words: None)
 """
 
