@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fused_resnet.matching import Matcher, Refusal
+from fused_resnet.matching import Matcher
 from fused_resnet.modules import has_hooks
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm, original
-from fused_resnet.plans import ChainPaths, Plan, at
+from fused_resnet.plans import Plan, at
 from fused_resnet.tracing import CannotTrace, Trace, parts, trace
 
 
@@ -110,32 +110,25 @@ def _analysed(m: nn.Module, name: str, found: dict[int, Found], shared: dict[int
 def _plan(m: nn.Module, result: Found, found: dict[int, Found], shared: dict[int, list[str]]) -> None:
     method = result.method
 
-    def refuse(chain: ChainPaths) -> str | None:
-        for path in chain.paths:
-            if places := shared.get(id(at(m, path))):
-                return f"a {type(at(m, path)).__name__} is shared: {', '.join(places)}"
-        return chain.checked(m)[1]
-
     inline = {path for path, part in _parts(m) if _is_open(part, found)}
     inline |= {f"{path}.{below}" for path in list(inline) for below, _ in _open_below(m.get_submodule(path), found)}
     while True:
         try:
             training = trace(m, method, inline, True, True)
-            matcher = Matcher(m, training)
+            matcher = Matcher(m, training, shared)
         except CannotTrace:
             if not inline:
                 raise
             inline = set()  # a child that it calls twice, most often
             continue
-        run = [match for match in matcher.matches if refuse(match.paths) is None]
-        crossed: set[str] = set().union(*map(matcher.crosses, run))
+        crossed: set[str] = set().union(*map(matcher.crosses, matcher.matches))
         # what no chain leaves is a leaf, with all that is in it
         needed = {p for p in inline if all(q in crossed for q in inline if p == q or p.startswith(f"{q}."))}
         if needed == inline:
             break
         inline = needed
     result.open = matcher.open and not has_hooks(m)
-    result.plans = _per_mode(m, method, inline, training, matcher, refuse)
+    result.plans = _per_mode(m, method, inline, training, matcher)
     runs = (step.target for plan in result.plans for step in plan.steps if step.kind == "children")
     in_rows = any(_blocks((at(m, path) for path in run), found) > 1 for run in runs)
     if not in_rows and not any(plan.chains for plan in result.plans):
@@ -162,16 +155,14 @@ def _open_below(m: nn.Module, found: dict[int, Found]) -> Iterator[tuple[str, nn
                 yield f"{path}.{below}", inner
 
 
-def _per_mode(
-    m: nn.Module, method: str, inline: set[str], training: Trace, matcher: Matcher, refuse: Refusal
-) -> tuple[Plan, Plan]:
+def _per_mode(m: nn.Module, method: str, inline: set[str], training: Trace, matcher: Matcher) -> tuple[Plan, Plan]:
     """The plans in eval and in train mode; ``training``, with its ``matcher``, is the trace in train mode."""
     evaluating = trace(m, method, inline, False, False)
     if training.same(evaluating):
-        plan = matcher.plan(refuse, modal=False)
+        plan = matcher.plan(modal=False)
         return plan, plan
     if not training.same(trace(m, method, inline, True, False)):
         raise CannotTrace("its forward tests whether gradients are wanted")
     if not evaluating.same(trace(m, method, inline, False, True)):
         raise CannotTrace("its forward tests whether gradients are wanted")
-    return Matcher(m, evaluating).plan(refuse, modal=True), matcher.plan(refuse, modal=True)
+    return Matcher(m, evaluating, matcher.shared).plan(modal=True), matcher.plan(modal=True)

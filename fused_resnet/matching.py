@@ -8,7 +8,7 @@ chain    units in a row; closed by an add, whose other summand is a shortcut or 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,9 +29,6 @@ from fused_resnet.patterns import (
 from fused_resnet.plans import ChainPaths, Path, Plan, Ref, Step, UnitPaths, at
 from fused_resnet.spec import Act
 from fused_resnet.tracing import Guard, Trace, parts
-
-# Why a chain can't be run in this model, or None.
-Refusal = Callable[[ChainPaths], "str | None"]
 
 
 @dataclass(eq=False)
@@ -61,19 +58,27 @@ class Match:
 
 
 class Matcher:
-    """The chains of one trace of ``m``."""
+    """The chains of one trace of ``m``.
 
-    def __init__(self, m: nn.Module, trace: Trace) -> None:
-        self.trace, self.module = trace, m
+    Args:
+        shared: id of a module that has several places in the model, and no chain may run -> their names.
+
+    Attributes:
+        matches: the chains. left: why norms and adds are in none, one sentence each.
+    """
+
+    def __init__(self, m: nn.Module, trace: Trace, shared: Mapping[int, list[str]]) -> None:
+        self.trace, self.module, self.shared = trace, m, shared
         self.passed = self._pass_identities()
         self.nodes = list(trace.graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         # the second call of a norm finds the statistics that the first has updated
         self.calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         self.taken: set[fx.Node] = set()
-        self.overtaken: list[str] = []
+        self.left: list[str] = []
         self.units = {unit.end: unit for unit in map(self._unit, self.nodes) if unit is not None}
         self.matches = sorted([*self._closed(), *self._open()], key=lambda match: self.order[match.end])
+        self.left += self._others({n for match in self.matches for n in match.nodes})
 
     # ------------------------------------------------------------------------------------------------ what a node is
     def child(self, node: Any) -> nn.Module | None:
@@ -111,24 +116,35 @@ class Matcher:
         norm: Any = self._norm(node)
         if norm is None or self.calls[node.target] > 1:
             return None
-        path = parts(str(node.target))
-        nodes, start, conv = [node], node.args[0], None
-        assert isinstance(start, fx.Node)
-        once = self.calls[start.target] == 1
-        if once and isinstance(self.child(start), nn.Conv2d) and self._only_user(start) is node:
-            conv = parts(str(start.target))
-            nodes.insert(0, start)
-            start = start.args[0]
-            assert isinstance(start, fx.Node)
+        before, nodes = node.args[0], [node]
+        assert isinstance(before, fx.Node)
         act: Path | Act | None = None
-        kind = norm_kind(type(norm))
-        if kind is not None and kind[1]:
-            act = (*path, "act") if type(norm.act) is not nn.Identity else None
-        elif (user := self._only_user(node)) is not None and user.args[0] is node:
-            act = self._act(user)
-            if act is not None:
-                nodes.append(user)
-        return _Unit(UnitPaths(conv, path, act), start, nodes)
+        kind, user = norm_kind(type(norm)), self._only_user(node)
+        if kind is not None and kind[1] and type(norm.act) is not nn.Identity:
+            act = (*parts(str(node.target)), "act")
+        elif user is not None and user.args[0] is node and (act := self._act(user)) is not None:
+            nodes.append(user)
+        alone = _Unit(UnitPaths(None, parts(str(node.target)), act), before, nodes)
+        if not isinstance(self.child(before), nn.Conv2d) or self._only_user(before) is not node:
+            return self._accepted(alone)
+        assert isinstance(start := before.args[0], fx.Node)
+        both = _Unit(replace(alone.paths, conv=parts(str(before.target))), start, [before, *nodes])
+        once = self.calls[before.target] == 1
+        return (self._accepted(both) if once else None) or self._accepted(alone)
+
+    def _accepted(self, unit: _Unit) -> _Unit | None:
+        """The unit, if a chain can run its modules."""
+        reason = self._several_places(unit.paths.paths) or unit.paths.modules(self.module).why_not()
+        if reason is None:
+            return unit
+        self.left.append(reason)
+        return None
+
+    def _several_places(self, paths: list[Path]) -> str | None:
+        for m in (at(self.module, path) for path in paths):
+            if id(m) in self.shared:
+                return f"a {type(m).__name__} is shared: {', '.join(self.shared[id(m)])}"
+        return None
 
     # ------------------------------------------------------------------------------------------------ chains
     def _back(self, last: _Unit) -> list[_Unit]:
@@ -155,11 +171,15 @@ class Matcher:
             ]
             # a shortcut from the chain's own input before somebody else's tensor, the longer one, the later one
             found.sort(key=lambda f: (f.paths.shortcut == "tensor", -len(f.paths.units), -self.order[f.nodes[0]]))
-            match = next((f for f in found if self._keeps_order(f)), None)
-            if match is not None:
-                self.taken.update(match.nodes)
-                yield match
-            self.overtaken += map(_overtaken, found if match is None else [])
+            reasons = []
+            for match in found:
+                if (reason := self._why_not(match)) is None:
+                    self.taken.update(match.nodes)
+                    yield match
+                    break
+                reasons.append(reason)
+            else:
+                self.left += reasons
 
     def _residual(self, add: fx.Node, branch: fx.Node, other: fx.Node) -> Match | None:
         last = self.units.get(branch)
@@ -214,11 +234,24 @@ class Matcher:
                     pool = parts(str(user.target))
                     nodes.append(user)
             match = Match(ChainPaths(tuple(u.paths for u in row), max_pool=pool), nodes, [row[0].start])
-            if self._keeps_order(match):
+            if (reason := self._why_not(match)) is None:
                 self.taken.update(nodes)
                 yield match
             else:
-                self.overtaken.append(_overtaken(match))
+                self.left.append(reason)
+
+    def _why_not(self, match: Match) -> str | None:
+        """Why the chain can't run, or None."""
+        if not self._keeps_order(match):
+            return f"what the chain of {'.'.join(match.paths.units[0].bn)} reads is changed in place before its end"
+        chain, reason = match.paths.checked(self.module)
+        if chain is None or reason is not None:
+            return reason
+        first = chain.units[0]
+        images = len(chain.units) > 1 or first.conv is not None or isinstance(self.child(match.reads[0]), nn.Conv2d)
+        if type(first.bn) is nn.SyncBatchNorm and not images:
+            return "a SyncBatchNorm without a convolution, which may get other than images"
+        return None
 
     def _keeps_order(self, match: Match) -> bool:
         """A chain reads its input where its last node was: nobody may have changed it by then."""
@@ -270,21 +303,13 @@ class Matcher:
             node = user
         return node.op == "output" and node.args[0] is self.nodes[-2]
 
-    def plan(self, refuse: Refusal, modal: bool) -> Plan:
-        """The forward with its chains, but for those that ``refuse`` has a reason against."""
-        left, accepted = [], []
-        for match in self.matches:
-            reason = refuse(match.paths)
-            if reason is None:
-                accepted.append(match)
-            else:
-                left.append(reason)
-        left += [*self.overtaken, *self._left({n for match in accepted for n in match.nodes})]
-        ends = {match.end: i for i, match in enumerate(accepted)}
-        inside = {n for match in accepted for n in match.nodes} - ends.keys()
-        steps = [self._step(node, ends, accepted) for node in self.nodes[1:-1] if node not in inside]
+    def plan(self, modal: bool) -> Plan:
+        """The forward with its chains."""
+        ends = {match.end: i for i, match in enumerate(self.matches)}
+        inside = {n for match in self.matches for n in match.nodes} - ends.keys()
+        steps = [self._step(node, ends) for node in self.nodes[1:-1] if node not in inside]
         output = _refs(self.nodes[-1].args[0])
-        paths = tuple(match.paths for match in accepted)
+        paths = tuple(match.paths for match in self.matches)
         # a forward may call a child's children without calling the child
         owners = {*map(parts, self.trace.inlined), *_lists(self.module, self.trace.inlined)}
         owners = owners.union(*(chain.owners for chain in paths))
@@ -299,13 +324,13 @@ class Matcher:
             self.passed,
             self.trace.sizes,
             modal,
-            tuple(dict.fromkeys(left)),
+            tuple(dict.fromkeys(self.left)),
         ).measured(self.module)
 
-    def _step(self, node: fx.Node, ends: dict[fx.Node, int], accepted: list[Match]) -> Step:
+    def _step(self, node: fx.Node, ends: dict[fx.Node, int]) -> Step:
         if node in ends:
             i = ends[node]
-            return Step(node.name, "chain", i, tuple(Ref(n.name) for n in accepted[i].reads))
+            return Step(node.name, "chain", i, tuple(Ref(n.name) for n in self.matches[i].reads))
         if node.op == "get_attr":
             return Step(node.name, "attribute", parts(str(node.target)))
         args, kwargs = _refs(node.args), _refs(node.kwargs)
@@ -314,7 +339,7 @@ class Matcher:
         kind = "function" if node.op == "call_function" else "method"
         return Step(node.name, kind, node.target, args, kwargs)
 
-    def _left(self, inside: set[fx.Node]) -> Iterator[str]:
+    def _others(self, inside: set[fx.Node]) -> Iterator[str]:
         """What looks like part of a chain and isn't: adds, activations behind a norm, other norms."""
         for node in self.nodes:
             if isinstance(self.child(node), nn.GroupNorm | nn.modules.batchnorm._NormBase) and not self._norm(node):
@@ -336,10 +361,6 @@ class Matcher:
 
     def _name(self, node: Any) -> str:
         return f"{node.target} ({original(self.module.get_submodule(str(node.target))).__name__})"
-
-
-def _overtaken(match: Match) -> str:
-    return f"what the chain of {'.'.join(match.paths.units[0].bn)} reads is changed in place before its end"
 
 
 def _lists(m: nn.Module, inlined: tuple[str, ...]) -> Iterator[Path]:

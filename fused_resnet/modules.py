@@ -109,7 +109,7 @@ class UnitModules:
         kind = norm_kind(type(bn))
         if kind is None:
             return f"{type(bn).__name__} in the place of BatchNorm2d"
-        if kind[1] and (type(bn.drop) is not nn.Identity or (act is None and type(bn.act) is not nn.Identity)):
+        if kind[1] and (type(bn.drop) is not nn.Identity or (act is not bn.act and type(bn.act) is not nn.Identity)):
             return f"a {type(bn).__name__} that drops, or whose activation changed"
         if isinstance(act, nn.Module) and same_as(type(act)) not in ACT_MODULES:
             return f"activation {type(act).__name__}"
@@ -181,8 +181,6 @@ class ChainModules:
         for unit in self.all_units:
             if reason := unit.why_not():
                 return reason
-        if len(self.units) == 1 and self.units[0].conv is None and type(self.units[0].bn) is nn.SyncBatchNorm:
-            return "a SyncBatchNorm without a convolution, which may get other than images"
         m, a = self.max_pool, self.avg_pool
         if m is not None and (m.return_indices or m.ceil_mode or m.dilation not in (1, (1, 1))):
             return "max-pool with return_indices, ceil_mode or dilation"

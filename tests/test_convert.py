@@ -163,13 +163,32 @@ def reasons(model: nn.Module) -> dict[str, str]:
     return {row.name: row.reason for row in fr.explain(model).rows if not row.fused}
 
 
-def test_hooks_on_children_before_fuse(resnet18):
-    seen = []
-    resnet18.layer2[0].bn1.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+def assert_same_step(fused, plain):
+    """Output and every gradient, in float64."""
+    x = images().double()
+    (out, grads), (want, want_grads) = step(fused.double(), x), step(plain.double(), x)
+    assert relative(out, want) < 1e-9 and grads.keys() == want_grads.keys()
+    assert max(relative(grads[key], grad) for key, grad in want_grads.items()) < 1e-7
+
+
+def left_of(model):
+    """What of blocks that are fused in part is not."""
+    return {row.name: row.reason for row in fr.explain(model).rows if row.fused and row.reason}
+
+
+@pytest.mark.parametrize("child", ["conv1", "bn1", "relu", "bn2"])
+def test_hooks_on_children_before_fuse(resnet18, child):
+    """What they are on runs plain, the rest of the block in chains."""
+    plain, seen = copy.deepcopy(resnet18), []
+    getattr(resnet18.layer2[0], child).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
+    getattr(plain.layer2[0], child).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
     fr.fuse(resnet18)
-    assert "hooks" in reasons(resnet18)["layer2.0"]
-    resnet18(images())
-    assert len(seen) == 1
+    assert "hooks" in left_of(resnet18)["layer2.0"]
+    assert_same_step(resnet18, plain)
+    calls = len(seen) // 2
+    assert calls == (2 if child == "relu" else 1)
+    for got, want in zip(seen[:calls], seen[calls:], strict=True):
+        assert relative(got, want) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
@@ -200,12 +219,13 @@ def test_hooks_on_a_block_work(resnet18):
 
 
 def test_parametrized_and_weight_norm_are_left(resnet18):
-    torch.nn.utils.parametrizations.weight_norm(resnet18.layer1[0].conv1)
-    resnet18.layer1[1].conv2 = torch.nn.utils.weight_norm(resnet18.layer1[1].conv2)
-    fr.fuse(resnet18)
-    left = reasons(resnet18)
+    plain = copy.deepcopy(resnet18)
+    for model in (plain, resnet18):
+        torch.nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
+        model.layer1[1].conv2 = torch.nn.utils.weight_norm(model.layer1[1].conv2)
+    left = left_of(fr.fuse(resnet18))
     assert "Conv2d" in left["layer1.0"] and "hooks" in left["layer1.1"]
-    step(resnet18, images())
+    assert_same_step(resnet18, plain)
 
 
 def test_parametrization_after_fuse_is_seen(resnet18):
@@ -237,16 +257,11 @@ def test_unknown_modules_are_left(resnet18):
     resnet18.layer1[1].relu = nn.Tanh()
     resnet18.layer2[0].downsample = nn.Sequential(*resnet18.layer2[0].downsample, nn.Dropout(0.0))
     resnet18.layer2[1].conv1.padding_mode = "reflect"
-    plain = copy.deepcopy(resnet18).double()
-    fused = fr.fuse(resnet18).double()
-    rows = {row.name: row for row in fr.explain(fused).rows}
-    assert "GroupNorm" in rows["layer1.0"].reason and "Tanh" in rows["layer1.1"].reason
-    assert rows["layer1.0"].fused and rows["layer1.1"].fused and rows["layer2.0"].fused
-    assert "reflect" in reasons(fused)["layer2.1"]
-    x = images().double()
-    (out, grads), (want, want_grads) = step(fused, x), step(plain, x)
-    assert relative(out, want) < 1e-9
-    assert max(relative(grads[key], grad) for key, grad in want_grads.items()) < 1e-7
+    plain = copy.deepcopy(resnet18)
+    left = left_of(fr.fuse(resnet18))
+    assert "GroupNorm" in left["layer1.0"] and "Tanh" in left["layer1.1"] and "reflect" in left["layer2.1"]
+    assert not reasons(resnet18)
+    assert_same_step(resnet18, plain)
 
 
 def test_nothing_to_fuse():
@@ -258,10 +273,11 @@ def test_nothing_to_fuse():
 
 def test_shared_modules_are_left(resnet18):
     resnet18.layer1[1].conv1 = resnet18.layer1[0].conv1
-    fr.fuse(resnet18)
-    left = reasons(resnet18)
+    plain = copy.deepcopy(resnet18)
+    left = left_of(fr.fuse(resnet18))
     assert "shared: layer1.0.conv1, layer1.1.conv1" in left["layer1.0"]
     assert "shared" in left["layer1.1"]
+    assert_same_step(resnet18, plain)
 
 
 def test_instance_patch_is_left(resnet18):

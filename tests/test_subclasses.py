@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+import torchvision_shim  # noqa: F401  timm imports torchvision
+from networks import prepared
 from torch import Tensor, nn
 from traced import assert_same, images
 
@@ -49,14 +51,28 @@ class Soft(nn.LeakyReLU):
 
 @pytest.mark.parametrize(
     ("conv", "norm", "units"),
-    [(Half, Careful, 2), (Half, Scaled, 0), (Flipped, Careful, 0), (nn.Identity, Careful, 2), (nn.Identity, Scaled, 0)],
+    [(Half, Careful, 2), (Half, Scaled, 1), (Flipped, Careful, 2), (nn.Identity, Careful, 2), (nn.Identity, Scaled, 1)],
 )
 def test_subclasses(conv, norm, units):
-    """Those with nothing but a constructor of their own are what they come from."""
+    """Those with nothing but a constructor of their own are what they come from; others run plain, what is around them
+    doesn't (a norm runs behind any convolution)."""
     plain = nn.Sequential(conv(), norm(), Soft(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()
     fused = fr.fuse(copy.deepcopy(plain))
     plan = plan_of(fused)
-    assert sum(len(chain.units) for chain in (plan.chains if plan else ())) == units
+    assert sum(len(chain.units) for chain in plan.chains) == units
     assert_same(fused, plain, images())
     with torch.no_grad():
         torch.testing.assert_close(fr.freeze(plain, x := images())(x), plain.eval()(x))
+
+
+def test_norm_act_without_its_activation():
+    """timm's BatchNormAct2d leaves its activation out before an add, or where it comes later; given one, it has it."""
+    norm_act = pytest.importorskip("timm.layers").BatchNormAct2d
+    first = [nn.Conv2d(4, 4, 3, padding=1), norm_act(4, apply_act=False), nn.SiLU()]
+    plain = prepared(nn.Sequential(*first, nn.Conv2d(4, 4, 1, bias=False), norm_act(4, apply_act=False))).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert len(plan_of(fused).whole.units) == 2
+    assert_same(fused, plain, images())
+    fused[1].act, plain[1].act = nn.LeakyReLU(0.3), nn.LeakyReLU(0.3)
+    with pytest.warns(UserWarning, match="a BatchNormAct2d that drops, or whose activation changed"):
+        assert_same(fused, plain, images())
