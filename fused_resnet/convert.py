@@ -138,7 +138,10 @@ def _row_chain(m: nn.Module) -> ChainModules | None:
 def plan_of(m: nn.Module) -> Plan | None:
     """What a fused module's forward does in its mode."""
     plans = m.__dict__.get("_fr_plans")
-    return plans[m.training] if plans is not None and isinstance(m, FusedModule) else None
+    if plans is None or not isinstance(m, FusedModule):
+        return None
+    evaluating, training = plans  # torch.compile of 2.11 can't index with a bool
+    return training if m.training else evaluating
 
 
 _FUSED: dict[tuple[type, str], Any] = {(nn.Sequential, "rows"): FusedSequential}

@@ -187,8 +187,8 @@ class UnitSpec:
     ``group``: the name of the process group that shares this batch's statistics; None: they are this process's own.
     """
 
-    conv: ConvSpec | None = ConvSpec()
-    act: Act = Act()
+    conv: ConvSpec | None
+    act: Act  # no default: torch.compile of 2.11 takes literals alone
     eps: float = 1e-5
     batch_stats: bool = True
     affine: bool = True
@@ -251,7 +251,7 @@ class ChainSpec:
     computed again there (cheap for the stem, whose output is the network's largest tensor)."""
 
     units: tuple[UnitSpec, ...]
-    shortcut: ShortcutSpec = ShortcutSpec()
+    shortcut: ShortcutSpec
     pool: PoolSpec | None = None
     recompute: bool = False
 

@@ -297,11 +297,14 @@ BAD: dict[str, Bad] = {
         block(shortcut=None, residual=x(2, 6, 5, 5)), ValueError, "residual", ("(2, 4, 5, 5)", "(2, 6, 5, 5)")
     ),
     # specs made by hand
-    "spec_no_units": Bad(lambda s: ChainSpec(()), ValueError, "units", ("at least one",)),
+    "spec_no_units": Bad(lambda s: ChainSpec((), ShortcutSpec()), ValueError, "units", ("at least one",)),
     "spec_act": Bad(lambda s: Act("swish"), ValueError, "act", ("silu", "'swish'")),
-    "spec_eps": Bad(lambda s: UnitSpec(eps=0.0), ValueError, "eps", ("positive", "0.0")),
+    "spec_eps": Bad(lambda s: UnitSpec(None, Act(), eps=0.0), ValueError, "eps", ("positive", "0.0")),
     "spec_recompute": Bad(
-        lambda s: ChainSpec((UnitSpec(None),), recompute=True), ValueError, "recompute", ("first unit", "no conv")
+        lambda s: ChainSpec((UnitSpec(None, Act()),), ShortcutSpec(), recompute=True),
+        ValueError,
+        "recompute",
+        ("first unit", "no conv"),
     ),
     "spec_pad_channels": Bad(lambda s: ShortcutSpec("pad"), ValueError, "shortcut", ("channels", "0")),
     "spec_weight": Bad(lambda s: ConvSpec.make((3, 3)), ValueError, "weight", ("4 dimensions", "(3, 3)")),

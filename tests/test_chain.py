@@ -12,7 +12,7 @@ from chains import LAYOUT_PAIRS, call, in_layout, leaves
 from tolerances import assert_as_good, assert_close
 
 from fused_resnet import reference
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, UnitSpec
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
 ops = torch.ops.fused_resnet
 ACTS, MODES, SHAPES = list(chains.ACTS), list(chains.MODES), list(chains.SHAPES)
@@ -77,7 +77,7 @@ def test_padding_of_wide_convolutions(backend: str, padding: Any) -> None:
     p = (padding, padding) if isinstance(padding, int) else padding
     units = tuple(UnitSpec(ConvSpec(padding=p), Act("sigmoid")) for _ in range(2))
     shapes = [("weight", (64, 64, 3, 3)), ("bn_weight", (64,)), ("bn_bias", (64,))] * 2
-    chain = chains.Chain(ChainSpec(units), (7, 64, 9, 8), None, tuple(shapes))
+    chain = chains.Chain(ChainSpec(units, ShortcutSpec()), (7, 64, 9, 8), None, tuple(shapes))
     t = in_layout(chain, chains.draw(chain), torch.float32, "nhwc")
     want, got = chains.truth(chain, t), chains.run(chain, t)
     for name in want:
@@ -133,7 +133,7 @@ def test_far_mean_keeps_the_variance(backend: str) -> None:
     for fmt in chains.LAYOUTS.values():
         y = x.contiguous(memory_format=fmt)
         for conv, params in ((None, []), (ConvSpec(), [weight])):
-            spec = ChainSpec((UnitSpec(conv, Act("identity"), affine=False),))
+            spec = ChainSpec((UnitSpec(conv, Act("identity"), affine=False),), ShortcutSpec())
             *_, mean, got = ops.chain(y, None, params, spec.encode())
             torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
             torch.testing.assert_close(got.double(), var, rtol=1e-3, atol=0)
@@ -144,7 +144,7 @@ def test_far_mean_keeps_the_gradient(backend: str) -> None:
     x = (torch.randn(4, 3, 16, 16, dtype=torch.float64) + 1e4).float().requires_grad_()
     gamma, beta = torch.rand(3) + 0.5, torch.rand(3)
     dout = torch.randn(4, 3, 16, 16)
-    spec = ChainSpec((UnitSpec(None, Act("silu")),))
+    spec = ChainSpec((UnitSpec(None, Act("silu")),), ShortcutSpec())
     params = [gamma.requires_grad_(), beta.requires_grad_()]
     got = torch.autograd.grad(ops.chain(x, None, params, spec.encode())[0], [x, *params], dout)
     wide = [v.detach().double().requires_grad_() for v in (x, *params)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_resnet import functional
 from fused_resnet.functional import Unit
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, UnitSpec
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
 ops = torch.ops.fused_resnet
 SHAPES = list(chains.SHAPES)
@@ -86,7 +86,7 @@ def test_layout_of_size_one(backend: str, sizes: str, layout: str) -> None:
     x_shape, channels, kernel = AMBIGUOUS[sizes]
     conv = ConvSpec(padding=(kernel[0] // 2, kernel[1] // 2))
     unit = UnitSpec(conv, Act("silu"))
-    spec = ChainSpec((unit, unit))
+    spec = ChainSpec((unit, unit), ShortcutSpec())
     shapes = [("weight", (5, channels, *kernel)), ("bn_weight", (5,)), ("bn_bias", (5,))]
     shapes += [("weight", (1, 5, *kernel)), ("bn_weight", (1,)), ("bn_bias", (1,))]
     chain = chains.Chain(spec, x_shape, None, tuple(shapes))
@@ -105,7 +105,7 @@ def test_layout_of_size_one_in_inference(backend: str, sizes: str, layout: str) 
     unit = UnitSpec(ConvSpec(padding=(kernel[0] // 2, kernel[1] // 2)), Act("silu"), 1e-5, False)
     for k in (5, 1):
         shapes = tuple((n, (k, channels, *kernel) if n == "weight" else (k,)) for n in unit.param_names)
-        chain = chains.Chain(ChainSpec((unit,)), x_shape, None, shapes)
+        chain = chains.Chain(ChainSpec((unit,), ShortcutSpec()), x_shape, None, shapes)
         t = in_layout(chain, chains.draw(chain), torch.float32, layout)
         out = torch.ops.fused_resnet.chain_inference(t.x, None, t.params, chain.text)
         assert_close("out", out, chains.truth(chain, t)["out"], chains.reduction(chain))

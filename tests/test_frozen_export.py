@@ -88,10 +88,10 @@ def test_compile_in_one_graph():
 
 def test_operator_keeps_its_word():
     """Schema, shapes, strides and aliases of fused_resnet::frozen, for a stem, option A and a pooled projection."""
-    unit = UnitSpec(ConvSpec((1, 1), (1, 1), bias=True), batch_stats=False)
-    strided = UnitSpec(ConvSpec((2, 2), (1, 1), bias=True), batch_stats=False)
+    unit = UnitSpec(ConvSpec((1, 1), (1, 1), bias=True), Act(), batch_stats=False)
+    strided = UnitSpec(ConvSpec((2, 2), (1, 1), bias=True), Act(), batch_stats=False)
     chains = [
-        ChainSpec((strided,)),
+        ChainSpec((strided,), ShortcutSpec()),
         ChainSpec((strided, unit), ShortcutSpec("pad", stride=(2, 2), channels=24)),
         ChainSpec((unit,), ShortcutSpec("identity")),
     ]

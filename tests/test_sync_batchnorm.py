@@ -15,7 +15,7 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet import joint
-from fused_resnet.spec import ConvSpec, RowSpec, UnitSpec
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, RowSpec, ShortcutSpec, UnitSpec
 
 if not torch.distributed.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
@@ -96,9 +96,9 @@ def test_shared_norms_are_not_fused() -> None:
 
 
 def test_spec_keeps_the_group() -> None:
-    unit = UnitSpec(ConvSpec(), group="some group")
-    row = RowSpec.decode(RowSpec((fr.spec.ChainSpec((unit,)),)).encode())
+    unit = UnitSpec(ConvSpec(), Act(), group="some group")
+    row = RowSpec.decode(RowSpec((ChainSpec((unit,), ShortcutSpec()),)).encode())
     assert row.chains[0].units[0].group == "some group"
     assert row.chains[0].n_saved == 4  # y, mean, variance, count
     with pytest.raises(ValueError, match="process_group: expected None with running statistics, got 'some group'"):
-        UnitSpec(batch_stats=False, group="some group")
+        UnitSpec(None, Act(), batch_stats=False, group="some group")
