@@ -394,3 +394,6 @@ def _join_stages(model: nn.Module) -> None:
             _set(m, frozen[stem.target], FrozenRow(*joined))
             steps[i + 1] = replace(behind, target=behind.target[len(taken) :])
         m.__dict__["_fr_plans"] = (replace(plan, steps=tuple(steps)),) * 2
+
+
+from fused_resnet.fusion.swap import fuse, unfuse  # noqa

@@ -14,7 +14,7 @@ from torch.nn.modules import module as nn_module
 from fused_resnet import reference
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward, residual_chain, residual_chains
-from fused_resnet.patterns import norm_kind, same_as
+from fused_resnet.patterns import norm_kind, original, same_as
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 from fused_resnet.units import Chain, Unit
 
@@ -40,7 +40,7 @@ def has_hooks(module: nn.Module) -> bool:
 def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
     """The process group whose processes share this norm's statistics in training: that of a SyncBatchNorm, where there
     is one and this process is not alone in it."""
-    if type(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
+    if original(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
         return None
     group = dist.group.WORLD if bn.process_group is None else bn.process_group
     return group if dist.get_world_size(group) > 1 else None
@@ -290,6 +290,8 @@ class ConvBNAct(nn.Module):
         return UnitModules(self.conv, self.bn, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return self.act(self.bn(self.conv(x)))  # type: ignore[no-any-return]
         return _run_or_raise(ChainModules([self.modules_of_unit()]), x)
 
 
@@ -325,11 +327,25 @@ class ResidualChain(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return self._plain(x)
         units = [u.modules_of_unit() for u in self.units]  # type: ignore[operator]
         shortcut = self.shortcut
         return _run_or_raise(
             ChainModules(units, shortcut.modules_of_unit() if isinstance(shortcut, ConvBNAct) else shortcut), x
         )
+
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The block as PyTorch's modules, which is what a compiler is to see."""
+        *before, last = self.units
+        h = x
+        for unit in before:
+            h = unit(h)
+        h = last.bn(last.conv(h))  # type: ignore[operator, union-attr]
+        if self.shortcut is not None:
+            h = h + (self.shortcut(x) if isinstance(self.shortcut, ConvBNAct) else x)
+        return last.act(h)  # type: ignore[no-any-return, operator]
 
 
 def _run_or_raise(chain: ChainModules, x: Tensor) -> Tensor:

@@ -1,0 +1,133 @@
+"""Modules as dynamo captures them: graphs, what was found in them, and what dynamo does not guard by itself.
+
+``backend`` is the backend of ``torch.compile(model, backend="fused_resnet")``. A ``Front`` is a fused module's method
+behind the same backend, with a code object of its own, so that its graphs and its limit of recompilations are its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fused_resnet.fusion.lowering import lower
+from fused_resnet.fusion.report import GraphReport
+from fused_resnet.fusion.sync_norm import sync_batch_norm
+
+log = logging.getLogger("fused_resnet")
+# What the package asks of dynamo where it captures, in this thread alone: hooks that come later are seen, a
+# BatchNorm's cumulative average is captured, DDP's own splitter stays away, what dynamo can't capture runs plain.
+_OPTIONS = {
+    "skip_nnmodule_hook_guards": False,
+    "capture_scalar_outputs": True,
+    "optimize_ddp": False,
+    "suppress_errors": True,
+    "recompile_limit": 64,
+}
+# Functions that PyTorch's modules look up when they are called; dynamo guards none of them.
+_FUNCTIONS = [
+    (torch, "conv2d"), (torch, "sigmoid"), (torch, "relu"),
+    (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "silu"), (F, "hardswish"), (F, "leaky_relu"), (F, "elu"),
+    (F, "relu6"), (F, "hardtanh"), (F, "max_pool2d"), (F, "avg_pool2d"), (F, "pad"),
+]  # fmt: skip
+
+
+def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Runs the chains of a captured graph as chains, and all else of it by PyTorch's operators.
+
+    Args:
+        gm: a graph of torch functions. example_inputs: what it is called with.
+
+    Returns:
+        What runs instead of the graph.
+
+    Source: the contract of ``torch.compile``'s backends.
+    """
+    report = GraphReport(lower(gm))
+    log.info("captured %s", report)
+    return gm.forward
+
+
+class Front:
+    """A method of a module, captured.
+
+    Args:
+        plain: the method.
+
+    Attributes:
+        graphs: what was found in each graph that was captured, oldest first.
+    """
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        import torch._dynamo as dynamo
+
+        dynamo.allow_in_graph(sync_batch_norm)
+        self.plain = plain
+        self.patch = dynamo.config.patch
+        self.graphs: list[GraphReport] = []
+        self.breaks: Counter[str] = Counter()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Captures anew from the next call on."""
+        self.captured: Callable[..., Any] = torch.compile(_with_own_code(self.plain), backend=self._lowered)
+        self.looked_up: list[tuple[Any, str, Any]] = []
+
+    def _lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        report = GraphReport(lower(gm))
+        log.info("captured %s", report)
+        self.graphs.append(report)
+        forward = gm.forward
+
+        def run(*args: Any) -> Any:
+            report.ran += 1
+            return forward(*args)
+
+        return run
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
+            self._forget()
+        known = len(self.graphs)
+        try:
+            with self.patch(**_OPTIONS):
+                return self.captured(module, *args, **kwargs)
+        except Exception:
+            self._forget()  # dynamo does not look again at a frame that raised
+            raise
+        finally:
+            if len(self.graphs) > known or not self.looked_up:
+                self.looked_up = list(_looked_up(module))
+
+
+def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, in dynamo's eyes another one."""
+    if not isinstance(plain, FunctionType):
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return plain(*args, **kwargs)
+
+        call.__code__ = call.__code__.replace()
+        return call
+    made = FunctionType(
+        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    made.__kwdefaults__ = plain.__kwdefaults__
+    return made
+
+
+def _looked_up(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """What a call of the module looks up in classes and in torch, and dynamo takes for constant."""
+    for cls in {type(m) for m in module.modules()}:
+        for name in ("forward", "__call__", "_conv_forward", "_check_input_dim"):
+            if hasattr(cls, name):
+                yield cls, name, getattr(cls, name)
+    for owner, name in _FUNCTIONS:
+        yield owner, name, getattr(owner, name)
