@@ -21,7 +21,6 @@ from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.modules import copy_of
 from fused_resnet.patterns import looks_like_norm, original
 from fused_resnet.planner import planned, why
-from fused_resnet.spec import ConvSpec
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,6 @@ def _captured(model: nn.Module) -> tuple[list[tuple[ChainReport, int]], dict[str
     how many fronts there are that captured anything."""
     chains: list[tuple[ChainReport, int]] = []
     left: dict[str, str] = {}
-    seen: set[str] = set()
     fronts = 0
     for name, m in model.named_modules():
         of_module: dict[str, Front] = m.__dict__.get("_fr_fronts", {})

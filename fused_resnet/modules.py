@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
     is one and this process is not alone in it."""
     if original(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
         return None
-    group = dist.group.WORLD if bn.process_group is None else bn.process_group
+    given: Any = bn.process_group
+    group: dist.ProcessGroup | None = dist.group.WORLD if given is None else given
     return group if dist.get_world_size(group) > 1 else None
 
 
@@ -291,7 +293,7 @@ class ConvBNAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
-            return self.act(self.bn(self.conv(x)))  # type: ignore[no-any-return]
+            return self.act(self.bn(self.conv(x)))
         return _run_or_raise(ChainModules([self.modules_of_unit()]), x)
 
 
@@ -335,17 +337,16 @@ class ResidualChain(nn.Module):
             ChainModules(units, shortcut.modules_of_unit() if isinstance(shortcut, ConvBNAct) else shortcut), x
         )
 
-
     def _plain(self, x: Tensor) -> Tensor:
         """The block as PyTorch's modules, which is what a compiler is to see."""
         *before, last = self.units
         h = x
         for unit in before:
             h = unit(h)
-        h = last.bn(last.conv(h))  # type: ignore[operator, union-attr]
+        h = last.bn(last.conv(h))  # type: ignore[operator]
         if self.shortcut is not None:
             h = h + (self.shortcut(x) if isinstance(self.shortcut, ConvBNAct) else x)
-        return last.act(h)  # type: ignore[no-any-return, operator]
+        return last.act(h)  # type: ignore[operator]
 
 
 def _run_or_raise(chain: ChainModules, x: Tensor) -> Tensor:

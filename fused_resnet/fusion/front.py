@@ -7,7 +7,6 @@ behind the same backend, with a code object of its own, so that its graphs and i
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
@@ -24,12 +23,13 @@ from fused_resnet.fusion.sync_norm import sync_batch_norm
 log = logging.getLogger("fused_resnet")
 # What the package asks of dynamo where it captures, in this thread alone: hooks that come later are seen, a
 # BatchNorm's cumulative average is captured, DDP's own splitter stays away, what dynamo can't capture runs plain.
-_OPTIONS = {
+_OPTIONS: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,
     "capture_scalar_outputs": True,
     "optimize_ddp": False,
     "suppress_errors": True,
     "recompile_limit": 64,
+    "error_on_nested_fx_trace": False,  # torch.fx says that it traces whichever thread does
 }
 # Functions that PyTorch's modules look up when they are called; dynamo guards none of them.
 _FUNCTIONS = [

@@ -40,7 +40,8 @@ class _UnitCall:
         self.counter = places.of(match.counter.args[0]) if match.counter is not None else None  # type: ignore[arg-type]
 
     def unit(self, given: Sequence[Tensor]) -> Unit:
-        unit = Unit(**self.options, **{name: given[place] for name, place in self.tensors.items()})
+        tensors: dict[str, Any] = {name: given[place] for name, place in self.tensors.items()}
+        unit = Unit(**self.options, **tensors)
         if self.group is not None:
             unit.process_group = group_named(self.group)
         if self.momentum is not None:

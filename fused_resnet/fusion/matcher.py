@@ -40,7 +40,7 @@ class UnitMatch:
 
     Attributes:
         start: the node that it reads. nodes: its own, first to last. norm: the BatchNorm's, which names the unit.
-        tensors: field of ``units.Unit`` -> node. options: field -> constant, but for ``act``; ``momentum`` may be a node.
+        tensors: field of ``units.Unit`` -> node. options: field -> constant; ``momentum`` may be a node.
         counter: the node that counts the batch, and is part of the unit.
         affine: scale and shift are given ([1, C, 1, 1]) instead of statistics.
     """
@@ -197,7 +197,9 @@ class _Matcher:
         if not all(isinstance(t, fx.Node) for t in tensors.values()):
             return None, "a norm whose parameters are constants"
         mean = tensors.get("running_mean")
-        if training and any(len(tensors[name].users) > 1 for name in ("running_mean", "running_var") if name in tensors):
+        if training and any(
+            len(tensors[name].users) > 1 for name in ("running_mean", "running_var") if name in tensors
+        ):
             return None, "its running statistics are used elsewhere, too"
         counter = self.counters.get(_module(node)) if training and mean is not None else None
         options = {"training": training, "momentum": given["momentum"], "eps": given["eps"]}
@@ -233,11 +235,13 @@ class _Matcher:
             return False
         options = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
         try:
-            ConvSpec.make(tuple(weight.shape), *options.values(), given["bias"] is not None)
+            ConvSpec.make(tuple(weight.shape), **options, bias=given["bias"] is not None)
         except (TypeError, ValueError):
             return False
-        unit.tensors = {"weight": given["weight"]} | ({"bias": given["bias"]} if given["bias"] is not None else {}) | (
-            unit.tensors
+        unit.tensors = (
+            {"weight": given["weight"]}
+            | ({"bias": given["bias"]} if given["bias"] is not None else {})
+            | (unit.tensors)
         )
         unit.options |= options
         unit.start = given["input"]
@@ -336,9 +340,13 @@ class _Matcher:
         strided: Any = given["input"] if given is not None else None
         if given is None or given["mode"] != "constant" or given["value"] not in (None, 0, 0.0):
             return None
-        if not isinstance(strided, fx.Node) or strided.args[:1] != (chain.start,) or self._only_user(strided) is not node:
+        if (
+            not isinstance(strided, fx.Node)
+            or strided.args[:1] != (chain.start,)
+            or self._only_user(strided) is not node
+        ):
             return None
-        index = strided.args[1] if getattr(strided.target, "__name__", "") == "getitem" else None
+        index: Any = strided.args[1] if getattr(strided.target, "__name__", "") == "getitem" else None
         if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(i, slice) for i in index):
             return None
         steps = [i.step or 1 for i in index]

@@ -58,7 +58,9 @@ class GraphReport:
 
     def __init__(self, matches: Matches) -> None:
         self.norms, self.ran = matches.norms, 0
-        self.chains = [_chain(chain, f"{id(matches)} {i}") for i, row in enumerate(matches.rows) for chain in row.chains]
+        self.chains = [
+            _chain(chain, f"{id(matches)} {i}") for i, row in enumerate(matches.rows) for chain in row.chains
+        ]
         self.left = {_place(norm): reason for norm, reason in matches.left.items()}
         self.rows = len(matches.rows)
 
@@ -78,13 +80,20 @@ def _unit(unit: UnitMatch) -> UnitReport:
     w = value_of(weight) if weight is not None else None
     conv = None
     if w is not None:
-        geometry = (unit.options[k] for k in ("stride", "padding", "dilation", "groups"))
-        conv = ConvSpec.make(tuple(w.shape), *geometry, "bias" in unit.tensors)
+        geometry = {k: unit.options[k] for k in ("stride", "padding", "dilation", "groups")}
+        conv = ConvSpec.make(tuple(w.shape), **geometry, bias="bias" in unit.tensors)
     like = w if w is not None else x
     last = not like.is_contiguous() or tuple(like.shape[2:]) == (1, 1)
     shape = tuple(map(int, w.shape)) if w is not None else ()
     return UnitReport(
-        _place(unit.norm), conv, shape, like.device.type, like.dtype, int(x.shape[1]), last, unit.options.get("process_group")
+        _place(unit.norm),
+        conv,
+        shape,
+        like.device.type,
+        like.dtype,
+        int(x.shape[1]),
+        last,
+        unit.options.get("process_group"),
     )
 
 

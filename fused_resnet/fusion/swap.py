@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 from fused_resnet.modules import shared_by
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm
-
 
 _NEVER_SAVED = ("_fr_fronts", "_fr_group")
 
@@ -48,12 +47,12 @@ class FusedModule:
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
     """Unpickling and deepcopy: an empty module of the fused class."""
-    fused: Any = _fused_class(cls)
+    fused: Any = _fused_class(cls)  # type: ignore[arg-type]
     made: nn.Module = fused.__new__(fused)
     return made
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fused_class(cls: Any) -> Any:
     methods = [name for name in METHODS if hasattr(cls, name)]
     added: dict[str, Any] = {name: _fused_method(name, getattr(cls, name)) for name in methods}
@@ -62,7 +61,6 @@ def _fused_class(cls: Any) -> Any:
 
 
 def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or _plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
@@ -77,7 +75,7 @@ def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         return front(self, args, kwargs)
 
     forward.__code__ = forward.__code__.replace()  # dynamo limits how often it captures one code object
-    return forward
+    return wraps(plain)(forward)
 
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -88,8 +86,16 @@ def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         or torch.compiler.is_exporting()
         or nn_module._has_any_global_hook()
         or transformed()
-        or any(isinstance(a, fx.Proxy) for a in (*args, *kwargs.values()))
+        or _has_proxy(args)
+        or _has_proxy(kwargs)
     )
+
+
+def _has_proxy(value: Any) -> bool:
+    """Whether torch.fx traces the call."""
+    if isinstance(value, list | tuple):
+        return any(map(_has_proxy, value))
+    return isinstance(value, fx.Proxy) or (isinstance(value, dict) and any(map(_has_proxy, value.values())))
 
 
 class FusedSyncBatchNorm(FusedModule, nn.SyncBatchNorm):
@@ -161,7 +167,7 @@ def fuse(model: nn.Module) -> nn.Module:
             found = True
         elif not looks_like_norm(m) and any(looks_like_norm(child) for child in m.modules()):
             if why_not_fused(m) is None:
-                m.__class__ = _fused_class(type(m))
+                m.__class__ = _fused_class(type(m))  # type: ignore[arg-type]
                 found = True
     if not found:
         warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
@@ -186,7 +192,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     _check(model)
     for m in model.modules():
         if isinstance(m, FusedModule):
-            m.__class__ = _unfused_class(type(m))
+            m.__class__ = _unfused_class(type(m))  # type: ignore[arg-type]
             for name in _NEVER_SAVED:
                 m.__dict__.pop(name, None)
     return model

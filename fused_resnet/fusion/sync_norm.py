@@ -12,7 +12,7 @@ from fused_resnet import functional
 
 def group_named(name: str) -> Any:
     """The process group with a name."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def sync_batch_norm(

@@ -70,8 +70,8 @@ def act_of(node: fx.Node) -> Act | None:
         return None
     target: Any = node.target
     if target is F.hardtanh:
-        low, high = (*node.args[1:3], *(node.kwargs.get(k) for k in ("min_val", "max_val")[len(node.args[1:3]) :]))
-        return Act("relu6") if (low, high) == (0, 6) else None
+        limits = dict(zip(("min_val", "max_val"), node.args[1:3], strict=False)) | node.kwargs
+        return Act("relu6") if (limits.get("min_val"), limits.get("max_val")) == (0, 6) else None
     if target not in ACT_CALLS:
         return None
     name, parameter = ACT_CALLS[target]
