@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fused_resnet import functional
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward
+from fused_resnet.fusion.choosing import Choice
 from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.units import Chain, Unit
@@ -37,7 +38,14 @@ class _UnitCall:
         self.options = {k: v for k, v in match.options.items() if not isinstance(v, fx.Node)} | {"act": act}
         self.affine = match.affine
         self.group = self.options.pop("process_group", None)
+        names = ("running_mean", "running_var") if self.options["training"] else ()
+        self.buffers = [self.tensors[name] for name in names if name in self.tensors]
+        geometry = [f"{k} {self.options[k]}" for k in ("stride", "padding", "dilation", "groups") if k in self.options]
+        statistics = "batch" if self.options["training"] else "running"
+        self.text = " ".join([*geometry, statistics, *sorted(self.tensors), str(act)]).replace(", ", ",")
         self.counter = places.of(match.counter.args[0]) if match.counter is not None else None  # type: ignore[arg-type]
+        if self.counter is not None:
+            self.buffers.append(self.counter)
 
     def unit(self, given: Sequence[Tensor]) -> Unit:
         tensors: dict[str, Any] = {name: given[place] for name, place in self.tensors.items()}
@@ -64,7 +72,11 @@ class _ChainCall:
         self.shortcut = match.shortcut if match.shortcut in ("identity", "pad") else None
         self.residual = places.of(match.residual) if match.residual is not None else None
         self.stride, self.avg_pool, self.max_pool = match.stride, match.avg_pool, match.max_pool
-        self.counters = [u.counter for u in (*self.units, self.projection) if u is not None and u.counter is not None]
+        self.all_units = [*self.units, *([self.projection] if self.projection is not None else [])]
+        self.counters = [u.counter for u in self.all_units if u.counter is not None]
+        shortcut = f"{match.shortcut}{match.stride if match.shortcut == 'pad' else ''}"
+        pools = [str(p) for p in (self.avg_pool, self.max_pool) if p is not None]
+        self.text = ", ".join([*(u.text for u in self.all_units), shortcut, *pools])
 
     def chain(self, given: Sequence[Tensor]) -> Chain:
         shortcut = self.projection.unit(given) if self.projection is not None else self.shortcut
@@ -75,7 +87,9 @@ class ChainRow(nn.Module):
     """A row of chains in a lowered graph, called with its input and the tensors that the graph holds for it.
 
     Attributes:
-        plain: the nodes that it stands for, called with the same tensors.
+        plain: the nodes that it stands for, called with the same tensors. choice: whether it pays.
+        images: which of the tensors are images, the input first. group: some statistics are shared by processes.
+        text: what it is made of, but for its tensors.
     """
 
     def __init__(self, gm: fx.GraphModule, row: RowMatch) -> None:
@@ -85,8 +99,27 @@ class ChainRow(nn.Module):
         self.chains = [_ChainCall(chain, places) for chain in row.chains]
         self.inputs = list(places.nodes)
         self.plain = _part(gm, row, self.inputs)
+        self.choice = Choice()
+        self.images = [0, *(call.residual for call in self.chains if call.residual is not None)]
+        self.group = any(unit.group is not None for call in self.chains for unit in call.all_units)
+        self.statistics = sorted({place for call in self.chains for unit in call.all_units for place in unit.buffers})
+        self.text = "; ".join(call.text for call in self.chains)
 
     def forward(self, *given: Tensor) -> Tensor:
+        if self.choice.pays(self, given):
+            return self.chained(*given)
+        if not in_backward():
+            return self.plain(*given)
+        # a forward inside a backward, a checkpoint's, updates no statistics, as in a chain
+        kept = [(given[i], given[i].clone()) for i in self.statistics]
+        try:
+            return self.plain(*given)
+        finally:
+            for buffer, value in kept:
+                buffer.data.copy_(value)  # the backward to come has kept it, and asks for its version
+
+    def chained(self, *given: Tensor) -> Tensor:
+        """As chains."""
         x = given[0]
         if len(self.chains) > 1:
             out = functional.residual_chains(x, [chain.chain(given) for chain in self.chains])

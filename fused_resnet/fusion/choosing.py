@@ -1,0 +1,142 @@
+"""Whether a row of chains pays on an input: measured by ``small.py``, beside the operators that it stands for.
+
+Both are timed on copies of the row's tensors and on random images: the forward, and the backward where gradients are
+wanted. Nothing of the user's is touched. An answer depends on what the row is made of, its tensors' sizes (batches and
+areas of images in steps), dtypes and layouts, on autocast, and on which tensors want gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet import small
+
+if TYPE_CHECKING:
+    from fused_resnet.fusion.lowering import ChainRow
+
+# What one timed call should take: long enough that its tensors, as those of the whole batch, are in no cache.
+_CALL_S = 0.04
+# Of a row's answers, one per kind of input; a network whose images all differ has no end of them.
+_ANSWERS = 256
+_OWN_TENSORS = (Tensor, nn.Parameter)
+
+
+class Like(NamedTuple):
+    """What of an input, and of the state it comes in, an answer depends on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+    wants_grad: bool
+    grad: bool
+    autocast: torch.dtype | None
+    threads: int
+
+    def __str__(self) -> str:
+        """For a reader."""
+        autocast = f", autocast {_short(self.autocast)}" if self.autocast is not None else ""
+        return f"{_sizes(self.shape)} {_short(self.dtype)}{autocast}{', with gradients' if self.grad else ''}"
+
+
+def like(x: Tensor) -> Like | None:
+    """Of x; None where there is nothing to choose: chains run."""
+    if type(x) not in _OWN_TENSORS or not x.is_cpu or 0 in x.shape or not small.has_choice():
+        return None
+    return Like(
+        tuple(x.shape),
+        x.dtype,
+        x.is_contiguous(memory_format=torch.channels_last),
+        x.requires_grad,
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+        torch.get_num_threads(),
+    )
+
+
+class Choice:
+    """What is known of a row.
+
+    Attributes:
+        measured: the measurement for each kind of input.
+    """
+
+    def __init__(self) -> None:
+        self.measured: dict[Like, small.Measured] = {}
+
+    def pays(self, row: ChainRow, given: Sequence[Tensor]) -> bool:
+        """Whether the row is to run as chains when it is called with these tensors."""
+        about = like(given[0])
+        if about is None or row.group:
+            return True  # all processes of a group run chains, and PyTorch's own norms refuse a CPU
+        found = self.measured.get(about)
+        if found is None:
+            if not all(type(t) in _OWN_TENSORS and t.is_cpu for t in given):
+                return True
+            if len(self.measured) >= _ANSWERS:
+                self.measured.clear()
+            twins = _Twins(row, given, about)
+            found = self.measured[about] = small.faster(_signature(row, given, about), about.shape[0], twins, _CALL_S)
+        return found.pays
+
+
+def _signature(row: ChainRow, given: Sequence[Tensor], x: Like) -> str:
+    """What is measured, as the planner's file names it."""
+    tensors = [_tensor(t) for i, t in enumerate(given) if i not in row.images]
+    summands = [f"{small.size(given[i].shape, given[i].dtype)}" for i in row.images[1:]]
+    state = "with gradients" if x.grad else "without gradients"
+    if x.autocast is not None:
+        state += f", autocast {_short(x.autocast)}"
+    if torch.are_deterministic_algorithms_enabled():
+        state += ", deterministic"
+    if torch.get_float32_matmul_precision() != "highest":
+        state += f", products {torch.get_float32_matmul_precision()}"
+    layout = f"{' nhwc' if x.channels_last else ''}{' wants' if x.wants_grad else ''}"
+    return " | ".join([row.text, " ".join(tensors), small.size(x.shape, x.dtype) + layout, *summands, state])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _tensor(t: Tensor) -> str:
+    last = "nhwc" if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) else ""
+    return f"{_short(t.dtype)}{last} {_sizes(t.shape)}{' wants' if t.requires_grad else ''}"
+
+
+class _Twins:
+    """A row and what it stands for, on copies of its tensors, ready to be timed."""
+
+    def __init__(self, row: ChainRow, given: Sequence[Tensor], x: Like) -> None:
+        self.row, self.x = row, x
+        self.given = [t.detach() if i in row.images else t.detach().clone() for i, t in enumerate(given)]
+        self.wants = [t.requires_grad for t in given]
+
+    def __call__(self, images: int) -> tuple[small.Call, small.Call]:
+        tensors: list[Any] = list(self.given)
+        for i in self.row.images:
+            t = tensors[i]
+            last = t.is_contiguous(memory_format=torch.channels_last)
+            tensors[i] = small.images((images, *t.shape[1:]), t.dtype, last)
+        for t, wants in zip(tensors, self.wants, strict=True):
+            if t.is_floating_point():
+                t.requires_grad_(wants)
+        wanted = [t for t in tensors if t.requires_grad] if self.x.grad else []
+        return lambda: self._step(self.row.chained, tensors, wanted), lambda: self._step(
+            self.row.plain, tensors, wanted
+        )
+
+    def _step(self, run: Any, tensors: list[Tensor], wanted: list[Tensor]) -> None:
+        dtype = self.x.autocast
+        with torch.set_grad_enabled(bool(wanted)):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                out = run(*tensors)
+            if wanted:
+                torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
