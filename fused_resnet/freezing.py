@@ -145,6 +145,7 @@ class Frozen(nn.Module):
         self.left: set[str] = set()
         self.graphs: Graphs | None = None
         self.eval()
+        _leave_inference_mode(self)
 
     def train(self, mode: bool = True) -> Frozen:
         """Only ``eval()``.
@@ -177,6 +178,7 @@ class Frozen(nn.Module):
                 f"dtype: frozen for {self.compute}, got {probe.dtype}; call freeze(..., dtype=...) again"
             )
         super()._apply(fn, recurse)
+        _leave_inference_mode(self)
         self.device = probe.device
         if self.graphs is not None:
             self.graphs = Graphs() if probe.device.type == "cuda" else None
@@ -185,6 +187,7 @@ class Frozen(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Tensors may have been loaded to another device."""
         super().__setstate__(state)
+        _leave_inference_mode(self)
         self.device = next((t.device for t in (*self.parameters(), *self.buffers())), self.device)
 
     def forward(self, x: Tensor) -> Any:
@@ -204,6 +207,20 @@ class Frozen(nn.Module):
     def extra_repr(self) -> str:
         graphs = "" if self.graphs is None else f", {self.graphs}"
         return f"dtype={self.dtype}, computed in {self.compute}, on {self.device}{graphs}"
+
+
+def _leave_inference_mode(model: nn.Module) -> None:
+    """Puts ordinary copies in the place of tensors made in inference mode. PyTorch counts no changes of those, so a
+    weight packed from one could be out of date."""
+    copies: dict[Tensor, Tensor] = {}  # tied tensors stay tied
+    with torch.inference_mode(False), torch.no_grad():
+        for tensors in (table for m in model.modules() for table in (m._parameters, m._buffers)):
+            for name, t in tensors.items():
+                if t is not None and t.is_inference():
+                    if t not in copies:
+                        made = t.clone()
+                        copies[t] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+                    tensors[name] = copies[t]  # type: ignore[assignment]
 
 
 def _describe(x: object) -> str:

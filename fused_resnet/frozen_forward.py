@@ -17,7 +17,6 @@ weight does, in a table of this module: an operator has no module to keep them i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_resnet import reference
 from fused_resnet.backends import Norm, aten, vector_dtype
+from fused_resnet.locks import Lock
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.reference import shortcut_input
 from fused_resnet.small import is_small
@@ -54,12 +54,12 @@ class _Packs:
 
 _MISSING = object()
 _packs = WeakTensorKeyDictionary()
-_packing = threading.Lock()
+_packing = Lock()
 
 
 def _values(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weight's values do: in place, or by ``.data``."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    """Changes when the weight's values do: in place, or by ``.data``. Not for a tensor of inference mode."""
+    return weight.data_ptr(), weight._version
 
 
 def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
@@ -69,12 +69,13 @@ def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
         found = packs.found.get(key, _MISSING)  # None where there is nothing to pack
         if found is not _MISSING:
             return found
-    with _packing:
+    with _packing.held():
         packs = _packs.get(weight)
         if packs is None or packs.values != values:
             _packs[weight] = packs = _Packs(values)
         if key not in packs.found:
-            made = pack([form for form in packs.found.values() if form is not None])
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the caller's mode
+                made = pack([form for form in packs.found.values() if form is not None])
             while len(packs.found) >= SHAPES:
                 packs.found.pop(next(iter(packs.found)))
             packs.found[key] = made
@@ -83,7 +84,7 @@ def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
 
 def packed_forms(weight: Tensor) -> list[Any]:
     """What the weight is packed into by now, each once."""
-    packs = _packs.get(weight)
+    packs = None if weight.is_inference() else _packs.get(weight)
     found = packs.found.copy().values() if packs is not None and packs.values == _values(weight) else ()
     return list({id(form): form for form in found if form is not None}.values())
 
@@ -100,8 +101,12 @@ def _out_shape(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> tuple[int, .
     return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
 
 
-def _is_small(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> bool:
-    """Whether PyTorch's own operators are faster: they start sooner."""
+def _stays_plain(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> bool:
+    """Whether PyTorch's own operators run the unit: where they are faster, as they start sooner; and for a weight of
+    inference mode, whose changes PyTorch does not count, so that nothing packed from it may be kept (``freeze`` makes
+    none, an exported model may have been loaded in that mode)."""
+    if weight.is_inference():
+        return True
     values = (
         x.numel() if conv is None else x.numel() // x.shape[1] * weight.shape[0] // (conv.stride[0] * conv.stride[1])
     )
@@ -121,7 +126,7 @@ class _Backends:
                 # a summand that the add widens, or that widens the sum: PyTorch's add
                 return reference.act(_Backends.unit(x, weight, bias, conv, Act("identity"), None, True) + residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
-        if _is_small(x, weight, conv):
+        if _stays_plain(x, weight, conv):
             return _Plain.unit(x, weight, bias, conv, act, residual, owned)
         if conv is None:
             made: Tensor = run("bn_act", x, _affine(weight, bias), act, residual, None)
@@ -138,7 +143,7 @@ class _Backends:
     @staticmethod
     def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output, in one pass where the backend has one."""
-        if _is_small(x, weight, conv):
+        if _stays_plain(x, weight, conv):
             return _Plain.pooled(x, weight, bias, conv, act, pool)
         if conv is None:
             made: Tensor = run("bn_act_max_pool", x, _affine(weight, bias), act, pool)[0]

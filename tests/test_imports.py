@@ -13,7 +13,7 @@ import pytest
 from source_tree import PACKAGE, ROOT, run
 
 TIERS = (
-    {"_C", "_version", "reference", "spec"},
+    {"_C", "_version", "locks", "reference", "spec"},
     {"backends"},
     {"plan_cache", "planner", "small"},
     {"chain", "chain_backward", "chain_forward", "frozen_forward", "joint"},
