@@ -13,7 +13,7 @@ from fused_resnet.backends import load, vector_dtype
 from fused_resnet.chain_forward import fold
 from fused_resnet.cuda_graphs import Graphs
 from fused_resnet.frozen_forward import plain_chains, run_chains
-from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of
+from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of, named_modules
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
 # (a model's copy, the dtype to compute in, portable, names of modules to leave) -> for each module with chains, how it
@@ -267,7 +267,7 @@ def _frozen_but(
     copied.to(example.device, compute)
     for replace in replacements:
         copied = replace(copied)
-    for m in copied.modules():
+    for _, m in named_modules(copied):
         if isinstance(m, FrozenChain):
             m.to(example.device)
         if type(m) is nn.Sequential and len(m) and all(isinstance(child, FrozenChain) for child in m):

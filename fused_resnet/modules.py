@@ -37,6 +37,26 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
+def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every place in the model, by its name, and the module there; parents first, and once more what stands in several.
+    As ``named_modules(remove_duplicate=False)``, for modules that have an ``__eq__`` of their own, or no hash, too."""
+    rest: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
+    while rest:
+        name, m, above = rest.pop()
+        yield name, m
+        if id(m) not in above:  # or it holds itself
+            children = [(k, child) for k, child in m._modules.items() if child is not None]
+            rest += [(f"{name}.{k}".lstrip("."), child, (*above, id(m))) for k, child in reversed(children)]
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Each module of the model once, with its first name; parents first."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, m in places(model):
+        found.setdefault(id(m), (name, m))
+    return list(found.values())
+
+
 def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
     """The process group whose processes share this norm's statistics in training: that of a SyncBatchNorm, where there
     is one and this process is not alone in it."""
@@ -47,9 +67,11 @@ def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy``, but for process groups, of which there is one each."""
-    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
+    """``copy.deepcopy`` without a history of its tensors (a ScriptModule's copy has one else), but for process groups,
+    of which there is one each."""
+    groups = [m.process_group for _, m in named_modules(model) if isinstance(m, nn.SyncBatchNorm)]
+    with torch.no_grad():
+        return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
 
 
 def act_of(module: nn.Module | Act) -> Act:
