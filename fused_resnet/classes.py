@@ -378,6 +378,8 @@ def _set_state(m: nn.Module, method: str, state: tuple[tuple[Any, ...], dict[str
     own, marks = state
     if own:
         m.__setstate__(*own)
+    for plan in marks.get("_fr_plans", ()):
+        plan.check_children(m)
     _fused_again(m, method, marks)
 
 
