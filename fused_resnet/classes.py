@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from fused_resnet.backends import warn_once
 from fused_resnet.freezing import CalledOtherwise
 from fused_resnet.functional import in_backward
-from fused_resnet.modules import ChainModules, has_hooks, run_row
+from fused_resnet.modules import ChainModules, graphed, has_hooks, run_row
 from fused_resnet.patterns import original
 from fused_resnet.plans import Plan, at
 from fused_resnet.small import is_small
@@ -102,8 +102,8 @@ def run_children(children: Iterable[nn.Module], x: Any) -> Any:
 
 
 def _runs_chains(x: Any) -> bool:
-    """Not lists of tensors, nor what torch.fx or torch.jit.trace hands on: their graphs are the plain model's."""
-    return isinstance(x, Tensor) and not torch.jit.is_tracing()
+    """Not lists of tensors, nor what torch.fx hands on, or runs for another tool's graph."""
+    return isinstance(x, Tensor) and not graphed()
 
 
 def rows_of(children: Iterable[nn.Module]) -> list[list[tuple[nn.Module, ChainModules | None]]]:
@@ -205,7 +205,7 @@ def _make_fused_class(cls: Any, method: str) -> type:
             if frozen is not None:
                 raise CalledOtherwise(self._fr_name, "other arguments, or of another class or size")
             return plain(self, *args, **kwargs)
-        if frozen is None and (torch.jit.is_tracing() or _is_small(self, plan, args[0])):
+        if frozen is None and (graphed() or _is_small(self, plan, args[0])):
             return _own_forward(self, plan, args[0])
         chains, reason = ([], None) if frozen is not None else plan.modules(self)
         if reason is not None:

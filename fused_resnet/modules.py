@@ -29,6 +29,22 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
     nn.ReLU6: ("relu6", ""),
     nn.Hardswish: ("hardswish", ""),
 }
+
+
+def graphed() -> bool:
+    """Whether a tool records what runs for programs that know nothing of chains: ``torch.jit.trace``, ``torch.export``,
+    either way of ``torch.onnx.export``. Modules run their own forwards then: the graph is the plain model's."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def for_onnx() -> bool:
+    """Whether ``torch.onnx.export`` records what runs."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# dynamo, which takes both for constants of its own, asks them when it traces
+graphed._dynamo_marked_constant = for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -312,6 +328,9 @@ class ConvBNAct(nn.Module):
         return UnitModules(self.conv, self.bn, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
+        if graphed():
+            plain: Tensor = self.act(self.bn(self.conv(x)))
+            return plain
         return _run_or_raise(ChainModules([self.modules_of_unit()]), x)
 
 
@@ -347,11 +366,23 @@ class ResidualChain(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
+        if graphed():
+            return self._plain(x)
         units = [u.modules_of_unit() for u in self.units]  # type: ignore[operator]
         shortcut = self.shortcut
         return _run_or_raise(
             ChainModules(units, shortcut.modules_of_unit() if isinstance(shortcut, ConvBNAct) else shortcut), x
         )
+
+    def _plain(self, x: Tensor) -> Tensor:
+        *before, last = self.units
+        h = x
+        for unit in before:
+            h = unit(h)
+        out: Tensor = last.bn(last.conv(h))  # type: ignore[operator]
+        if self.shortcut is not None:
+            out = out + (self.shortcut(x) if isinstance(self.shortcut, ConvBNAct) else x)
+        return last.act(out)  # type: ignore[operator]
 
 
 def _run_or_raise(chain: ChainModules, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ TIERS = (
         "matching",
         "models",
         "plans",
+        "saving",
         "tracing",
     },
     {"measure", "traffic"},
