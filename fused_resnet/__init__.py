@@ -6,6 +6,7 @@ from fused_resnet.backends import BackendUnavailable, backends, use_backend
 from fused_resnet.convert import freeze, fuse, unfuse
 from fused_resnet.explanation import explain
 from fused_resnet.modules import ConvBNAct, ResidualChain
+from fused_resnet.saving import safe_globals
 
 __all__ = [
     "BackendUnavailable",
@@ -18,6 +19,7 @@ __all__ = [
     "functional",
     "fuse",
     "models",
+    "safe_globals",
     "spec",
     "unfuse",
     "use_backend",

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_resnet.backends import Case
-from fused_resnet.convert import FusedSequential, plan_of, rows_of
+from fused_resnet.classes import FusedSequential, plan_of, rows_of
 from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
 from fused_resnet.frozen_forward import packed_forms
-from fused_resnet.modules import ChainModules, shared_by
+from fused_resnet.modules import ChainModules, named_modules, shared_by
 from fused_resnet.patterns import original
 from fused_resnet.planner import planned, why
 from fused_resnet.plans import Plan
@@ -116,10 +116,10 @@ def _frozen_rows(model: Frozen) -> list[Row]:
     from fused_resnet.analysis import analyse
 
     chains: dict[str, list[FrozenChain]] = {}
-    for m in model.modules():
+    for _, m in named_modules(model):
         if isinstance(m, FrozenChain):
             chains.setdefault(m.name, []).append(m)
-    left = {name: "; ".join(plan.left) for name, m in model.model.named_modules() if (plan := plan_of(m)) is not None}
+    left = {name: "; ".join(plan.left) for name, m in named_modules(model.model) if (plan := plan_of(m)) is not None}
     rows = [
         Row(name or "(model)", made[0].block, True, left.get(name, ""), _serving_frozen(made), len(made))
         for name, made in chains.items()
@@ -168,8 +168,8 @@ def _serving_unit(unit: FrozenUnit, chain: FrozenChain) -> str:
 
 def _closed_by(model: nn.Module) -> dict[int, str]:
     """Blocks whose closing backward is done by the block after them in a row -> that block's name."""
-    names = {id(m): name for name, m in model.named_modules()}
-    rows = [blocks for m in model.modules() if isinstance(m, FusedSequential) for blocks in rows_of(m)]
+    names = {id(m): name for name, m in named_modules(model)}
+    rows = [blocks for _, m in named_modules(model) if isinstance(m, FusedSequential) for blocks in rows_of(m)]
     return {id(m): names[id(after)] for row in rows for (m, _), (after, _) in zip(row, row[1:], strict=False)}
 
 

@@ -13,7 +13,7 @@ from fused_resnet.backends import load, vector_dtype
 from fused_resnet.chain_forward import fold
 from fused_resnet.cuda_graphs import Graphs
 from fused_resnet.frozen_forward import plain_chains, run_chains
-from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of
+from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of, for_onnx, graphed, named_modules
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
 # (a model's copy, the dtype to compute in, portable, names of modules to leave) -> for each module with chains, how it
@@ -121,8 +121,9 @@ def _run_row(chains: Sequence[FrozenChain], x: Tensor, residual: Tensor | None =
     params: list[Any] = [t for chain in chains for unit in chain for t in (unit.weight, unit.bias)]
     if chains[0].portable:
         return plain_chains(x, params, [chain.spec for chain in chains], residual)
-    if torch.jit.is_tracing():
-        raise RuntimeError("torch.jit.trace: use freeze(..., portable=True), or torch.export, for a frozen model")
+    if graphed() and (torch.jit.is_tracing() or for_onnx()):
+        tool = "torch.onnx.export" if for_onnx() else "torch.jit.trace"
+        raise RuntimeError(f"{tool}: the operator of a frozen model is unknown there; use freeze(..., portable=True)")
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.fused_resnet.frozen(x, params, [chain.text for chain in chains], residual)
         return out
@@ -284,7 +285,7 @@ def _frozen_but(
     copied.to(example.device, compute)
     for replace in replacements:
         copied = replace(copied)
-    for m in copied.modules():
+    for _, m in named_modules(copied):
         if isinstance(m, FrozenChain):
             m.to(example.device)
         if type(m) is nn.Sequential and len(m) and all(isinstance(child, FrozenChain) for child in m):

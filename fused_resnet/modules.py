@@ -29,12 +29,48 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
     nn.ReLU6: ("relu6", ""),
     nn.Hardswish: ("hardswish", ""),
 }
+
+
+def graphed() -> bool:
+    """Whether a tool records what runs for programs that know nothing of chains: ``torch.jit.trace``, ``torch.export``,
+    either way of ``torch.onnx.export``. Modules run their own forwards then: the graph is the plain model's."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def for_onnx() -> bool:
+    """Whether ``torch.onnx.export`` records what runs."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# dynamo, which takes both for constants of its own, asks them when it traces
+graphed._dynamo_marked_constant = for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Forward, pre-forward or backward hooks of the module's own."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every place in the model, by its name, and the module there; parents first, and once more what stands in several.
+    As ``named_modules(remove_duplicate=False)``, for modules that have an ``__eq__`` of their own, or no hash, too."""
+    rest: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
+    while rest:
+        name, m, above = rest.pop()
+        yield name, m
+        if id(m) not in above:  # or it holds itself
+            children = [(k, child) for k, child in m._modules.items() if child is not None]
+            rest += [(f"{name}.{k}".lstrip("."), child, (*above, id(m))) for k, child in reversed(children)]
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Each module of the model once, with its first name; parents first."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, m in places(model):
+        found.setdefault(id(m), (name, m))
+    return list(found.values())
 
 
 def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
@@ -47,9 +83,11 @@ def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy``, but for process groups, of which there is one each."""
-    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
+    """``copy.deepcopy`` without a history of its tensors (a ScriptModule's copy has one else), but for process groups,
+    of which there is one each."""
+    groups = [m.process_group for _, m in named_modules(model) if isinstance(m, nn.SyncBatchNorm)]
+    with torch.no_grad():
+        return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
 
 
 def act_of(module: nn.Module | Act) -> Act:
@@ -290,6 +328,9 @@ class ConvBNAct(nn.Module):
         return UnitModules(self.conv, self.bn, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
+        if graphed():
+            plain: Tensor = self.act(self.bn(self.conv(x)))
+            return plain
         return _run_or_raise(ChainModules([self.modules_of_unit()]), x)
 
 
@@ -325,11 +366,23 @@ class ResidualChain(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
+        if graphed():
+            return self._plain(x)
         units = [u.modules_of_unit() for u in self.units]  # type: ignore[operator]
         shortcut = self.shortcut
         return _run_or_raise(
             ChainModules(units, shortcut.modules_of_unit() if isinstance(shortcut, ConvBNAct) else shortcut), x
         )
+
+    def _plain(self, x: Tensor) -> Tensor:
+        *before, last = self.units
+        h = x
+        for unit in before:
+            h = unit(h)
+        out: Tensor = last.bn(last.conv(h))  # type: ignore[operator]
+        if self.shortcut is not None:
+            out = out + (self.shortcut(x) if isinstance(self.shortcut, ConvBNAct) else x)
+        return last.act(out)  # type: ignore[operator]
 
 
 def _run_or_raise(chain: ChainModules, x: Tensor) -> Tensor:

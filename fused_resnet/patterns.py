@@ -91,7 +91,8 @@ def norm_kind(cls: type) -> tuple[bool, bool] | None:
 
 def looks_like_norm(m: nn.Module) -> bool:
     """A BatchNorm of two-dimensional images, whether or not a chain takes its class."""
-    return isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) or class_name(type(m)) in NORMS
+    compiled = isinstance(m, torch.jit.ScriptModule) and m.original_name == "BatchNorm2d"
+    return compiled or isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) or class_name(type(m)) in NORMS
 
 
 def act_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Act | None:
