@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from fused_resnet.arguments import number, pair
 from fused_resnet.backends import load, vector_dtype
 from fused_resnet.chain_forward import fold
 from fused_resnet.cuda_graphs import Graphs
@@ -46,7 +47,8 @@ class FrozenUnit(nn.Module):
         assert u.running_mean is not None and u.running_var is not None
         wide = vector_dtype(u.running_mean.dtype)
         params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
-        norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, u.eps, wide)
+        eps = number(u.eps, "eps")
+        norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, eps, wide)
         self.weight: Tensor
         self.bias: Tensor
         conv = None
@@ -58,7 +60,8 @@ class FrozenUnit(nn.Module):
             self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
             self.register_buffer("bias", norm.shift.to(bias_dtype))
             conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
-        self.spec = UnitSpec(conv, act_of(unit.act) if unit.act is not None else Act("identity"), batch_stats=False)
+        act = act_of(unit.act) if unit.act is not None else Act("identity")
+        self.spec = UnitSpec(conv, act, eps, batch_stats=False)
 
     def extra_repr(self) -> str:
         c, w = self.spec.conv, self.weight
@@ -84,7 +87,7 @@ class FrozenChain(nn.Sequential):
             shortcut = ShortcutSpec("projection", specs[-1], chain.avg_pool_spec())
         elif chain.shortcut == "pad":
             channels = units[-1].weight.shape[0]
-            shortcut = ShortcutSpec("pad", stride=(chain.stride, chain.stride), channels=channels)
+            shortcut = ShortcutSpec("pad", stride=pair(chain.stride, "stride", 1), channels=channels)
         elif chain.shortcut is not None:
             shortcut = ShortcutSpec("identity")
         self.spec = ChainSpec(specs[: len(chain.units)], shortcut, chain.max_pool_spec())

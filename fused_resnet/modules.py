@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fused_resnet import reference
+from fused_resnet.arguments import pair
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward, residual_chain, residual_chains
 from fused_resnet.patterns import norm_kind, same_as
@@ -99,7 +100,7 @@ def act_of(module: nn.Module | Act) -> Act:
     if isinstance(module, Act):
         return module
     name, attribute = ACT_MODULES[same_as(type(module))]
-    return Act(name, float(getattr(module, attribute))) if attribute else Act.make(name)
+    return Act(name, getattr(module, attribute)) if attribute else Act.make(name)
 
 
 @dataclass(eq=False)
@@ -140,8 +141,9 @@ class UnitModules:
                 return f"{type(conv).__name__} in the place of Conv2d"
             if conv.padding_mode != "zeros":
                 return f"padding_mode {conv.padding_mode!r}"
+            dilation = pair(conv.dilation, "dilation", 1)
             if conv.padding == "same" and any(
-                d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+                d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:], strict=True)
             ):
                 return "padding 'same' with an even kernel"
         kind = norm_kind(type(bn))
@@ -220,7 +222,7 @@ class ChainModules:
             if reason := unit.why_not():
                 return reason
         m, a = self.max_pool, self.avg_pool
-        if m is not None and (m.return_indices or m.ceil_mode or m.dilation not in (1, (1, 1))):
+        if m is not None and (m.return_indices or m.ceil_mode or pair(m.dilation, "dilation", 1) != (1, 1)):
             return "max-pool with return_indices, ceil_mode or dilation"
         if a is not None and a.divisor_override is not None:
             return "average pool with divisor_override"
@@ -251,7 +253,7 @@ class ChainModules:
         for conv in (u.conv for u in self.units):
             if conv is not None:
                 c = ConvSpec.make(conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
-                shape = (shape[0], conv.out_channels, *c.out_size(shape[2:], conv.kernel_size))
+                shape = (shape[0], conv.weight.shape[0], *c.out_size(shape[2:], conv.weight.shape[2:]))
         return shape
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -306,7 +308,7 @@ class ConvBNAct(nn.Module):
         kernel_size: int | tuple[int, int] = 3,
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str | None = None,
-        dilation: int = 1,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = False,
         act: str | tuple[str, float] | Act | None = "relu",
@@ -315,8 +317,8 @@ class ConvBNAct(nn.Module):
     ) -> None:
         super().__init__()
         if padding is None:
-            k = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-            padding = (dilation * (k[0] - 1) // 2, dilation * (k[1] - 1) // 2)
+            k, d = pair(kernel_size, "kernel_size", 1), pair(dilation, "dilation", 1)
+            padding = (d[0] * (k[0] - 1) // 2, d[1] * (k[1] - 1) // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum)
         a = Act.make(act)

@@ -103,7 +103,10 @@ def act_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Act 
     given = dict(zip((parameter, "inplace") if parameter else ("inplace",), args[1:], strict=False)) | kwargs
     value = given.pop(parameter, ACTIVATIONS[name][0]) if parameter else 0.0
     given.pop("inplace", None)
-    return Act(name, float(value)) if not given and isinstance(value, int | float) else None
+    try:
+        return Act(name, value) if not given else None
+    except TypeError:  # a value that the graph computes
+        return None
 
 
 def mutates(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ seen, and copies and pickles carry it along.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_resnet.arguments import pair
 from fused_resnet.modules import ChainModules, UnitModules, has_hooks
 from fused_resnet.patterns import ZERO_PAD, class_name
 from fused_resnet.small import ALONE, IN_ROW, weight
-from fused_resnet.spec import Act, pair
+from fused_resnet.spec import Act, PoolSpec
 from fused_resnet.tracing import Guard
 
 Path = tuple[str, ...]
@@ -235,13 +237,13 @@ class Plan:
                 for unit in chain.all_units:
                     conv, bn = at(m, unit.conv) if unit.conv is not None else None, at(m, unit.bn)
                     if unit is not chain.shortcut and conv is not None:
-                        here /= conv.stride[0] * conv.stride[1]
+                        here /= math.prod(pair(conv.stride, "stride", 1))
                     last = UnitModules(conv, bn).channels
                     channels = channels or (conv.in_channels if conv is not None else last)
                     saved += here * last / channels * weight(conv)
                 if chain.max_pool is not None:
-                    h, w = pair(at(m, chain.max_pool).stride, "stride", 1)
-                    here /= h * w
+                    pool = at(m, chain.max_pool)
+                    here /= math.prod(PoolSpec.make(pool.kernel_size, pool.stride).stride)
             area[step.name] = here
         return replace(self, values=saved / calls, out=here * last / channels) if calls else self
 

@@ -13,7 +13,7 @@ import pytest
 from source_tree import PACKAGE, ROOT, run
 
 TIERS = (
-    {"_C", "_version", "locks", "reference", "spec"},
+    {"_C", "_version", "arguments", "locks", "reference", "spec"},
     {"backends"},
     {"plan_cache", "planner", "small"},
     {"chain", "chain_backward", "chain_forward", "frozen_forward", "joint"},
@@ -40,7 +40,7 @@ TIERS = (
     {"__main__"},
 )
 # Seen by anybody, themselves seeing torch and the standard library only.
-TORCH_ONLY = {"_version", "reference"}
+TORCH_ONLY = {"_version", "arguments", "reference"}
 
 
 def tier(module: str) -> int | None:
