@@ -7,6 +7,7 @@ from fused_resnet.convert import freeze
 from fused_resnet.explanation import explain
 from fused_resnet.fusion.swap import fuse, unfuse
 from fused_resnet.modules import ConvBNAct, ResidualChain
+from fused_resnet.saving import safe_globals
 
 __all__ = [
     "BackendUnavailable",
@@ -19,6 +20,7 @@ __all__ = [
     "functional",
     "fuse",
     "models",
+    "safe_globals",
     "spec",
     "unfuse",
     "use_backend",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from fused_resnet.classes import PLANNED, why_no_class
 from fused_resnet.matching import Matcher
-from fused_resnet.modules import has_hooks
+from fused_resnet.modules import has_hooks, named_modules, places
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm, original
 from fused_resnet.plans import Plan, at
 from fused_resnet.tracing import CannotTrace, Trace, parts, trace
@@ -35,27 +37,39 @@ class Found:
 
 def analyse(model: nn.Module) -> list[Found]:
     """Every module of ``model`` with a norm for a chain, or blocks for a row, in its own forward; parents first."""
-    names = {id(m): name for name, m in reversed(list(model.named_modules(remove_duplicate=False)))}
     shared = _shared(model)
     found: dict[int, Found] = {}
-    for m in reversed(list(model.modules())):
-        if _has_material(m, found):
-            found[id(m)] = _analysed(m, names[id(m)], found, shared)
+    everything = named_modules(model)
+    compiled = [(name, m) for name, m in everything if isinstance(m, torch.jit.ScriptModule)]
+    inside = {id(m) for _, outer in compiled for _, m in named_modules(outer) if m is not outer}
+    for name, m in reversed(everything):
+        if id(m) in inside:
+            continue
+        try:
+            if isinstance(m, torch.jit.ScriptModule):
+                if any(looks_like_norm(part) for _, part in named_modules(m)):
+                    found[id(m)] = Found(name, m, reason="TorchScript compiled it")
+            elif _has_material(m, found):
+                found[id(m)] = _analysed(m, name, found, shared)
+        except Exception as error:  # whatever a module's own properties and classes raise when they are looked at
+            found[id(m)] = Found(name, m, reason=f"it can't be looked at: {type(error).__name__}: {error}")
     return list(reversed(found.values()))
 
 
 def _shared(model: nn.Module) -> dict[int, list[str]]:
     """Convolutions and norms that have several places in the model, and which."""
-    places: dict[int, list[str]] = {}
-    for name, m in model.named_modules(remove_duplicate=False):
+    found: dict[int, list[str]] = {}
+    for name, m in places(model):
         if isinstance(m, nn.Conv2d) or looks_like_norm(m):
-            places.setdefault(id(m), []).append(name)
-    return {key: names for key, names in places.items() if len(names) > 1}
+            found.setdefault(id(m), []).append(name)
+    return {key: names for key, names in found.items() if len(names) > 1}
 
 
 def _parts(m: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """What the module's forward may call: its children, and those of its lists."""
-    for name, child in m.named_children():
+    for name, child in m._modules.items():
+        if child is None:
+            continue
         if isinstance(child, nn.ModuleList | nn.ModuleDict) and not _runs(child):
             yield from _parts(child, f"{prefix}{name}.")
         else:
@@ -72,7 +86,7 @@ def _has_material(m: nn.Module, found: dict[int, Found]) -> bool:
         return False
     if any(looks_like_norm(part) or _is_open(part, found) for _, part in _parts(m)):
         return True
-    lists = [child for child in m.children() if isinstance(child, nn.Sequential | nn.ModuleList)]
+    lists = [child for child in m._modules.values() if isinstance(child, nn.Sequential | nn.ModuleList)]
     return original(m) is not nn.Sequential and any(_blocks(child, found) > 1 for child in lists)
 
 
@@ -94,6 +108,9 @@ def _analysed(m: nn.Module, name: str, found: dict[int, Found], shared: dict[int
             break
         if calls_itself(m):
             result.reason = "its class overrides __call__"
+            break
+        if reason := why_no_class(cls, PLANNED + method):
+            result.reason = reason
             break
         try:
             _plan(m, result, found, shared)

@@ -136,7 +136,11 @@ class _Row(torch.autograd.Function):
         output = _redispatch(below, *_row_arguments(tensors, has_residual), text)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
+        # Autograd keeps no tensor of inference mode. Plain PyTorch keeps x for a weight's gradient alone, so images of
+        # inference mode may train the norms behind a convolution that is not trained: here on a copy of them.
+        first = 1 + has_residual
+        given = [t.clone() if t.is_inference() else t for t in tensors[:first]]
+        ctx.save_for_backward(*given, *tensors[first:], *output[1:])
         return tuple(output)
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import joint, reference
+from fused_resnet.arguments import flag, number
 from fused_resnet.backends import vector_dtype
 from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec
 from fused_resnet.units import Unit
@@ -22,9 +23,6 @@ def check_arguments(unit: Unit, index: int) -> None:
         value = getattr(unit, name)
         if value is not None:
             check_tensor(name, value)
-    if (unit.bn_weight is None) != (unit.bn_bias is None):
-        came, missing = ("bn_weight", "bn_bias") if unit.bn_bias is None else ("bn_bias", "bn_weight")
-        raise ValueError(f"{missing}: expected a tensor beside {came}, got None (unit {index})")
     if (unit.running_mean is None) != (unit.running_var is None):
         came, missing = ("running_mean", "running_var") if unit.running_var is None else ("running_var", "running_mean")
         raise ValueError(f"{missing}: expected a tensor beside {came}, got None (unit {index})")
@@ -37,12 +35,8 @@ def check_arguments(unit: Unit, index: int) -> None:
             "process_group: expected a torch.distributed.ProcessGroup that this process is in, or None, "
             f"got {unit.process_group!r} (unit {index})"
         )
-    if not isinstance(unit.training, bool):
-        raise TypeError(f"training: expected a bool, got {unit.training!r} (unit {index})")
-    if isinstance(unit.momentum, bool) or not isinstance(unit.momentum, int | float):
-        raise TypeError(f"momentum: expected a number, got {unit.momentum!r} (unit {index})")
-    if not 0 <= unit.momentum <= 1:
-        raise ValueError(f"momentum: expected a number between 0 and 1, got {unit.momentum} (unit {index})")
+    flag(unit.training, "training")
+    number(unit.momentum, "momentum")
 
 
 def autocasts(x: Tensor) -> bool:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial, wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.classes import KINDS, PLANNED, fused_class, set_class
 from fused_resnet.freezing import CalledOtherwise, Folded, Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
 from fused_resnet.fusion.swap import unfuse
-from fused_resnet.modules import has_hooks
+from fused_resnet.modules import has_hooks, named_modules
+from fused_resnet.patterns import METHODS
 from fused_resnet.plans import Plan, Ref, at
 
 if TYPE_CHECKING:
@@ -27,34 +29,9 @@ _STEM_STAGES = 2
 
 
 # ---------------------------------------------------------------------------------------------------- planned classes
-class PlannedModule:
-    """What the class of a module in a frozen model adds to the class it was made from.
-
-    Attributes:
-        _fr_original: that class. _fr_method: what of it is overridden, _fr_plain: and the original.
-        _fr_plan: of the module. _fr_name: its name. _fr_frozen: number of a chain -> the frozen chain's path.
-    """
-
-    _fr_original: type[nn.Module]
-    _fr_method: str
-    _fr_plain: Callable[..., Any]
-    _fr_plan: Plan
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = self.__getstate__()
-        return _rebuild, (self._fr_original, self._fr_method), state
-
-
-def _rebuild(cls: type[nn.Module], method: str) -> nn.Module:
-    """Unpickling and deepcopy: an empty module of the planned class."""
-    planned: Any = _planned_class(cls, method)  # type: ignore[arg-type]
-    made: nn.Module = planned.__new__(planned)
-    return made
-
-
-@cache
-def _planned_class(cls: Any, method: str) -> type:
-    """The subclass of ``cls`` whose ``method`` runs a plan; one per class, method and process."""
+def _planned_method(method: str, cls: Any) -> dict[str, Any]:
+    """Of a module in a frozen model: ``method`` runs the module's plan (``_fr_plan``) with the frozen chains at the
+    paths ``_fr_frozen``; ``_fr_name``: the module's name."""
     plain = getattr(cls, method)
 
     @wraps(plain)
@@ -66,8 +43,10 @@ def _planned_class(cls: Any, method: str) -> type:
             raise CalledOtherwise(self._fr_name, "other arguments, or of another class or size")
         return plan.run(self, args[0], [at(self, p) for p in self._fr_frozen], _one_after_the_other)
 
-    added = {"_fr_original": cls, "_fr_method": method, "_fr_plain": plain, method: forward, "__module__": __name__}
-    return type(f"Frozen{cls.__name__}", (PlannedModule, cls), added)
+    return {method: forward}
+
+
+KINDS.update((PLANNED + method, partial(_planned_method, method)) for method in METHODS)
 
 
 def _one_after_the_other(children: Sequence[nn.Module], x: Any) -> Any:
@@ -78,7 +57,7 @@ def _one_after_the_other(children: Sequence[nn.Module], x: Any) -> Any:
 
 def plan_of(m: nn.Module) -> Plan | None:
     """What a module of a frozen model does in its forward."""
-    return m.__dict__.get("_fr_plan") if isinstance(m, PlannedModule) else None
+    return m.__dict__.get("_fr_plan")
 
 
 def _check(model: object) -> None:
@@ -155,7 +134,7 @@ def _replaced(name: str, chain: nn.Module, model: nn.Module) -> nn.Module:
 
 def _installed(m: nn.Module, plan: Plan, found: Found, chains: Sequence[FrozenChain], model: nn.Module) -> nn.Module:
     """``m`` runs its plan with frozen chains, each in the place of the first module that it replaces."""
-    m.__class__ = _planned_class(type(m), found.method)  # type: ignore[arg-type]
+    set_class(m, fused_class(type(m), PLANNED + found.method))
     m.__dict__["_fr_name"] = found.name
     m.__dict__["_fr_plan"] = plan
     m.__dict__["_fr_frozen"] = tuple(chain.units[0].paths[0] for chain in plan.chains)
@@ -174,7 +153,7 @@ def _set(m: nn.Module, path: Sequence[str], child: nn.Module) -> None:
 
 def _join_stages(model: nn.Module) -> None:
     """Puts a stem and the first stages behind it into one row in the stem's place."""
-    for m in model.modules():
+    for _, m in named_modules(model):
         plan, frozen = plan_of(m), m.__dict__.get("_fr_frozen")
         if plan is None or frozen is None:
             continue

@@ -8,7 +8,6 @@ once. Source: PyTorch's notes on CUDA graphs (torch.cuda.graph).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +17,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fused_resnet.backends import warn_once
+from fused_resnet.locks import Lock
 
 # Shapes that get a graph; each keeps memory and takes as long as several calls to record.
 SHAPES = 8
 # Calls before one is recorded: plans are measured and libraries set themselves up outside the graph.
 _WARM_UP = 2
 # One recording at a time in a process.
-_recording = threading.Lock()
+_recording = Lock()
 
 
 def _can_record(x: Tensor) -> bool:
@@ -49,7 +49,7 @@ class Graphs:
     def __init__(self) -> None:
         self.refused: str | None = None
         self._graphs: dict[Any, _Graph] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._pool: Any = None
         self._done: torch.cuda.Event | None = None
 
@@ -65,7 +65,7 @@ class Graphs:
         """function(x); its tensors are the caller's own."""
         if not _can_record(x):
             return function(x)
-        with self._lock, torch.cuda.device(x.device):
+        with self._lock.held(), torch.cuda.device(x.device):
             graph = self._graphs.get((x.shape, x.dtype))
             if graph is None and self.refused is None:
                 graph = self._record(function, x)
@@ -85,7 +85,7 @@ class Graphs:
         stream.wait_stream(current)
         try:
             # torch.cuda.graph alone would leave its stream the current one where recording fails
-            with _recording, torch.cuda.stream(stream):
+            with _recording.held(), torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):
                     function(static)
                 # other threads may go on allocating

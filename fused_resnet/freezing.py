@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from fused_resnet.arguments import number, pair
 from fused_resnet.backends import load, vector_dtype
 from fused_resnet.chain_forward import fold
 from fused_resnet.cuda_graphs import Graphs
 from fused_resnet.frozen_forward import plain_chains, run_chains
-from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of
+from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of, for_onnx, graphed, named_modules
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
 # (a model's copy, the dtype to compute in, portable, names of modules to leave) -> for each module with chains, how it
@@ -46,7 +47,8 @@ class FrozenUnit(nn.Module):
         assert u.running_mean is not None and u.running_var is not None
         wide = vector_dtype(u.running_mean.dtype)
         params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
-        norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, u.eps, wide)
+        eps = number(u.eps, "eps")
+        norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, eps, wide)
         self.weight: Tensor
         self.bias: Tensor
         conv = None
@@ -58,7 +60,8 @@ class FrozenUnit(nn.Module):
             self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
             self.register_buffer("bias", norm.shift.to(bias_dtype))
             conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
-        self.spec = UnitSpec(conv, act_of(unit.act) if unit.act is not None else Act("identity"), batch_stats=False)
+        act = act_of(unit.act) if unit.act is not None else Act("identity")
+        self.spec = UnitSpec(conv, act, eps, batch_stats=False)
 
     def extra_repr(self) -> str:
         c, w = self.spec.conv, self.weight
@@ -84,7 +87,7 @@ class FrozenChain(nn.Sequential):
             shortcut = ShortcutSpec("projection", specs[-1], chain.avg_pool_spec())
         elif chain.shortcut == "pad":
             channels = units[-1].weight.shape[0]
-            shortcut = ShortcutSpec("pad", stride=(chain.stride, chain.stride), channels=channels)
+            shortcut = ShortcutSpec("pad", stride=pair(chain.stride, "stride", 1), channels=channels)
         elif chain.shortcut is not None:
             shortcut = ShortcutSpec("identity")
         self.spec = ChainSpec(specs[: len(chain.units)], shortcut, chain.max_pool_spec())
@@ -121,8 +124,9 @@ def _run_row(chains: Sequence[FrozenChain], x: Tensor, residual: Tensor | None =
     params: list[Any] = [t for chain in chains for unit in chain for t in (unit.weight, unit.bias)]
     if chains[0].portable:
         return plain_chains(x, params, [chain.spec for chain in chains], residual)
-    if torch.jit.is_tracing():
-        raise RuntimeError("torch.jit.trace: use freeze(..., portable=True), or torch.export, for a frozen model")
+    if graphed() and (torch.jit.is_tracing() or for_onnx()):
+        tool = "torch.onnx.export" if for_onnx() else "torch.jit.trace"
+        raise RuntimeError(f"{tool}: the operator of a frozen model is unknown there; use freeze(..., portable=True)")
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.fused_resnet.frozen(x, params, [chain.text for chain in chains], residual)
         return out
@@ -145,6 +149,7 @@ class Frozen(nn.Module):
         self.left: set[str] = set()
         self.graphs: Graphs | None = None
         self.eval()
+        _leave_inference_mode(self)
 
     def train(self, mode: bool = True) -> Frozen:
         """Only ``eval()``.
@@ -177,6 +182,7 @@ class Frozen(nn.Module):
                 f"dtype: frozen for {self.compute}, got {probe.dtype}; call freeze(..., dtype=...) again"
             )
         super()._apply(fn, recurse)
+        _leave_inference_mode(self)
         self.device = probe.device
         if self.graphs is not None:
             self.graphs = Graphs() if probe.device.type == "cuda" else None
@@ -185,6 +191,7 @@ class Frozen(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Tensors may have been loaded to another device."""
         super().__setstate__(state)
+        _leave_inference_mode(self)
         self.device = next((t.device for t in (*self.parameters(), *self.buffers())), self.device)
 
     def forward(self, x: Tensor) -> Any:
@@ -204,6 +211,20 @@ class Frozen(nn.Module):
     def extra_repr(self) -> str:
         graphs = "" if self.graphs is None else f", {self.graphs}"
         return f"dtype={self.dtype}, computed in {self.compute}, on {self.device}{graphs}"
+
+
+def _leave_inference_mode(model: nn.Module) -> None:
+    """Puts ordinary copies in the place of tensors made in inference mode. PyTorch counts no changes of those, so a
+    weight packed from one could be out of date."""
+    copies: dict[Tensor, Tensor] = {}  # tied tensors stay tied
+    with torch.inference_mode(False), torch.no_grad():
+        for tensors in (table for m in model.modules() for table in (m._parameters, m._buffers)):
+            for name, t in tensors.items():
+                if t is not None and t.is_inference():
+                    if t not in copies:
+                        made = t.clone()
+                        copies[t] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
+                    tensors[name] = copies[t]  # type: ignore[assignment]
 
 
 def _describe(x: object) -> str:
@@ -267,7 +288,7 @@ def _frozen_but(
     copied.to(example.device, compute)
     for replace in replacements:
         copied = replace(copied)
-    for m in copied.modules():
+    for _, m in named_modules(copied):
         if isinstance(m, FrozenChain):
             m.to(example.device)
         if type(m) is nn.Sequential and len(m) and all(isinstance(child, FrozenChain) for child in m):

@@ -17,7 +17,6 @@ weight does, in a table of this module: an operator has no module to keep them i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_resnet import reference, small
 from fused_resnet.backends import Norm, aten, vector_dtype
+from fused_resnet.locks import Lock
 from fused_resnet.planner import case_of, pick, run, text_of
 from fused_resnet.reference import shortcut_input
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec
@@ -54,12 +54,12 @@ class _Packs:
 
 _MISSING = object()
 _packs = WeakTensorKeyDictionary()
-_packing = threading.Lock()
+_packing = Lock()
 
 
 def _values(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weight's values do: in place, or by ``.data``."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    """Changes when the weight's values do: in place, or by ``.data``. Not for a tensor of inference mode."""
+    return weight.data_ptr(), weight._version
 
 
 # ``_packed``, or what packs anew: (weight, key, pack) -> the packed weight, or None.
@@ -73,12 +73,13 @@ def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
         found = packs.found.get(key, _MISSING)  # None where there is nothing to pack
         if found is not _MISSING:
             return found
-    with _packing:
+    with _packing.held():
         packs = _packs.get(weight)
         if packs is None or packs.values != values:
             _packs[weight] = packs = _Packs(values)
         if key not in packs.found:
-            made = pack([form for form in packs.found.values() if form is not None])
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the caller's mode
+                made = pack([form for form in packs.found.values() if form is not None])
             while len(packs.found) >= SHAPES:
                 packs.found.pop(next(iter(packs.found)))
             packs.found[key] = made
@@ -87,7 +88,7 @@ def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
 
 def packed_forms(weight: Tensor) -> list[Any]:
     """What the weight is packed into by now, each once."""
-    packs = _packs.get(weight)
+    packs = None if weight.is_inference() else _packs.get(weight)
     found = packs.found.copy().values() if packs is not None and packs.values == _values(weight) else ()
     return list({id(form): form for form in found if form is not None}.values())
 
@@ -115,7 +116,11 @@ def _is_served(
     x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, pool: Any = None
 ) -> bool:
     """Whether a unit, with the max-pool behind it, is to run on the backend that serves it: on a CPU where that is
-    faster than PyTorch's own operators, which start sooner."""
+    faster than PyTorch's own operators, which start sooner; not with a weight of inference mode, whose changes PyTorch
+    does not count, so that nothing packed from it may be kept (``freeze`` makes none, an exported model may have been
+    loaded in that mode)."""
+    if weight.is_inference():
+        return False
     if not x.is_cpu or not small.has_choice():
         return True
     key = (x.shape, x.dtype, weight.shape, conv, act, residual is None, pool, torch.get_num_threads())

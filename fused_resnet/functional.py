@@ -16,7 +16,8 @@ from torch import Tensor
 
 import fused_resnet.chain  # noqa: F401  (registers the operators)
 from fused_resnet import checks, joint, reference
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec, pair
+from fused_resnet.arguments import flag, number, pair
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec
 from fused_resnet.units import Chain, Unit
 
 if TYPE_CHECKING:
@@ -185,8 +186,7 @@ def _run(
     checks.check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
-    if not isinstance(recompute, bool):
-        raise TypeError(f"recompute: expected a bool, got {recompute!r}")
+    flag(recompute, "recompute")
     plans, specs = [], []
     shape = tuple(x.shape)
     for i, chain in enumerate(chains):
@@ -263,7 +263,7 @@ def _plan(
     return (
         tuple(_key(u, i) for i, u in enumerate(chain.everyone)),
         kind,
-        _hashable(chain.shortcut_stride),
+        pair(chain.shortcut_stride, "shortcut_stride", 1),
         _pool_key("shortcut_pool", chain.shortcut_pool),
         (weight.shape[0] if weight is not None else channels) if kind == "pad" else 0,
         _pool_key("max_pool", pool),
@@ -274,7 +274,7 @@ def _plan(
 def _chain_spec(
     keys: tuple[tuple[Any, ...], ...],
     kind: str,
-    stride: int | tuple[int, ...],
+    stride: tuple[int, int],
     shortcut_pool: tuple[Any, ...] | None,
     channels: int,
     pool: tuple[Any, ...] | None,
@@ -283,45 +283,26 @@ def _chain_spec(
     specs = [_unit_spec(*key) for key in keys]
     unit = specs.pop() if kind == "projection" else None
     average, tail = (PoolSpec(*p) if p is not None else None for p in (shortcut_pool, pool))
-    shortcut = ShortcutSpec(kind, unit, average, pair(stride, "shortcut_stride", 1), channels)  # type: ignore[arg-type]
+    shortcut = ShortcutSpec(kind, unit, average, stride, channels)  # type: ignore[arg-type]
     return ChainSpec(tuple(specs), shortcut, tail, recompute)
 
 
 def _text(*plans: tuple[Any, ...]) -> str:
     """The row's spec as operators take it; a constant of a compiled graph, so the arguments are plain tuples."""
-    try:
-        return _cached_text(plans, repr(plans))
-    except TypeError:  # something that can't be hashed: made again, it says what is wrong with it
-        return _row_spec(plans).encode()
+    return _cached_text(plans)
 
 
 @lru_cache(maxsize=4096)
-def _cached_text(plans: tuple[tuple[Any, ...], ...], spelled: str) -> str:
-    """``spelled``: 1, 1.0 and True are equal, and one of them is an error."""
-    return _row_spec(plans).encode()
+def _cached_text(plans: tuple[tuple[Any, ...], ...]) -> str:
+    return RowSpec(tuple(_chain_spec(*plan) for plan in plans)).encode()
 
 
-def _row_spec(plans: tuple[tuple[Any, ...], ...]) -> RowSpec:
-    return RowSpec(tuple(_chain_spec(*plan) for plan in plans))
-
-
-def _unit_spec(
-    conv: tuple[Any, ...] | None,
-    act: str | tuple[str, float] | None,
-    eps: float,
-    training: bool,
-    affine: bool,
-    group: str | None,
-) -> UnitSpec:
-    return UnitSpec(ConvSpec.make(*conv) if conv is not None else None, Act.make(act), eps, training, affine, group)
+def _unit_spec(conv: tuple[Any, ...] | None, act: tuple[str, float], *rest: Any) -> UnitSpec:
+    return UnitSpec(ConvSpec(*conv) if conv is not None else None, Act(*act), *rest)
 
 
 # What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo.
 _text._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _hashable(value: int | Sequence[int] | str) -> int | tuple[int, ...] | str:
-    return tuple(value) if isinstance(value, list | torch.Size) else value  # type: ignore[return-value]
 
 
 def _key(unit: Unit, index: int) -> tuple[Any, ...]:
@@ -329,11 +310,14 @@ def _key(unit: Unit, index: int) -> tuple[Any, ...]:
     checks.check_arguments(unit, index)
     conv = None
     if unit.weight is not None:
-        size, geometry = tuple(unit.weight.shape), (unit.stride, unit.padding, unit.dilation)
-        conv = (size, *(_hashable(v) for v in geometry), unit.groups, unit.bias is not None)
-    act = (unit.act.name, unit.act.param) if isinstance(unit.act, Act) else unit.act
+        c = ConvSpec.make(
+            unit.weight.shape, unit.stride, unit.padding, unit.dilation, unit.groups, unit.bias is not None
+        )
+        conv = (c.stride, c.padding, c.dilation, c.groups, c.bias)
+    act, eps = Act.make(unit.act), number(unit.eps, "eps")
     group = joint.name_of(unit.process_group) if unit.training else None
-    return conv, act, unit.eps, bool(unit.training), unit.bn_weight is not None, group
+    has = (unit.bn_weight is not None, unit.bn_bias is not None)
+    return conv, (act.name, act.param), eps, unit.training, *has, group
 
 
 def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
@@ -374,8 +358,9 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int | Tensor) 
         return
     if unit.bias is not None:
         mean = mean + unit.bias
-    unit.running_mean.lerp_(mean.to(unit.running_mean.dtype), unit.momentum)
-    unit.running_var.lerp_((var * (count / (count - 1))).to(unit.running_var.dtype), unit.momentum)
+    momentum = number(unit.momentum, "momentum")
+    unit.running_mean.lerp_(mean.to(unit.running_mean.dtype), momentum)
+    unit.running_var.lerp_((var * (count / (count - 1))).to(unit.running_var.dtype), momentum)
 
 
 def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:

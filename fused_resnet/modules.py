@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fused_resnet import reference
+from fused_resnet.arguments import pair
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward, residual_chain, residual_chains
 from fused_resnet.patterns import norm_kind, original, same_as
@@ -30,12 +31,48 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
     nn.ReLU6: ("relu6", ""),
     nn.Hardswish: ("hardswish", ""),
 }
+
+
+def graphed() -> bool:
+    """Whether a tool records what runs: dynamo, ``torch.jit.trace``, ``torch.export``, either way of
+    ``torch.onnx.export``. Modules run their own forwards then: the graph is the plain model's."""
+    return torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def for_onnx() -> bool:
+    """Whether ``torch.onnx.export`` records what runs."""
+    return torch.onnx.is_in_onnx_export()
+
+
+# dynamo, which takes it for a constant of its own, asks it when it traces
+for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Forward, pre-forward or backward hooks of the module's own."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every place in the model, by its name, and the module there; parents first, and once more what stands in several.
+    As ``named_modules(remove_duplicate=False)``, for modules that have an ``__eq__`` of their own, or no hash, too."""
+    rest: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
+    while rest:
+        name, m, above = rest.pop()
+        yield name, m
+        if id(m) not in above:  # or it holds itself
+            children = [(k, child) for k, child in m._modules.items() if child is not None]
+            rest += [(f"{name}.{k}".lstrip("."), child, (*above, id(m))) for k, child in reversed(children)]
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Each module of the model once, with its first name; parents first."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, m in places(model):
+        found.setdefault(id(m), (name, m))
+    return list(found.values())
 
 
 def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
@@ -49,9 +86,11 @@ def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy``, but for process groups, of which there is one each."""
-    groups = [m.process_group for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
-    return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
+    """``copy.deepcopy`` without a history of its tensors (a ScriptModule's copy has one else), but for process groups,
+    of which there is one each."""
+    groups = [m.process_group for _, m in named_modules(model) if isinstance(m, nn.SyncBatchNorm)]
+    with torch.no_grad():
+        return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
 
 
 def act_of(module: nn.Module | Act) -> Act:
@@ -63,7 +102,7 @@ def act_of(module: nn.Module | Act) -> Act:
     if isinstance(module, Act):
         return module
     name, attribute = ACT_MODULES[same_as(type(module))]
-    return Act(name, float(getattr(module, attribute))) if attribute else Act.make(name)
+    return Act(name, getattr(module, attribute)) if attribute else Act.make(name)
 
 
 @dataclass(eq=False)
@@ -104,8 +143,9 @@ class UnitModules:
                 return f"{type(conv).__name__} in the place of Conv2d"
             if conv.padding_mode != "zeros":
                 return f"padding_mode {conv.padding_mode!r}"
+            dilation = pair(conv.dilation, "dilation", 1)
             if conv.padding == "same" and any(
-                d * (k - 1) % 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+                d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:], strict=True)
             ):
                 return "padding 'same' with an even kernel"
         kind = norm_kind(type(bn))
@@ -184,7 +224,7 @@ class ChainModules:
             if reason := unit.why_not():
                 return reason
         m, a = self.max_pool, self.avg_pool
-        if m is not None and (m.return_indices or m.ceil_mode or m.dilation not in (1, (1, 1))):
+        if m is not None and (m.return_indices or m.ceil_mode or pair(m.dilation, "dilation", 1) != (1, 1)):
             return "max-pool with return_indices, ceil_mode or dilation"
         if a is not None and a.divisor_override is not None:
             return "average pool with divisor_override"
@@ -215,7 +255,7 @@ class ChainModules:
         for conv in (u.conv for u in self.units):
             if conv is not None:
                 c = ConvSpec.make(conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
-                shape = (shape[0], conv.out_channels, *c.out_size(shape[2:], conv.kernel_size))
+                shape = (shape[0], conv.weight.shape[0], *c.out_size(shape[2:], conv.weight.shape[2:]))
         return shape
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -270,7 +310,7 @@ class ConvBNAct(nn.Module):
         kernel_size: int | tuple[int, int] = 3,
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str | None = None,
-        dilation: int = 1,
+        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = False,
         act: str | tuple[str, float] | Act | None = "relu",
@@ -279,8 +319,8 @@ class ConvBNAct(nn.Module):
     ) -> None:
         super().__init__()
         if padding is None:
-            k = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-            padding = (dilation * (k[0] - 1) // 2, dilation * (k[1] - 1) // 2)
+            k, d = pair(kernel_size, "kernel_size", 1), pair(dilation, "dilation", 1)
+            padding = (d[0] * (k[0] - 1) // 2, d[1] * (k[1] - 1) // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum)
         a = Act.make(act)
@@ -292,8 +332,9 @@ class ConvBNAct(nn.Module):
         return UnitModules(self.conv, self.bn, self.act)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():
-            return self.act(self.bn(self.conv(x)))
+        if graphed():
+            plain: Tensor = self.act(self.bn(self.conv(x)))
+            return plain
         return _run_or_raise(ChainModules([self.modules_of_unit()]), x)
 
 
@@ -329,7 +370,7 @@ class ResidualChain(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():
+        if graphed():
             return self._plain(x)
         units = [u.modules_of_unit() for u in self.units]  # type: ignore[operator]
         shortcut = self.shortcut
@@ -338,15 +379,15 @@ class ResidualChain(nn.Module):
         )
 
     def _plain(self, x: Tensor) -> Tensor:
-        """The block as PyTorch's modules, which is what a compiler is to see."""
+        """The block as PyTorch's modules."""
         *before, last = self.units
         h = x
         for unit in before:
             h = unit(h)
-        h = last.bn(last.conv(h))  # type: ignore[operator]
+        out: Tensor = last.bn(last.conv(h))  # type: ignore[operator]
         if self.shortcut is not None:
-            h = h + (self.shortcut(x) if isinstance(self.shortcut, ConvBNAct) else x)
-        return last.act(h)  # type: ignore[operator]
+            out = out + (self.shortcut(x) if isinstance(self.shortcut, ConvBNAct) else x)
+        return last.act(out)  # type: ignore[operator]
 
 
 def _run_or_raise(chain: ChainModules, x: Tensor) -> Tensor:

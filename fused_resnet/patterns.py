@@ -91,7 +91,8 @@ def norm_kind(cls: type) -> tuple[bool, bool] | None:
 
 def looks_like_norm(m: nn.Module) -> bool:
     """A BatchNorm of two-dimensional images, whether or not a chain takes its class."""
-    return isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) or class_name(type(m)) in NORMS
+    compiled = isinstance(m, torch.jit.ScriptModule) and m.original_name == "BatchNorm2d"
+    return compiled or isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) or class_name(type(m)) in NORMS
 
 
 def act_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Act | None:
@@ -102,7 +103,10 @@ def act_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Act 
     given = dict(zip((parameter, "inplace") if parameter else ("inplace",), args[1:], strict=False)) | kwargs
     value = given.pop(parameter, ACTIVATIONS[name][0]) if parameter else 0.0
     given.pop("inplace", None)
-    return Act(name, float(value)) if not given and isinstance(value, int | float) else None
+    try:
+        return Act(name, value) if not given else None
+    except TypeError:  # a value that the graph computes
+        return None
 
 
 def mutates(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -26,6 +26,8 @@ from fused_resnet._version import __version__
 from fused_resnet.backends import warn_once
 
 FORMAT = 1
+# For how long a process waits for another one's write.
+_PATIENCE_S = 30
 
 
 def folder() -> Path:
@@ -142,7 +144,8 @@ class PlanCache:
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock"):
+            # filelock.Timeout is an OSError: whoever holds the lock for longer than a write takes hangs
+            with FileLock(f"{self.path}.lock", timeout=_PATIENCE_S):
                 self.choices = {**self.choices, **self._read()}
                 held = self._hold(signature, entry, instead_of)
                 self._write()

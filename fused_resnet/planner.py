@@ -13,7 +13,6 @@ FUSED_RESNET_PLAN: "auto" (measure on GPUs; the default), "measure" (on CPUs too
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from fused_resnet.backends import (
     vector_dtype,
     warn_once,
 )
+from fused_resnet.locks import Lock
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _with(args: tuple[Any, ...], changes: dict[int, Any]) -> tuple[Any, ...]:
     return tuple(changes.get(i, a) for i, a in enumerate(args))
 
 
-_choosing = threading.RLock()
+_choosing = Lock()
 # key of the arguments -> choice; and what ``explain`` reads: (primitive, conv, weight's shape or channels) -> entry
 _known: dict[Any, Choice] = {}
 _entries: dict[Any, dict[str, Any]] = {}
@@ -189,7 +189,7 @@ def run(primitive: str, *args: Any) -> Any:
     key = _key(primitive, args)
     choice = _known.get(key)
     if choice is None:
-        with _choosing:  # threads that come at once get one choice, and none is timed beside another
+        with _choosing.held():  # threads that come at once get one choice, and none is timed beside another
             choice = _choose(primitive, args)
         if choice is None:  # not now: by preference, and measured at a later call
             return getattr(pick(primitive, _case(primitive, args)), primitive)(*args)

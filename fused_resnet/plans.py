@@ -6,11 +6,16 @@ seen, and copies and pickles carry it along.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pickle import UnpicklingError
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_resnet.modules import ChainModules, UnitModules, has_hooks
@@ -22,6 +27,43 @@ Path = tuple[str, ...]
 _AVG_POOL, _MAX_POOL = class_name(nn.AvgPool2d), class_name(nn.MaxPool2d)
 # What runs children one after the other (``run_children`` of convert.py).
 Children = Callable[[Sequence[nn.Module], Any], Any]
+
+
+# ---------------------------------------------------------------------------------------------------- functions by name
+_NAMESPACES = {"torch": torch._C._VariableFunctions, "torch.nn.functional": F, "operator": operator}
+_CONTAINERS = (Tensor, torch.Size, tuple, list, dict)
+
+
+def _name_of(function: Any) -> str | None:
+    """The name of a function that computes and does nothing else, of PyTorch or Python; None for all others."""
+    if function is getattr:
+        return "builtins.getattr"
+    name = getattr(function, "__name__", "")
+    if not isinstance(function, FunctionType | BuiltinFunctionType) or name.startswith("_"):
+        return None
+    for space, names in _NAMESPACES.items():
+        own = space != "torch.nn.functional" or function.__module__ in (space, "torch._C._nn")
+        if own and name not in ("from_file", "call") and getattr(names, name, None) is function:
+            return f"{space}.{name}"
+    return None
+
+
+def _function_of(name: str, args: tuple[Any, ...]) -> Any:
+    """The function that ``_name_of`` gave the name to."""
+    space, _, own = name.rpartition(".")
+    found = getattr if name == "builtins.getattr" else getattr(_NAMESPACES.get(space), own, None)
+    if _name_of(found) != name or (found is getattr and not _reads_attribute(args)):
+        raise UnpicklingError(f"function {name!r}: not one that computes and does nothing else")
+    return found
+
+
+def _reads_attribute(args: tuple[Any, ...]) -> bool:
+    """Of ``getattr``: a public attribute of a value."""
+    return len(args) == 2 and isinstance(args[1], str) and not args[1].startswith("_")
+
+
+def _is_safe_method(name: Any) -> bool:
+    return isinstance(name, str) and not name.startswith("_") and any(hasattr(cls, name) for cls in _CONTAINERS)
 
 
 @dataclass(frozen=True)
@@ -128,6 +170,30 @@ class Step:
     kwargs: dict[str, Any] | None = None
     dead: tuple[str, ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With names of functions that are safe to call: torch.load(weights_only=True) must be told of no others."""
+        state = dict(self.__dict__)
+        if self.kind == "method" and not _is_safe_method(self.target):
+            state["target"] = operator.methodcaller(self.target)
+        elif self.kind == "function" and (self.target is not getattr or _reads_attribute(self.args)):
+            state["target"] = _name_of(self.target) or self.target
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Raises pickle.UnpicklingError for what ``__getstate__`` would not have written."""
+        kind, target, args = state["kind"], state["target"], state["args"]
+        if kind == "function" and isinstance(target, str):
+            state = state | {"target": _function_of(target, args)}
+        elif kind == "method" and isinstance(target, operator.methodcaller):
+            state = state | {"target": target.__reduce__()[1][0]}
+        elif kind == "method" and not _is_safe_method(target):
+            raise UnpicklingError(f"method {target!r}: not one of a tensor or container")
+        elif kind in ("attribute", "children"):
+            for path in [target] if kind == "attribute" else target:
+                if any(name.startswith("__") for name in path):
+                    raise UnpicklingError(f"{kind}: {'.'.join(path)} is no child")
+        self.__dict__.update(state)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -183,6 +249,20 @@ class Plan:
             if type(child) is not nn.Identity or has_hooks(child) or "forward" in child.__dict__:
                 return f"{'.'.join(path)!r} is no plain Identity any more"
         return None
+
+    def check_children(self, m: nn.Module) -> None:
+        """Of a plan that comes from a file: what it calls of ``m`` must be modules.
+
+        Raises:
+            pickle.UnpicklingError: it is something else.
+        """
+        for step in self.steps:
+            for path in step.target if step.kind == "children" else ():
+                called: Any = m
+                for name in path:
+                    called = getattr(called, name, None)
+                if called is not None and not isinstance(called, nn.Module):
+                    raise UnpicklingError(f"children: {'.'.join(path)} is a {type(called).__name__}, no module")
 
     def fits(self, x: Any) -> bool:
         """Whether the input is of the class and the sizes that the forward was traced for."""

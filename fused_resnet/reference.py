@@ -81,8 +81,10 @@ def normalise(y: Tensor, p: dict[str, Tensor], unit: UnitSpec) -> tuple[Tensor, 
     stats = batch_stats(y, unit.group) if unit.batch_stats else None
     mean, var = stats if stats is not None else (p["running_mean"], p["running_var"])
     z = (y - mean[:, None, None]) / torch.sqrt(var + unit.eps)[:, None, None]
-    if unit.affine:
-        z = z * p["bn_weight"][:, None, None] + p["bn_bias"][:, None, None]
+    if unit.bn_weight:
+        z = z * p["bn_weight"][:, None, None]
+    if unit.bn_bias:
+        z = z + p["bn_bias"][:, None, None]
     return z, stats
 
 

@@ -13,7 +13,6 @@ reach it, it reads no random state, and in a forked process it has OpenMP thread
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from fused_resnet import planner
 from fused_resnet.backends import forced
+from fused_resnet.locks import Lock
 
 _always: ContextVar[bool] = ContextVar("fused_resnet_always", default=False)
 Call = Callable[[], Any]
@@ -82,17 +82,7 @@ def images(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Ten
 
 # ---------------------------------------------------------------------------------------------------- the answer
 _known: dict[tuple[int, str], Measured] = {}
-_measuring = threading.Lock()
-
-
-def _fresh_lock() -> None:
-    global _measuring
-    _measuring = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    # a process that is forked while another thread measures would wait for that thread, which it does not have
-    os.register_at_fork(after_in_child=_fresh_lock)
+_measuring = Lock()
 
 
 def faster(text: str, images: int, calls: Calls, call_s: float) -> Measured:
@@ -111,7 +101,7 @@ def faster(text: str, images: int, calls: Calls, call_s: float) -> Measured:
     if key not in _known:
         if planner.plan() == "preference":
             return CHAINS
-        with _measuring:  # threads that come at once get one answer, and none is timed beside another
+        with _measuring.held():  # threads that come at once get one answer, and none is timed beside another
             if key not in _known:
                 found = _kept(text) or _measured(images, calls, call_s)
                 if found is not None:

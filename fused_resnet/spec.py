@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from fused_resnet.arguments import flag, integer, number, pair
+
 # name -> (default parameter, what it is). The formulas live in csrc/bn_math.h, reference.py and backends/aten.py.
 ACTIVATIONS: dict[str, tuple[float, str]] = {
     "identity": (0.0, ""),
@@ -30,20 +32,10 @@ SHORTCUTS = ("none", "identity", "tensor", "projection", "pad")
 PARAM_NAMES = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 
 
-def pair(value: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]:
-    """``value`` as (height, width), both at least ``minimum``.
-
-    Raises:
-        TypeError: not an int or two ints. ValueError: below ``minimum`` or not two values.
-    """
-    values = (value, value) if isinstance(value, int) else value
-    if isinstance(values, str) or not isinstance(values, Sequence) or not all(type(v) is int for v in values):
-        raise TypeError(f"{name}: expected an int or two ints, got {value!r}")
-    if len(values) != 2:
-        raise ValueError(f"{name}: expected an int or two ints, got {len(values)} values: {value!r}")
-    if min(values) < minimum:
-        raise ValueError(f"{name}: expected values >= {minimum}, got {value!r}")
-    return values[0], values[1]
+def _keep(spec: Any, name: str, value: Any) -> None:
+    """A frozen spec's field as it was normalised; torch.compile can't trace the setting, which most often isn't due."""
+    if getattr(spec, name) is not value:
+        object.__setattr__(spec, name, value)
 
 
 @dataclass(frozen=True)
@@ -60,8 +52,7 @@ class Act:
     def __post_init__(self) -> None:
         if self.name not in ACTIVATIONS:
             raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {self.name!r}")
-        if isinstance(self.param, bool) or not isinstance(self.param, int | float):
-            raise TypeError(f"act: expected a number as the parameter of {self.name}, got {self.param!r}")
+        _keep(self, "param", number(self.param, "act: the parameter"))
 
     @property
     def index(self) -> int:
@@ -116,8 +107,7 @@ class ConvSpec:
         if min(weight_shape[2:]) < 1:
             raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight_shape)}")
         stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-        if type(groups) is not int:
-            raise TypeError(f"groups: expected an int, got {groups!r}")
+        groups = integer(groups, "groups")
         if groups < 1 or weight_shape[0] % groups:
             raise ValueError(
                 f"groups: expected a positive divisor of the {weight_shape[0]} output channels, got {groups}"
@@ -160,7 +150,10 @@ class PoolSpec:
 
     def __post_init__(self) -> None:
         k, p = pair(self.kernel, "pool kernel", 1), pair(self.padding, "pool padding", 0)
-        pair(self.stride, "pool stride", 1)
+        for name, value in (("kernel", k), ("stride", pair(self.stride, "pool stride", 1)), ("padding", p)):
+            _keep(self, name, value)
+        flag(self.ceil_mode, "pool ceil_mode")
+        flag(self.count_include_pad, "pool count_include_pad")
         if 2 * p[0] > k[0] or 2 * p[1] > k[1]:
             raise ValueError(f"pool padding: expected at most half the kernel {k}, got {p}")
 
@@ -172,10 +165,10 @@ class PoolSpec:
         ceil_mode: bool = False,
         count_include_pad: bool = True,
     ) -> PoolSpec:
-        """Validates and normalises (``stride=None`` means the kernel size, as in PyTorch)."""
+        """Validates and normalises (``stride=None``, or an empty one, means the kernel size, as in PyTorch)."""
         k = pair(kernel, "pool kernel", 1)
-        s = k if stride is None else pair(stride, "pool stride", 1)
-        return PoolSpec(k, s, pair(padding, "pool padding", 0), bool(ceil_mode), bool(count_include_pad))
+        s = k if stride is None or (isinstance(stride, list | tuple) and not stride) else stride
+        return PoolSpec(k, pair(s, "pool stride", 1), pair(padding, "pool padding", 0), ceil_mode, count_include_pad)
 
 
 @dataclass(frozen=True)
@@ -183,23 +176,24 @@ class UnitSpec:
     """conv -> BatchNorm -> act: ``z = s*y + t``, ``a = act(z)``, ``s = gamma/sqrt(var + eps)``, ``t = beta - mean*s``.
 
     ``conv=None``: somebody else's convolution came before, y is the chain's input. ``batch_stats``: mean and var are
-    this batch's (training); otherwise the running ones (frozen or eval). ``affine=False``: gamma = 1, beta = 0.
-    ``group``: the name of the process group that shares this batch's statistics; None: they are this process's own.
+    this batch's (training); otherwise the running ones (frozen or eval). ``bn_weight=False``: gamma = 1;
+    ``bn_bias=False``: beta = 0. ``group``: the name of the process group that shares this batch's statistics; None:
+    they are this process's own.
     """
 
     conv: ConvSpec | None
     act: Act  # no default: torch.compile of 2.11 takes literals alone
     eps: float = 1e-5
     batch_stats: bool = True
-    affine: bool = True
+    bn_weight: bool = True
+    bn_bias: bool = True
     group: str | None = None
 
     def __post_init__(self) -> None:
         if self.group is not None and not self.batch_stats:
             raise ValueError(f"process_group: expected None with running statistics, got {self.group!r}")
-        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float):
-            raise TypeError(f"eps: expected a number, got {self.eps!r}")
-        if not (0 < self.eps < float("inf") or (self.eps == 0 and not self.batch_stats)):
+        _keep(self, "eps", number(self.eps, "eps"))
+        if self.eps < 0 or (self.eps == 0 and self.batch_stats):
             raise ValueError(f"eps: expected a positive number (with running statistics, 0 too), got {self.eps}")
 
     @property
@@ -210,9 +204,9 @@ class UnitSpec:
     @property
     def param_names(self) -> tuple[str, ...]:
         """The tensors this unit needs, in the order in which operators take them (``PARAM_NAMES``)."""
-        weight = ("weight", "bias")[: 1 + self.conv.bias] if self.conv is not None else ()
-        affine, statistics = PARAM_NAMES[2:4] if self.affine else (), PARAM_NAMES[4:] if not self.batch_stats else ()
-        return weight + affine + statistics
+        conv, running = self.conv, not self.batch_stats
+        has = (conv is not None, conv is not None and conv.bias, self.bn_weight, self.bn_bias, running, running)
+        return tuple(name for name, there in zip(PARAM_NAMES, has, strict=True) if there)
 
 
 @dataclass(frozen=True)
@@ -227,6 +221,7 @@ class ShortcutSpec:
     channels: int = 0
 
     def __post_init__(self) -> None:
+        _keep(self, "stride", pair(self.stride, "shortcut_stride", 1))
         if self.kind not in SHORTCUTS:
             raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {self.kind!r}")
         if (self.kind == "projection") != (self.unit is not None):
@@ -379,4 +374,4 @@ def _pool(raw: dict[str, Any] | None) -> PoolSpec | None:
 
 def _unit(raw: dict[str, Any]) -> UnitSpec:
     conv = ConvSpec(**_tuples(raw["conv"])) if raw["conv"] else None
-    return UnitSpec(conv, Act(**raw["act"]), raw["eps"], raw["batch_stats"], raw["affine"], raw["group"])
+    return UnitSpec(**raw | {"conv": conv, "act": Act(**raw["act"])})

@@ -20,12 +20,14 @@ class Unit:
 
     Args:
         weight: [out_channels, in_channels/groups, kH, kW], or None where somebody else's convolution came before.
-        bn_weight, bn_bias: gamma and beta, [out_channels]; both None for BatchNorm without affine parameters.
+        bn_weight, bn_bias: gamma and beta, [out_channels]; None: 1 and 0, as in ``BatchNorm2d``
+            with ``affine=False`` or ``bias=False``.
         running_mean, running_var: [out_channels]; used when not ``training``, updated when ``training``; both or none.
         bias: the convolution's bias, [out_channels], or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
         act: a name of ``fused_resnet.spec.ACTIVATIONS``, a (name, parameter) pair or None.
-        eps, momentum, training: as in ``torch.nn.functional.batch_norm``.
+        eps, momentum, training: as in ``torch.nn.functional.batch_norm``. Wherever PyTorch takes a number of numpy's, a
+            tensor of one value, a list or a tuple of one, these do.
         process_group: when ``training``, the batches of all its processes make up the statistics, as in
             ``torch.nn.SyncBatchNorm``, and every process has to make the same calls; None: this process's batch.
     """

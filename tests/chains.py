@@ -40,21 +40,24 @@ KINKS: dict[str, tuple[float, ...]] = {
 
 
 class Mode(NamedTuple):
-    """A way to normalise: this batch's statistics or the running ones, gamma and beta or none, a conv bias or none."""
+    """A way to normalise: this batch's statistics or the running ones, with gamma, beta, a conv bias, or without."""
 
     batch_stats: bool = True
-    affine: bool = True
+    gamma: bool = True
+    beta: bool = True
     bias: bool = False
 
 
 MODES: dict[str, tuple[Mode, ...]] = {  # one Mode per unit, repeated in turn
     "batch": (Mode(),),
     "frozen": (Mode(batch_stats=False),),
-    "batch-no_affine": (Mode(affine=False),),
-    "frozen-no_affine": (Mode(batch_stats=False, affine=False),),
+    "batch-no_affine": (Mode(gamma=False, beta=False),),
+    "frozen-no_affine": (Mode(batch_stats=False, gamma=False, beta=False),),
+    "batch-gamma_or_beta": (Mode(beta=False), Mode(gamma=False)),
+    "frozen-beta_or_gamma": (Mode(batch_stats=False, gamma=False, bias=True), Mode(batch_stats=False, beta=False)),
     "batch-conv_bias": (Mode(bias=True),),
     "frozen-conv_bias": (Mode(batch_stats=False, bias=True),),
-    "mixed": (Mode(batch_stats=False), Mode(bias=True), Mode(affine=False)),
+    "mixed": (Mode(batch_stats=False), Mode(bias=True), Mode(gamma=False, beta=False)),
 }
 
 
@@ -173,9 +176,9 @@ def make(shape: str, act: str = "relu", mode: str = "batch", width: int = 2, bat
     def unit(i: int, conv: Conv | None, a: Act) -> UnitSpec:
         m = modes[i % len(modes)]
         if conv is None:
-            return UnitSpec(None, a, 1e-5, m.batch_stats, m.affine)
+            return UnitSpec(None, a, 1e-5, m.batch_stats, m.gamma, m.beta)
         c = ConvSpec(conv.stride, conv.padding, conv.dilation, conv.groups, m.bias)
-        return UnitSpec(c, a, 1e-5, m.batch_stats, m.affine)
+        return UnitSpec(c, a, 1e-5, m.batch_stats, m.gamma, m.beta)
 
     units = tuple(unit(i, conv, ACTS[act]) for i, conv in enumerate(kind.convs))
     first, last = kind.convs[0], kind.convs[-1]

@@ -141,8 +141,8 @@ def every_shape(shape: str) -> processes.Case:
         acts = itertools.cycle([act for act in chains.ACTS if act != "identity"])
         for _ in range(list(chains.SHAPES).index(shape)):
             next(acts)
-        modes = ("batch", "batch-conv_bias", "batch-no_affine", "mixed") if world == 2 else ("batch",)
-        for mode in modes:
+        more = ("batch-conv_bias", "batch-no_affine", "batch-gamma_or_beta", "mixed") if world == 2 else ()
+        for mode in ("batch", *more):
             act = next(acts)
             for backend, dtype in (("aten", torch.float64), ("cpu", torch.float32)):
                 with use_backend(backend) if load(backend)[0] is not None else nullcontext():

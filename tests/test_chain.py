@@ -88,7 +88,8 @@ def test_padding_of_wide_convolutions(backend: str, padding: Any) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_inference_same_numbers(backend: str, shape: str, layout: str) -> None:
     """With BatchNorm folded into the convolutions the output is the reference's."""
-    for act, mode in zip(ACTS, itertools.cycle(["frozen", "frozen-no_affine", "frozen-conv_bias"]), strict=False):
+    frozen = [mode for mode in MODES if mode.startswith("frozen")]
+    for act, mode in zip(ACTS, itertools.cycle(frozen), strict=False):
         for dtype in (torch.float64, torch.float32):
             chain = chains.make(shape, act, mode, width=3, batch=3, size=(7, 6))
             t = in_layout(chain, chains.draw(chain), dtype, layout)
@@ -133,7 +134,7 @@ def test_far_mean_keeps_the_variance(backend: str) -> None:
     for fmt in chains.LAYOUTS.values():
         y = x.contiguous(memory_format=fmt)
         for conv, params in ((None, []), (ConvSpec(), [weight])):
-            spec = ChainSpec((UnitSpec(conv, Act("identity"), affine=False),), ShortcutSpec())
+            spec = ChainSpec((UnitSpec(conv, Act("identity"), bn_weight=False, bn_bias=False),), ShortcutSpec())
             *_, mean, got = ops.chain(y, None, params, spec.encode())
             torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
             torch.testing.assert_close(got.double(), var, rtol=1e-3, atol=0)

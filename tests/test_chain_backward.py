@@ -47,7 +47,7 @@ def test_gradcheck_whole_jacobian(backend: str, shape: str, mode: str) -> None:
     assert gradcheck(chains.make(shape, "hardswish", mode, size=(3, 3)), torch.autograd.gradcheck, 2e-4)
 
 
-@pytest.mark.parametrize("mode", ["batch", "frozen", "batch-conv_bias", "mixed"])
+@pytest.mark.parametrize("mode", ["batch", "frozen", "batch-conv_bias", "batch-gamma_or_beta", "mixed"])
 @pytest.mark.parametrize("shape", ["conv", "no_conv_residual", "basic_projection", "bottleneck", "option_a", "stem"])
 def test_gradgradcheck(backend: str, shape: str, mode: str) -> None:
     """fp64: the gradient of the gradient is the second derivative."""

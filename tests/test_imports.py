@@ -13,13 +13,25 @@ import pytest
 from source_tree import PACKAGE, ROOT, run
 
 TIERS = (
-    {"_C", "_version", "reference", "spec"},
+    {"_C", "_version", "arguments", "locks", "reference", "spec"},
     {"backends"},
     {"plan_cache", "planner", "small"},
     {"chain", "chain_backward", "chain_forward", "frozen_forward", "joint"},
     {"checks", "functional", "units"},
     {"modules", "patterns"},
-    {"analysis", "convert", "cuda_graphs", "explanation", "freezing", "matching", "models", "plans", "tracing"},
+    {
+        "analysis",
+        "classes",
+        "convert",
+        "cuda_graphs",
+        "explanation",
+        "freezing",
+        "matching",
+        "models",
+        "plans",
+        "saving",
+        "tracing",
+    },
     {"measure", "traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"training"},
@@ -28,7 +40,7 @@ TIERS = (
     {"__main__"},
 )
 # Seen by anybody, themselves seeing torch and the standard library only.
-TORCH_ONLY = {"_version", "reference"}
+TORCH_ONLY = {"_version", "arguments", "reference"}
 
 
 def tier(module: str) -> int | None:

@@ -40,7 +40,7 @@ def test_whole_model_into_another_process(tmp_path: Path) -> None:
     _, fused = pair()
     x = images()
     torch.save((fused, x), tmp_path / "model.pt")
-    code = LOAD + "print(type(model).__name__, type(model.layer1).__name__, type(model.layer1[0]).__name__)"
+    code = LOAD + "print(*(m._get_name() for m in (model, model.layer1, model.layer1[0])))"
     command = [sys.executable, "-c", code, str(Path(__file__).parent), "model.pt", "after.pt"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr

@@ -186,9 +186,9 @@ Tensor winograd_weight(const Tensor& weight, bool flip, int tile) {
     const Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
     const int64_t K = w.size(0), C = w.size(1);
     const Tensor u = at::empty({(tile + 2) * (tile + 2), K, C}, w.options().memory_format(at::MemoryFormat::Contiguous));
-    at::parallel_for(0, K, 4, [&](int64_t b, int64_t e) {
-        table().winograd_weight(tile, w.data_ptr<float>(), u.data_ptr<float>(), K, C, flip, b, e);
-    });
+    const float* from = w.const_data_ptr<float>();
+    float* to = u.mutable_data_ptr<float>();
+    parallel(0, K, 4, [&](int64_t b, int64_t e) { table().winograd_weight(tile, from, to, K, C, flip, b, e); });
     return u;
 }
 
@@ -211,7 +211,7 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
     const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers, slice = (tiles + slices - 1) / slices;
     const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
     const Tensor v = at::empty({takers, products * slice * C}, options), m = at::empty({takers, products * slice * K}, options);
-    at::parallel_for(0, takers, 1, [&](int64_t first, int64_t last) {
+    parallel_aten(0, takers, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
             for (int64_t j = i; j < slices; j += takers) {
                 Winograd part = q;
@@ -221,14 +221,11 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
                 const int64_t end = part.first + part.count;
                 const Tensor left = v[i].narrow(0, 0, products * part.count * C), right = m[i].narrow(0, 0, products * part.count * K);
                 Tensor product = right.view({products, part.count, K});
-                // at::parallel_for inside another one is a loop
-                at::parallel_for(part.first, end, 8, [&](int64_t b, int64_t e) {
-                    table().winograd_input(in, part, left.data_ptr<float>(), b, e);
-                });
+                float *left_data = left.mutable_data_ptr<float>(), *right_data = right.mutable_data_ptr<float>();
+                // where there are several takers these loops run in the taker's thread
+                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, part, left_data, b, e); });
                 at::bmm_out(product, left.view({products, part.count, C}), u);
-                at::parallel_for(part.first, end, 8, [&](int64_t b, int64_t e) {
-                    table().winograd_output(post, part, right.data_ptr<float>(), b, e);
-                });
+                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_output(post, part, right_data, b, e); });
             }
     });
 }

@@ -70,9 +70,10 @@ Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tenso
     const int64_t rows = x.size(0) * pool.out_height, threads = at::get_num_threads(), part = (rows + threads - 1) / threads;
     const int64_t scratch = q.kernel[0] * (q.width + 2 * padding[1]) * q.channels + pool.kernel[0] * q.out_width * q.out_channels;
     const Tensor all = at::empty({threads, scratch}, at::TensorOptions().dtype(at::kFloat));
-    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    float* const memory = all.mutable_data_ptr<float>();
+    parallel(0, threads, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
-            table().stem(a, q, pool, all.data_ptr<float>() + i * scratch, std::min(rows, i * part), std::min(rows, (i + 1) * part));
+            table().stem(a, q, pool, memory + i * scratch, std::min(rows, i * part), std::min(rows, (i + 1) * part));
     });
     return out;
 }
@@ -95,7 +96,7 @@ void pointwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bia
     Direct q{};
     q.kernel[0] = q.kernel[1] = 1;
     q.channels = x.size(1), q.out_channels = out.size(1), q.weight = packed.data_ptr();
-    at::parallel_for(0, x.numel() / q.channels, 28, [&](int64_t first, int64_t last) { table().pointwise(a, q, first, last); });
+    parallel(0, x.numel() / q.channels, 28, [&](int64_t first, int64_t last) { table().pointwise(a, q, first, last); });
 }
 
 }  // namespace fused_resnet::cpu

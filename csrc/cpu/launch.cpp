@@ -39,7 +39,7 @@ static void merge(const Partials& p, int64_t plane, S* mean, S* var) {
     const int64_t C = p.data.size(2), chunks = p.chunks();
     const S* means = static_cast<const S*>(p.data.data_ptr());
     const S* m2s = means + chunks * C;
-    at::parallel_for(0, C, 64, [&](int64_t c0, int64_t c1) {
+    parallel(0, C, 64, [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; c++) {
             Moments<S, S> all{0, 0, 0};
             for (int64_t i = 0; i < chunks; i++) {
@@ -61,17 +61,17 @@ std::pair<Tensor, Tensor> Partials::moments(int64_t plane) const {
 
 void run(Kernel kernel, const Args& args, const View& view) {
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, view.size()));
-    at::parallel_for(0, view.blocks, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+    parallel(0, view.blocks, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
 }
 
 void reduce(Kernel kernel, const Args& args, const Partials& partials, int64_t first, int64_t last) {
     if (partials.planes) {
         Args mine = args;
         partials.aim(mine, 0);
-        at::parallel_for(0, partials.rows, 1, [&](int64_t b, int64_t e) { kernel(mine, b, e); });
+        parallel(0, partials.rows, 1, [&](int64_t b, int64_t e) { kernel(mine, b, e); });
         return;
     }
-    at::parallel_for(first, last, 1, [&](int64_t i0, int64_t i1) {
+    parallel(first, last, 1, [&](int64_t i0, int64_t i1) {
         Args mine = args;
         for (int64_t i = i0; i < i1; i++) {
             partials.aim(mine, i);

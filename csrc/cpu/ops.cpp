@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& y, at::TensorList norm,
     a.out = out.data_ptr();
     const Pool pool = pool_of(y, out, argmax, kernel, stride, padding);
     const int64_t images = y.size(0) * (a.layout.plane ? y.size(1) : 1);
-    at::parallel_for(0, images * oh, 1, [&](int64_t b, int64_t e) { table().bn_act_max_pool(a, pool, b, e); });
+    parallel(0, images * oh, 1, [&](int64_t b, int64_t e) { table().bn_act_max_pool(a, pool, b, e); });
     return {out, argmax};
 }
 
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, 
     const int64_t rows = y.size(0) * (a.layout.plane ? y.size(1) : 1) * y.size(2), chunk = 16;
     const int64_t chunks = (rows + chunk - 1) / chunk;
     const Tensor partial = at::empty({2, chunks, y.size(1)}, at::TensorOptions().dtype(wide(y)));
-    at::parallel_for(0, chunks, 1, [&](int64_t i0, int64_t i1) {
+    parallel(0, chunks, 1, [&](int64_t i0, int64_t i1) {
         Args mine = a;
         for (int64_t i = i0; i < i1; i++) {
             for (int k = 0; k < 2; k++) mine.sums[k] = bytes(partial, (k * chunks + i) * y.size(1));

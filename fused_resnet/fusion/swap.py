@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,63 +13,27 @@ from torch.nn.modules import module as nn_module
 
 from fused_resnet.backends import warn_once
 from fused_resnet.chain import transformed
+from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.sync_norm import sync_batch_norm
-from fused_resnet.modules import shared_by
+from fused_resnet.modules import graphed, named_modules, shared_by
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm
 
-_NEVER_SAVED = ("_fr_fronts", "_fr_group")
 
-
-class FusedModule:
-    """What a fused class adds to the class it was made from.
-
-    Attributes:
-        _fr_original: that class. _fr_fronts: of the module: method -> its captured forward, made at its first call.
-    """
-
-    _fr_original: type[nn.Module]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = self.__getstate__()
-        if isinstance(state, dict):
-            state = {k: v for k, v in state.items() if k not in _NEVER_SAVED}
-        return _rebuild, (self._fr_original,), state
-
-    def __prepare_scriptable__(self) -> Any:
-        """What ``torch.jit.script`` asks for.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("torch.jit.script: TorchScript can't hold chains; fused_resnet.unfuse(model), then script it")
-
-
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    """Unpickling and deepcopy: an empty module of the fused class."""
-    fused: Any = _fused_class(cls)  # type: ignore[arg-type]
-    made: nn.Module = fused.__new__(fused)
-    return made
-
-
-@cache
-def _fused_class(cls: Any) -> Any:
-    methods = [name for name in METHODS if hasattr(cls, name)]
-    added: dict[str, Any] = {name: _fused_method(name, getattr(cls, name)) for name in methods}
-    added |= {"_fr_original": cls, "__module__": __name__}
-    return type(f"Fused{cls.__name__}", (FusedModule, cls), added)
+def _fused_methods(cls: Any) -> dict[str, Any]:
+    return {name: _fused_method(name, getattr(cls, name)) for name in METHODS if hasattr(cls, name)}
 
 
 def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or _plain_here(args, kwargs):
+        if graphed() or _plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
         fronts = self.__dict__.get("_fr_fronts")
         if fronts is None:
-            fronts = self.__dict__["_fr_fronts"] = {}
+            fronts = self.__dict__.setdefault("_fr_fronts", {})
         front = fronts.get(name)
         if front is None:
-            front = fronts[name] = Front(plain)
+            front = fronts.setdefault(name, Front(plain))
         if dist.is_available() and dist.is_initialized():
             name_groups(self)
         return front(self, args, kwargs)
@@ -82,8 +46,6 @@ def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether somebody traces, counts or fakes the call: they are to see the plain module."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
         or nn_module._has_any_global_hook()
         or transformed()
         or _has_proxy(args)
@@ -98,15 +60,15 @@ def _has_proxy(value: Any) -> bool:
     return isinstance(value, fx.Proxy) or (isinstance(value, dict) and any(map(_has_proxy, value.values())))
 
 
-class FusedSyncBatchNorm(FusedModule, nn.SyncBatchNorm):
-    """A SyncBatchNorm that dynamo sees as one call, on any device."""
+def _sync_methods(cls: Any) -> dict[str, Any]:
+    """Of a SyncBatchNorm that dynamo sees as one call, on any device."""
+    plain = cls.forward
 
-    _fr_original = nn.SyncBatchNorm
-
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         group = self.__dict__.get("_fr_group")
         if group is None or not self.training:
-            return nn.SyncBatchNorm.forward(self, input)
+            found: Tensor = plain(self, input)
+            return found
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -117,28 +79,35 @@ class FusedSyncBatchNorm(FusedModule, nn.SyncBatchNorm):
         mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         return sync_batch_norm(input, mean, var, self.weight, self.bias, True, momentum, self.eps, group)
 
+    return {"forward": wraps(plain)(forward)}
+
+
+KINDS["fused"], KINDS["sync"] = _fused_methods, _sync_methods
+
 
 def name_groups(module: nn.Module) -> None:
     """Tells every SyncBatchNorm in a module the name of its process group, as a constant that dynamo guards."""
-    for m in module.modules():
+    for _, m in named_modules(module):
         if isinstance(m, nn.SyncBatchNorm):
             if type(m) is nn.SyncBatchNorm:
-                m.__class__ = FusedSyncBatchNorm
+                set_class(m, fused_class(nn.SyncBatchNorm, "sync"))
             group = shared_by(m)
             m.__dict__["_fr_group"] = group.group_name if group is not None else None
 
 
 def why_not_fused(m: nn.Module) -> str | None:
     """Why a module's own forward can't be captured, or None."""
+    if isinstance(m, FusedModule):
+        return None
     if isinstance(m, torch.jit.ScriptModule):
-        return "a ScriptModule"
+        return "TorchScript compiled it"
     if type(m).forward is nn.Module.forward:
         return "a container without a forward"
     if "forward" in m.__dict__:
         return "its forward was replaced"
     if calls_itself(m):
         return "its class overrides __call__"
-    return None
+    return why_no_class(type(m), "fused")
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -161,26 +130,24 @@ def fuse(model: nn.Module) -> nn.Module:
         TypeError: not an nn.Module.
     """
     _check(model)
+    everything = named_modules(model)
+    compiled = [m for _, m in everything if isinstance(m, torch.jit.ScriptModule)]
+    inside = {id(m) for outer in compiled for _, m in named_modules(outer)}
     found = False
-    for m in model.modules():
+    for _, m in everything:
         if isinstance(m, FusedModule):
             found = True
-        elif not looks_like_norm(m) and any(looks_like_norm(child) for child in m.modules()):
-            if why_not_fused(m) is None:
-                m.__class__ = _fused_class(type(m))  # type: ignore[arg-type]
-                found = True
+        elif id(m) not in inside and _has_norms(m) and why_not_fused(m) is None:
+            set_class(m, fused_class(type(m), "fused"))
+            found = True
     if not found:
         warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
     return model
 
 
-@lru_cache
-def _unfused_class(cls: Any) -> type:
-    if "_fr_original" in vars(cls):
-        return cls._fr_original
-    bases = tuple(_unfused_class(base) if issubclass(base, FusedModule) else base for base in cls.__bases__)
-    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return type(cls.__name__.replace("Fused", "", 1), bases, own)
+def _has_norms(m: nn.Module) -> bool:
+    """Whether there are norms in the module, which is none itself."""
+    return not looks_like_norm(m) and any(looks_like_norm(child) for _, child in named_modules(m))
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -190,11 +157,9 @@ def unfuse(model: nn.Module) -> nn.Module:
         TypeError: not an nn.Module.
     """
     _check(model)
-    for m in model.modules():
+    for _, m in named_modules(model):
         if isinstance(m, FusedModule):
-            m.__class__ = _unfused_class(type(m))  # type: ignore[arg-type]
-            for name in _NEVER_SAVED:
-                m.__dict__.pop(name, None)
+            unfuse_module(m)
     return model
 
 

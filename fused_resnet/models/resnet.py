@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.arguments import integer
+
 NormLayer: TypeAlias = Callable[..., nn.Module]
 ActLayer: TypeAlias = Callable[[], nn.Module]
 Weights: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor] | Enum"
@@ -24,10 +26,12 @@ Net_co = TypeVar("Net_co", bound=nn.Module, covariant=True)
 
 
 def check_positive_int(name: str, value: object) -> None:
-    """Raises a TypeError or ValueError that names the argument, unless ``value`` is an int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < 1:
+    """Raises a TypeError or ValueError that names the argument, unless ``value`` is an int (numpy's too) above 0."""
+    try:
+        small = integer(value, name) < 1
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}") from None
+    if small:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 

@@ -1,0 +1,601 @@
+"""fuse derives a class from a module's own. Whatever that class, its metaclass and its hooks do, nothing of the user's
+sees it happen, and the module computes, is copied, saved and given back as if it had not."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import gc
+import io
+import pickle
+import typing
+import warnings
+import weakref
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from networks import prepared
+from torch import Tensor, fx, nn
+from traced import assert_same, images
+
+import fused_resnet as fr
+from fused_resnet.classes import FusedModule
+
+pytestmark = pytest.mark.usefixtures("every_warning")
+
+
+class Block(nn.Module):
+    """What the classes below have in common: one chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers()
+
+    def _layers(self) -> None:
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)).relu()
+
+
+class NeedsKeyword(Block):
+    known: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, kind: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        assert kind not in NeedsKeyword.known
+        NeedsKeyword.known[kind] = cls
+
+
+class Keyword(NeedsKeyword, kind="backbone"):
+    pass
+
+
+class ByName(Block):
+    known: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ByName.known[cls.__name__] = cls
+
+
+class Named(ByName):
+    pass
+
+
+class Sealed(Block):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        raise TypeError("Sealed has no subclasses")
+
+
+class Counting(type):
+    """Every class that comes through the metaclass is noted, and may not be called Fused."""
+
+    made: ClassVar[list[str]] = []
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **kwargs: Any) -> Counting:
+        mcs.made.append(name)
+        return super().__new__(mcs, name, bases, namespace)
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], *, needed: int) -> None:
+        super().__init__(name, bases, namespace)
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise AttributeError("classes of this kind are constant")
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """As fastai's: nn.Module.__init__ before the class's own."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.__init__(*args, **kwargs)
+        return made
+
+
+class Counted(Block, metaclass=Counting, needed=1):
+    def __init__(self) -> None:
+        self._layers()
+
+
+class Interface(nn.Module, abc.ABC):
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+class Concrete(Interface, Block):
+    forward = Block.forward
+
+
+class AbstractCounting(abc.ABCMeta, Counting):
+    """ABCMeta's own ``__new__`` would go on to Counting's."""
+
+    __init__ = type.__init__
+    __call__ = type.__call__
+    __setattr__ = type.__setattr__
+
+
+class Both(Block, metaclass=AbstractCounting):
+    pass
+
+
+T = typing.TypeVar("T")
+
+
+class Generic(Block, typing.Generic[T]):
+    pass
+
+
+class Protocol(typing.Protocol):
+    def forward(self, x: Tensor) -> Tensor: ...
+
+
+class Protocoled(Block, Protocol):
+    pass
+
+
+class Indexed(Block):
+    def __class_getitem__(cls, item: Any) -> Any:
+        raise TypeError("no index")
+
+
+class Slots(Block):
+    __slots__ = ("extra", "unset")
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "extra", 3)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"slot": self.extra}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "extra", state.pop("slot"))
+        super().__setstate__(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.extra
+
+
+class Guarded(Block):
+    """Attributes can't be set, but by nn.Module's own constructor."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "bn" in self.__dict__.get("_modules", {}) and name != "training":
+            raise AttributeError(f"{name} is constant")
+        super().__setattr__(name, value)
+
+
+@dataclasses.dataclass(eq=False)
+class Data(nn.Module):
+    width: int = 4
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        Block._layers(self)  # type: ignore[arg-type]
+
+    forward = Block.forward
+
+
+@dataclasses.dataclass
+class Unhashable(Data):
+    """With dataclass's ``__eq__``: PyTorch's own walks over modules fail on it."""
+
+
+class Empty(Block):
+    """False, and of length 0."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("ask something else")
+
+
+class Equals(Block):
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("modules of this kind are not compared")
+
+    __hash__ = Block.__hash__
+
+
+class Raises(Block):
+    @property
+    def device(self) -> Any:
+        raise RuntimeError("no device before this and that")
+
+
+class Disguised(Block):
+    """``isinstance`` takes it for something else as well."""
+
+    @property
+    def __class__(self) -> type:
+        return Block
+
+
+class Delegates(nn.Module):
+    """Whatever it has not is asked of what it wraps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrapped = Block()
+        Block._layers(self)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(self.wrapped(x))).relu()
+
+
+class SaysItsName(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (type(self).__name__ == "SaysItsName") + 2 * (self.__class__.__name__ == "Block")
+
+
+class ComparesItsClass(Block):
+    def _is_exact(self) -> bool:
+        return type(self) is ComparesItsClass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self._is_exact()
+
+
+class ComparesAttribute(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.__class__ in (ComparesAttribute, Block))
+
+
+class CopiesItself(Block):
+    """All of pickle's and copy's hooks at once."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.width, self.copies = width, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiesItself:
+        made = type(self)(self.width).to(self.conv.weight.dtype)
+        made.load_state_dict(self.state_dict())
+        made.train(self.training)
+        made.copies = self.copies + 1
+        return made
+
+    def __copy__(self) -> CopiesItself:
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.width,), self.state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.to(state["conv.weight"].dtype).load_state_dict(state)
+        self.copies = -1
+
+
+class WithoutState(Block):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded, ({k: v.tolist() for k, v in self.state_dict().items()}, self.training)
+
+
+def _loaded(state: dict[str, Any], training: bool) -> WithoutState:
+    made = WithoutState().double().train(training)
+    made.load_state_dict({k: torch.tensor(v, dtype=made.state_dict()[k].dtype) for k, v in state.items()})
+    return made
+
+
+class NewArguments(Block):
+    def __new__(cls, *args: Any, width: int) -> NewArguments:
+        assert width == 4
+        return super().__new__(cls)
+
+    def __init__(self, *, width: int = 4) -> None:
+        super().__init__()
+
+    def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {"width": 4}
+
+
+KINDS = [
+    Keyword,
+    Named,
+    Sealed,
+    Counted,
+    Concrete,
+    Both,
+    Generic[int],
+    Protocoled,
+    Indexed,
+    Slots,
+    Guarded,
+    Data,
+    Empty,
+]
+KINDS += [Equals, Raises, Delegates, SaysItsName, CopiesItself, WithoutState, lambda: NewArguments(width=4)]
+
+
+def randomised(m: nn.Module) -> nn.Module:
+    """float64, with norms that a mistake can't hide behind; without PyTorch's walks, which need hashes."""
+    m.double()
+    for key, t in m.state_dict().items():
+        if t.is_floating_point():
+            t.copy_(torch.rand_like(t) + 0.5 if key.endswith("var") else torch.randn_like(t) - 0.3)
+    return m
+
+
+def answers(m: nn.Module, x: Tensor) -> list[Tensor]:
+    """In training, in evaluation after it, and what both leave."""
+    found = [m.train()(x), m.eval()(x)]
+    return [t.detach().clone() for t in (*found, *m.state_dict().values())]
+
+
+def compare(got: list[Tensor], want: list[Tensor]) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def loaded(m: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(m, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda k: getattr(k, "__name__", str(k)))
+def test_kinds_of_classes(make: Any) -> None:
+    """Fused, with plain's answers; so are its copies; unfused it is of the very class that it was; nobody was told."""
+    with torch.no_grad():
+        plain, m = randomised(make()), make().double()
+        m.load_state_dict(plain.state_dict())
+        cls, x = type(m), images()
+        text = str([{**NeedsKeyword.known}, {**ByName.known}, [*Counting.made]])
+        assert fr.fuse(m) is m and isinstance(m, FusedModule) and isinstance(m, cls)
+        assert type(m).__name__ == cls.__name__ and type(type(m)) is type(cls)
+        assert [row.fused for row in fr.explain(m).rows if row.name == "(model)"] == [True]
+        state = {k: v.clone() for k, v in m.state_dict().items()}
+        copies = [copy.deepcopy(m), pickle.loads(pickle.dumps(m)), loaded(m), copy.copy(m)]
+        want = answers(plain, x)
+        for n in (m, *copies):
+            assert type(n) is type(m) and n._fr_plans == m._fr_plans and "__setstate__" not in n.__dict__
+            n.load_state_dict(state)  # copy.copy's shares its tensors
+            compare(answers(n, x), want)
+        assert fr.unfuse(m) is m and type(m) is cls and not any(name.startswith("_fr_") for name in m.__dict__)
+        assert str([NeedsKeyword.known, ByName.known, Counting.made]) == text
+        compare([m(x)], [want[1]])
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda k: getattr(k, "__name__", str(k)))
+def test_kinds_of_classes_frozen(make: Any) -> None:
+    """As children, too: fuse, freeze, explain and unfuse of what stands around them."""
+    plain = nn.Sequential(randomised(make()), nn.Conv2d(4, 3, 1).double())
+    x = images()
+    with torch.no_grad():
+        want = plain.eval()(x)
+        frozen = fr.freeze(plain, x)
+        torch.testing.assert_close(frozen(x), want)
+        torch.testing.assert_close(copy.deepcopy(frozen)(x), want)
+        fused = fr.fuse(plain)
+        assert any(row.fused for row in fr.explain(fused).rows)
+        torch.testing.assert_close(fr.freeze(fused, x)(x), want)
+        torch.testing.assert_close(fr.unfuse(fused)(x), want)
+
+
+def test_hooks_of_copies() -> None:
+    """A class's own rules of copying are followed: they see their own class, and no state but theirs."""
+    m = fr.fuse(CopiesItself())
+    assert (copy.deepcopy(m).copies, copy.copy(m).copies, pickle.loads(pickle.dumps(m)).copies) == (1, 1, -1)
+    outer = copy.deepcopy(nn.ModuleList([m, m]))
+    assert outer[0] is outer[1] and isinstance(outer[0], FusedModule)
+
+
+@pytest.mark.parametrize("cls", [ComparesItsClass, ComparesAttribute])
+def test_forwards_that_compare_their_class(cls: type[nn.Module]) -> None:
+    """Of a subclass the answer would be another: they stay plain."""
+    model = fr.fuse(nn.Sequential(plain := prepared(cls()).double(), Block().double()))
+    assert type(plain) is cls and isinstance(model[1], FusedModule)
+    assert {row.name: row.reason for row in fr.explain(model).rows if not row.fused}["0"].endswith("class with others")
+
+
+def test_a_name_asked_for_where_the_chain_does_not_run() -> None:
+    """A block that runs plain, for a hook, gives the same answer."""
+    plain = prepared(SaysItsName()).double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert isinstance(fused, FusedModule)
+    for m in (plain, fused):
+        m.conv.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="has hooks"):
+        assert_same(fused, plain, images())
+
+
+def test_isinstance_of_abstract_classes() -> None:
+    """A fused class has caches of its own: asking it does not change what its original answers."""
+    plain, fused = Concrete(), fr.fuse(Concrete())
+    assert not isinstance(plain, type(fused)) and isinstance(fused, Interface)
+    assert isinstance(plain, Concrete) and isinstance(fused, Concrete) and isinstance(fused, type(fused))
+    assert not isinstance(Block(), type(fused))
+
+
+def test_instances_of_a_fused_class() -> None:
+    """Made by ``type(m)(...)``, they run plain until they are fused."""
+    m = fr.fuse(CopiesItself())
+    other = type(m)()
+    other = randomised(other)
+    plain = CopiesItself().double()
+    plain.load_state_dict(other.state_dict())
+    assert "not fused yet" in fr.explain(other).rows[0].reason
+    assert_same(other, plain, images())
+    assert_same(fr.fuse(other), plain, images())
+    assert fr.explain(other).rows[0].fused and type(fr.unfuse(other)) is CopiesItself
+
+
+def test_a_class_that_nobody_uses_any_more_goes() -> None:
+    def use() -> weakref.ref[type]:
+        class Local(Block):
+            pass
+
+        m = fr.fuse(Local())
+        assert isinstance(m, FusedModule) and isinstance(copy.deepcopy(m), FusedModule)
+        return weakref.ref(Local)
+
+    gone = use()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_module_that_holds_another_which_holds_it() -> None:
+    """Cycles, which pickle and deepcopy handle, are cycles in the copies."""
+    m = Block()
+    m.others = [m, {"me": m}]  # type: ignore[assignment]
+    fr.fuse(m)
+    for n in (copy.deepcopy(m), pickle.loads(pickle.dumps(m)), loaded(m)):
+        assert n.others[0] is n.others[1]["me"] is n is not m and type(n) is type(m)
+
+
+# ------------------------------------------------------------------------------------------------ other children
+def reasons(model: nn.Module) -> dict[str, str]:
+    return {row.name: row.reason for row in fr.explain(model).rows if not row.fused}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m.eval(), images())])
+def test_torchscript_inside(compiled: Any) -> None:
+    inner = prepared(nn.Sequential(Block())).double()
+    plain = nn.Sequential(compiled(inner), prepared(Block()).double()).eval()
+    x = images()
+    with torch.no_grad():
+        want = plain(x)
+        fused = fr.fuse(plain)
+        assert isinstance(fused[1], FusedModule) and isinstance(fused[0], torch.jit.ScriptModule)
+        assert reasons(fused) == {"0": "TorchScript compiled it"}
+        torch.testing.assert_close(fused(x), want)
+        torch.testing.assert_close(fr.freeze(fused, x)(x), want)
+        torch.testing.assert_close(fr.unfuse(fused)(x), want)
+    with pytest.warns(UserWarning, match="nothing in this"):
+        fr.fuse(compiled(inner))
+
+
+def test_graph_modules() -> None:
+    """Each has a class of its own, which changes when its graph does: then it runs what the graph now says."""
+    plain = prepared(Block()).double()
+    graph = fx.symbolic_trace(plain)
+    fused = fr.fuse(copy.deepcopy(graph))
+    assert isinstance(fused, FusedModule)
+    for n in (fused, copy.deepcopy(fused), copy.copy(fused)):
+        assert isinstance(n, FusedModule) and isinstance(n, fx.GraphModule)
+        assert_same(copy.deepcopy(n), copy.deepcopy(plain), images())
+    for node in fused.graph.nodes:
+        if node.op == "output":
+            with fused.graph.inserting_before(node):
+                node.args = (fused.graph.call_function(torch.neg, (node.args[0],)),)
+    fused.recompile()
+    x = images()
+    for m in (fused, fr.fuse(fused), fr.unfuse(fused)):
+        torch.testing.assert_close(m(x), -plain(x))
+    assert "_fr_original" not in dir(type(fused))
+
+
+class Wide(nn.Module):
+    """Layers that learn their sizes from the first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.bn(self.conv(x)).relu())
+
+
+def test_lazy_modules() -> None:
+    plain, fused, x = Wide(), fr.fuse(Wide()), images().float()
+    assert isinstance(fused.block, FusedModule) and not isinstance(fused, FusedModule)
+    assert reasons(fused)
+    plain(x)
+    fused(x)
+    fused.load_state_dict(plain.state_dict())
+    fr.fuse(fused)
+    assert all(row.fused for row in fr.explain(fused).rows)
+    assert_same(fused.double(), plain.double(), x.double())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized_modules() -> None:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("this torch has no engine for quantized convolutions")
+
+    class Quantized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant, self.block, self.plain = quantization.QuantStub(), Block(), Block()
+            self.dequant = quantization.DeQuantStub()
+            self.plain.qconfig = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.plain(self.dequant(self.block(self.quant(x))))
+
+    m = prepared(Quantized()).eval()
+    m.qconfig = quantization.get_default_qconfig("fbgemm")
+    x = images().float()
+    ready = quantization.prepare(m)
+    ready(x)
+    plain = quantization.convert(ready)
+    with torch.no_grad():
+        want = plain(x)
+        fused = fr.fuse(plain)
+        assert isinstance(fused.plain, FusedModule) and not isinstance(fused.block, FusedModule)
+        torch.testing.assert_close(fused(x), want)
+        assert "Quantized" in str(fr.unfuse(fused))
+
+
+class Contrary(type):
+    """Has no forward, for those who ask the class."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "forward":
+            raise RuntimeError("ask an instance")
+        return super().__getattribute__(name)
+
+
+class Hidden(Block, metaclass=Contrary):
+    pass
+
+
+class MroOfItsOwn(type):
+    def mro(cls) -> list[type]:
+        found = super().mro()
+        if FusedModule in found:
+            raise TypeError("this family is complete")
+        return found
+
+
+class Complete(Block, metaclass=MroOfItsOwn):
+    pass
+
+
+@pytest.mark.parametrize(("cls", "why"), [(Hidden, "ask an instance"), (Complete, "this family is complete")])
+def test_one_child_spoils_nothing(cls: type[nn.Module], why: str) -> None:
+    """Whatever a class raises when it is looked at, or derived from: it stays as it is, and explain says why."""
+    plain = nn.Sequential(randomised(cls()), randomised(Block())).eval()
+    x = images()
+    with torch.no_grad():
+        want = plain(x)
+        fused = fr.fuse(copy.deepcopy(plain))
+        assert type(fused[0]) is cls and isinstance(fused[1], FusedModule)
+        assert why in reasons(fused)["0"] and why in str(fr.explain(fr.freeze(plain, x)))
+        torch.testing.assert_close(fused(x), want)
+        torch.testing.assert_close(fr.freeze(fused, x)(x), want)
+        torch.testing.assert_close(fr.unfuse(fused)(x), want)
+    with warnings.catch_warnings(record=True):
+        fr.fuse(fused[0])
+
+
+def test_a_module_without_a_hash() -> None:
+    plain, m, x = randomised(Unhashable()), Unhashable().double(), images()
+    m.load_state_dict(plain.state_dict())
+    for function in (fr.fuse, fr.explain, fr.unfuse):
+        with warnings.catch_warnings(record=True):
+            function(m)
+    assert "unhashable" in reasons(m)["(model)"]
+    compare(answers(m, x), answers(plain, x))

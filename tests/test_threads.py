@@ -1,0 +1,326 @@
+"""Threads, forked children and PyTorch's modes: nothing depends on which thread or mode came first."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import multiprocessing
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from multiprocessing.process import BaseProcess
+
+import pytest
+import torch
+from networks import images, prepared, relative
+from source_tree import ROOT
+from torch import Tensor, nn
+
+import fused_resnet as fr
+from fused_resnet import frozen_forward, planner
+from fused_resnet.backends import cpu, load
+from fused_resnet.locks import Lock
+from fused_resnet.models.resnet import BasicBlock, ResNet
+
+needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
+MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "grad": nullcontext,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of intra-op threads, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return prepared(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)).eval()
+
+
+# ---------------------------------------------------------------------------------------------------- the sources
+PARALLEL = re.compile(r"\b(parallel|parallel_aten)\(")
+RAW = re.compile(r"parallel_for|parallel_reduce|#pragma omp|std::(thread|async|jthread)|TaskThreadPool")
+METHODS = set(dir(Tensor)) - {"dim", "numel", "size", "stride"}  # which read what the caller's thread knows
+ATEN = re.compile(r"\bat::|\btorch::|\bTensor\b|data_ptr|(?:\.|->)(?:" + "|".join(METHODS) + r")\(")
+
+
+def argument_list(source: str, start: int) -> str:
+    """What stands between the parenthesis that opens before ``start`` and the one that closes it."""
+    depth = 1
+    for end in range(start, len(source)):
+        depth += {"(": 1, ")": -1}.get(source[end], 0)
+        if depth == 0:
+            return source[start:end]
+    raise AssertionError("a parenthesis that nothing closes")
+
+
+def calls_in_parallel(source: str, helpers: bool = False) -> list[str]:
+    """What of a C++ source runs in threads that it must not: one line each. ``helpers``: it defines ``parallel``."""
+    source = re.sub(r"//.*", "", source)
+    found = [] if helpers else [f"{m.group()} outside launch.h" for m in RAW.finditer(source)]
+    for loop in PARALLEL.finditer(source):
+        body = argument_list(source, loop.end())
+        if loop.group(1) == "parallel" and not helpers:
+            found += [f"{m.group()} inside parallel" for m in ATEN.finditer(body)]
+    return found
+
+
+def test_no_operator_runs_in_a_thread_without_the_callers_state() -> None:
+    """The loops of csrc/cpu go through ``parallel``, without ATen inside, or through ``parallel_aten``."""
+    sources = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cpu").iterdir())}
+    assert sum(len(PARALLEL.findall(source)) for source in sources.values()) > 10
+    assert {n: f for n, s in sources.items() if (f := calls_in_parallel(s, helpers=n == "launch.h"))} == {}
+    helpers = sources["launch.h"]
+    assert len(RAW.findall(re.sub(r"//.*", "", helpers))) == 1, "launch.h has one loop of ATen's, that of parallel"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "at::parallel_for(0, n, 1, [&](int64_t b, int64_t e) { kernel(b, e); });",
+        "parallel(0, n, 1, [&](int64_t b, int64_t e) { at::mm_out(c, a, w); });",
+        "parallel(0, n, 1, [&](int64_t b, int64_t e) { kernel(x.narrow(0, b, (e - b)), b); });",
+        "parallel_aten(0, 2, 1, [&](auto b, auto e) { parallel(b, e, 1, [&](auto f, auto g) { y->copy_(x); }); });",
+        "#pragma omp parallel for",
+    ],
+)
+def test_the_search_finds(source: str) -> None:
+    assert calls_in_parallel(source)
+
+
+# ---------------------------------------------------------------------------------------------------- intra-op threads
+@needs_extension
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_winograd_in_every_mode(mode: str, count: int, threads: Callable[[int], None]) -> None:
+    """Tiles enough for every thread to have slices of its own: products of matrices inside a parallel loop."""
+    conv = nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    model = prepared(conv).to(memory_format=torch.channels_last).eval()
+    x = (torch.randn(2, 64, 56, 56) * 1.3 + 0.4).to(memory_format=torch.channels_last)
+    want = copy.deepcopy(model).double()(x.double())
+    threads(count)
+    frozen = fr.freeze(model, x)
+    fused = fr.fuse(copy.deepcopy(model))
+    with MODES[mode]():
+        for got in (frozen(x), fused(x)):
+            assert relative(got, want) < 1e-5
+            assert got.is_inference() == (mode == "inference")
+
+
+@needs_extension
+def test_threads_agree_on_the_dtype_to_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of threads that come at once one measures, whatever a second measurement would find."""
+    times = itertools.cycle([1.0, 2.0, 2.0, 1.0])
+
+    def seconds(dtype: torch.dtype) -> float:
+        time.sleep(0.02)
+        return next(times)
+
+    monkeypatch.setattr(cpu, "_seconds", seconds)
+    monkeypatch.setenv("FUSED_RESNET_CPU_COMPUTE", "auto")
+    caches = [cpu.compute_dtype, cpu._faster]
+    for cache in caches:
+        cache.cache_clear()
+    found: list[torch.dtype] = []
+    askers = [threading.Thread(target=lambda: found.append(cpu.compute_dtype(torch.bfloat16))) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    for cache in caches:
+        cache.cache_clear()
+    assert found == [torch.bfloat16] * 4
+
+
+# ---------------------------------------------------------------------------------------------------- modes
+def loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    out: nn.Module = torch.load(buffer, weights_only=False)
+    return out
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("made", ["grad", "inference"])
+@pytest.mark.parametrize("frozen_in", ["no_grad", "inference"])
+@pytest.mark.parametrize("travel", [lambda f: f, copy.deepcopy, loaded, lambda f: f._apply(torch.clone)])
+def test_frozen_across_modes(made: str, frozen_in: str, travel: Callable[[nn.Module], nn.Module]) -> None:
+    """Made, frozen, copied and called in different modes: plain PyTorch's values, and those of new weights at once."""
+    x = images()
+    with MODES[made]():
+        model, other = network(0), network(1)
+    with torch.inference_mode():
+        want, want_other, given = model(x), other(x), x.clone()
+    with MODES[frozen_in]():
+        frozen, second = fr.freeze(model, x), fr.freeze(other, x)
+    for there in ("inference", "no_grad"):
+        with MODES[there]():
+            here = travel(frozen)
+            assert relative(here(x), want) < 1e-5 and relative(here(given), want) < 1e-5
+        for name, mode in MODES.items():
+            with mode():
+                here.load_state_dict(second.state_dict())
+                out = here(x)
+            assert relative(out, want_other) < 1e-5, f"loaded in {name}"
+            assert out.is_inference() == (name == "inference") and not out.requires_grad
+            with mode():
+                here.load_state_dict(fr.freeze(model, x).state_dict())
+                assert relative(here(x), want) < 1e-5, f"loaded again in {name}"
+        assert not any(t.is_inference() for t in here.state_dict().values())
+
+
+def test_operator_with_weights_of_inference_mode() -> None:
+    """An exported model's weights may be: a change of theirs, which PyTorch does not count, is seen."""
+    x = images(2).repeat(1, 22, 1, 1)[:, :64].contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        frozen = fr.freeze(prepared(nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.BatchNorm2d(64))).eval(), x)
+        (chain,) = [m for m in frozen.modules() if hasattr(m, "text")]
+        weight, bias = (t.clone() for t in (chain[0].weight, chain[0].bias))
+        run = partial(torch.ops.fused_resnet.frozen, x, [weight, bias], [chain.text])
+        first = run()
+        weight.mul_(2)
+        second, shift = run(), bias.view(1, -1, 1, 1)
+    assert relative(second - shift, 2 * (first - shift)) < 1e-5
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("trained", ["all", "norms", "nothing"])
+@pytest.mark.parametrize("made", MODES)
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_across_modes(trained: str, made: str, training: bool) -> None:
+    """Networks and images of every mode, run in every mode, then trained: what plain PyTorch can do the fused network
+    can, with its values."""
+
+    def pair() -> tuple[nn.Module, nn.Module]:
+        with MODES[made]():
+            plain = network().train(training)
+            for m in plain.modules():
+                if trained == "nothing" or (trained == "norms" and isinstance(m, nn.Conv2d)):
+                    m.requires_grad_(False)
+            return plain, fr.fuse(copy.deepcopy(plain))
+
+    with torch.inference_mode():
+        given = images()
+    models = pair()
+    for x, mode in itertools.product((images(), given), ("inference", "no_grad", "grad")):
+        outs: list[dict[str, Tensor] | None] = []
+        for model in models:
+            try:
+                outs.append(run_in(mode, model, x))
+            except RuntimeError as error:
+                assert re.search("[Ii]nference", str(error))
+                outs.append(None)
+        want, got = outs
+        assert got is not None or want is None, f"an error on the fused network alone, in {mode}"
+        if want is None:  # the fused network may have run, and their statistics differ
+            models = pair()
+            continue
+        assert got is not None and got.keys() == want.keys()
+        for name, value in want.items():
+            assert relative(got[name], value) < 1e-4, f"{name} in {mode}"
+            assert got[name].is_inference() == value.is_inference() or name != "out"
+
+
+def run_in(mode: str, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """A forward, and the backward where there is one: the output, gradients, buffers."""
+    model.zero_grad()
+    with MODES[mode]():
+        out = model(x)
+    if out.requires_grad:
+        out.square().mean().backward()
+    grads = {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"out": out.detach()} | grads | {name: b.clone() for name, b in model.named_buffers()}
+
+
+# ---------------------------------------------------------------------------------------------------- fork
+def ended(child: BaseProcess, seconds: float) -> bool:
+    """Whether the child ends by itself in time, and well."""
+    child.join(seconds)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode == 0
+
+
+def take(lock: Lock) -> None:
+    with lock.held(), lock.held():
+        pass
+
+
+def test_a_forked_child_finds_every_lock_free() -> None:
+    """Those of the package, one made later, and one that the forking thread itself holds."""
+    context = multiprocessing.get_context("fork")
+    locks = [frozen_forward._packing, planner._choosing, cpu._timing, Lock()]
+    holding, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locks[0].held(), locks[1].held(), locks[2].held(), locks[3].held():
+            holding.set()
+            done.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    holding.wait()
+    children = [context.Process(target=take, args=(lock,)) for lock in locks]
+    mine = Lock()
+    with mine.held():
+        for child in [*children, context.Process(target=take, args=(mine,))]:
+            child.start()
+            assert ended(child, 30)
+    done.set()
+    holder.join()
+
+
+def test_locks_are_of_one_kind() -> None:
+    """Who makes a lock of its own makes one that a forked child waits for."""
+    makes = re.compile(r"^\s*(import|from) (threading|_thread|queue|concurrent)\b", re.MULTILINE)
+    sources = {path.name: path.read_text() for path in (ROOT / "fused_resnet").rglob("*.py")}
+    assert [name for name, source in sources.items() if makes.search(source)] == ["locks.py"]
+
+
+@needs_extension
+@pytest.mark.usefixtures("one_thread")
+def test_forks_beside_a_thread_that_packs() -> None:
+    """25 children, each forked while a thread of the parent runs a frozen model on ever new shapes, run it as well."""
+    context = multiprocessing.get_context("fork")
+    model = network()
+    stop, wrong = threading.Event(), []
+
+    def forward(frozen: nn.Module, x: Tensor) -> None:
+        torch.set_num_threads(1)
+        if relative(frozen(x), model(x)) > 1e-5:
+            raise AssertionError("wrong numbers")
+
+    def serve(frozen: nn.Module) -> None:
+        shapes = itertools.cycle(itertools.product((1, 2), range(32, 72, 4), range(33, 60, 5)))
+        while not stop.is_set():
+            n, h, w = next(shapes)
+            frozen(torch.randn(n, 3, h, w))
+
+    x = images(3)
+    with torch.no_grad():
+        for i in range(25):
+            frozen = fr.freeze(model, images(1))
+            stop.clear()
+            server = threading.Thread(target=serve, args=(frozen,))
+            server.start()
+            time.sleep(0.01 * (i % 5))
+            child = context.Process(target=forward, args=(frozen, x))
+            child.start()
+            if not ended(child, 10):
+                wrong.append(i)
+            stop.set()
+            server.join()
+            assert len(wrong) < 2, f"forks {wrong} hung or failed"
+    assert wrong == []

@@ -1,0 +1,214 @@
+"""Whole models, fused and frozen, through torch.load(weights_only=True): what has to be allowed, and what stays out."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import operator
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.fx
+import torch.nn.functional as F
+from networks import prepared
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torchvision_shim import torchvision
+
+import fused_resnet as fr
+from fused_resnet.classes import FusedModule
+from fused_resnet.plans import Ref, Step
+
+LOAD = """
+import sys, torch
+sys.path[:0] = sys.argv[1:3]
+import torchvision_shim, test_weights_only
+import fused_resnet as fr
+fr.small.SMALL = dict.fromkeys(fr.small.SMALL, 0)  # as in conftest.py
+plain = test_weights_only.NETWORKS[sys.argv[3]]()
+with torch.serialization.safe_globals(fr.safe_globals(plain)):
+    for kind in ("fused", "frozen"):
+        x, want = torch.load(f"{kind}_data.pt")
+        model = torch.load(f"{kind}.pt", weights_only=True)
+        assert torch.equal(model(x), want), kind
+        assert kind == "frozen" or any(isinstance(m, fr.convert.FusedModule) for m in model.modules())
+        print(kind)
+"""
+
+
+@torch.fx.wrap
+def halved(x: Tensor) -> Tensor:
+    """torch.fx does not look into it."""
+    return x / 2
+
+
+class Everything(nn.Module):
+    """Functions, methods, attributes, slices and buffers around chains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+        self.register_buffer("scale", torch.randn(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.bn1(self.conv1(x)), inplace=True)[:, 2:6] * 2
+        h = torch.relu(self.bn2(self.conv2(h))) + self.scale
+        h = h.view(h.size(0), h.shape[1], -1, 1).squeeze(-1).mean(dim=-1, keepdim=True)
+        h = operator.neg(torch.cat([h[..., 0], torch.zeros_like(h[..., 0])], dim=1)).to(torch.float32)
+        return self.fc(F.gelu(h.flatten(1))[:, : self.fc.in_features])
+
+
+class Foreign(Everything):
+    """Calls a function of its own module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return halved(F.relu(self.bn1(self.conv1(x))))
+
+
+class Stack(nn.Sequential):
+    def __init__(self) -> None:
+        block = torchvision.models.resnet.BasicBlock
+        down = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+        super().__init__(nn.Sequential(block(4, 4), block(4, 4), block(4, 8, 2, down)), block(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x, x[:, :1]], 1))
+
+
+def resnet() -> nn.Module:
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+
+
+def densenet() -> nn.Module:
+    """Its forwards take lists, and ask for their shapes."""
+    return torchvision.models.DenseNet(4, (2, 2), 8, num_classes=3)
+
+
+NETWORKS = {"everything": Everything, "stack": Stack, "resnet": resnet, "densenet": densenet}
+
+
+@pytest.fixture
+def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A network, fused and frozen, with inputs and what they give."""
+    plain, x = prepared(NETWORKS[request.param]()).eval(), torch.randn(2, 3, 33, 40) + 0.3
+    with torch.no_grad():
+        for kind, model in (("fused", fr.fuse(copy.deepcopy(plain))), ("frozen", fr.freeze(plain, x))):
+            torch.save(model, tmp_path / f"{kind}.pt")
+            torch.save((x, model(x)), tmp_path / f"{kind}_data.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("saved", NETWORKS, indirect=True)
+def test_names(saved: Path) -> None:
+    """What PyTorch says has to be allowed can be imported under that name, runs nothing by itself, and suffices."""
+    for kind in ("fused", "frozen"):
+        names = get_unsafe_globals_in_checkpoint(saved / f"{kind}.pt")
+        assert not [name for name in names if name.startswith(("builtins.getattr", "torch._C", "_operator", "copyreg"))]
+        allowed = []
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            allowed.append((getattr(importlib.import_module(module), attribute), name))
+        x, want = torch.load(saved / f"{kind}_data.pt")
+        with torch.no_grad(), safe_globals(allowed):
+            assert torch.equal(torch.load(saved / f"{kind}.pt", weights_only=True)(x), want)
+        with pytest.raises(pickle.UnpicklingError, match="fused_resnet|GLOBAL"):
+            torch.load(saved / f"{kind}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("saved", "name"), [(n, n) for n in NETWORKS], indirect=["saved"])
+def test_in_another_process(saved: Path, name: str) -> None:
+    """A plain model of the architecture names all that is to be allowed: the same bits, and chains, come of it."""
+    root = str(Path(fr.__file__).parents[1])
+    command = [sys.executable, "-c", LOAD, root, str(Path(__file__).parent), name]
+    ran = subprocess.run(command, cwd=saved, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["fused", "frozen"]
+
+
+def test_trains_on(tmp_path: Path) -> None:
+    fused = fr.fuse(prepared(Everything()))
+    torch.save(fused, tmp_path / "m.pt")
+    with safe_globals(fr.safe_globals(fused)):
+        model = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert isinstance(model, FusedModule) and model._fr_plans == fused._fr_plans
+    x = torch.randn(2, 3, 9, 8)
+    for m in (fused, model):
+        m.train()(x).square().mean().backward()
+    for (name, got), want in zip(model.named_parameters(), fused.parameters(), strict=True):
+        assert torch.equal(got.grad, want.grad), name
+    assert type(fr.unfuse(model)) is Everything
+
+
+def test_functions_of_others_are_asked_for(tmp_path: Path) -> None:
+    fused = fr.fuse(prepared(Foreign())).eval()
+    torch.save(fused, tmp_path / "m.pt")
+    with safe_globals(fr.safe_globals(Foreign())), pytest.raises(pickle.UnpicklingError, match="halved"):
+        torch.load(tmp_path / "m.pt", weights_only=True)
+    with safe_globals(fr.safe_globals(fused)):
+        model = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert torch.equal(model(x := torch.randn(2, 3, 8, 9)), fused(x))
+
+
+def test_list() -> None:
+    """Pairs of an object and the name that it is found by; nothing that reaches everything else."""
+    for pairs in (fr.safe_globals(), fr.safe_globals(resnet(), Everything)):
+        for each, name in pairs:
+            parts = name.split(".")
+            found = [importlib.import_module(".".join(parts[:i])) for i in (len(parts) - 1,)]
+            assert reduce(getattr, parts[len(parts) - 1 :], found[0]) is each
+        assert not {getattr, operator.methodcaller} & {each for each, _ in pairs}
+    assert (Everything, f"{Everything.__module__}.Everything") in pairs
+    with pytest.raises(TypeError, match=r"models\[1\]: expected an nn.Module or a class, got str"):
+        fr.safe_globals(Everything, "Everything")  # type: ignore[arg-type]
+
+
+def test_what_steps_keep() -> None:
+    """Through pickle and deepcopy every step calls what it called before."""
+    x = Ref("x")
+    steps = [
+        Step("a", "function", f, (x,)) for f in (torch.flatten, F.relu, F.max_pool2d, operator.add, F.gelu, halved)
+    ]
+    steps += [Step("a", "function", getattr, (x, name)) for name in ("shape", "_base")]
+    steps += [Step("a", "method", name, (x, slice(None, 2))) for name in ("view", "items", "to_tuple", "__len__")]
+    steps += [Step("a", "attribute", ("scale",)), Step("a", "children", (("conv",), ("layer", "0")))]
+    for step in steps:
+        assert pickle.loads(pickle.dumps(step)) == copy.deepcopy(step) == step
+
+
+def made_up() -> Iterator[Any]:
+    """States that this package never writes, for files are written by anybody."""
+    for name in ("torch.load", "torch.from_file", "operator.call", "os.system", "system", "torch.nn.functional.torch"):
+        yield "function", name, ()
+    yield "function", "builtins.getattr", (Ref("x"), "__globals__")
+    yield "function", "builtins.getattr", (Ref("x"), Ref("y"))
+    for name in ("__reduce__", "tofile", "from_file", "load_state_dict", 3):
+        yield "method", name, ()
+    yield "attribute", ("forward", "__globals__"), ()
+    yield "children", (("forward", "__globals__", "get"),), ()
+
+
+@pytest.mark.parametrize("made", made_up(), ids=str)
+def test_files_by_others(made: Any) -> None:
+    state = dict(zip(("kind", "target", "args"), made, strict=True)) | {"name": "a", "kwargs": None, "dead": ()}
+    with pytest.raises(pickle.UnpicklingError):
+        Step.__new__(Step).__setstate__(state)
+
+
+def test_calls_of_what_is_no_module() -> None:
+    model = fr.fuse(prepared(Everything()))
+    evaluating, training = model._fr_plans
+    bad = copy.copy(evaluating)
+    steps = tuple(Step(s.name, "children", (("register_buffer",),), s.args) for s in evaluating.steps)
+    object.__setattr__(bad, "steps", steps)
+    model.__dict__["_fr_plans"] = (bad, training)
+    with pytest.raises(pickle.UnpicklingError, match="register_buffer is a method, no module"):
+        pickle.loads(pickle.dumps(model))
