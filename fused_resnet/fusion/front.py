@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
 
@@ -37,6 +38,23 @@ _FUNCTIONS = [
     (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "silu"), (F, "hardswish"), (F, "leaky_relu"), (F, "elu"),
     (F, "relu6"), (F, "hardtanh"), (F, "max_pool2d"), (F, "avg_pool2d"), (F, "pad"),
 ]  # fmt: skip
+
+
+_CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
+
+
+class _NotCaptured(logging.Filter):
+    """Dynamo warns, pages long, of every frame that it can't capture: of a front's frames the package's log says it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        if not _CALLING.get() or not text.startswith("WON'T CONVERT"):
+            return True
+        log.info("not captured: %s", text.removeprefix("WON'T CONVERT").strip())
+        return False
+
+
+_QUIET = _NotCaptured()
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -69,6 +87,7 @@ class Front:
         import torch._dynamo as dynamo
 
         dynamo.allow_in_graph(sync_batch_norm)
+        logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
         self.plain = plain
         self.patch = dynamo.config.patch
         self.graphs: list[GraphReport] = []
@@ -96,6 +115,7 @@ class Front:
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
             self._forget()
         known = len(self.graphs)
+        calling = _CALLING.set(True)
         try:
             with self.patch(**_OPTIONS):
                 return self.captured(module, *args, **kwargs)
@@ -103,13 +123,16 @@ class Front:
             self._forget()  # dynamo does not look again at a frame that raised
             raise
         finally:
+            _CALLING.reset(calling)
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))
 
 
 def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in dynamo's eyes another one."""
-    if not isinstance(plain, FunctionType):
+    """The same function, in dynamo's eyes another one: one of PyTorch's own, too, which it looks at only from others."""
+    from torch._dynamo import trace_rules
+
+    if not isinstance(plain, FunctionType) or trace_rules.check(plain):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return plain(*args, **kwargs)
