@@ -11,14 +11,13 @@ import pytest
 import torch
 from networks import prepared, relative
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision_shim import torchvision
-from watching import Calls, saved_tensors
+from watching import Calls, rows_of, saved_tensors
 
 import fused_resnet as fr
 from fused_resnet import functional
-from fused_resnet.convert import FusedSequential
+from fused_resnet.fusion.swap import FusedModule
 
 BasicBlock = torchvision.models.resnet.BasicBlock
 
@@ -37,27 +36,6 @@ def stage(blocks: int = 3, **norm: Any) -> nn.Sequential:
 
 def images(n: int = 3) -> Tensor:
     return torch.randn(n, 4, 9, 8, dtype=torch.float64) * 1.3 + 0.4
-
-
-class Operators(TorchDispatchMode):
-    """The forward's operators and the chains of each call, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.rows: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fused_resnet" and func._opname in ("chain", "chain_inference"):
-            self.names.append(func._opname)
-            self.rows.append(len(fr.spec.RowSpec.decode(args[3]).chains))
-        return func(*args, **(kwargs or {}))
-
-
-def rows_of(call: Callable[[], Any]) -> list[int]:
-    with Operators() as seen:
-        call()
-    return seen.rows
 
 
 def step(model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
@@ -86,7 +64,7 @@ def pair() -> tuple[nn.Sequential, nn.Sequential]:
 # ------------------------------------------------------------------------------------------------ it is one row
 def test_a_stage_is_one_row(pair: Any) -> None:
     plain, fused = pair
-    assert type(fused) is FusedSequential and isinstance(fused, nn.Sequential)
+    assert isinstance(fused, FusedModule) and isinstance(fused, nn.Sequential)
     assert rows_of(lambda: step(copy.deepcopy(fused), images())) == [3]
     x = images()
     for _ in range(2):
@@ -282,10 +260,10 @@ def test_copies_and_unfuse(pair: Any) -> None:
     with torch.no_grad():
         want = fused.eval()(x)
         for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-            assert type(other) is FusedSequential and torch.equal(other(x), want)
+            assert type(other) is type(fused) and torch.equal(other(x), want)
             assert type(fr.unfuse(other)) is nn.Sequential and type(other[0]) is BasicBlock
         torch.testing.assert_close(other(x), want)
-    assert type(fr.fuse(fused)) is FusedSequential
+    assert isinstance(fr.fuse(fused), FusedModule)
 
 
 def test_functional_call(pair: Any) -> None:
