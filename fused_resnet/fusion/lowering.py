@@ -41,6 +41,9 @@ class _UnitCall:
 
     def unit(self, given: Sequence[Tensor]) -> Unit:
         tensors: dict[str, Any] = {name: given[place] for name, place in self.tensors.items()}
+        for name in ("running_mean", "running_var"):
+            if name in tensors:  # PyTorch's own norms don't count their updates as changes that a backward minds
+                tensors[name] = tensors[name].data
         unit = Unit(**self.options, **tensors)
         if self.group is not None:
             unit.process_group = group_named(self.group)
