@@ -14,7 +14,7 @@ from stack import State, images, loss_of, network, pair, same, state
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.convert import FusedModule
+from fused_resnet.fusion.swap import FusedModule
 
 LOAD = """
 import sys, torch

@@ -317,7 +317,7 @@ def test_selective_checkpointing(policy: str) -> None:
         )
 
     def run(model: nn.Module) -> State:
-        if not isinstance(model, fr.convert.FusedModule):
+        if not isinstance(model, FusedModule):
             out = model(x)  # PyTorch's own norms would be updated twice
         else:
             out = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
@@ -414,7 +414,7 @@ def test_pruning(expected_warning: None) -> None:
         conv = model.layer1[0].conv2
         prune.l1_unstructured(conv, "weight", 0.5)
         reasons = [row.reason for row in fr.explain(model).rows if row.name == "layer1.0"]
-        assert not isinstance(model, fr.convert.FusedModule) or "hooks" in reasons[0]
+        assert not isinstance(model, FusedModule) or "hooks" in reasons[0]
         outs = [learn(model, x, sgd(model))]
         prune.remove(conv, "weight")
         assert (conv.weight == 0).float().mean() == 0.5
@@ -444,7 +444,7 @@ def test_the_tests_can_fail() -> None:
 
     def run(model: nn.Module) -> None:
         loss_of(model(x)).backward()
-        if isinstance(model, fr.convert.FusedModule):
+        if isinstance(model, FusedModule):
             model.layer3[0].bn1.weight.grad.mul_(1 + 1e-4)
 
     with pytest.raises(AssertionError, match=r"d layer3\.0\.bn1\.weight"):

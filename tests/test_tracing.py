@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from traced import Layers, assert_same, images, made
 
 import fused_resnet as fr
-from fused_resnet.convert import FusedModule, FusedSequential, plan_of
+from fused_resnet.fusion.swap import FusedModule
 
 pytestmark = pytest.mark.usefixtures("every_warning")
 

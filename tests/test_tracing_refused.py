@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from traced import Layers
 
 import fused_resnet as fr
-from fused_resnet.convert import FusedModule
+from fused_resnet.fusion.swap import FusedModule
 
 pytestmark = pytest.mark.usefixtures("every_warning")
 

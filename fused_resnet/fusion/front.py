@@ -7,8 +7,8 @@ behind the same backend, with a code object of its own, so that its graphs and i
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
 
@@ -37,6 +37,25 @@ _FUNCTIONS = [
     (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "silu"), (F, "hardswish"), (F, "leaky_relu"), (F, "elu"),
     (F, "relu6"), (F, "hardtanh"), (F, "max_pool2d"), (F, "avg_pool2d"), (F, "pad"),
 ]  # fmt: skip
+
+
+_CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
+
+
+class _NotCaptured(logging.Filter):
+    """Dynamo warns, pages long, of every frame that it can't capture: of a front's frames the package's log says it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        if not _CALLING.get() or not text.startswith("WON'T CONVERT"):
+            return True
+        log.info("not captured: %s", text.removeprefix("WON'T CONVERT").strip())
+        return False
+
+
+_QUIET = _NotCaptured()
+# States of a module, by ``_unguarded``, that are captured each by itself.
+_MAX_STATES = 16
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -69,16 +88,25 @@ class Front:
         import torch._dynamo as dynamo
 
         dynamo.allow_in_graph(sync_batch_norm)
+        logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
         self.plain = plain
         self.patch = dynamo.config.patch
         self.graphs: list[GraphReport] = []
-        self.breaks: Counter[str] = Counter()
+        self.ran = 0  # graphs
         self._forget()
 
     def _forget(self) -> None:
         """Captures anew from the next call on."""
-        self.captured: Callable[..., Any] = torch.compile(_with_own_code(self.plain), backend=self._lowered)
+        self.captured: dict[Any, Callable[..., Any]] = {}
+        self.whole = True  # each call was one graph
         self.looked_up: list[tuple[Any, str, Any]] = []
+
+    def _captured(self, state: Any) -> Callable[..., Any]:
+        if state not in self.captured:
+            if len(self.captured) == _MAX_STATES:
+                self.captured.clear()
+            self.captured[state] = torch.compile(_with_own_code(self.plain), backend=self._lowered)
+        return self.captured[state]
 
     def _lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         report = GraphReport(lower(gm))
@@ -88,6 +116,7 @@ class Front:
 
         def run(*args: Any) -> Any:
             report.ran += 1
+            self.ran += 1
             return forward(*args)
 
         return run
@@ -95,21 +124,40 @@ class Front:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
             self._forget()
-        known = len(self.graphs)
+        known, ran = len(self.graphs), self.ran
+        captured = self._captured(() if self.whole else _unguarded(module, args))
+        calling = _CALLING.set(True)
         try:
             with self.patch(**_OPTIONS):
-                return self.captured(module, *args, **kwargs)
+                out = captured(module, *args, **kwargs)
+            if self.whole and self.ran - ran != 1:
+                self.whole = False
+                self.captured = {_unguarded(module, args): captured}
+            return out
         except Exception:
             self._forget()  # dynamo does not look again at a frame that raised
             raise
         finally:
+            _CALLING.reset(calling)
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))
 
 
+def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """What may make dynamo give up a frame, or break it into graphs, which it then does not look at again."""
+    modules = [
+        (m.training, id(m.__dict__.get("forward")), *m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks,
+         *m._backward_pre_hooks)
+        for m in module.modules()
+    ]  # fmt: skip
+    return (*modules, *map(type, args))
+
+
 def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in dynamo's eyes another one."""
-    if not isinstance(plain, FunctionType):
+    """The same function, in dynamo's eyes another one: one of PyTorch's own, too, which it looks at only from others."""
+    from torch._dynamo import trace_rules
+
+    if not isinstance(plain, FunctionType) or trace_rules.check(plain):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return plain(*args, **kwargs)

@@ -49,6 +49,9 @@ class _UnitCall:
 
     def unit(self, given: Sequence[Tensor]) -> Unit:
         tensors: dict[str, Any] = {name: given[place] for name, place in self.tensors.items()}
+        for name in ("running_mean", "running_var"):
+            if name in tensors:
+                tensors[name] = self._statistics(tensors[name])
         unit = Unit(**self.options, **tensors)
         if self.group is not None:
             unit.process_group = group_named(self.group)
@@ -59,6 +62,13 @@ class _UnitCall:
             unit.running_mean = torch.zeros_like(unit.bn_weight, requires_grad=False)
             unit.running_var = torch.ones_like(unit.bn_weight, requires_grad=False)
         return unit
+
+    def _statistics(self, running: Tensor) -> Tensor:
+        """PyTorch's own norms don't count their updates as changes that a backward minds. The backward of a norm in
+        evaluation reads the statistics, so it gets a copy: in PyTorch a training step in between makes it wrong."""
+        if self.options["training"] or not torch.is_grad_enabled():
+            return running.data
+        return running.detach().clone()
 
 
 class _ChainCall:

@@ -197,10 +197,6 @@ class _Matcher:
         if not all(isinstance(t, fx.Node) for t in tensors.values()):
             return None, "a norm whose parameters are constants"
         mean = tensors.get("running_mean")
-        if training and any(
-            len(tensors[name].users) > 1 for name in ("running_mean", "running_var") if name in tensors
-        ):
-            return None, "its running statistics are used elsewhere, too"
         counter = self.counters.get(_module(node)) if training and mean is not None else None
         options = {"training": training, "momentum": given["momentum"], "eps": given["eps"]}
         if given.get("group") is not None:
@@ -395,11 +391,12 @@ class _Matcher:
         x = value_of(chain.start)
         if len(dtypes) > 1 or x is None or (x.dtype not in dtypes and not chain.units[0].has_conv):
             return "its dtype changes inside"
-        return self._disturbed(chain.nodes, _reads([chain]))
+        return self._disturbed([chain])
 
-    def _disturbed(self, nodes: Sequence[fx.Node], reads: set[fx.Node]) -> str | None:
-        """Why nodes can't all run where the last one stands, or None."""
-        inside = set(nodes)
+    def _disturbed(self, chains: Sequence[ChainMatch]) -> str | None:
+        """Why the chains' nodes can't all run where the last one stands, or None."""
+        nodes = [n for chain in chains for n in chain.nodes]
+        inside, reads = set(nodes), _reads(chains)
         first, last = min(self.order[n] for n in nodes), max(self.order[n] for n in nodes)
         if any(first < i < last for i in self.switches):
             return "gradients or autocast are switched inside"
@@ -408,6 +405,10 @@ class _Matcher:
             if first < i < last and self.nodes[i] not in inside and not _counts_batch(self.nodes[i]):
                 if any(_storage(n) is None or _storage(n) in storages for n in changed):
                     return "what it reads is changed in place before its end"
+        updated = {_storage(n) for n in _updates(chains)}
+        for node in self.nodes[first:last]:
+            if node not in inside and any(_storage(n) in updated for n in node.all_input_nodes):
+                return "its running statistics are used before its end"
         late = max((self.order[n] for n in reads), default=0)
         return "it reads what is computed behind its end" if late > last else None
 
@@ -438,8 +439,7 @@ class _Matcher:
         if not set(end.users) <= set(after.nodes):
             return None
         whole = [*row, after]
-        nodes = [n for chain in whole for n in chain.nodes]
-        return after if self._disturbed(nodes, _reads(whole)) is None else None
+        return after if self._disturbed(whole) is None else None
 
 
 def _fits_row(chain: ChainMatch) -> bool:
@@ -452,6 +452,12 @@ def _reads(chains: Sequence[ChainMatch]) -> set[fx.Node]:
     tensors = {t for chain in chains for unit in chain.all_units for t in unit.tensors.values()}
     computed = {m for c in chains for u in c.all_units if isinstance(m := u.options["momentum"], fx.Node)}
     return tensors | computed | {chains[0].start} | {c.residual for c in chains if c.residual is not None}
+
+
+def _updates(chains: Sequence[ChainMatch]) -> list[fx.Node]:
+    """The running statistics that chains change."""
+    units = [unit for chain in chains for unit in chain.all_units if unit.options["training"]]
+    return [u.tensors[name] for u in units for name in ("running_mean", "running_var") if name in u.tensors]
 
 
 def _with(chain: ChainMatch, node: Any) -> ChainMatch:

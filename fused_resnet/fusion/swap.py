@@ -28,12 +28,8 @@ def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if graphed() or _plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
-        fronts = self.__dict__.get("_fr_fronts")
-        if fronts is None:
-            fronts = self.__dict__.setdefault("_fr_fronts", {})
-        front = fronts.get(name)
-        if front is None:
-            front = fronts.setdefault(name, Front(plain))
+        fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
+        front = fronts.get(name) or fronts.setdefault(name, Front(plain))
         if dist.is_available() and dist.is_initialized():
             name_groups(self)
         return front(self, args, kwargs)
