@@ -127,7 +127,7 @@ class UnitModules:
     @property
     def frozen(self) -> bool:
         """The norm never uses a batch's statistics, whatever its mode."""
-        kind = norm_kind(type(self.bn))
+        kind = norm_kind(original(self.bn))
         return kind is not None and kind[0]
 
     def why_not(self) -> str | None:
@@ -148,7 +148,7 @@ class UnitModules:
                 d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:], strict=True)
             ):
                 return "padding 'same' with an even kernel"
-        kind = norm_kind(type(bn))
+        kind = norm_kind(original(bn))
         if kind is None:
             return f"{type(bn).__name__} in the place of BatchNorm2d"
         if kind[1] and (type(bn.drop) is not nn.Identity or (act is not bn.act and type(bn.act) is not nn.Identity)):
