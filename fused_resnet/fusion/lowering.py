@@ -14,6 +14,7 @@ from fused_resnet.functional import in_backward
 from fused_resnet.fusion.choosing import Choice
 from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
 from fused_resnet.fusion.sync_norm import group_named
+from fused_resnet.fusion.table import value_of
 from fused_resnet.units import Chain, Unit
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -172,16 +173,29 @@ def _part(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.Gr
 
 
 class _Checkpoint(nn.Module):
-    """``torch.utils.checkpoint`` around a lowered part of a graph."""
+    """``torch.utils.checkpoint`` around a lowered part of a graph.
+
+    Args:
+        part: the graph. options: of the checkpoint.
+    """
 
     def __init__(self, part: fx.GraphModule, options: dict[str, Any]) -> None:
         super().__init__()
         self.part, self.options = part, {"use_reentrant": False} | options
+        values = [value_of(node) for node in part.graph.nodes if node.op == "placeholder"]
+        self.counters = [i for i, v in enumerate(values) if v is not None and not v.dim() and v.dtype == torch.int64]
 
     def forward(self, *args: Any) -> Any:
         from torch.utils.checkpoint import checkpoint
 
-        return checkpoint(self.part, *args, **self.options)
+        # what the part counts is no argument: a checkpoint refuses to go back to arguments that changed
+        counters = {i: args[i] for i in self.counters}
+
+        def part(*others: Any) -> Any:
+            rest = iter(others)
+            return self.part(*(counters[i] if i in counters else next(rest) for i in range(len(args))))
+
+        return checkpoint(part, *(a for i, a in enumerate(args) if i not in counters), **self.options)
 
 
 def lower(gm: fx.GraphModule) -> Matches:
