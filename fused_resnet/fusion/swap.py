@@ -21,21 +21,22 @@ from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm
 
 
 def _fused_methods(cls: Any) -> dict[str, Any]:
-    return {name: _fused_method(name, getattr(cls, name)) for name in METHODS if hasattr(cls, name)}
+    return {name: _fused_method(cls, name) for name in METHODS if hasattr(cls, name)}
 
 
-def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = getattr(cls, name)  # as it is now: a class's method may be replaced at any time
         if graphed() or _plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
         fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
-        front = fronts.get(name) or fronts.setdefault(name, Front(plain))
+        front = fronts.get(plain) or fronts.setdefault(plain, Front(plain))
         if dist.is_available() and dist.is_initialized():
             name_groups(self)
         return front(self, args, kwargs)
 
     forward.__code__ = forward.__code__.replace()  # dynamo limits how often it captures one code object
-    return wraps(plain)(forward)
+    return wraps(getattr(cls, name))(forward)
 
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
