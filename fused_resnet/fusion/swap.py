@@ -104,6 +104,9 @@ def why_not_fused(m: nn.Module) -> str | None:
         return "its forward was replaced"
     if calls_itself(m):
         return "its class overrides __call__"
+    of = getattr(type(m).forward, "__module__", None) or ""
+    if of.startswith(("torch.nn.parallel.", "torch.distributed.")):
+        return "its forward is communication around another module"  # which is fused by itself
     return why_no_class(type(m), "fused")
 
 
