@@ -115,7 +115,9 @@ def live(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[int, in
             total += ran
             if step == 0 and "raised" not in want:
                 said = sum(row.chains for row in fr.explain(nets[1]).rows)
-                assert said == ran, (said, ran, str(fr.explain(nets[1])))
+                # behind a graph break one graph may serve several modules, and names the first of them
+                whole = [len(m._fr_fronts["forward"].graphs) for m in nets[1].modules() if hasattr(m, "_fr_fronts")]
+                assert said == ran if whole == [1] else said <= ran, (said, ran, str(fr.explain(nets[1])))
             if call.dtype != torch.float64 or "raised" in want:  # on from the same numbers
                 nets = [net.double() for net in nets]
                 nets[1].load_state_dict(nets[0].state_dict())

@@ -69,7 +69,7 @@ def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             fronts = self.__dict__["_fr_fronts"] = {}
         front = fronts.get(name)
         if front is None:
-            front = fronts[name] = Front(plain)
+            front = fronts[name] = Front(self, plain)
         if dist.is_available() and dist.is_initialized():
             name_groups(self)
         return front(self, args, kwargs)
