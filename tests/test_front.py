@@ -63,3 +63,51 @@ def test_behind_a_graph_break_modules_have_their_own_names() -> None:
     explained = {row.name: row.chains for row in fr.explain(model).rows}
     assert explained == {"1": 2}
     assert sum(len(args[1]) for args, _ in rows.call_args_list) == 2
+
+
+class WrittenResidual(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        s = x * 2
+        h = F.relu(self.bn1(self.conv1(x)) + s)
+        return h + s.mul_(3)
+
+
+class WrittenStart(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        s = x * 2
+        scale = self.bn1.running_var.view(1, -1, 1, 1) + 0.5
+        h = F.relu(s * scale + self.bn1.bias.detach().view(1, -1, 1, 1))
+        return h + s.mul_(3)
+
+
+class AddIntoView(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        s = x * 2
+        view = s.view_as(s)
+        view += self.bn1(self.conv1(x))
+        return F.relu(view) * s
+
+
+@pytest.mark.parametrize("kind", [WrittenResidual, WrittenStart, AddIntoView])
+def test_what_is_written_around_a_chain(kind: type[Layers]) -> None:
+    """A chain keeps its summand for the backward, and plain PyTorch doesn't; what an add writes into others may see."""
+    plain = kind()
+    same_as_plain(plain, fr.fuse(copy.deepcopy(plain)))
+
+
+class Patched(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)) + x)
+
+
+def test_a_class_whose_forward_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = nn.Sequential(nn.Identity(), Patched())
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert same_as_plain(plain, fused) == 1
+    before = Patched.forward
+    monkeypatch.setattr(Patched, "forward", lambda self, x: before(self, x) * 2)
+    assert same_as_plain(plain, fused) == 1
+    assert same_as_plain(plain[1], fused[1]) == 1
+    monkeypatch.undo()
+    assert same_as_plain(plain[1], fused[1]) == 1
+    assert same_as_plain(plain, fused) == 1
