@@ -20,6 +20,7 @@ from torch import fx, nn
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
+from fused_resnet.patterns import METHODS, original
 
 log = logging.getLogger("fused_resnet")
 # What the package asks of dynamo where it captures, in this thread alone: hooks that come later are seen, a
@@ -127,8 +128,8 @@ def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def _looked_up(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """What a call of the module looks up in classes and in torch, and dynamo takes for constant."""
-    for cls in {type(m) for m in module.modules()}:
-        for name in ("forward", "__call__", "_conv_forward", "_check_input_dim"):
+    for cls in {original(m) for m in module.modules()}:
+        for name in (*METHODS, "__call__", "_conv_forward", "_check_input_dim"):
             if hasattr(cls, name):
                 yield cls, name, getattr(cls, name)
     for owner, name in _FUNCTIONS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache, wraps
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -55,27 +56,28 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 @cache
 def _fused_class(cls: Any) -> Any:
     methods = [name for name in METHODS if hasattr(cls, name)]
-    added: dict[str, Any] = {name: _fused_method(name, getattr(cls, name)) for name in methods}
+    added: dict[str, Any] = {name: _fused_method(name, cls) for name in methods}
     added |= {"_fr_original": cls, "__module__": __name__}
     return type(f"Fused{cls.__name__}", (FusedModule, cls), added)
 
 
-def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+def _fused_method(name: str, cls: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = getattr(cls, name)  # now: the class may have got another one
         if torch.compiler.is_dynamo_compiling() or _plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
         fronts = self.__dict__.get("_fr_fronts")
         if fronts is None:
             fronts = self.__dict__["_fr_fronts"] = {}
         front = fronts.get(name)
-        if front is None:
+        if front is None or (front.plain is not plain and isinstance(plain, FunctionType)):
             front = fronts[name] = Front(self, plain)
         if dist.is_available() and dist.is_initialized():
             name_groups(self)
         return front(self, args, kwargs)
 
     forward.__code__ = forward.__code__.replace()  # dynamo limits how often it captures one code object
-    return wraps(plain)(forward)
+    return wraps(getattr(cls, name))(forward)
 
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
