@@ -120,6 +120,8 @@ def live(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[int, in
                 assert said == ran if whole == [1] else said <= ran, (said, ran, str(fr.explain(nets[1])))
             if call.dtype != torch.float64 or "raised" in want:  # on from the same numbers
                 nets = [net.double() for net in nets]
+                for net in nets:
+                    net.zero_grad()
                 nets[1].load_state_dict(nets[0].state_dict())
     finally:
         world.restore()
