@@ -129,9 +129,10 @@ def _captured(model: nn.Module) -> tuple[list[tuple[ChainReport, int]], dict[str
     for name, m in model.named_modules():
         of_module: dict[str, Front] = m.__dict__.get("_fr_fronts", {})
         for front in of_module.values():
-            fronts += bool(front.graphs)
-            ran = sum(graph.ran for graph in front.graphs)
-            for graph in reversed(front.graphs):
+            graphs = [graph for graph in front.graphs if graph.ran]  # dynamo may drop what it has captured
+            fronts += bool(graphs)
+            ran = sum(graph.ran for graph in graphs)
+            for graph in reversed(graphs):
                 known = {u.norm[0] for c, _ in chains for u in c.units} | left.keys()
                 for chain in graph.chains:
                     here = chain.inside(name)

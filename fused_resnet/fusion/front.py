@@ -7,6 +7,7 @@ behind the same backend, with a code object of its own, so that its graphs and i
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import FunctionType
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fused_resnet.fusion.lowering import lower
-from fused_resnet.fusion.report import GraphReport
+from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 from fused_resnet.patterns import METHODS, original
 
@@ -70,8 +71,8 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., 
 
     Source: the contract of ``torch.compile``'s backends.
     """
-    report = GraphReport(lower(gm))
-    log.info("captured %s", report)
+    names = Names(gm.graph, None)
+    log.info("captured %s", GraphReport(lower(gm), names))
     return gm.forward
 
 
@@ -79,18 +80,18 @@ class Front:
     """A method of a module, captured.
 
     Args:
-        plain: the method.
+        module: a fused module. plain: the method, of its class before.
 
     Attributes:
         graphs: what was found in each graph that was captured, oldest first.
     """
 
-    def __init__(self, plain: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, plain: Callable[..., Any]) -> None:
         import torch._dynamo as dynamo
 
         dynamo.allow_in_graph(sync_batch_norm)
         logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
-        self.plain = plain
+        self.module, self.plain = weakref.ref(module), plain
         self.patch = dynamo.config.patch
         self.graphs: list[GraphReport] = []
         self.ran = 0  # graphs
@@ -110,7 +111,8 @@ class Front:
         return self.captured[state]
 
     def _lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report = GraphReport(lower(gm))
+        names = Names(gm.graph, self.module())
+        report = GraphReport(lower(gm), names)
         log.info("captured %s", report)
         self.graphs.append(report)
         forward = gm.forward
@@ -155,7 +157,7 @@ def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:
 
 
 def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in dynamo's eyes another one: one of PyTorch's own, too, which it looks at only from others."""
+    """The same function, in dynamo's eyes another one; of PyTorch's own, too, which it looks at only from others."""
     from torch._dynamo import trace_rules
 
     if not isinstance(plain, FunctionType) or trace_rules.check(plain):

@@ -275,7 +275,7 @@ class _Matcher:
         last = self.units.get(origin)
         if last is None or last.act.name != "identity" or last.end in self.taken or self._only_user(branch) is not add:
             return None
-        if other in written(add) and self._only_user(other) is not add:
+        if other in written(add) and not self._alone(other, add):
             return None  # x += branch(x) changes what others hold
         if not self._same_sum(add, branch, other):
             return None
@@ -285,6 +285,12 @@ class _Matcher:
         chain.act, behind = self._followed_by_act(add)
         chain.nodes = [*(n for u in row for n in u.nodes), *passed, *closing, add, *behind]
         return chain
+
+    def _alone(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether nobody but ``user``, which writes into a value, has it or a view of it."""
+        storage = _storage(node)
+        shared = [n for n in self.nodes[: self.order[user]] if n is not node and _storage(n) == storage]
+        return storage is not None and self._only_user(node) is user and not shared
 
     def _dropped(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         """Back past dropouts that drop nothing."""
@@ -391,6 +397,9 @@ class _Matcher:
         x = value_of(chain.start)
         if len(dtypes) > 1 or x is None or (x.dtype not in dtypes and not chain.units[0].has_conv):
             return "its dtype changes inside"
+        kept = {_storage(n) for n in (chain.start, chain.residual) if n is not None}
+        if any(i > self.order[chain.end] and kept & set(map(_storage, changed)) for i, changed in self.writes):
+            return "what it keeps for its backward is changed in place behind its end"
         return self._disturbed([chain])
 
     def _disturbed(self, chains: Sequence[ChainMatch]) -> str | None:

@@ -6,13 +6,59 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fused_resnet.fusion.matcher import ChainMatch, Matches, UnitMatch
 from fused_resnet.fusion.table import value_of
 from fused_resnet.spec import ConvSpec, PoolSpec
 
 Place = tuple[str, str]  # a module's name in the captured one, and its class's
+
+
+class Names:
+    """Where the nodes of a graph were called.
+
+    Behind a graph break dynamo captures the frames of inner modules, too, and calls their own ``self`` the root: its
+    keys, which are the modules' ids, tell which they are.
+
+    Args:
+        graph: captured. module: whose call was captured, None where it isn't known.
+    """
+
+    def __init__(self, graph: fx.Graph, module: nn.Module | None) -> None:
+        self.known = {str(id(m)): (n, _class(type(m))) for n, m in module.named_modules()} if module is not None else {}
+        self.frame: list[Place] = []  # the module whose frame it is, where that isn't the captured one
+        for node in graph.nodes:
+            stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+            for key, (path, _) in list(stack.items())[:1]:
+                name, (_, _, inner) = self._name(key), path.partition("].")
+                if name is not None and inner and name.endswith(f".{inner}"):
+                    outer = name.removesuffix(f".{inner}")
+                    self.frame = [place for place in self.known.values() if place[0] == outer]
+                    return
+
+    def _name(self, key: str) -> str | None:
+        place = self.known.get(key.partition("@")[0])  # "@1": its second call
+        return place[0] if place is not None else None
+
+    def stack(self, node: fx.Node) -> list[Place]:
+        """The modules that a node was called in, outermost first, the captured one left out."""
+        stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+        found = list(self.frame)
+        for key, (path, cls) in stack.items():
+            name = self._name(key)
+            found.append((path.partition("].")[2] if name is None else name, _class(cls)))
+        return found
+
+    def of(self, node: fx.Node) -> Place:
+        """The innermost of them."""
+        stack = self.stack(node)
+        return stack[-1] if stack else ("", "")
+
+
+def _class(cls: Any) -> str:
+    kind = getattr(cls, "_fr_original", cls)
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -51,17 +97,20 @@ class ChainReport:
 class GraphReport:
     """One captured graph.
 
+    Args:
+        matches: what was found in it. names: of its modules.
+
     Attributes:
         chains: in its order; those with the same ``row`` run as one. left: a norm -> why it is in none.
         norms: how many there are. ran: how many times the graph ran.
     """
 
-    def __init__(self, matches: Matches) -> None:
+    def __init__(self, matches: Matches, names: Names) -> None:
         self.norms, self.ran = matches.norms, 0
         self.chains = [
-            _chain(chain, f"{id(matches)} {i}") for i, row in enumerate(matches.rows) for chain in row.chains
+            _chain(chain, f"{id(matches)} {i}", names) for i, row in enumerate(matches.rows) for chain in row.chains
         ]
-        self.left = {_place(norm): reason for norm, reason in matches.left.items()}
+        self.left = {names.of(norm): reason for norm, reason in matches.left.items()}
         self.rows = len(matches.rows)
 
     def __str__(self) -> str:
@@ -70,11 +119,12 @@ class GraphReport:
         return f"{taken} norms in {len(self.chains)} chains, {self.rows} rows{left}"
 
 
-def _chain(chain: ChainMatch, row: str) -> ChainReport:
-    return ChainReport(_owner(chain), tuple(map(_unit, chain.all_units)), chain.max_pool, row)
+def _chain(chain: ChainMatch, row: str, names: Names) -> ChainReport:
+    units = tuple(_unit(unit, names) for unit in chain.all_units)
+    return ChainReport(_owner(chain, names), units, chain.max_pool, row)
 
 
-def _unit(unit: UnitMatch) -> UnitReport:
+def _unit(unit: UnitMatch, names: Names) -> UnitReport:
     x, weight = value_of(unit.norm), unit.tensors.get("weight")
     assert x is not None
     w = value_of(weight) if weight is not None else None
@@ -86,7 +136,7 @@ def _unit(unit: UnitMatch) -> UnitReport:
     last = not like.is_contiguous() or tuple(like.shape[2:]) == (1, 1)
     shape = tuple(map(int, w.shape)) if w is not None else ()
     return UnitReport(
-        _place(unit.norm),
+        names.of(unit.norm),
         conv,
         shape,
         like.device.type,
@@ -97,25 +147,9 @@ def _unit(unit: UnitMatch) -> UnitReport:
     )
 
 
-def _stack(node: fx.Node) -> list[Place]:
-    """The modules that a node was called in, outermost first, the captured one left out."""
-    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
-    found = []
-    for path, cls in stack.values():
-        _, _, name = path.partition("].")
-        kind = getattr(cls, "_fr_original", cls)
-        found.append((name, kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]))
-    return found
-
-
-def _place(node: fx.Node) -> Place:
-    stack = _stack(node)
-    return stack[-1] if stack else ("", "")
-
-
-def _owner(chain: ChainMatch) -> Place:
+def _owner(chain: ChainMatch, names: Names) -> Place:
     """The innermost module that all of a chain's calls are in."""
-    stacks = [_stack(node) for node in chain.nodes]
+    stacks = [names.stack(node) for node in chain.nodes]
     common: Place = ("", "")
     for level in zip(*stacks):
         if len(set(level)) > 1:

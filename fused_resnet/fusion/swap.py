@@ -30,7 +30,7 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
         if graphed() or _plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
         fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
-        front = fronts.get(plain) or fronts.setdefault(plain, Front(plain))
+        front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
         if dist.is_available() and dist.is_initialized():
             name_groups(self)
         return front(self, args, kwargs)
