@@ -25,7 +25,7 @@ def number(value: Any, name: str) -> float:
         TypeError: something else. ValueError: no float64 holds it.
     """
     if type(value) is float or isinstance(value, torch.SymFloat):  # a tracer's: 1 / num_batches_tracked
-        return value
+        return value  # type: ignore[return-value]
     scalar = isinstance(value, Tensor) and value.dim() == 0 and not (value.requires_grad or value.is_complex())
     if not (scalar or isinstance(value, int | float) or _numpy_scalar(value, "biuf")):
         raise TypeError(f"{name}: expected a number, got {value!r}")
@@ -42,7 +42,7 @@ def integer(value: Any, name: str, expected: str = "an int") -> int:
         TypeError: something else.
     """
     if type(value) is int:
-        return value
+        return value  # type: ignore[return-value]
     if not (isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)):
         try:
             return operator.index(value)
