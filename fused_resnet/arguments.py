@@ -42,7 +42,7 @@ def integer(value: Any, name: str, expected: str = "an int") -> int:
         TypeError: something else.
     """
     if type(value) is int:
-        return value  # type: ignore[return-value]
+        return value
     if not (isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)):
         try:
             return operator.index(value)
