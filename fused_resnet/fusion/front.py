@@ -154,7 +154,7 @@ def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:
 
 
 def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in dynamo's eyes another one: one of PyTorch's own, too, which it looks at only from others."""
+    """The same function, in dynamo's eyes another one; PyTorch's own inside another one, for at those it won't look."""
     from torch._dynamo import trace_rules
 
     if not isinstance(plain, FunctionType) or trace_rules.check(plain):

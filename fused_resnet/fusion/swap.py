@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.nn.modules import module as nn_module
 
 from fused_resnet.backends import warn_once
@@ -70,7 +71,10 @@ def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
             name_groups(self)
         return front(self, args, kwargs)
 
-    forward.__code__ = forward.__code__.replace()  # dynamo limits how often it captures one code object
+    # Where another module's capture is broken off before this call, the call is not captured for the other one, but for
+    # this module, by itself; the code is the method's own, for that is what dynamo remembers it by.
+    forward.__code__ = forward.__code__.replace()
+    set_code_exec_strategy(forward.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return wraps(plain)(forward)
 
 
