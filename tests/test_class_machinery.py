@@ -429,6 +429,24 @@ def test_instances_of_a_fused_class() -> None:
     assert fr.explain(other).rows[0].fused and type(fr.unfuse(other)) is CopiesItself
 
 
+def test_classes_derived_from_a_fused_one() -> None:
+    """``super()`` in them means the class itself, which unfuse therefore leaves; it runs plain."""
+    parent: Any = type(fr.fuse(Block()))
+
+    class Derived(parent):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    plain, m, x = prepared(Block()).double(), Derived().double(), images()
+    m.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        want = plain.eval()(x) + 1
+        assert "_fr_plans" in fr.fuse(m.eval()).__dict__
+        torch.testing.assert_close(m(x), want)
+        assert "_fr_plans" not in fr.unfuse(m).__dict__
+        assert torch.equal(m(x), want)
+
+
 def test_a_class_that_nobody_uses_any_more_goes() -> None:
     def use() -> weakref.ref[type]:
         class Local(Block):
