@@ -7,6 +7,7 @@ behind the same backend, with a code object of its own, so that its graphs and i
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -76,6 +77,12 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., 
     return gm.forward
 
 
+class _Runs(threading.local):
+    """How many graphs of a front this thread ran."""
+
+    graphs = 0
+
+
 class Front:
     """A method of a module, captured.
 
@@ -94,7 +101,7 @@ class Front:
         self.module, self.plain = weakref.ref(module), plain
         self.patch = dynamo.config.patch
         self.graphs: list[GraphReport] = []
-        self.ran = 0  # graphs
+        self.runs = _Runs()
         self._forget()
 
     def _forget(self) -> None:
@@ -119,7 +126,7 @@ class Front:
 
         def run(*args: Any) -> Any:
             report.ran += 1
-            self.ran += 1
+            self.runs.graphs += 1
             return forward(*args)
 
         return run
@@ -127,13 +134,13 @@ class Front:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
             self._forget()
-        known, ran = len(self.graphs), self.ran
+        known, ran = len(self.graphs), self.runs.graphs
         captured = self._captured(() if self.whole else _unguarded(module, args))
         calling = _CALLING.set(True)
         try:
             with self.patch(**_OPTIONS):
                 out = captured(module, *args, **kwargs)
-            if self.whole and self.ran - ran != 1:
+            if self.whole and self.runs.graphs - ran != 1:
                 self.whole = False
                 self.captured = {_unguarded(module, args): captured}
             return out
