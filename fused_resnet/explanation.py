@@ -15,10 +15,10 @@ from fused_resnet.convert import plan_of
 from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
 from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.fusion.front import Front
-from fused_resnet.fusion.report import ChainReport, Place
+from fused_resnet.fusion.report import ChainReport
 from fused_resnet.fusion.swap import FusedModule, fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
-from fused_resnet.modules import copy_of
+from fused_resnet.modules import copy_of, named_modules
 from fused_resnet.patterns import looks_like_norm, original
 from fused_resnet.planner import planned, why
 
@@ -30,7 +30,8 @@ class Row:
 
     Attributes:
         chains: how many, where it is fused. reason: why it runs plain, or what of a fused one does.
-        statistics: over which processes its SyncBatchNorms take theirs. ran: how often its chains ran, about.
+        statistics: over which processes its SyncBatchNorms take theirs. ran: how often its chains ran.
+        measured: for each kind of input, how long its row takes as chains and by PyTorch's operators, on a CPU.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Row:
     chains: int = 0
     statistics: str = ""
     ran: int = 0
+    measured: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Explanation:
         kinds = max(14, max(len(r.type) for r in self.rows) + 2)
         lines = []
         for r in self.rows:
-            parts = [*(f"{p}: {b}" for p, b in r.backends.items()), r.statistics]
+            parts = [*(f"{p}: {b}" for p, b in r.backends.items()), r.statistics, r.measured]
             served = ", ".join(filter(None, parts))
             told = f"{served}; plain: {r.reason}" if served and r.reason else served or r.reason
             lines.append(f"{r.name:<{width}}{r.type:<{kinds}}{'fused' if r.fused else 'plain':<7}{told}")
@@ -90,54 +92,53 @@ def explain(model: nn.Module, *example: Any) -> Explanation:
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
-    norms = {name: m for name, m in model.named_modules() if looks_like_norm(m)}
+    modules = dict(named_modules(model))
+    norms = {name: m for name, m in modules.items() if looks_like_norm(m)}
     chains, left, fronts = _captured(model)
-    taken = {unit.norm[0] for chain, _ in chains for unit in chain.units}
-    blocks: dict[Place, list[tuple[ChainReport, int]]] = {}
-    for chain, ran in chains:
-        blocks.setdefault(chain.owner, []).append((chain, ran))
+    taken = {unit.norm[0] for chain in chains for unit in chain.units}
+    blocks: dict[str, list[ChainReport]] = {}
+    for chain in chains:
+        blocks.setdefault(chain.owner[0], []).append(chain)
     plain: dict[str, dict[str, None]] = {}  # a module's name -> why norms of it run plain
     for name in norms.keys() - taken:
         reason = left.get(name) or _unseen(model, name, fronts)
         plain.setdefault(name.rpartition(".")[0], {})[reason] = None
-    closed_by = _closed_by([chain for chain, _ in chains])
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    names = {name for name, _ in blocks} | plain.keys()
-    for name in sorted(names, key=lambda name: order.get(name, -1)):
-        found = next((owner for owner in blocks if owner[0] == name), None)
-        reasons = "; ".join(plain.get(name, ()))
-        module = dict(model.named_modules()).get(name)
-        kind = found[1] if found is not None and found[1] else original(module).__name__ if module is not None else ""
-        if found is None:
-            yield Row(name or "(model)", kind, False, reasons, {})
-            continue
-        of_block = [chain for chain, _ in blocks[found]]
-        served = _serving(of_block)
-        if of_block[-1].owner[0] in closed_by:
-            served["bn_act_backward"] = f"in conv_backward of {closed_by[of_block[-1].owner[0]]}"
-        ran = min(ran for _, ran in blocks[found])
-        shared = _shared(of_block, norms)
-        yield Row(name or "(model)", kind, True, reasons, served, len(of_block), shared, ran)
+    closed_by = _closed_by(chains)
+    order = {name: i for i, name in enumerate(modules)}
+    for name in sorted(blocks.keys() | plain.keys(), key=lambda name: order.get(name, -1)):
+        found, reasons = blocks.get(name, []), list(plain.get(name, ()))
+        kind = found[0].owner[1] if found else ""
+        if not kind and name in modules:
+            kind = original(modules[name]).__name__
+        ran = [chain for chain in found if chain.choice.chains or not chain.choice.plain]
+        measured = "; ".join(dict.fromkeys(str(chain.choice) for chain in found if chain.choice.measured))
+        if len(ran) < len(found):
+            reasons.append("PyTorch's own operators are faster")
+        served = _serving(ran)
+        if ran and ran[-1].owner[0] in closed_by:
+            served["bn_act_backward"] = f"in conv_backward of {closed_by[ran[-1].owner[0]]}"
+        calls = min((chain.choice.chains for chain in ran), default=0)
+        shared = _shared(ran, norms)
+        yield Row(name or "(model)", kind, bool(ran), "; ".join(reasons), served, len(ran), shared, calls, measured)
 
 
-def _captured(model: nn.Module) -> tuple[list[tuple[ChainReport, int]], dict[str, str], int]:
-    """The chains of the latest graphs, with the model's names, and how often they ran; norms that are left, and why;
-    how many fronts there are that captured anything."""
-    chains: list[tuple[ChainReport, int]] = []
+def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]:
+    """The chains of the latest graphs, with the model's names; norms that are left, and why; how many fronts there are
+    that captured anything."""
+    chains: list[ChainReport] = []
     left: dict[str, str] = {}
     fronts = 0
-    for name, m in model.named_modules():
-        of_module: dict[str, Front] = m.__dict__.get("_fr_fronts", {})
+    for name, m in named_modules(model):
+        of_module: dict[Any, Front] = m.__dict__.get("_fr_fronts", {})
         for front in of_module.values():
             graphs = [graph for graph in front.graphs if graph.ran]  # dynamo may drop what it has captured
             fronts += bool(graphs)
-            ran = sum(graph.ran for graph in graphs)
             for graph in reversed(graphs):
-                known = {u.norm[0] for c, _ in chains for u in c.units} | left.keys()
+                known = {u.norm[0] for c in chains for u in c.units} | left.keys()
                 for chain in graph.chains:
                     here = chain.inside(name)
                     if not known.intersection(u.norm[0] for u in here.units):
-                        chains.append((here, ran))
+                        chains.append(here)
                 for (norm, _), reason in graph.left.items():
                     norm = f"{name}.{norm}" if name and norm else norm or name
                     if norm not in known:

@@ -20,6 +20,7 @@ from fused_resnet.cli.env import describe, device_name
 from fused_resnet.cli.options import DTYPES, UsageError
 from fused_resnet.cli.subjects import LIBRARIES, Subject, subjects
 from fused_resnet.cli.validate import Finding, Tensors
+from fused_resnet.small import chains_always
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class _Checker:
         findings = validate.compare(_all_runs(fused, x, given.dout, dtype), expected, given.ref, dtype, given.length)
         if whole:
             x = x.to(dtype)
-            with torch.no_grad():
+            with torch.no_grad(), chains_always():  # it is they that are checked
                 out = fr.freeze(plain, x, dtype=dtype)(x)
             key = "inference: out"
             found = validate.compare({key: out}, expected, {key: given.ref[key]}, dtype)

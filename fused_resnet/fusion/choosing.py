@@ -61,11 +61,17 @@ class Choice:
     """What is known of a row.
 
     Attributes:
-        measured: the measurement for each kind of input.
+        measured: the measurement for each kind of input. chains, plain: how many calls ran as chains, and how many ran
+            the operators that the row stands for.
     """
 
     def __init__(self) -> None:
         self.measured: dict[Like, small.Measured] = {}
+        self.chains = self.plain = 0
+
+    def __str__(self) -> str:
+        """For a reader: what was measured."""
+        return "; ".join(f"{about}: {found}" for about, found in self.measured.items())
 
     def pays(self, row: ChainRow, given: Sequence[Tensor]) -> bool:
         """Whether the row is to run as chains when it is called with these tensors."""

@@ -110,7 +110,7 @@ class ChainRow(nn.Module):
         self.chains = [_ChainCall(chain, places) for chain in row.chains]
         self.inputs = list(places.nodes)
         self.plain = _part(gm, row, self.inputs)
-        self.choice = Choice()
+        row.choice = self.choice = Choice()
         self.images = [0, *(call.residual for call in self.chains if call.residual is not None)]
         self.group = any(unit.group is not None for call in self.chains for unit in call.all_units)
         self.statistics = sorted({place for call in self.chains for unit in call.all_units for place in unit.buffers})
@@ -118,7 +118,9 @@ class ChainRow(nn.Module):
 
     def forward(self, *given: Tensor) -> Tensor:
         if self.choice.pays(self, given):
+            self.choice.chains += 1
             return self.chained(*given)
+        self.choice.plain += 1
         if not in_backward():
             return self.plain(*given)
         # a forward inside a backward, a checkpoint's, updates no statistics, as in a chain

@@ -92,9 +92,10 @@ class ChainMatch:
 
 @dataclass(eq=False)
 class RowMatch:
-    """Chains that run as one."""
+    """Chains that run as one; ``choice``: whether they do, once the row is lowered."""
 
     chains: list[ChainMatch]
+    choice: Any = None
 
     @property
     def nodes(self) -> list[fx.Node]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fused_resnet.fusion.choosing import Choice
 from fused_resnet.fusion.matcher import ChainMatch, Matches, UnitMatch
 from fused_resnet.fusion.table import value_of
 from fused_resnet.spec import ConvSpec, PoolSpec
@@ -83,6 +84,7 @@ class ChainReport:
     units: tuple[UnitReport, ...]
     max_pool: PoolSpec | None
     row: str
+    choice: Choice
 
     def inside(self, name: str) -> ChainReport:
         """With the names that its modules have in one that has the captured one as ``name``."""
@@ -108,7 +110,9 @@ class GraphReport:
     def __init__(self, matches: Matches, names: Names) -> None:
         self.norms, self.ran = matches.norms, 0
         self.chains = [
-            _chain(chain, f"{id(matches)} {i}", names) for i, row in enumerate(matches.rows) for chain in row.chains
+            _chain(chain, f"{id(matches)} {i}", row.choice, names)
+            for i, row in enumerate(matches.rows)
+            for chain in row.chains
         ]
         self.left = {names.of(norm): reason for norm, reason in matches.left.items()}
         self.rows = len(matches.rows)
@@ -119,9 +123,9 @@ class GraphReport:
         return f"{taken} norms in {len(self.chains)} chains, {self.rows} rows{left}"
 
 
-def _chain(chain: ChainMatch, row: str, names: Names) -> ChainReport:
+def _chain(chain: ChainMatch, row: str, choice: Choice, names: Names) -> ChainReport:
     units = tuple(_unit(unit, names) for unit in chain.all_units)
-    return ChainReport(_owner(chain, names), units, chain.max_pool, row)
+    return ChainReport(_owner(chain, names), units, chain.max_pool, row, choice)
 
 
 def _unit(unit: UnitMatch, names: Names) -> UnitReport:
