@@ -2,9 +2,10 @@
 Python threads, in a forked child. Compared with a float64 reference, beside plain PyTorch.
 
 Weights, statistics and images are bfloat16 numbers, so one reference serves float32, bfloat16 and autocast. Training is
-compared element by element with SiLU in ReLU's place: of a million float32 values a few have another sign than in
-float64, and a gradient that passes a ReLU there, or does not, moves a channel's sum by a percent, in plain PyTorch as
-well. Networks with ReLU train within twice the largest error of plain PyTorch's gradients.
+compared element by element in smooth networks, with SiLU and an average pool in ReLU's and the max-pool's place: of a
+million float32 values a few have another sign, or another largest neighbour, than in float64, and a gradient that goes
+another way there moves a channel's sum by a percent, in plain PyTorch as well. Networks with ReLU and the max-pool are
+held to twice the largest error of plain PyTorch's gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from networks import blocks, prepared
-from tolerances import FLOOR, assert_as_good, assert_close, error, tolerance
+from tolerances import FLOOR, assert_as_good, assert_close, error
 from torch import Tensor, nn
 from torchvision_shim import torchvision
 
@@ -51,7 +52,7 @@ def _both(*contexts: AbstractContextManager[object]) -> AbstractContextManager[o
 
 
 # ---------------------------------------------------------------------------------------------------- networks, truth
-def network(name: str, act: str = "relu") -> nn.Module:
+def network(name: str, smooth: bool = False) -> nn.Module:
     """torchvision's, with running statistics near those of its activations, so that these stay of order 1."""
     torch.manual_seed(0)
     model = prepared(getattr(torchvision.models, name)())
@@ -59,8 +60,10 @@ def network(name: str, act: str = "relu") -> nn.Module:
     for m in model.modules():
         if hasattr(m, "conv2"):  # a block: its shortcut outweighs its branch
             (m.bn3 if hasattr(m, "bn3") else m.bn2).weight.data *= 0.5
-        if act == "silu" and hasattr(m, "relu"):
+        if smooth and hasattr(m, "relu"):
             m.relu = nn.SiLU(inplace=True)
+    if smooth:
+        model.maxpool = nn.AvgPool2d(3, 2, 1)
     for bn in norms:
         bn.momentum = 1.0
     with torch.no_grad():
@@ -110,18 +113,18 @@ class Case:
             return copy.deepcopy(self.model()).to(dtype)(self.x.to(dtype))
 
     def _fused(
-        self, dtype: torch.dtype, act: str = "relu", fmt: torch.memory_format = torch.channels_last
+        self, dtype: torch.dtype, smooth: bool = False, fmt: torch.memory_format = torch.channels_last
     ) -> nn.Module:
-        return fr.fuse(copy.deepcopy(self.model(act)).to(dtype, memory_format=fmt))
+        return fr.fuse(copy.deepcopy(self.model(smooth)).to(dtype, memory_format=fmt))
 
     def _frozen(self, dtype: torch.dtype) -> nn.Module:
         return fr.freeze(self.model(), self.x, dtype=dtype)
 
-    def _true_step(self, act: str) -> Values:
-        return step(copy.deepcopy(self.model(act)).double(), self.x.double(), self.dout.double())
+    def _true_step(self, smooth: bool) -> Values:
+        return step(copy.deepcopy(self.model(smooth)).double(), self.x.double(), self.dout.double())
 
-    def _plain_step(self, act: str, dtype: torch.dtype, autocast: bool) -> Values:
-        return step(copy.deepcopy(self.model(act)).to(dtype), self.x.to(dtype), self.dout.to(dtype), autocast)
+    def _plain_step(self, smooth: bool, dtype: torch.dtype, autocast: bool) -> Values:
+        return step(copy.deepcopy(self.model(smooth)).to(dtype), self.x.to(dtype), self.dout.to(dtype), autocast)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda p: f"{p[0]}-{p[1]}")
@@ -158,14 +161,7 @@ def assert_right(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: to
         assert_as_good(name, [got], [plain], [truth], BF16)
     else:
         largest = truth.abs().max()
-        got, truth = got / largest, truth / largest
-        if name.startswith("dx"):
-            # of two values in the stem's max-pool that are equal in float32 either may be the largest, and the images'
-            # gradient goes to the 7x7 pixels around it: few of all the windows
-            apart = ~torch.isclose(got.double(), truth, **tolerance(torch.float32, reduction))
-            assert apart.double().mean() < 1e-3, name
-        else:
-            assert_close(name, got, truth, reduction, torch.float32)
+        assert_close(name, got / largest, truth / largest, reduction, torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------- inference
@@ -226,8 +222,8 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_training(case: Case, part: str, counted: Mapping[str, int]) -> None:
     dtype, autocast, counts = PARTS[part]
-    truth, plain = case.true_step("silu"), case.plain_step("silu", dtype, autocast)
-    fused, x = case.fused(dtype, "silu"), case.x.to(dtype).contiguous(memory_format=torch.channels_last)
+    truth, plain = case.true_step(True), case.plain_step(True, dtype, autocast)
+    fused, x = case.fused(dtype, True), case.x.to(dtype).contiguous(memory_format=torch.channels_last)
     pixels = case.batch * (SIZE // 2) ** 2
     for threads in counts if case.batch > 1 else THREADS:
         torch.set_num_threads(threads)
@@ -245,13 +241,15 @@ def test_training(case: Case, part: str, counted: Mapping[str, int]) -> None:
 def test_training_with_relu(case: Case, dtype: torch.dtype) -> None:
     if case.batch > 1:
         pytest.skip("the float64 step of a large batch takes long, and test_training has it")
-    truth, plain = case.true_step("relu"), case.plain_step("relu", dtype, False)
-    got = step(case.fused(dtype), case.x.to(dtype), case.dout.to(dtype))
+    truth, plain = case.true_step(False), case.plain_step(False, dtype, False)
     largest = max(error([plain[name]], [truth[name]]) for name in truth)
     bound = 2 * largest + FLOOR * torch.finfo(dtype).eps
-    assert {name: e for name in truth if not (e := error([got[name]], [truth[name]])) <= bound} == {}
-    for name in ("out", *(n for n in truth if "running" in n)):  # no gradient went through a ReLU
-        assert_right(name, got[name], plain[name], truth[name], dtype, (SIZE // 2) ** 2)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        got = step(case.fused(dtype), case.x.to(dtype), case.dout.to(dtype))
+        assert {name: e for name in truth if not (e := error([got[name]], [truth[name]])) <= bound} == {}
+        for name in ("out", *(n for n in truth if "running" in n)):  # no gradient was there yet
+            assert_right(name, got[name], plain[name], truth[name], dtype, (SIZE // 2) ** 2)
 
 
 # ---------------------------------------------------------------------------------------------------- threads, fork
