@@ -278,6 +278,9 @@ def _unfused_class(cls: Any) -> Any:
     if cls not in _unfused:
         bases = tuple(_unfused_class(base) if issubclass(base, FusedModule) else base for base in cls.__bases__)
         own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        functions = (f for f in own.values() if isinstance(f, FunctionType))
+        if any("__class__" in f.__code__.co_freevars for f in functions):
+            return cls  # super() in them means this very class, which without plans runs plain
         made = _make_class(type(cls), cls.__name__, (FusedModule, *bases), own)
         type.__setattr__(made, "__bases__", bases)  # with them from the start their __init_subclass__ would be called
         _unfused[cls] = made
