@@ -149,14 +149,13 @@ def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]
 def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
     """Why a norm is in no captured graph."""
     path = norm.split(".")
-    for i in range(len(path)):
-        m = model.get_submodule(".".join(path[:i]))
-        reason = why_not_fused(m)
-        if reason is None:
-            if not isinstance(m, FusedModule):
-                return "as it was made: call fuse"
-            return "no call of it was captured" if fronts else "not called yet: explain(model, example) calls a copy"
-    return reason or ""
+    around = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
+    around = [m for m in around if type(m).forward is not nn.Module.forward]
+    if reason := next(filter(None, map(why_not_fused, around)), ""):
+        return reason
+    if not any(isinstance(m, FusedModule) for m in around):
+        return "as it was made: call fuse"
+    return "no call of it was captured" if fronts else "not called yet: explain(model, example) calls a copy"
 
 
 def _frozen_rows(model: Frozen) -> list[Row]:
