@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from edits import CALLS, EDITS, Call, Edit, apply
 from hypothesis import given, note
 from hypothesis import strategies as st
-from living import CALLS, EDITS, PROGRAMS, Call, Edit, Program, World, apply
+from living import PROGRAMS, Program, World
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
