@@ -137,6 +137,7 @@ LIVES = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(PROGRAMS, LIVES)
 def test_a_fused_network_lives_as_its_plain_twin_does(program: Program, life: list[tuple[Call, list[Edit]]]) -> None:
     note(program.source)
