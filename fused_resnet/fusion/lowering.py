@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from fused_resnet import functional
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward
-from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
+from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, counts_batch, match
 from fused_resnet.fusion.sync_norm import group_named
+from fused_resnet.fusion.table import kind_of, written
 from fused_resnet.units import Chain, Unit
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -129,16 +130,34 @@ def _part(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.Gr
 
 
 class _Checkpoint(nn.Module):
-    """``torch.utils.checkpoint`` around a lowered part of a graph."""
+    """``torch.utils.checkpoint`` around a lowered part of a graph.
 
-    def __init__(self, part: fx.GraphModule, options: dict[str, Any]) -> None:
+    Args:
+        part: the graph. options: of the checkpoint. held: which of the part's inputs are statistics: the part changes
+            them, so that the checkpoint may not save them.
+    """
+
+    def __init__(self, part: fx.GraphModule, options: dict[str, Any], held: Sequence[int]) -> None:
         super().__init__()
-        self.part, self.options = part, {"use_reentrant": False} | options
+        self.part, self.options, self.held = part, {"use_reentrant": False} | options, held
 
     def forward(self, *args: Any) -> Any:
         from torch.utils.checkpoint import checkpoint
 
-        return checkpoint(self.part, *args, **self.options)
+        def part(*given: Any) -> Any:
+            every = list(given)
+            for i in self.held:
+                every.insert(i, args[i])
+            return self.part(*every)
+
+        return checkpoint(part, *(a for i, a in enumerate(args) if i not in self.held), **self.options)
+
+
+def _statistics(graph: fx.Graph) -> list[int]:
+    """Which of a graph's inputs its norms change."""
+    norms = [node for node in graph.nodes if kind_of(node) == "norm" or counts_batch(node)]
+    changed = {n for node in norms for n in written(node)}
+    return [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in changed]
 
 
 def lower(gm: fx.GraphModule) -> Matches:
@@ -184,9 +203,10 @@ def _lower_checkpoint(gm: fx.GraphModule, node: fx.Node) -> Matches:
     """A checkpoint inside the graph: its part is lowered, and called by ``torch.utils.checkpoint`` itself."""
     part = gm.get_submodule(node.args[0].target)  # type: ignore[union-attr, arg-type]
     assert isinstance(part, fx.GraphModule)
+    held = _statistics(part.graph)
     matches = lower(part)
     name = f"fused_resnet_checkpoint_{node.name}"
-    gm.add_submodule(name, _Checkpoint(part, dict(node.kwargs)))
+    gm.add_submodule(name, _Checkpoint(part, dict(node.kwargs), held))
     with gm.graph.inserting_after(node):
         call = gm.graph.call_module(name, tuple(node.args[1:]))
     call.meta = dict(node.meta)
