@@ -42,13 +42,7 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether somebody traces, counts or fakes the call: they are to see the plain module."""
-    return (
-        _watched()
-        or nn_module._has_any_global_hook()
-        or transformed()
-        or _has_proxy(args)
-        or _has_proxy(kwargs)
-    )
+    return _watched() or nn_module._has_any_global_hook() or transformed() or _has_proxy(args) or _has_proxy(kwargs)
 
 
 def _watched() -> bool:
