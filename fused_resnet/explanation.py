@@ -205,11 +205,12 @@ def _serving_unit(unit: FrozenUnit, chain: FrozenChain) -> str:
     if conv is None:
         case = Case(w.device.type, chain.dtype, True)
         return planned("bn_act", None, w.shape[0]) or why("bn_act", case)[0]
+    behind = ", its scale behind it: folded it would leave the dtype's range" if len(unit.tensors) > 2 else ""
     if measured := planned("conv_bias_act", conv, tuple(w.shape)):
-        return measured
+        return measured + behind
     backend = why("conv_bias_act", Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
     forms = sorted({getattr(form, "kind", "stem") for form in packed_forms(w)})
-    return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}"
+    return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}{behind}"
 
 
 def _closed_by(chains: Sequence[ChainReport]) -> dict[str, str]:
