@@ -10,6 +10,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from types import FunctionType
 from typing import Any
@@ -185,7 +186,7 @@ def _looked_up(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """What a call of the module looks up in classes and in torch, and dynamo takes for constant."""
     for cls in {cls for m in module.modules() for cls in (type(m), original(m))}:
         for name in {*METHODS, "__call__", "_conv_forward", "_check_input_dim"}:
-            if hasattr(cls, name):
+            with suppress(Exception):  # whatever a metaclass raises
                 yield cls, name, getattr(cls, name)
     for owner, name in _FUNCTIONS:
         yield owner, name, getattr(owner, name)

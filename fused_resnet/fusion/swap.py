@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fused_resnet.backends import warn_once
@@ -28,7 +29,8 @@ def _fused_methods(cls: Any) -> dict[str, Any]:
 def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain = getattr(cls, name)  # as it is now: a class's method may be replaced at any time
-        if graphed() or _plain_here(args, kwargs):
+        # the mark is missing in a slice of an nn.Sequential, which is made by its class
+        if graphed() or "_fr_fused" not in self.__dict__ or _plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
         fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
         front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
@@ -97,8 +99,18 @@ def name_groups(module: nn.Module) -> None:
 
 def why_not_fused(m: nn.Module) -> str | None:
     """Why a module's own forward can't be captured, or None."""
+    try:
+        return _why_not_fused(m)
+    except Exception as error:  # whatever a module's own class and properties raise when they are looked at
+        return f"it can't be looked at: {type(error).__name__}: {error}"
+
+
+def _why_not_fused(m: nn.Module) -> str | None:
     if isinstance(m, FusedModule):
         return None
+    tensors = [t for _, child in named_modules(m) for t in (*child._parameters.values(), *child._buffers.values())]
+    if any(t is not None and is_lazy(t) for t in tensors):
+        return "its parameters have no shapes yet"
     if isinstance(m, torch.jit.ScriptModule):
         return "TorchScript compiled it"
     if type(m).forward is nn.Module.forward:
@@ -138,11 +150,10 @@ def fuse(model: nn.Module) -> nn.Module:
     inside = {id(m) for outer in compiled for _, m in named_modules(outer)}
     found = False
     for _, m in everything:
-        if isinstance(m, FusedModule):
-            found = True
-        elif id(m) not in inside and _has_norms(m) and why_not_fused(m) is None:
-            set_class(m, fused_class(type(m), "fused"))
-            found = True
+        if id(m) not in inside and _has_norms(m) and why_not_fused(m) is None:
+            if not isinstance(m, FusedModule):
+                set_class(m, fused_class(type(m), "fused"))
+            m.__dict__["_fr_fused"] = found = True
     if not found:
         warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
     return model
