@@ -63,9 +63,9 @@ def _sync_methods(cls: Any) -> dict[str, Any]:
 
     def forward(self: Any, input: Tensor) -> Tensor:
         group = self.__dict__.get("_fr_group")
-        if group is None or not self.training:
-            found: Tensor = plain(self, input)
-            return found
+        if group is None or not self.training:  # a process alone in its group: PyTorch's takes no CPU's tensors there
+            alone: Tensor = nn.modules.batchnorm._BatchNorm.forward(self, input)
+            return alone
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         momentum = 0.0 if self.momentum is None else self.momentum
