@@ -16,7 +16,7 @@ from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_froze
 from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.report import ChainReport, Place
-from fused_resnet.fusion.swap import fuse, why_not_fused
+from fused_resnet.fusion.swap import FusedModule, fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.modules import copy_of
 from fused_resnet.patterns import looks_like_norm, original
@@ -147,11 +147,13 @@ def _captured(model: nn.Module) -> tuple[list[tuple[ChainReport, int]], dict[str
 def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
     """Why a norm is in no captured graph."""
     path = norm.split(".")
-    for i in range(len(path)):
-        reason = why_not_fused(model.get_submodule(".".join(path[:i])))
-        if reason is None:
-            return "no call of it was captured" if fronts else "not called yet: explain(model, example) calls a copy"
-    return reason or ""
+    around = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
+    around = [m for m in around if type(m).forward is not nn.Module.forward]
+    if reason := next(filter(None, map(why_not_fused, around)), ""):
+        return reason
+    if not any(isinstance(m, FusedModule) for m in around):
+        return "as it was made: call fuse"
+    return "no call of it was captured" if fronts else "not called yet: explain(model, example) calls a copy"
 
 
 def _frozen_rows(model: Frozen) -> list[Row]:

@@ -84,9 +84,9 @@ def test_batch_norm_options(options: dict[str, Any]) -> None:
 
 
 def test_networks_run_their_stages_in_rows() -> None:
-    for model, rows in ((fr.models.resnet18(), [1, 2, 2, 2, 2]), (torchvision.models.resnet50(), [1, 3, 4, 6, 3])):
+    for model, expected in ((fr.models.resnet18(), [1, 2, 2, 2, 2]), (torchvision.models.resnet50(), [1, 3, 4, 6, 3])):
         fused = fr.fuse(model)
-        assert rows_of(lambda fused=fused: fused(torch.randn(2, 3, 32, 32))) == rows
+        assert rows_of(lambda fused=fused: fused(torch.randn(2, 3, 32, 32))) == expected
 
 
 def test_eval_and_no_grad(pair: Any) -> None:
@@ -161,7 +161,7 @@ def test_hooks_on_a_block_see_what_plain_blocks_show(pair: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_a_hook_comes_and_goes(pair: Any, kind: str) -> None:
-    """It fires once per step; one that dynamo captures leaves the row, others leave the blocks; gone, it costs nothing."""
+    """It fires once per step; the row stays or falls apart into its blocks; gone, it leaves no trace."""
     _, fused = pair
     calls: list[int] = []
     step(fused, images())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from itertools import count
 from types import FunctionType
 from typing import Any
 
@@ -55,6 +56,7 @@ class _NotCaptured(logging.Filter):
 
 
 _QUIET = _NotCaptured()
+_NUMBERS = count()  # in the names of code: by name and place dynamo remembers which numbers and sizes changed
 # States of a module, by ``_unguarded``, that are captured each by itself.
 _MAX_STATES = 16
 
@@ -155,7 +157,7 @@ def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:
 
 
 def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in dynamo's eyes another one: one of PyTorch's own, too, which it looks at only from others."""
+    """The same function, in dynamo's eyes another one; PyTorch's own inside another one, for at those it won't look."""
     from torch._dynamo import trace_rules
 
     if not isinstance(plain, FunctionType) or trace_rules.check(plain):
@@ -163,11 +165,10 @@ def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             return plain(*args, **kwargs)
 
-        call.__code__ = call.__code__.replace()
+        call.__code__ = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
         return call
-    made = FunctionType(
-        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
-    )
+    code = plain.__code__.replace(co_name=f"{plain.__name__}_{next(_NUMBERS)}")
+    made = FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
     made.__kwdefaults__ = plain.__kwdefaults__
     return made
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fused_resnet.backends import warn_once
 from fused_resnet.chain import transformed
@@ -35,19 +37,30 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
             name_groups(self)
         return front(self, args, kwargs)
 
-    forward.__code__ = forward.__code__.replace()  # dynamo limits how often it captures one code object
+    # Where another module's capture is broken off before this call, the call is not captured for the other one, but for
+    # this module, by itself; the code is the method's own, for that is what dynamo remembers it by.
+    forward.__code__ = forward.__code__.replace()
+    set_code_exec_strategy(forward.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return wraps(getattr(cls, name))(forward)
 
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether somebody traces, counts or fakes the call: they are to see the plain module."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        _watched()
         or nn_module._has_any_global_hook()
         or transformed()
         or _has_proxy(args)
         or _has_proxy(kwargs)
     )
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode sees every operator, but for those that say that a compiler's graphs are as good: the
+    modes of selective checkpoints."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return not all(mode.ignore_compile_internals() for mode in _get_current_dispatch_mode_stack())
 
 
 def _has_proxy(value: Any) -> bool:
