@@ -179,6 +179,26 @@ def test_functional_call_and_grad() -> None:
     torch.testing.assert_close(*(torch.func.jvp(m, (x,), (x.cos(),))[1] for m in (compiled, plain)))
 
 
+@pytest.mark.parametrize("way", ["torch.compile", "compile", "function", "Sequential"])
+def test_others_see_the_plain_network(way: str) -> None:
+    """Whichever way a fused network, or a part of it, is compiled by another backend: one graph, no chain in it."""
+    model, plain = network()
+    x, counter = images(), counting()
+    if way == "Sequential":
+        model, plain, x = model.stage, plain.stage, torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    want = plain(x)
+    call: Any = model
+    if way == "compile":
+        model.compile(fullgraph=True, backend=counter)
+    elif way == "function":
+        call = torch.compile(lambda x: model(x), fullgraph=True, backend=counter)
+    else:
+        call = torch.compile(model, fullgraph=True, backend=counter)
+    with patch.object(functional, "_row", wraps=functional._row) as rows:
+        torch.testing.assert_close(call(x), want)
+    assert counter.frame_count == 1 and not rows.called
+
+
 def test_a_block_compiled_alone() -> None:
     """block.compile() in a fused network that is not compiled: the network's numbers."""
     model, plain = network()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.report import GraphReport
@@ -42,6 +43,11 @@ _FUNCTIONS = [
 
 
 _CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
+
+
+def others_capture() -> bool:
+    """Whether somebody else's ``torch.compile`` looks at the frames that this thread runs."""
+    return get_eval_frame_callback() not in (None, False) and not _CALLING.get()
 
 
 class _NotCaptured(logging.Filter):
