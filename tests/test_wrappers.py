@@ -50,6 +50,7 @@ def fsdp(model: nn.Module, units: str, **options: Any) -> nn.Module:
 
 
 def worker(rank: int, folder: str) -> None:
+    import any_size  # noqa: F401
     from stack import images, network, same
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
     from torch.nn.parallel import DistributedDataParallel

@@ -12,12 +12,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from itertools import count
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.report import GraphReport, Names
@@ -46,6 +48,11 @@ _FUNCTIONS = [
 _CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
 
 
+def others_capture() -> bool:
+    """Whether somebody else's ``torch.compile`` looks at the frames that this thread runs."""
+    return get_eval_frame_callback() not in (None, False) and not _CALLING.get()
+
+
 class _NotCaptured(logging.Filter):
     """Dynamo warns, pages long, of every frame that it can't capture: of a front's frames the package's log says it."""
 
@@ -58,6 +65,7 @@ class _NotCaptured(logging.Filter):
 
 
 _QUIET = _NotCaptured()
+_NUMBERS = count()  # in the names of code: by name and place dynamo remembers which numbers and sizes changed
 # States of a module, by ``_unguarded``, that are captured each by itself.
 _MAX_STATES = 16
 
@@ -173,11 +181,10 @@ def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             return plain(*args, **kwargs)
 
-        call.__code__ = call.__code__.replace()
+        call.__code__ = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
         return call
-    made = FunctionType(
-        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
-    )
+    code = plain.__code__.replace(co_name=f"{plain.__name__}_{next(_NUMBERS)}")
+    made = FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
     made.__kwdefaults__ = plain.__kwdefaults__
     return made
 

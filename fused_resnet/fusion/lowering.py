@@ -14,7 +14,7 @@ from fused_resnet.functional import in_backward
 from fused_resnet.fusion.choosing import Choice
 from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, counts_batch, match
 from fused_resnet.fusion.sync_norm import group_named
-from fused_resnet.fusion.table import kind_of, written
+from fused_resnet.fusion.table import constant, kind_of, written
 from fused_resnet.units import Chain, Unit
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -169,7 +169,7 @@ def _part(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.Gr
         copies[node] = graph.placeholder(node.name)
     for node in gm.graph.nodes:
         if node in taken:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = graph.node_copy(node, lambda n: copies[n] if n in copies else constant(n))
     graph.output(copies[row.chains[-1].end])
     return fx.GraphModule(nn.Module(), graph)
 

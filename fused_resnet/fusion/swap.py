@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fused_resnet.backends import warn_once
 from fused_resnet.chain import transformed
 from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
-from fused_resnet.fusion.front import Front
+from fused_resnet.fusion.front import Front, others_capture
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 from fused_resnet.modules import graphed, named_modules, shared_by
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm
@@ -27,19 +28,39 @@ def _fused_methods(cls: Any) -> dict[str, Any]:
 
 
 def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = getattr(cls, name)  # as it is now: a class's method may be replaced at any time
-        # the mark is missing in a slice of an nn.Sequential, which is made by its class
-        if graphed() or "_fr_fused" not in self.__dict__ or _plain_here(args, kwargs):
-            return plain(self, *args, **kwargs)
-        fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
-        front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
-        if dist.is_available() and dist.is_initialized():
-            name_groups(self)
-        return front(self, args, kwargs)
+    """``name`` of the fused class. Each function has a code object of its own, by which dynamo remembers things."""
 
-    forward.__code__ = forward.__code__.replace()  # dynamo limits how often it captures one code object
+    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(cls, name)(self, *args, **kwargs)  # as it is now: a class's method may be replaced at any time
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the mark is missing in a slice of an nn.Sequential, which is made by its class
+        if graphed() or "_fr_fused" not in self.__dict__ or others_capture() or _plain_here(args, kwargs):
+            return plain(self, *args, **kwargs)
+        return _captured(self, getattr(cls, name), args, kwargs)
+
+    plain.__code__ = plain.__code__.replace()
+    forward.__code__ = forward.__code__.replace()
+    _never_first(forward)
     return wraps(getattr(cls, name))(forward)
+
+
+def _never_first(function: FunctionType, below: _FrameAction = _FrameAction.DEFAULT) -> None:
+    """Dynamo takes calls of ``function`` into graphs, but begins none there: where a capture is broken off before such a
+    call, a fused module is captured by itself, and somebody else's torch.compile begins at the plain method.
+
+    Args:
+        below: whether it begins any in what ``function`` calls.
+    """
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
+
+
+def _captured(self: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
+    front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
+    if dist.is_available() and dist.is_initialized():
+        name_groups(self)
+    return front(self, args, kwargs)
 
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -55,6 +76,11 @@ def _watched() -> bool:
     return not all(mode.ignore_compile_internals() for mode in _get_current_dispatch_mode_stack())
 
 
+_never_first(others_capture)
+for function in (graphed, _plain_here, _captured):
+    _never_first(function, _FrameAction.SKIP)
+
+
 def _has_proxy(value: Any) -> bool:
     """Whether torch.fx traces the call."""
     if isinstance(value, list | tuple):
@@ -68,9 +94,9 @@ def _sync_methods(cls: Any) -> dict[str, Any]:
 
     def forward(self: Any, input: Tensor) -> Tensor:
         group = self.__dict__.get("_fr_group")
-        if group is None or not self.training:
-            found: Tensor = plain(self, input)
-            return found
+        if group is None or not self.training:  # a process alone in its group: PyTorch's takes no CPU's tensors there
+            alone: Tensor = nn.modules.batchnorm._BatchNorm.forward(self, input)
+            return alone
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         momentum = 0.0 if self.momentum is None else self.momentum
