@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from types import FunctionType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -45,9 +45,9 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
     return wraps(getattr(cls, name))(forward)
 
 
-def _never_first(function: FunctionType, below: _FrameAction = _FrameAction.DEFAULT) -> None:
-    """Dynamo takes calls of ``function`` into graphs, but begins none there: where a capture is broken off before such a
-    call, a fused module is captured by itself, and somebody else's torch.compile begins at the plain method.
+def _never_first(function: Any, below: _FrameAction = _FrameAction.DEFAULT) -> None:
+    """Dynamo takes calls of ``function`` into graphs, but begins none there: where a capture is broken off before such
+    a call, a fused module is captured by itself, and somebody else's torch.compile begins at the plain method.
 
     Args:
         below: whether it begins any in what ``function`` calls.
