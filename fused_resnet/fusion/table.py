@@ -72,7 +72,7 @@ def constant(value: Any) -> Any:
     for kind, plain in ((torch.SymFloat, float), (torch.SymInt, int), (torch.SymBool, bool)):
         if isinstance(number, kind):
             try:
-                return plain(number)
+                return plain(number)  # type: ignore[arg-type]
             except RuntimeError:  # known only when it runs
                 return value
     return value
