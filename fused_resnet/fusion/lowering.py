@@ -142,7 +142,16 @@ class _Checkpoint(nn.Module):
     def forward(self, *args: Any) -> Any:
         from torch.utils.checkpoint import checkpoint
 
-        return checkpoint(self.part, *args, **self.options)
+        # What is changed in place, such as a norm's statistics, must not be among the arguments, for they are saved.
+        wanting = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
+
+        def part(*given: Any) -> Any:
+            values = list(args)
+            for i, value in zip(wanting, given, strict=True):
+                values[i] = value
+            return self.part(*values)
+
+        return checkpoint(part, *(args[i] for i in wanting), **self.options)
 
 
 def lower(gm: fx.GraphModule) -> Matches:
