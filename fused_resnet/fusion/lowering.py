@@ -12,9 +12,9 @@ from fused_resnet import functional
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward
 from fused_resnet.fusion.choosing import Choice
-from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, counts_batch, match
+from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
 from fused_resnet.fusion.sync_norm import group_named
-from fused_resnet.fusion.table import constant, kind_of, written
+from fused_resnet.fusion.table import constant
 from fused_resnet.units import Chain, Unit
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -178,31 +178,26 @@ class _Checkpoint(nn.Module):
     """``torch.utils.checkpoint`` around a lowered part of a graph.
 
     Args:
-        part: the graph. options: of the checkpoint. held: which of the part's inputs are statistics: the part changes
-            them, so that the checkpoint may not save them.
+        part: the graph. options: of the checkpoint.
     """
 
-    def __init__(self, part: fx.GraphModule, options: dict[str, Any], held: Sequence[int]) -> None:
+    def __init__(self, part: fx.GraphModule, options: dict[str, Any]) -> None:
         super().__init__()
-        self.part, self.options, self.held = part, {"use_reentrant": False} | options, held
+        self.part, self.options = part, {"use_reentrant": False} | options
 
     def forward(self, *args: Any) -> Any:
         from torch.utils.checkpoint import checkpoint
 
+        # What is changed in place, such as a norm's statistics, must not be among the arguments, for they are saved.
+        wanting = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
+
         def part(*given: Any) -> Any:
-            every = list(given)
-            for i in self.held:
-                every.insert(i, args[i])
-            return self.part(*every)
+            values = list(args)
+            for i, value in zip(wanting, given, strict=True):
+                values[i] = value
+            return self.part(*values)
 
-        return checkpoint(part, *(a for i, a in enumerate(args) if i not in self.held), **self.options)
-
-
-def _statistics(graph: fx.Graph) -> list[int]:
-    """Which of a graph's inputs its norms change."""
-    norms = [node for node in graph.nodes if kind_of(node) == "norm" or counts_batch(node)]
-    changed = {n for node in norms for n in written(node)}
-    return [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in changed]
+        return checkpoint(part, *(args[i] for i in wanting), **self.options)
 
 
 def lower(gm: fx.GraphModule) -> Matches:
@@ -248,10 +243,9 @@ def _lower_checkpoint(gm: fx.GraphModule, node: fx.Node) -> Matches:
     """A checkpoint inside the graph: its part is lowered, and called by ``torch.utils.checkpoint`` itself."""
     part = gm.get_submodule(node.args[0].target)  # type: ignore[union-attr, arg-type]
     assert isinstance(part, fx.GraphModule)
-    held = _statistics(part.graph)
     matches = lower(part)
     name = f"fused_resnet_checkpoint_{node.name}"
-    gm.add_submodule(name, _Checkpoint(part, dict(node.kwargs), held))
+    gm.add_submodule(name, _Checkpoint(part, dict(node.kwargs)))
     with gm.graph.inserting_after(node):
         call = gm.graph.call_module(name, tuple(node.args[1:]))
     call.meta = dict(node.meta)

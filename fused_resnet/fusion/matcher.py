@@ -504,7 +504,9 @@ def _per_channel(value: torch.Tensor, x: torch.Tensor) -> bool:
 
 
 def _storage(node: fx.Node) -> int | None:
-    """What two nodes share if one is a view of the other; None where it isn't known."""
+    """What two nodes share if one may be a view of the other; None where it isn't known."""
+    while "dropout" in str(getattr(node.target, "__name__", "")):
+        node = node.all_input_nodes[0]  # one that drops nothing returns its input, whatever the tracer made of it
     value = value_of(node)
     try:
         return value.untyped_storage()._cdata if value is not None else None
