@@ -196,6 +196,8 @@ class _Matcher:
         tensors = {to: given[of] for of, to in names.items() if given[of] is not None}
         if not all(isinstance(t, fx.Node) for t in tensors.values()):
             return None, "a norm whose parameters are constants"
+        if ("bn_weight" in tensors) != ("bn_bias" in tensors):
+            return None, "a norm with one of weight and bias"
         mean = tensors.get("running_mean")
         if training and any(
             len(tensors[name].users) > 1 for name in ("running_mean", "running_var") if name in tensors
