@@ -142,3 +142,18 @@ def test_a_norm_with_one_of_weight_and_bias(name: str) -> None:
     plain = Patched()
     setattr(plain.bn1, name, None)
     same_as_plain(plain, fr.fuse(copy.deepcopy(plain)))
+
+
+class TwoActivations(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x))) + F.relu(x * 2)
+
+
+def test_a_function_of_torch_in_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of a captured graph calls torch's functions by name: the wrapper would wrap itself."""
+    plain = TwoActivations()
+    fused = fr.fuse(copy.deepcopy(plain))
+    same_as_plain(plain, fused)
+    relu = F.relu
+    monkeypatch.setattr(F, "relu", lambda x: relu(x) * 2)
+    same_as_plain(plain, fused)
