@@ -366,9 +366,10 @@ class World:
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        module = sys.modules[GENERATED] = types.ModuleType(GENERATED)  # pickle and dynamo look there
-        self.names = vars(module)
-        self.names.update(namespace())
+        # pickle and dynamo look for a module of that name, and dynamo remembers the one that it found
+        self.names = vars(sys.modules.setdefault(GENERATED, types.ModuleType(GENERATED)))
+        self.names.clear()
+        self.names.update(namespace(), __name__=GENERATED)
         exec(compile(self.program.source, f"<living {next(_numbers)}>", "exec"), self.names)
         for i in range(len(self.program.blocks)):
             cls, change = self.names[f"make_Block{i}"]()

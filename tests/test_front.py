@@ -135,3 +135,25 @@ def test_a_checkpoint_in_a_forward() -> None:
         grads.append([out, x.grad, *buffers, *(p.grad for p in net.parameters())])
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
     assert fr.explain(fused).rows[0].chains == 1
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_norm_with_one_of_weight_and_bias(name: str) -> None:
+    plain = Patched()
+    setattr(plain.bn1, name, None)
+    same_as_plain(plain, fr.fuse(copy.deepcopy(plain)))
+
+
+class TwoActivations(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x))) + F.relu(x * 2)
+
+
+def test_a_function_of_torch_in_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of a captured graph calls torch's functions by name: the wrapper would wrap itself."""
+    plain = TwoActivations()
+    fused = fr.fuse(copy.deepcopy(plain))
+    same_as_plain(plain, fused)
+    relu = F.relu
+    monkeypatch.setattr(F, "relu", lambda x: relu(x) * 2)
+    same_as_plain(plain, fused)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -221,8 +223,19 @@ def lower(gm: fx.GraphModule) -> Matches:
         matches.rows += inner.rows
         matches.left |= inner.left
         matches.norms += inner.norms
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            node.target = _itself(node.target)
     gm.recompile()
     return matches
+
+
+def _itself(function: Any) -> Any:
+    """A function that runs even where its name in torch is another one's by now: a graph's code calls torch by name."""
+    if not isinstance(function, FunctionType) or not function.__module__.startswith("torch."):
+        return function
+    named = getattr(sys.modules.get(function.__module__), function.__name__, function)
+    return function if named is function else lambda *args, **kwargs: function(*args, **kwargs)
 
 
 def _replace(graph: fx.Graph, name: str, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.Node:
