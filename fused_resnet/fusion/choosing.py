@@ -7,7 +7,8 @@ areas of images in steps), dtypes and layouts, on autocast, and on which tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _CALL_S = 0.04
 # Of a row's answers, one per kind of input; a network whose images all differ has no end of them.
 _ANSWERS = 256
+# After so many calls without its rows a module is captured again: it may have changed.
+_AGAIN = 64
 _OWN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -57,6 +60,91 @@ def like(x: Tensor) -> Like | None:
     )
 
 
+# ---------------------------------------------------------------------------------------------------- whole calls
+class _Thread(threading.local):
+    """Of this thread.
+
+    Attributes:
+        plain: how many rows ran as operators. other: how many ran as chains, and how many checkpoints ran. inside:
+            whether it is in a module's own forward, for none of the module's rows pays.
+    """
+
+    plain = other = 0
+    inside = False
+
+
+thread = _Thread()
+
+
+def _comes_again() -> bool:
+    """Whether what runs now may be one of two forwards of a checkpoint, which have to do the same."""
+    return (
+        torch._C._current_graph_task_id() != -1 or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
+def inside_plain() -> bool:
+    """Whether a module around this one runs its own forward, for no row in it pays."""
+    return thread.inside and not _comes_again()
+
+
+# dynamo, which is to see the module's own forward in any case, asks it when it traces
+inside_plain._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What of a module's call says which rows pay; None: nothing is to be kept of it."""
+    if _comes_again():
+        return None
+    kind: list[Any] = [m.training, *kwargs]
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            about = like(value)
+            if about is None:
+                return None
+            kind.append(about)
+        else:
+            kind.append(value if isinstance(value, bool | int | str | None) else type(value))
+    return tuple(kind)
+
+
+class Settled:
+    """The kinds of a module's calls of which no row pays: they run the module's own forward, which computes the same."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Any, int] = {}  # how many are left until the rows are asked again
+
+    def runs_plain(self, kind: Any) -> bool:
+        """Whether such a call does."""
+        calls = self.calls.get(kind, 0)
+        if calls:
+            self.calls[kind] = calls - 1
+        return calls > 0
+
+    def plainly(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs it: fused modules in it don't ask either."""
+        before, thread.inside = thread.inside, True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            thread.inside = before
+
+    def asking(self, kind: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a forward whose rows are asked, and keeps what they answered."""
+        before, thread.inside = thread.inside, False
+        plain, other = thread.plain, thread.other
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            thread.inside = before
+        if len(self.calls) >= _ANSWERS:
+            self.calls.clear()
+        if kind is not None:
+            self.calls[kind] = _AGAIN if thread.plain > plain and thread.other == other else 0
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------- rows
 class Choice:
     """What is known of a row.
 

@@ -14,6 +14,7 @@ from torch.nn.modules import module as nn_module
 from fused_resnet.backends import warn_once
 from fused_resnet.chain import transformed
 from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
+from fused_resnet.fusion.choosing import inside_plain
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 from fused_resnet.modules import graphed, named_modules, shared_by
@@ -27,7 +28,7 @@ def _fused_methods(cls: Any) -> dict[str, Any]:
 def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain = getattr(cls, name)  # as it is now: a class's method may be replaced at any time
-        if graphed() or _plain_here(args, kwargs):
+        if inside_plain() or graphed() or _plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
         fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
         front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
