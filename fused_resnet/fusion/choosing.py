@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_resnet import small
@@ -96,7 +97,7 @@ def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """What of a module's call says which rows pay; None: nothing is to be kept of it."""
     if _comes_again():
         return None
-    kind: list[Any] = [m.training, *kwargs]
+    kind: list[Any] = [m.training, dist.is_available() and dist.is_initialized(), *kwargs]
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             about = like(value)
@@ -109,7 +110,7 @@ def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 class Settled:
-    """The kinds of a module's calls of which no row pays: they run the module's own forward, which computes the same."""
+    """The kinds of a module's calls of which no row pays: those run the module's own forward."""
 
     def __init__(self) -> None:
         self.calls: dict[Any, int] = {}  # how many are left until the rows are asked again

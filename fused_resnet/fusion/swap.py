@@ -32,7 +32,7 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
             return plain(self, *args, **kwargs)
         fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
         front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_available() and (dist.is_initialized() or "_fr_named" in self.__dict__):
             name_groups(self)
         return front(self, args, kwargs)
 
@@ -64,9 +64,12 @@ def _sync_methods(cls: Any) -> dict[str, Any]:
 
     def forward(self: Any, input: Tensor) -> Tensor:
         group = self.__dict__.get("_fr_group")
-        if group is None or not self.training:
-            found: Tensor = plain(self, input)
+        if group is None and "_fr_group" in self.__dict__ and self.training:
+            self._check_non_zero_input_channels(input)
+            found: Tensor = nn.BatchNorm2d.forward(self, input)  # what PyTorch does where a process is alone, on a GPU
             return found
+        if group is None or not self.training:
+            return plain(self, input)  # type: ignore[no-any-return]
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         momentum = 0.0 if self.momentum is None else self.momentum
@@ -84,7 +87,12 @@ KINDS["fused"], KINDS["sync"] = _fused_methods, _sync_methods
 
 
 def name_groups(module: nn.Module) -> None:
-    """Tells every SyncBatchNorm in a module the name of its process group, as a constant that dynamo guards."""
+    """Tells every SyncBatchNorm in a module the name of its process group, as a constant that dynamo guards: None where
+    the process is alone in it, or there are no processes any more."""
+    if dist.is_initialized():
+        module.__dict__["_fr_named"] = True
+    else:
+        module.__dict__.pop("_fr_named", None)
     for _, m in named_modules(module):
         if isinstance(m, nn.SyncBatchNorm):
             if type(m) is nn.SyncBatchNorm:
