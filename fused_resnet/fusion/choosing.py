@@ -169,7 +169,7 @@ class Choice:
             return True  # all processes of a group run chains, and PyTorch's own norms refuse a CPU
         found = self.measured.get(about)
         if found is None:
-            if not all(type(t) in _OWN_TENSORS and t.is_cpu for t in given):
+            if not all(type(t) in _OWN_TENSORS and t.is_cpu for t in given if isinstance(t, Tensor)):
                 return True
             if len(self.measured) >= _ANSWERS:
                 self.measured.clear()
@@ -180,7 +180,7 @@ class Choice:
 
 def _signature(row: ChainRow, given: Sequence[Tensor], x: Like) -> str:
     """What is measured, as the planner's file names it."""
-    tensors = [_tensor(t) for i, t in enumerate(given) if i not in row.images]
+    tensors = [_tensor(t) for i, t in enumerate(given) if i not in row.images and isinstance(t, Tensor)]
     summands = [f"{small.size(given[i].shape, given[i].dtype)}" for i in row.images[1:]]
     state = "with gradients" if x.grad else "without gradients"
     if x.autocast is not None:
@@ -211,24 +211,26 @@ class _Twins:
 
     def __init__(self, row: ChainRow, given: Sequence[Tensor], x: Like) -> None:
         self.row, self.x = row, x
-        self.given = [t.detach() if i in row.images else t.detach().clone() for i, t in enumerate(given)]
-        self.wants = [t.requires_grad for t in given]
+        self.given = given
 
     def __call__(self, images: int) -> tuple[small.Call, small.Call]:
-        tensors: list[Any] = list(self.given)
-        for i in self.row.images:
-            t = tensors[i]
-            last = t.is_contiguous(memory_format=torch.channels_last)
-            tensors[i] = small.images((images, *t.shape[1:]), t.dtype, last)
-        for t, wants in zip(tensors, self.wants, strict=True):
-            if t.is_floating_point():
-                t.requires_grad_(wants)
-        wanted = [t for t in tensors if t.requires_grad] if self.x.grad else []
-        return lambda: self._step(self.row.chained, tensors, wanted), lambda: self._step(
-            self.row.plain, tensors, wanted
-        )
+        # the copies are made here, in the measuring thread: made in a caller's inference mode they could not learn
+        tensors = [self._copy(i, t, images) for i, t in enumerate(self.given)]
+        wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad] if self.x.grad else []
+        ours, plain = self.row.chained, self.row.plain
+        return lambda: self._step(ours, tensors, wanted), lambda: self._step(plain, tensors, wanted)
 
-    def _step(self, run: Any, tensors: list[Tensor], wanted: list[Tensor]) -> None:
+    def _copy(self, place: int, t: Any, images: int) -> Any:
+        if not isinstance(t, Tensor):
+            return t  # a momentum
+        if place in self.row.images:
+            last = t.is_contiguous(memory_format=torch.channels_last)
+            made = small.images((images, *t.shape[1:]), t.dtype, last)
+        else:
+            made = t.detach().clone()
+        return made.requires_grad_(t.requires_grad)
+
+    def _step(self, run: Any, tensors: list[Any], wanted: list[Tensor]) -> None:
         dtype = self.x.autocast
         with torch.set_grad_enabled(bool(wanted)):
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
