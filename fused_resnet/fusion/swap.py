@@ -69,7 +69,7 @@ def _sync_methods(cls: Any) -> dict[str, Any]:
             found: Tensor = nn.BatchNorm2d.forward(self, input)  # what PyTorch does where a process is alone, on a GPU
             return found
         if group is None or not self.training:
-            return plain(self, input)  # type: ignore[no-any-return]
+            return plain(self, input)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         momentum = 0.0 if self.momentum is None else self.momentum
