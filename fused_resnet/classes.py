@@ -32,7 +32,7 @@ KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {}
 # Kinds of frozen models' modules: with the method that runs a plan behind it.
 PLANNED = "runs a plan: "
 # What belongs to one module in one process.
-_NEVER_COPIED = ("_fr_fronts", "_fr_group")
+_NEVER_COPIED = ("_fr_fronts", "_fr_group", "_fr_named")
 _making = Lock()
 
 

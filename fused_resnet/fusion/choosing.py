@@ -7,10 +7,12 @@ areas of images in steps), dtypes and layouts, on autocast, and on which tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_resnet import small
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 _CALL_S = 0.04
 # Of a row's answers, one per kind of input; a network whose images all differ has no end of them.
 _ANSWERS = 256
+# After so many calls without its rows a module is captured again: it may have changed.
+_AGAIN = 64
 _OWN_TENSORS = (Tensor, nn.Parameter)
 
 
@@ -57,6 +61,91 @@ def like(x: Tensor) -> Like | None:
     )
 
 
+# ---------------------------------------------------------------------------------------------------- whole calls
+class _Thread(threading.local):
+    """Of this thread.
+
+    Attributes:
+        plain: how many rows ran as operators. other: how many ran as chains, and how many checkpoints ran. inside:
+            whether it is in a module's own forward, for none of the module's rows pays.
+    """
+
+    plain = other = 0
+    inside = False
+
+
+thread = _Thread()
+
+
+def _comes_again() -> bool:
+    """Whether what runs now may be one of two forwards of a checkpoint, which have to do the same."""
+    return (
+        torch._C._current_graph_task_id() != -1 or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
+def inside_plain() -> bool:
+    """Whether a module around this one runs its own forward, for no row in it pays."""
+    return thread.inside and not _comes_again()
+
+
+# dynamo, which is to see the module's own forward in any case, asks it when it traces
+inside_plain._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What of a module's call says which rows pay; None: nothing is to be kept of it."""
+    if _comes_again():
+        return None
+    kind: list[Any] = [m.training, dist.is_available() and dist.is_initialized(), *kwargs]
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            about = like(value)
+            if about is None:
+                return None
+            kind.append(about)
+        else:
+            kind.append(value if isinstance(value, bool | int | str | None) else type(value))
+    return tuple(kind)
+
+
+class Settled:
+    """The kinds of a module's calls of which no row pays: those run the module's own forward."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Any, int] = {}  # how many are left until the rows are asked again
+
+    def runs_plain(self, kind: Any) -> bool:
+        """Whether such a call does."""
+        calls = self.calls.get(kind, 0)
+        if calls:
+            self.calls[kind] = calls - 1
+        return calls > 0
+
+    def plainly(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs it: fused modules in it don't ask either."""
+        before, thread.inside = thread.inside, True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            thread.inside = before
+
+    def asking(self, kind: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a forward whose rows are asked, and keeps what they answered."""
+        before, thread.inside = thread.inside, False
+        plain, other = thread.plain, thread.other
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            thread.inside = before
+        if len(self.calls) >= _ANSWERS:
+            self.calls.clear()
+        if kind is not None:
+            self.calls[kind] = _AGAIN if thread.plain > plain and thread.other == other else 0
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------- rows
 class Choice:
     """What is known of a row.
 
@@ -80,7 +169,7 @@ class Choice:
             return True  # all processes of a group run chains, and PyTorch's own norms refuse a CPU
         found = self.measured.get(about)
         if found is None:
-            if not all(type(t) in _OWN_TENSORS and t.is_cpu for t in given):
+            if not all(type(t) in _OWN_TENSORS and t.is_cpu for t in given if isinstance(t, Tensor)):
                 return True
             if len(self.measured) >= _ANSWERS:
                 self.measured.clear()
@@ -91,7 +180,7 @@ class Choice:
 
 def _signature(row: ChainRow, given: Sequence[Tensor], x: Like) -> str:
     """What is measured, as the planner's file names it."""
-    tensors = [_tensor(t) for i, t in enumerate(given) if i not in row.images]
+    tensors = [_tensor(t) for i, t in enumerate(given) if i not in row.images and isinstance(t, Tensor)]
     summands = [f"{small.size(given[i].shape, given[i].dtype)}" for i in row.images[1:]]
     state = "with gradients" if x.grad else "without gradients"
     if x.autocast is not None:
@@ -122,24 +211,26 @@ class _Twins:
 
     def __init__(self, row: ChainRow, given: Sequence[Tensor], x: Like) -> None:
         self.row, self.x = row, x
-        self.given = [t.detach() if i in row.images else t.detach().clone() for i, t in enumerate(given)]
-        self.wants = [t.requires_grad for t in given]
+        self.given = given
 
     def __call__(self, images: int) -> tuple[small.Call, small.Call]:
-        tensors: list[Any] = list(self.given)
-        for i in self.row.images:
-            t = tensors[i]
-            last = t.is_contiguous(memory_format=torch.channels_last)
-            tensors[i] = small.images((images, *t.shape[1:]), t.dtype, last)
-        for t, wants in zip(tensors, self.wants, strict=True):
-            if t.is_floating_point():
-                t.requires_grad_(wants)
-        wanted = [t for t in tensors if t.requires_grad] if self.x.grad else []
-        return lambda: self._step(self.row.chained, tensors, wanted), lambda: self._step(
-            self.row.plain, tensors, wanted
-        )
+        # the copies are made here, in the measuring thread: made in a caller's inference mode they could not learn
+        tensors = [self._copy(i, t, images) for i, t in enumerate(self.given)]
+        wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad] if self.x.grad else []
+        ours, plain = self.row.chained, self.row.plain
+        return lambda: self._step(ours, tensors, wanted), lambda: self._step(plain, tensors, wanted)
 
-    def _step(self, run: Any, tensors: list[Tensor], wanted: list[Tensor]) -> None:
+    def _copy(self, place: int, t: Any, images: int) -> Any:
+        if not isinstance(t, Tensor):
+            return t  # a momentum
+        if place in self.row.images:
+            last = t.is_contiguous(memory_format=torch.channels_last)
+            made = small.images((images, *t.shape[1:]), t.dtype, last)
+        else:
+            made = t.detach().clone()
+        return made.requires_grad_(t.requires_grad)
+
+    def _step(self, run: Any, tensors: list[Any], wanted: list[Tensor]) -> None:
         dtype = self.x.autocast
         with torch.set_grad_enabled(bool(wanted)):
             with torch.autocast("cpu", dtype, enabled=dtype is not None):

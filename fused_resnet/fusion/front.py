@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
+from fused_resnet.fusion.choosing import Settled, kind_of_call
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
@@ -108,7 +109,7 @@ class Front:
         dynamo.allow_in_graph(sync_batch_norm)
         logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
         self.module, self.plain = weakref.ref(module), plain
-        self.patch = dynamo.config.patch
+        self.config, self.settled = dynamo.config, Settled()
         self.graphs: list[GraphReport] = []
         self.runs = _Runs()
         self._forget()
@@ -141,14 +142,23 @@ class Front:
         return run
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = kind_of_call(module, args, kwargs)
+        if self.settled.runs_plain(kind):
+            return self.settled.plainly(self.plain, module, *args, **kwargs)
+        return self.settled.asking(kind, self._call, module, args, kwargs)
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Through dynamo."""
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
             self._forget()
         known, ran = len(self.graphs), self.runs.graphs
         captured = self._captured(() if self.whole else _unguarded(module, args))
-        calling = _CALLING.set(True)
+        calling, before = _CALLING.set(True), [(name, getattr(self.config, name)) for name in _OPTIONS]
         try:
-            with self.patch(**_OPTIONS):
-                out = captured(module, *args, **kwargs)
+            # as dynamo.config.patch, which makes a class at each call
+            for name, value in _OPTIONS.items():
+                setattr(self.config, name, value)
+            out = captured(module, *args, **kwargs)
             if self.whole and self.runs.graphs - ran != 1:
                 self.whole = False
                 self.captured = {_unguarded(module, args): captured}
@@ -157,6 +167,8 @@ class Front:
             self._forget()  # dynamo does not look again at a frame that raised
             raise
         finally:
+            for name, value in before:
+                setattr(self.config, name, value)
             _CALLING.reset(calling)
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fused_resnet import functional
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward
-from fused_resnet.fusion.choosing import Choice
+from fused_resnet.fusion.choosing import Choice, thread
 from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.fusion.table import constant
@@ -121,8 +121,10 @@ class ChainRow(nn.Module):
     def forward(self, *given: Tensor) -> Tensor:
         if self.choice.pays(self, given):
             self.choice.chains += 1
+            thread.other += 1
             return self.chained(*given)
         self.choice.plain += 1
+        thread.plain += 1
         if not in_backward():
             return self.plain(*given)
         # a forward inside a backward, a checkpoint's, updates no statistics, as in a chain
@@ -190,6 +192,7 @@ class _Checkpoint(nn.Module):
     def forward(self, *args: Any) -> Any:
         from torch.utils.checkpoint import checkpoint
 
+        thread.other += 1
         # What is changed in place, such as a norm's statistics, must not be among the arguments, for they are saved.
         wanting = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
 

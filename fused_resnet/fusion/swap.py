@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fused_resnet.backends import warn_once
 from fused_resnet.chain import transformed
 from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
+from fused_resnet.fusion.choosing import inside_plain
 from fused_resnet.fusion.front import Front, others_capture
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 from fused_resnet.modules import graphed, named_modules, shared_by
@@ -35,7 +36,13 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # the mark is missing in a slice of an nn.Sequential, which is made by its class
-        if graphed() or "_fr_fused" not in self.__dict__ or others_capture() or _plain_here(args, kwargs):
+        if (
+            inside_plain()
+            or graphed()
+            or "_fr_fused" not in self.__dict__
+            or others_capture()
+            or _plain_here(args, kwargs)
+        ):
             return plain(self, *args, **kwargs)
         return _captured(self, getattr(cls, name), args, kwargs)
 
@@ -58,7 +65,7 @@ def _never_first(function: Any, below: _FrameAction = _FrameAction.DEFAULT) -> N
 def _captured(self: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
     front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and (dist.is_initialized() or "_fr_named" in self.__dict__):
         name_groups(self)
     return front(self, args, kwargs)
 
@@ -77,7 +84,7 @@ def _watched() -> bool:
 
 
 _never_first(others_capture)
-for function in (graphed, _plain_here, _captured):
+for function in (graphed, inside_plain, _plain_here, _captured):
     _never_first(function, _FrameAction.SKIP)
 
 
@@ -114,7 +121,12 @@ KINDS["fused"], KINDS["sync"] = _fused_methods, _sync_methods
 
 
 def name_groups(module: nn.Module) -> None:
-    """Tells every SyncBatchNorm in a module the name of its process group, as a constant that dynamo guards."""
+    """Tells every SyncBatchNorm in a module the name of its process group, as a constant that dynamo guards: None where
+    the process is alone in it, or there are no processes any more."""
+    if dist.is_initialized():
+        module.__dict__["_fr_named"] = True
+    else:
+        module.__dict__.pop("_fr_named", None)
     for _, m in named_modules(module):
         if isinstance(m, nn.SyncBatchNorm):
             if type(m) is nn.SyncBatchNorm:
