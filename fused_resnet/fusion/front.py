@@ -40,7 +40,8 @@ _FUNCTIONS = [
 ]  # fmt: skip
 
 
-_CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
+# Whether a front of this thread captures or runs.
+CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
 
 
 class _NotCaptured(logging.Filter):
@@ -48,7 +49,7 @@ class _NotCaptured(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = str(record.msg)
-        if not _CALLING.get() or not text.startswith("WON'T CONVERT"):
+        if not CALLING.get() or not text.startswith("WON'T CONVERT"):
             return True
         log.info("not captured: %s", text.removeprefix("WON'T CONVERT").strip())
         return False
@@ -128,7 +129,7 @@ class Front:
             self._forget()
         known, ran = len(self.graphs), self.ran
         captured = self._captured(() if self.whole else _unguarded(module, args))
-        calling = _CALLING.set(True)
+        calling = CALLING.set(True)
         try:
             with self.patch(**_OPTIONS):
                 out = captured(module, *args, **kwargs)
@@ -140,7 +141,7 @@ class Front:
             self._forget()  # dynamo does not look again at a frame that raised
             raise
         finally:
-            _CALLING.reset(calling)
+            CALLING.reset(calling)
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))
 

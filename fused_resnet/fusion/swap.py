@@ -9,13 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    get_eval_frame_callback,
+    set_code_exec_strategy,
+)
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fused_resnet.backends import warn_once
 from fused_resnet.chain import transformed
-from fused_resnet.fusion.front import Front
+from fused_resnet.fusion.front import CALLING, Front
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 from fused_resnet.modules import shared_by
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm
@@ -63,20 +68,34 @@ def _fused_class(cls: Any) -> Any:
 
 
 def _fused_method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or _plain_here(args, kwargs):
-            return plain(self, *args, **kwargs)
-        fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
-        front = fronts.get(name) or fronts.setdefault(name, Front(plain))
-        if dist.is_available() and dist.is_initialized():
-            name_groups(self)
-        return front(self, args, kwargs)
+    def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(self, *args, **kwargs)
 
-    # Where another module's capture is broken off before this call, the call is not captured for the other one, but for
-    # this module, by itself; the code is the method's own, for that is what dynamo remembers it by.
-    forward.__code__ = forward.__code__.replace()
-    set_code_exec_strategy(forward.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return plain(self, *args, **kwargs)
+        if not CALLING.get() and callable(get_eval_frame_callback()):
+            return compiled(self, *args, **kwargs)  # for somebody's torch.compile
+        return _call(self, name, plain, args, kwargs)
+
+    # Dynamo remembers what it captured, and how often, by the code. It does not begin at ``forward``: where the capture
+    # of a module around is broken off before this call, the call is captured by itself.
+    compiled.__code__, forward.__code__ = compiled.__code__.replace(), forward.__code__.replace()
+    set_code_exec_strategy(forward.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
     return wraps(plain)(forward)
+
+
+def _call(self: Any, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _plain_here(args, kwargs):
+        return plain(self, *args, **kwargs)
+    fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
+    front = fronts.get(name) or fronts.setdefault(name, Front(plain))
+    if dist.is_available() and dist.is_initialized():
+        name_groups(self)
+    return front(self, args, kwargs)
+
+
+set_code_exec_strategy(_call.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
