@@ -46,12 +46,13 @@ _FUNCTIONS = [
 ]  # fmt: skip
 
 
-_CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
+# Whether a front of this thread captures or runs.
+CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
 
 
 def others_capture() -> bool:
     """Whether somebody else's ``torch.compile`` looks at the frames that this thread runs."""
-    return get_eval_frame_callback() not in (None, False) and not _CALLING.get()
+    return get_eval_frame_callback() not in (None, False) and not CALLING.get()
 
 
 class _NotCaptured(logging.Filter):
@@ -59,7 +60,7 @@ class _NotCaptured(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = str(record.msg)
-        if not _CALLING.get() or not text.startswith("WON'T CONVERT"):
+        if not CALLING.get() or not text.startswith("WON'T CONVERT"):
             return True
         log.info("not captured: %s", text.removeprefix("WON'T CONVERT").strip())
         return False
@@ -153,7 +154,7 @@ class Front:
             self._forget()
         known, ran = len(self.graphs), self.runs.graphs
         captured = self._captured(() if self.whole else _unguarded(module, args))
-        calling, before = _CALLING.set(True), [(name, getattr(self.config, name)) for name in _OPTIONS]
+        calling, before = CALLING.set(True), [(name, getattr(self.config, name)) for name in _OPTIONS]
         try:
             # as dynamo.config.patch, which makes a class at each call
             for name, value in _OPTIONS.items():
@@ -169,7 +170,7 @@ class Front:
         finally:
             for name, value in before:
                 setattr(self.config, name, value)
-            _CALLING.reset(calling)
+            CALLING.reset(calling)
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))
 

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -68,6 +72,19 @@ def _captured(self: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwarg
     if dist.is_available() and (dist.is_initialized() or "_fr_named" in self.__dict__):
         name_groups(self)
     return front(self, args, kwargs)
+
+
+def _call(self: Any, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _plain_here(args, kwargs):
+        return plain(self, *args, **kwargs)
+    fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
+    front = fronts.get(name) or fronts.setdefault(name, Front(plain))
+    if dist.is_available() and dist.is_initialized():
+        name_groups(self)
+    return front(self, args, kwargs)
+
+
+set_code_exec_strategy(_call.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
 
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -69,7 +69,8 @@ def arguments(node: fx.Node) -> dict[str, Any] | None:
 def constant(value: Any) -> Any:
     """A number that dynamo left open because it changed once is the number that it is now, and dynamo guards it."""
     number = value.meta.get("example_value") if isinstance(value, fx.Node) else None
-    for kind, plain in ((torch.SymFloat, float), (torch.SymInt, int), (torch.SymBool, bool)):
+    kinds: dict[type, Callable[[Any], Any]] = {torch.SymFloat: float, torch.SymInt: int, torch.SymBool: bool}
+    for kind, plain in kinds.items():
         if isinstance(number, kind):
             try:
                 return plain(number)  # type: ignore[arg-type]
