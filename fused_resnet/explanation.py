@@ -15,7 +15,7 @@ from fused_resnet.convert import plan_of
 from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
 from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.fusion.front import Front
-from fused_resnet.fusion.report import ChainReport, Place
+from fused_resnet.fusion.report import ChainReport, Place, UnitReport
 from fused_resnet.fusion.swap import FusedModule, fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.modules import copy_of
@@ -118,6 +118,11 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         ran = min(ran for _, ran in blocks[found])
         shared = _shared(of_block, norms)
         yield Row(name or "(model)", kind, True, reasons, served, len(of_block), shared, ran)
+
+
+def units_of(model: nn.Module) -> list[UnitReport]:
+    """The units of the chains that a fused model ran, with its own names of their norms."""
+    return [unit for chain, _ in _captured(model)[0] for unit in chain.units]
 
 
 def _captured(model: nn.Module) -> tuple[list[tuple[ChainReport, int]], dict[str, str], int]:
