@@ -74,19 +74,6 @@ def _captured(self: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwarg
     return front(self, args, kwargs)
 
 
-def _call(self: Any, name: str, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _plain_here(args, kwargs):
-        return plain(self, *args, **kwargs)
-    fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
-    front = fronts.get(name) or fronts.setdefault(name, Front(plain))
-    if dist.is_available() and dist.is_initialized():
-        name_groups(self)
-    return front(self, args, kwargs)
-
-
-set_code_exec_strategy(_call.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-
-
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether somebody traces, counts or fakes the call: they are to see the plain module."""
     return _watched() or nn_module._has_any_global_hook() or transformed() or _has_proxy(args) or _has_proxy(kwargs)

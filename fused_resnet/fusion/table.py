@@ -73,7 +73,7 @@ def constant(value: Any) -> Any:
     for kind, plain in kinds.items():
         if isinstance(number, kind):
             try:
-                return plain(number)  # type: ignore[arg-type]
+                return plain(number)
             except RuntimeError:  # known only when it runs
                 return value
     return value
