@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_resnet import joint, reference
 from fused_resnet.backends import Norm, Prologue, load, vector_dtype
+from fused_resnet.frozen_forward import fold_weight, folds
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, UnitSpec
 
@@ -158,9 +159,13 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
         backend = pick("conv_bias_act", case_of(h, u.conv, p["weight"]))
         if hasattr(backend, "conv_bn_act"):
             out: Tensor = backend.conv_bn_act(h, p["weight"], norm, u.conv, act, summand)
-        else:
+        elif folds(p, norm, u.eps, h.dtype):
             weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
             out = run("conv_bias_act", h, weight, norm.shift, u.conv, act, summand)
+        else:
+            weight, scale = fold_weight(p["weight"], norm, h.dtype)
+            y = raw_conv(h, p | {"weight": weight}, u.conv, None, False, fmt)[0]
+            out = run("bn_act", y, norm if scale is None else norm._replace(scale=scale), act, summand, None)
         return out.contiguous(memory_format=fmt)  # as in raw_conv: the layout that the fake kernel promises
 
     summand = summand_of(x, residual, spec, fmt)

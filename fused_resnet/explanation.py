@@ -16,7 +16,7 @@ from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_froze
 from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.report import ChainReport
-from fused_resnet.fusion.swap import FusedModule, fuse, why_not_fused
+from fused_resnet.fusion.swap import fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.modules import copy_of, named_modules
 from fused_resnet.patterns import looks_like_norm, original
@@ -149,14 +149,13 @@ def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]
 def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
     """Why a norm is in no captured graph."""
     path = norm.split(".")
-    for i in range(len(path)):
-        m = model.get_submodule(".".join(path[:i]))
-        reason = why_not_fused(m)
-        if reason is None:
-            if not isinstance(m, FusedModule):
-                return "as it was made: call fuse"
-            return "no call of it was captured" if fronts else "not called yet: explain(model, example) calls a copy"
-    return reason or ""
+    around = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
+    around = [m for m in around if not isinstance(m, nn.ModuleList | nn.ModuleDict)]
+    if reason := next(filter(None, map(why_not_fused, around)), ""):
+        return reason
+    if not any("_fr_fused" in m.__dict__ for m in around):
+        return "not fused yet: call fuse(model)"
+    return "no call of it was captured" if fronts else "not called yet: explain(model, example) calls a copy"
 
 
 def _frozen_rows(model: Frozen) -> list[Row]:
@@ -206,11 +205,12 @@ def _serving_unit(unit: FrozenUnit, chain: FrozenChain) -> str:
     if conv is None:
         case = Case(w.device.type, chain.dtype, True)
         return planned("bn_act", None, w.shape[0]) or why("bn_act", case)[0]
+    behind = ", its scale behind it: folded it would leave the dtype's range" if len(unit.tensors) > 2 else ""
     if measured := planned("conv_bias_act", conv, tuple(w.shape)):
-        return measured
+        return measured + behind
     backend = why("conv_bias_act", Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
     forms = sorted({getattr(form, "kind", "stem") for form in packed_forms(w)})
-    return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}"
+    return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}{behind}"
 
 
 def _closed_by(chains: Sequence[ChainReport]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from fused_resnet.arguments import number, pair
 from fused_resnet.backends import load, vector_dtype
 from fused_resnet.chain_forward import fold
 from fused_resnet.cuda_graphs import Graphs
-from fused_resnet.frozen_forward import plain_chains, run_chains
+from fused_resnet.frozen_forward import fold_weight, plain_chains, run_chains
 from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of, for_onnx, graphed, named_modules
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
@@ -38,7 +38,8 @@ def why_not_frozen(chain: ChainModules) -> str | None:
 
 class FrozenUnit(nn.Module):
     """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers): what a chain reads.
-    Without a convolution act(weight*x + bias [+ residual]), both in ``vector_dtype``."""
+    With a ``scale`` act(scale*conv(x, W) + b [+ residual]), where weights with it can't be folded (``fold_weight``);
+    without a convolution act(weight*x + bias [+ residual]), vectors in ``vector_dtype`` both."""
 
     @torch.no_grad()
     def __init__(self, unit: UnitModules, dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
@@ -51,17 +52,25 @@ class FrozenUnit(nn.Module):
         norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, eps, wide)
         self.weight: Tensor
         self.bias: Tensor
-        conv = None
+        self.scale: Tensor
+        conv, scale = None, None
         if u.weight is None:
-            self.register_buffer("weight", norm.scale.to(vector_dtype(dtype)))
-            self.register_buffer("bias", norm.shift.to(vector_dtype(dtype)))
+            weight, bias_dtype = norm.scale.to(vector_dtype(dtype)), vector_dtype(dtype)
         else:
-            weight = (u.weight.to(wide) * norm.scale[:, None, None, None]).to(dtype)
-            self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
-            self.register_buffer("bias", norm.shift.to(bias_dtype))
+            weight, scale = fold_weight(u.weight, norm, dtype)
+            weight = weight.contiguous(memory_format=torch.channels_last)
             conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", norm.shift.to(bias_dtype if scale is None else scale.dtype))
+        if scale is not None:
+            self.register_buffer("scale", scale)
         act = act_of(unit.act) if unit.act is not None else Act("identity")
-        self.spec = UnitSpec(conv, act, eps, batch_stats=False)
+        self.spec = UnitSpec(conv, act, eps, batch_stats=False, scaled=scale is not None)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What operators are given of it."""
+        return [self.weight, self.bias, self.scale] if self.spec.scaled else [self.weight, self.bias]
 
     def extra_repr(self) -> str:
         c, w = self.spec.conv, self.weight
@@ -121,7 +130,7 @@ class FrozenRow(nn.Sequential):
 
 
 def _run_row(chains: Sequence[FrozenChain], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    params: list[Any] = [t for chain in chains for unit in chain for t in (unit.weight, unit.bias)]
+    params: list[Any] = [t for chain in chains for unit in chain for t in unit.tensors]  # type: ignore[union-attr]
     if chains[0].portable:
         return plain_chains(x, params, [chain.spec for chain in chains], residual)
     if graphed() and (torch.jit.is_tracing() or for_onnx()):

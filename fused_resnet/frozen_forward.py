@@ -2,13 +2,14 @@
 
     h_i = act_i(conv(h_{i-1}, W_i) + b_i),  h_0 = x        out = act_k(conv(h_{k-1}, W_k) + b_k + shortcut(x))
 
-where a first unit without a convolution has W*h + b, per channel, and the summand may be somebody else's.
+where a first unit without a convolution has W*h + b, per channel, and the summand may be somebody else's. A unit whose
+folded weights would not fit in 16 bits (``fold_weight``) has s*conv(h, W) + b instead, s in a pass of its own.
 
 ``run_chains`` runs chains one after the other on the backends that serve them, ``plain_chains`` the same in PyTorch's
 own operators. What PyTorch sees of the former, in torch.export and torch.compile, is one operator, so that an exported
 model runs what the frozen one runs, in one piece:
-    fused_resnet::frozen           (x, params, chains, residual) -> out;  params: W, b of every unit, a chain's
-                                   projection last; chains: the text of one ``ChainSpec`` each (``encode``);
+    fused_resnet::frozen           (x, params, chains, residual) -> out;  params: W, b (and s) of every unit, a
+                                   chain's projection last; chains: the text of one ``ChainSpec`` each (``encode``);
                                    residual: the first chain's summand, if somebody else made it
 
 Weights are packed for the convolutions that use them at their first use, and the packed ones live as long as the
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from fused_resnet import reference, small
 from fused_resnet.backends import Norm, aten, vector_dtype
@@ -91,6 +92,54 @@ def packed_forms(weight: Tensor) -> list[Any]:
     packs = None if weight.is_inference() else _packs.get(weight)
     found = packs.found.copy().values() if packs is not None and packs.values == _values(weight) else ()
     return list({id(form): form for form in found if form is not None}.values())
+
+
+# ---------------------------------------------------------------------------------------------------- folded weights
+def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The weight with BatchNorm's scale in it, in ``dtype``, and what of the scale stays outside of it, if anything.
+
+    A channel is not folded where its s*W, or t, is below or above the dtype's normal numbers, so that rounding loses
+    more than it does to those and to W: it keeps W and s, with which PyTorch computes.
+
+    Args:
+        weight: [K, C, R, S], any floating dtype. norm: its scale, [K], of the dtype in which to multiply.
+
+    Returns:
+        [K, C, R, S] in ``dtype``; [K] in ``vector_dtype`` of that, or None: 1 everywhere.
+    """
+    scale, limits = norm.scale, torch.finfo(dtype)
+    exact = weight.to(scale.dtype) * scale[:, None, None, None]
+    folded = exact.to(dtype)
+    if dtype != torch.float16:  # the others reach as far as what vectors are in
+        return folded, None
+
+    def size(t: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(t, dim=(1, 2, 3))
+
+    own = weight.to(dtype)
+    usual = torch.maximum(limits.eps / 2 * size(exact), scale.abs() * size(own.to(scale.dtype) - weight))
+    # t with room for a convolution that rounds before it adds it
+    good = (size(folded - exact) <= usual) & (norm.shift.abs() <= limits.max / 4)
+    if good.all():
+        return folded, None
+    return torch.where(good[:, None, None, None], folded, own), torch.where(good, 1, scale).to(vector_dtype(dtype))
+
+
+def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> bool:
+    """Whether all of the scale may be in a unit's weight. The answer is kept with the weight while nothing changes that
+    it depends on: a GPU is waited for once."""
+    if dtype != torch.float16:
+        return True
+    weight = p["weight"]
+
+    def answer(_: Any = None) -> bool:
+        return fold_weight(weight, norm, dtype)[1] is None
+
+    if any(t.is_inference() for t in p.values()):  # which may change unseen
+        return answer()
+    key = ("folds", eps, *((WeakIdRef(t), _values(t)) for name, t in p.items() if name != "weight"))
+    found: bool = _packed(weight, key, answer)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- units
@@ -247,35 +296,63 @@ class _Plain:
 
 
 # ---------------------------------------------------------------------------------------------------- chains
+class _Unit(NamedTuple):
+    """A unit's tensors, and what is done with them."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None
+    conv: ConvSpec | None
+    act: Act
+
+
+def _split(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[list[_Unit]]:
+    """The units of each chain."""
+    found, at = [], 0
+    for chain in chains:
+        units = []
+        for u in chain.all_units:
+            units.append(_Unit(params[at], params[at + 1], params[at + 2] if u.scaled else None, u.conv, u.act))
+            at += 3 if u.scaled else 2
+        found.append(units)
+    return found
+
+
+def _begun(x: Tensor, unit: _Unit, ways: Any) -> tuple[Any, ...]:
+    """What is left to do, for ``ways.unit``: all, or what is behind the convolution of a unit with a scale."""
+    weight, bias, scale, conv, act = unit
+    if scale is None:
+        return x, weight, bias, conv, act
+    return ways.unit(x, weight, torch.zeros_like(bias), conv, Act("identity"), None, True), scale, bias, None, act
+
+
 def _chain(
-    x: Tensor, params: Sequence[Tensor], chain: ChainSpec, residual: Tensor | None, owned: bool, units: Any
+    x: Tensor, units: Sequence[_Unit], chain: ChainSpec, residual: Tensor | None, owned: bool, ways: Any
 ) -> Tensor:
     """``residual``: somebody else's; ``owned``: nobody else holds x, its memory may be reused."""
     kind = chain.shortcut.kind
-    parts = [(params[2 * i], params[2 * i + 1], unit.conv, unit.act) for i, unit in enumerate(chain.all_units)]
-    *before, last = parts[: len(chain.units)]
+    *before, last = units[: len(chain.units)]
     h = x
-    for part in before:
-        h = units.unit(h, *part, None, True)
+    for unit in before:
+        h = ways.unit(*_begun(h, unit, ways), None, True)
     if chain.pool is not None:  # a chain that a pool closes has no shortcut
-        return units.pooled(h, *last, chain.pool)
+        pooled: Tensor = ways.pooled(*_begun(h, last, ways), chain.pool)
+        return pooled
     if kind not in ("none", "tensor"):
         residual = shortcut_input(x, chain.shortcut)
     if chain.shortcut.unit is not None:
-        residual = units.unit(residual, *parts[-1], None, True)
-    return units.unit(
-        h, *last, residual, kind in ("projection", "pad") or (kind == "identity" and owned and h is not x)
-    )
+        assert residual is not None
+        residual = ways.unit(*_begun(residual, units[-1], ways), None, True)
+    free = kind in ("projection", "pad") or (kind == "identity" and owned and h is not x)
+    out: Tensor = ways.unit(*_begun(h, last, ways), residual, free)
+    return out
 
 
 def _chains(
-    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None, units: Any
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None, ways: Any
 ) -> Tensor:
-    start = 0
-    for i, chain in enumerate(chains):
-        end = start + 2 * len(chain.all_units)
-        x = _chain(x, params[start:end], chain, residual if i == 0 else None, i > 0, units)
-        start = end
+    for i, (chain, units) in enumerate(zip(chains, _split(params, chains), strict=True)):
+        x = _chain(x, units, chain, residual if i == 0 else None, i > 0, ways)
     return x
 
 
@@ -289,8 +366,8 @@ def run_chains(
 
     Args:
         x: [N, C, H, W]. params: for each unit of each chain (projection last) the weight with BatchNorm folded in,
-            channels_last, x's dtype, or [C] in ``vector_dtype`` where there is no convolution, and the bias,
-            [out_channels] in ``vector_dtype``.
+            channels_last, x's dtype, or [C] in ``vector_dtype`` where there is no convolution; the bias; the scale, if
+            it is not in the weight (``scaled``): [out_channels] in ``vector_dtype``.
         chains: any number, each with the output of the one before.
         residual: the summand of a first chain whose shortcut is "tensor".
 
@@ -320,10 +397,10 @@ def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> 
     if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
         return 1
     size, image = (x.shape[2], x.shape[3]), 0
-    for unit, weight in zip(stem.units, params[::2], strict=False):
+    for unit in _split(params, chains[:1])[0][: len(stem.units)]:
         if unit.conv is not None:
-            size = unit.conv.out_size(size, weight.shape[2:])
-        image = max(image, x.element_size() * weight.shape[0] * size[0] * size[1])
+            size = unit.conv.out_size(size, unit.weight.shape[2:])
+        image = max(image, x.element_size() * unit.weight.shape[0] * size[0] * size[1])
     return -(-x.shape[0] * image // (torch.get_num_threads() * _STEM_BYTES))
 
 

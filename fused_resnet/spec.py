@@ -178,7 +178,7 @@ class UnitSpec:
     ``conv=None``: somebody else's convolution came before, y is the chain's input. ``batch_stats``: mean and var are
     this batch's (training); otherwise the running ones (frozen or eval). ``bn_weight=False``: gamma = 1;
     ``bn_bias=False``: beta = 0. ``group``: the name of the process group that shares this batch's statistics; None:
-    they are this process's own.
+    they are this process's own. ``scaled``, of a frozen unit: s is not in its weight, but a tensor of its own.
     """
 
     conv: ConvSpec | None
@@ -188,6 +188,7 @@ class UnitSpec:
     bn_weight: bool = True
     bn_bias: bool = True
     group: str | None = None
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.group is not None and not self.batch_stats:

@@ -351,6 +351,34 @@ def test_batch_norm_options(name):
         torch.testing.assert_close(a, b, msg=key)
 
 
+class Numbers(nn.Module):
+    """Numbers that a chain takes for constants, as attributes."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.conv, self.bn, self.slope = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, eps=number), number
+
+    def forward(self, x):
+        return nn.functional.leaky_relu(self.bn(self.conv(x)), self.slope)
+
+
+def test_numbers_that_differ():
+    """Between models of one class, and from call to call: each has its own values, and is a chain."""
+    x = images(channels_last=False).double()[:, :1].expand(-1, 4, -1, -1)
+    model = None
+    for number in (0.3, 0.1, 0.2, 0.3):
+        plain = prepared(Numbers(number)).double()
+        fused = fr.fuse(copy.deepcopy(plain))
+        model = model or fr.fuse(copy.deepcopy(plain))
+        model.bn.eps = model.slope = number
+        model.load_state_dict(plain.state_dict())
+        want = plain(x)
+        for other in (fused, model):
+            with rows() as found:
+                torch.testing.assert_close(other(x), want)
+            assert found == [[1]]
+
+
 def test_frozen_norms_inside_training(resnet18):
     """Norms in eval mode in a training network: gradients flow, statistics stay."""
     fused = fr.fuse(copy.deepcopy(resnet18)).double()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
 from fused_resnet import functional
@@ -111,3 +112,26 @@ def test_a_class_whose_forward_is_patched(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.undo()
     assert same_as_plain(plain[1], fused[1]) == 1
     assert same_as_plain(plain, fused) == 1
+
+
+class Checkpointed(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x * 2, use_reentrant=False)
+
+    def part(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)) + x)
+
+
+def test_a_checkpoint_in_a_forward() -> None:
+    """The checkpoint saves its inputs for the backward, and statistics, which change, are none of them."""
+    plain = Checkpointed()
+    fused, wanted = fr.fuse(copy.deepcopy(plain)), x4()
+    grads = []
+    for net in (plain, fused):
+        x = wanted.clone().requires_grad_()
+        out = net(x)
+        buffers = [b.clone() for b in net.buffers()]
+        out.sin().sum().backward()
+        grads.append([out, x.grad, *buffers, *(p.grad for p in net.parameters())])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
+    assert fr.explain(fused).rows[0].chains == 1

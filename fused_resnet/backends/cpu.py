@@ -20,6 +20,8 @@ from fused_resnet.locks import Lock
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# oneDNN's names of dtypes that not every CPU computes in
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # oneDNN's names of the activations that its convolutions apply themselves: (name, scalars)
 _POST_OPS = {
     "identity": ("none", ()),
@@ -30,7 +32,7 @@ _POST_OPS = {
     "relu6": ("hardtanh", (0.0, 6.0)),
     "hardswish": ("hardswish", ()),
 }
-_ops = torch.ops.fused_resnet_cpu
+_ops, _mkldnn = torch.ops.fused_resnet_cpu, torch.ops.mkldnn
 
 
 def unavailable() -> str | None:
@@ -63,15 +65,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which convolutions of ``dtype`` are computed here.
 
     float32 for 16-bit tensors where a float32 convolution is faster, as on a CPU without a 16-bit matrix unit: one
-    convolution is timed in both, once per process. FUSED_RESNET_CPU_COMPUTE=float32 or native decides instead.
+    convolution is timed in both, once per process. FUSED_RESNET_CPU_COMPUTE=float32 or native decides instead, but for
+    a dtype that oneDNN can't compute in here.
     """
     wish = os.environ.get("FUSED_RESNET_CPU_COMPUTE", "auto")
     if wish not in ("auto", "float32", "native"):
         raise ValueError(f"FUSED_RESNET_CPU_COMPUTE: expected auto, float32 or native, got {wish!r}")
-    if dtype not in (torch.bfloat16, torch.float16) or wish == "native":
+    if dtype not in _NAMES:
         return dtype
-    if wish == "float32":
+    computes = getattr(_mkldnn, f"_is_mkldnn_{_NAMES[dtype]}_supported", lambda: False)
+    if wish == "float32" or not computes():
         return torch.float32
+    if wish == "native":
+        return dtype
     with _timing.held():  # threads that come at once get one answer, and none is timed beside another
         return _faster(dtype)
 

@@ -10,13 +10,16 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
+from itertools import count
 from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from fused_resnet.fusion.choosing import Settled, kind_of_call
 from fused_resnet.fusion.lowering import lower
@@ -46,6 +49,11 @@ _FUNCTIONS = [
 _CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
 
 
+def others_capture() -> bool:
+    """Whether somebody else's ``torch.compile`` looks at the frames that this thread runs."""
+    return get_eval_frame_callback() not in (None, False) and not _CALLING.get()
+
+
 class _NotCaptured(logging.Filter):
     """Dynamo warns, pages long, of every frame that it can't capture: of a front's frames the package's log says it."""
 
@@ -58,6 +66,7 @@ class _NotCaptured(logging.Filter):
 
 
 _QUIET = _NotCaptured()
+_NUMBERS = count()  # in the names of code: by name and place dynamo remembers which numbers and sizes changed
 # States of a module, by ``_unguarded``, that are captured each by itself.
 _MAX_STATES = 16
 
@@ -184,11 +193,10 @@ def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             return plain(*args, **kwargs)
 
-        call.__code__ = call.__code__.replace()
+        call.__code__ = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
         return call
-    made = FunctionType(
-        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
-    )
+    code = plain.__code__.replace(co_name=f"{plain.__name__}_{next(_NUMBERS)}")
+    made = FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
     made.__kwdefaults__ = plain.__kwdefaults__
     return made
 
@@ -197,7 +205,7 @@ def _looked_up(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """What a call of the module looks up in classes and in torch, and dynamo takes for constant."""
     for cls in {cls for m in module.modules() for cls in (type(m), original(m))}:
         for name in {*METHODS, "__call__", "_conv_forward", "_check_input_dim"}:
-            if hasattr(cls, name):
+            with suppress(Exception):  # whatever a metaclass raises
                 yield cls, name, getattr(cls, name)
     for owner, name in _FUNCTIONS:
         yield owner, name, getattr(owner, name)

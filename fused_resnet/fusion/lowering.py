@@ -12,9 +12,9 @@ from fused_resnet import functional
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward
 from fused_resnet.fusion.choosing import Choice, thread
-from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
+from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, counts_batch, match
 from fused_resnet.fusion.sync_norm import group_named
-from fused_resnet.fusion.table import value_of
+from fused_resnet.fusion.table import constant, kind_of, written
 from fused_resnet.units import Chain, Unit
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -171,7 +171,7 @@ def _part(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.Gr
         copies[node] = graph.placeholder(node.name)
     for node in gm.graph.nodes:
         if node in taken:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node] = graph.node_copy(node, lambda n: copies[n] if n in copies else constant(n))
     graph.output(copies[row.chains[-1].end])
     return fx.GraphModule(nn.Module(), graph)
 
@@ -180,27 +180,33 @@ class _Checkpoint(nn.Module):
     """``torch.utils.checkpoint`` around a lowered part of a graph.
 
     Args:
-        part: the graph. options: of the checkpoint.
+        part: the graph. options: of the checkpoint. held: which of the part's inputs are statistics: the part changes
+            them, so that the checkpoint may not save them.
     """
 
-    def __init__(self, part: fx.GraphModule, options: dict[str, Any]) -> None:
+    def __init__(self, part: fx.GraphModule, options: dict[str, Any], held: Sequence[int]) -> None:
         super().__init__()
-        self.part, self.options = part, {"use_reentrant": False} | options
-        values = [value_of(node) for node in part.graph.nodes if node.op == "placeholder"]
-        self.counters = [i for i, v in enumerate(values) if v is not None and not v.dim() and v.dtype == torch.int64]
+        self.part, self.options, self.held = part, {"use_reentrant": False} | options, held
 
     def forward(self, *args: Any) -> Any:
         from torch.utils.checkpoint import checkpoint
 
         thread.other += 1
-        # what the part counts is no argument: a checkpoint refuses to go back to arguments that changed
-        counters = {i: args[i] for i in self.counters}
 
-        def part(*others: Any) -> Any:
-            rest = iter(others)
-            return self.part(*(counters[i] if i in counters else next(rest) for i in range(len(args))))
+        def part(*given: Any) -> Any:
+            every = list(given)
+            for i in self.held:
+                every.insert(i, args[i])
+            return self.part(*every)
 
-        return checkpoint(part, *(a for i, a in enumerate(args) if i not in counters), **self.options)
+        return checkpoint(part, *(a for i, a in enumerate(args) if i not in self.held), **self.options)
+
+
+def _statistics(graph: fx.Graph) -> list[int]:
+    """Which of a graph's inputs its norms change."""
+    norms = [node for node in graph.nodes if kind_of(node) == "norm" or counts_batch(node)]
+    changed = {n for node in norms for n in written(node)}
+    return [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in changed]
 
 
 def lower(gm: fx.GraphModule) -> Matches:
@@ -246,9 +252,10 @@ def _lower_checkpoint(gm: fx.GraphModule, node: fx.Node) -> Matches:
     """A checkpoint inside the graph: its part is lowered, and called by ``torch.utils.checkpoint`` itself."""
     part = gm.get_submodule(node.args[0].target)  # type: ignore[union-attr, arg-type]
     assert isinstance(part, fx.GraphModule)
+    held = _statistics(part.graph)
     matches = lower(part)
     name = f"fused_resnet_checkpoint_{node.name}"
-    gm.add_submodule(name, _Checkpoint(part, dict(node.kwargs)))
+    gm.add_submodule(name, _Checkpoint(part, dict(node.kwargs), held))
     with gm.graph.inserting_after(node):
         call = gm.graph.call_module(name, tuple(node.args[1:]))
     call.meta = dict(node.meta)

@@ -127,7 +127,7 @@ class _Matcher:
         self.writes = [(i, written(node)) for i, node in enumerate(self.nodes)]
         self.writes = [(i, changed) for i, changed in self.writes if changed]
         self.switches = [i for i, node in enumerate(self.nodes) if switches_mode(node)]
-        self.counters = {m: n for n in self.nodes if _counts_batch(n) and (m := _module(n)) is not None}
+        self.counters = {m: n for n in self.nodes if counts_batch(n) and (m := _module(n)) is not None}
         self.matches = Matches(norms=sum(kind_of(n) == "norm" for n in self.nodes))
         self.taken: set[fx.Node] = set()
         self.units: dict[fx.Node, UnitMatch] = {}
@@ -412,7 +412,7 @@ class _Matcher:
             return "gradients or autocast are switched inside"
         storages = {_storage(n) for n in reads}
         for i, changed in self.writes:
-            if first < i < last and self.nodes[i] not in inside and not _counts_batch(self.nodes[i]):
+            if first < i < last and self.nodes[i] not in inside and not counts_batch(self.nodes[i]):
                 if any(_storage(n) is None or _storage(n) in storages for n in changed):
                     return "what it reads is changed in place before its end"
         updated = {_storage(n) for n in _updates(chains)}
@@ -488,7 +488,7 @@ def _module(node: fx.Node) -> Any:
     return next(reversed(stack)) if stack else None
 
 
-def _counts_batch(node: fx.Node) -> bool:
+def counts_batch(node: fx.Node) -> bool:
     """num_batches_tracked.add_(1), whose result nobody uses."""
     if node.op != "call_method" or node.target != "add_" or node.args[1:] != (1,) or node.users:
         return False

@@ -61,7 +61,21 @@ def arguments(node: fx.Node) -> dict[str, Any] | None:
     if len(node.args) > len(names):
         return None
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return names | given if given.keys() <= names.keys() else None
+    if not given.keys() <= names.keys():
+        return None
+    return names | {name: value if name == "momentum" else constant(value) for name, value in given.items()}
+
+
+def constant(value: Any) -> Any:
+    """A number that dynamo left open because it changed once is the number that it is now, and dynamo guards it."""
+    number = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+    for kind, plain in ((torch.SymFloat, float), (torch.SymInt, int), (torch.SymBool, bool)):
+        if isinstance(number, kind):
+            try:
+                return plain(number)
+            except RuntimeError:  # known only when it runs
+                return value
+    return value
 
 
 def act_of(node: fx.Node) -> Act | None:
@@ -79,7 +93,7 @@ def act_of(node: fx.Node) -> Act | None:
     given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
     if not given.keys() <= set(names):
         return None
-    value = given.get(parameter, ACTIVATIONS[name][0]) if parameter else 0.0
+    value = constant(given.get(parameter, ACTIVATIONS[name][0])) if parameter else 0.0
     return Act(name, float(value)) if isinstance(value, int | float) else None
 
 
