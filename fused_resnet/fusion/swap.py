@@ -36,9 +36,13 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # the mark is missing in a slice of an nn.Sequential, which is made by its class
-        if inside_plain():  # small modules' calls, which take some microseconds each
-            return getattr(cls, name)(self, *args, **kwargs)
-        if graphed() or "_fr_fused" not in self.__dict__ or others_capture() or _plain_here(args, kwargs):
+        if (
+            inside_plain()
+            or graphed()
+            or "_fr_fused" not in self.__dict__
+            or others_capture()
+            or _plain_here(args, kwargs)
+        ):
             return plain(self, *args, **kwargs)
         return _captured(self, getattr(cls, name), args, kwargs)
 
