@@ -212,7 +212,9 @@ def test_numbers_of_modules_are_inputs() -> None:
     """dynamic=True makes inputs of eps, momentum and an activation's parameter: chains all the same, and one that
     changes is seen."""
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.3), nn.Conv2d(4, 4, 1))
-    plain = prepared(nn.Sequential(*plain, nn.BatchNorm2d(4), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten())).double()
+    plain = prepared(
+        nn.Sequential(*plain, nn.BatchNorm2d(4), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    ).double()
     model = copy.deepcopy(plain)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="fused_resnet")
     for m, name, value in ((None, "", 0), (1, "eps", 0.5), (2, "negative_slope", -0.4), (4, "momentum", 0.7)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -44,9 +43,9 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
     return wraps(getattr(cls, name))(forward)
 
 
-def _never_first(function: FunctionType, below: _FrameAction = _FrameAction.DEFAULT) -> None:
-    """Dynamo takes calls of ``function`` into graphs, but begins none there: where a capture is broken off before such a
-    call, a fused module is captured by itself, and somebody else's torch.compile begins at the plain method.
+def _never_first(function: Any, below: _FrameAction = _FrameAction.DEFAULT) -> None:
+    """Dynamo takes calls of ``function`` into graphs, but begins none there: where a capture is broken off before such
+    a call, a fused module is captured by itself, and somebody else's torch.compile begins at the plain method.
 
     Args:
         below: whether it begins any in what ``function`` calls.
@@ -64,13 +63,7 @@ def _captured(self: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether somebody traces, counts or fakes the call: they are to see the plain module."""
-    return (
-        _watched()
-        or nn_module._has_any_global_hook()
-        or transformed()
-        or _has_proxy(args)
-        or _has_proxy(kwargs)
-    )
+    return _watched() or nn_module._has_any_global_hook() or transformed() or _has_proxy(args) or _has_proxy(kwargs)
 
 
 def _watched() -> bool:
