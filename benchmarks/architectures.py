@@ -120,9 +120,9 @@ def lines() -> Iterator[str]:
     yield "# What `fuse` makes of networks of other libraries"
     yield ""
     yield written_with()
-    yield "A training forward of two images of 64x64 was captured. *Modules*: those to which chains belong, and *left* are"
-    yield "modules with norms of their own that have none; *norms left*: the norms of the whole model that are in no chain,"
-    yield "which run as they were, as all else does that is no chain."
+    yield "A training forward of two images of 64x64 was captured. *Modules*: those to which chains belong; *left*:"
+    yield "those with norms of their own that have none; *norms left*: norms of the whole model that are in no chain."
+    yield "What is in no chain runs as it was."
     yield ""
     yield "| library | architecture | modules | left | chains | norms left | why |"
     yield "|---|---|---|---|---|---|---|"

@@ -22,8 +22,8 @@ if not torch.distributed.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
 CASES = sync_chains.CASES | sync_modules.CASES
-# Seconds for all cases of one number of processes; a hang is killed then.
-LIMIT = 240
+# Seconds for all cases of one number of processes, which capture some 40 networks; a hang is killed then.
+LIMIT = 900
 
 
 @pytest.fixture(scope="module")
