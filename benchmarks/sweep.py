@@ -33,6 +33,7 @@ from fused_resnet.cli.env import describe
 from fused_resnet.cli.subjects import LIBRARIES, OneTensor
 from fused_resnet.explanation import units_of
 from fused_resnet.patterns import looks_like_norm
+from fused_resnet.small import chains_always
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SEED = 2, 11
@@ -123,7 +124,7 @@ def compared(name: str) -> dict[str, Any]:
     findings = validate.compare(runs(fused, x, dout), runs(last_bit(plain), x, dout), ref, torch.float32)
     worst = max(findings, key=lambda f: f.error / max(EXACT, ROUNDINGS * f.plain_error))
     narrow, image = plain.float().eval(), x.float()
-    with torch.no_grad():
+    with torch.no_grad(), chains_always():
         want, got = narrow(image), fr.freeze(narrow, image)(image)
     (frozen,) = validate.compare({"out": got}, {"out": want}, {"out": ref["inference: out"]}, torch.float32)
     return {
