@@ -15,7 +15,6 @@ from __future__ import annotations
 import copyreg
 import dis
 import inspect
-import threading
 from _abc import _abc_init
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Sequence
@@ -30,12 +29,13 @@ from torch import Tensor, fx, nn
 from fused_resnet.backends import warn_once
 from fused_resnet.freezing import CalledOtherwise
 from fused_resnet.functional import in_backward
+from fused_resnet.locks import Lock
 from fused_resnet.modules import ChainModules, graphed, has_hooks, run_row
 from fused_resnet.patterns import original
 from fused_resnet.plans import Plan, at
 from fused_resnet.small import is_small
 
-_making = threading.Lock()
+_making = Lock()
 
 
 class FusedModule:
@@ -164,7 +164,7 @@ def fused_class(cls: type[nn.Module], method: str) -> Any:
     Raises:
         Exception: whatever a metaclass has against it.
     """
-    with _making:
+    with _making.held():
         for known in type.__subclasses__(cls):  # no table of ours would let a class go that nobody uses any more
             if vars(known).get("_fr_original") is cls and vars(known)["_fr_method"] == method:
                 return known
