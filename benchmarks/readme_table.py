@@ -1,4 +1,5 @@
-"""Writes the README's results from the newest committed results.json, so that no figure in it is typed by hand.
+"""Writes the README's results from the committed results.json, the newest of each device, so that no figure in it is
+typed by hand.
 
 python benchmarks/readme_table.py           # rewrites README.md between its markers
 python benchmarks/readme_table.py --check   # exit code 1 if README.md says something else
@@ -49,12 +50,11 @@ def table(path: Path) -> str:
 
 
 def main() -> int:
-    newest = max(
-        (ROOT / "benchmarks" / "results").glob("*/results.json"), key=lambda p: json.loads(p.read_text())["date"]
-    )
+    found = [(json.loads(p.read_text()), p) for p in (ROOT / "benchmarks" / "results").glob("*/results.json")]
+    newest = {raw["device"]: path for raw, path in sorted(found, key=lambda f: f[0]["date"])}
     readme = ROOT / "README.md"
     text = readme.read_text()
-    made = MARKERS.sub(lambda m: m[1] + table(newest) + m[2], text)
+    made = MARKERS.sub(lambda m: m[1] + "\n".join(map(table, newest.values())) + m[2], text)
     if "--check" in sys.argv:
         return int(made != text)
     readme.write_text(made)
