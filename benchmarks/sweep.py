@@ -31,7 +31,9 @@ import fused_resnet as fr
 from fused_resnet.cli import validate
 from fused_resnet.cli.env import describe
 from fused_resnet.cli.subjects import LIBRARIES, OneTensor
-from fused_resnet.convert import plan_of
+from fused_resnet.explanation import units_of
+from fused_resnet.patterns import looks_like_norm
+from fused_resnet.small import chains_always
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SEED = 2, 11
@@ -116,18 +118,21 @@ def compared(name: str) -> dict[str, Any]:
         t.data = t.data.float().to(t.dtype)  # values that float32 holds, too
 
     fused = fr.fuse(copy.deepcopy(plain))
-    plans = [plan for m in fused.modules() if (plan := plan_of(m)) is not None]
+    modules, chains, in_chains = chains_of(fused, x)
+    pairs = pairs_of(plain, x)
     ref = runs(plain, x, dout)
     findings = validate.compare(runs(fused, x, dout), runs(last_bit(plain), x, dout), ref, torch.float32)
     worst = max(findings, key=lambda f: f.error / max(EXACT, ROUNDINGS * f.plain_error))
     narrow, image = plain.float().eval(), x.float()
-    with torch.no_grad():
+    with torch.no_grad(), chains_always():
         want, got = narrow(image), fr.freeze(narrow, image)(image)
     (frozen,) = validate.compare({"out": got}, {"out": want}, {"out": ref["inference: out"]}, torch.float32)
     return {
         "name": name,
-        "modules": len(plans),
-        "chains": sum(len(plan.chains) for plan in plans),
+        "modules": modules,
+        "chains": chains,
+        "pairs": len(pairs),
+        "pairs_in_chains": len(pairs & in_chains),
         "tensors": len(findings) + 1,
         "worst": worst.name,
         "error": worst.error,
@@ -137,6 +142,35 @@ def compared(name: str) -> dict[str, Any]:
         "ok": worst.error <= max(EXACT, ROUNDINGS * worst.plain_error)
         and frozen.error <= max(EXACT32, ROUNDINGS * frozen.plain_error),
     }
+
+
+@torch.no_grad()
+def pairs_of(model: nn.Module, x: Tensor) -> set[str]:
+    """The norms of two-dimensional images whose input is what a Conv2d made, by their names."""
+    made: list[Tensor] = []  # they live until the end: no two have one id
+    found: set[str] = set()
+    model = copy.deepcopy(model)
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d):
+            m.register_forward_hook(lambda m, args, out: made.append(out))
+        elif looks_like_norm(m):
+
+            def look(m: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                if any(args[0] is out for out in made):
+                    found.add(name)
+
+            m.register_forward_pre_hook(look)
+    model.eval()(x)
+    return found
+
+
+@torch.no_grad()
+def chains_of(fused: nn.Module, x: Tensor) -> tuple[int, int, set[str]]:
+    """Modules with chains, chains, and the norms that are in one together with their convolution."""
+    called = copy.deepcopy(fused).eval()
+    called(x)
+    rows = [row for row in fr.explain(called).rows if row.fused]
+    return len(rows), sum(row.chains for row in rows), {u.norm[0] for u in units_of(called) if u.conv is not None}
 
 
 def tried(name: str, most: float = math.inf) -> dict[str, Any]:
@@ -155,6 +189,7 @@ def summary(result: dict[str, Any]) -> str:
     rows = [row for row in result["networks"] if "left_out" not in row]
     measured, bad = [row for row in rows if "failed" not in row], [row for row in rows if not row["ok"]]
     chains = [row["chains"] for row in measured if row["chains"]]
+    pairs = Counter({key: sum(row[key] for row in measured) for key in ("pairs", "pairs_in_chains")})
     exact = sum(row["error"] <= EXACT for row in measured)
     libraries = ", ".join(f"{name} {version}" for name, version in result["libraries"].items())
     lines = [
@@ -164,7 +199,9 @@ def summary(result: dict[str, Any]) -> str:
         f"{libraries}; [sweep.json](sweep.json) has a row for each network.",
         "",
         f"{len(rows)} networks with a BatchNorm2d and up to {result['most_parameters']:.0f} parameters;",
-        f"{len(chains)} of them run chains, {sum(chains)} in all;",
+        f"{len(chains)} of them run chains, {sum(chains)} in all; of the pairs of a Conv2d and the norm behind it",
+        f"{pairs['pairs_in_chains']} of {pairs['pairs']} are in chains"
+        f" ({100 * pairs['pairs_in_chains'] / max(1, pairs['pairs']):.1f} %);",
         f"{sum(row['tensors'] for row in measured)} tensors compared.",
         "",
         f"- In float64 {exact} are within a relative error of {EXACT:.0e} in every tensor; in the other",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fused_resnet.classes import why_no_class
+from fused_resnet.classes import PLANNED, why_no_class
 from fused_resnet.matching import Matcher
 from fused_resnet.modules import has_hooks, named_modules, places
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm, original
@@ -109,7 +109,7 @@ def _analysed(m: nn.Module, name: str, found: dict[int, Found], shared: dict[int
         if calls_itself(m):
             result.reason = "its class overrides __call__"
             break
-        if reason := why_no_class(cls, method):
+        if reason := why_no_class(cls, PLANNED + method):
             result.reason = reason
             break
         try:

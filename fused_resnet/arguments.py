@@ -24,8 +24,8 @@ def number(value: Any, name: str) -> float:
     Raises:
         TypeError: something else. ValueError: no float64 holds it.
     """
-    if type(value) is float:
-        return value
+    if type(value) is float or isinstance(value, torch.SymFloat):  # a tracer's: 1 / num_batches_tracked
+        return value  # type: ignore[return-value]
     scalar = isinstance(value, Tensor) and value.dim() == 0 and not (value.requires_grad or value.is_complex())
     if not (scalar or isinstance(value, int | float) or _numpy_scalar(value, "biuf")):
         raise TypeError(f"{name}: expected a number, got {value!r}")

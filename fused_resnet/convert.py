@@ -1,33 +1,24 @@
-"""fuse, unfuse, freeze: the blocks of a model that exists, run as chains and back again.
+"""freeze: a copy of a model for inference, whose modules run their chains with BatchNorm folded into the weights.
 
-``fuse`` changes a module's class to a subclass of its own class whose forward runs the module's own children as chains
-(and what isn't a chain as it was). Nothing is copied or renamed: parameters, buffers, names, hooks on the module,
-isinstance and pickling stay.
+A module with chains gets a class whose forward runs the module's plan: its frozen chains, and what isn't a chain as it
+was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.backends import warn_once
-from fused_resnet.classes import (
-    FusedModule,
-    FusedSequential,
-    fused_class,
-    plan_of,
-    rows_of,
-    set_class,
-    unfuse_module,
-)
-from fused_resnet.freezing import Folded, Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
+from fused_resnet.classes import KINDS, PLANNED, fused_class, set_class
+from fused_resnet.freezing import CalledOtherwise, Folded, Frozen, FrozenChain, FrozenRow, freeze_copy, why_not_frozen
+from fused_resnet.fusion.swap import unfuse
 from fused_resnet.modules import has_hooks, named_modules
-from fused_resnet.patterns import original
+from fused_resnet.patterns import METHODS
 from fused_resnet.plans import Plan, Ref, at
 
 if TYPE_CHECKING:
@@ -37,58 +28,36 @@ if TYPE_CHECKING:
 _STEM_STAGES = 2
 
 
-# ---------------------------------------------------------------------------------------------------- fuse and back
-def fuse(model: nn.Module) -> nn.Module:
-    """Swaps every module of ``model`` whose forward has chains in it for a fused one, in place, and returns it.
+# ---------------------------------------------------------------------------------------------------- planned classes
+def _planned_method(method: str, cls: Any) -> dict[str, Any]:
+    """Of a module in a frozen model: ``method`` runs the module's plan (``_fr_plan``) with the frozen chains at the
+    paths ``_fr_frozen``; ``_fr_name``: the module's name."""
+    plain = getattr(cls, method)
 
-    Parameters, buffers, names, ``state_dict``, optimizers made before or after, hooks on the blocks: everything stays.
-    A module is fused by what its forward does, which is traced (``torch.fx``, one module at a time, nothing is
-    computed): residual blocks, stems, and conv -> norm -> act wherever it stands; what isn't a chain runs as it was.
-    A forward that can't be traced stays as it is; ``explain`` says why. An nn.Sequential of blocks becomes one that
-    runs them in rows. Fusing twice changes nothing. SyncBatchNorm and DistributedDataParallel may come before or after;
-    a SyncBatchNorm in a chain shares its statistics with the other processes of its group on any device.
+    @wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan: Plan | None = self.__dict__.get("_fr_plan")
+        if plan is None:
+            return plain(self, *args, **kwargs)  # a slice of an nn.Sequential is made by the class, without a plan
+        if len(args) != 1 or kwargs or not plan.fits(args[0]):
+            raise CalledOtherwise(self._fr_name, "other arguments, or of another class or size")
+        return plan.run(self, args[0], [at(self, p) for p in self._fr_frozen], _one_after_the_other)
 
-    Args:
-        model: any module: of torchvision, timm, transformers, of this package or your own.
-
-    Returns:
-        The same ``model``.
-
-    Raises:
-        TypeError: not an nn.Module.
-    """
-    from fused_resnet.analysis import analyse  # late: not every import of the package fuses
-
-    _check(model)
-    found = False
-    for each in analyse(model):
-        m = each.module
-        if each.plans is not None:
-            found = True
-            if not isinstance(m, FusedModule) or m._fr_method != each.method:
-                set_class(m, fused_class(original(m), each.method))
-            m.__dict__["_fr_plans"] = each.plans
-        elif isinstance(m, FusedModule) and not isinstance(m, FusedSequential) and each.within is not None:
-            unfuse_module(m)
-    for _, m in named_modules(model):
-        if type(m) is nn.Sequential and any(len(blocks) > 1 for blocks in rows_of(m)):
-            set_class(m, FusedSequential)
-    if not found:
-        warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
-    return model
+    return {method: forward}
 
 
-def unfuse(model: nn.Module) -> nn.Module:
-    """Gives every fused module of ``model`` its own class back, in place, and returns it.
+KINDS.update((PLANNED + method, partial(_planned_method, method)) for method in METHODS)
 
-    Raises:
-        TypeError: not an nn.Module.
-    """
-    _check(model)
-    for _, m in named_modules(model):
-        if isinstance(m, FusedModule):
-            unfuse_module(m)
-    return model
+
+def _one_after_the_other(children: Sequence[nn.Module], x: Any) -> Any:
+    for child in children:
+        x = child(x)
+    return x
+
+
+def plan_of(m: nn.Module) -> Plan | None:
+    """What a module of a frozen model does in its forward."""
+    return m.__dict__.get("_fr_plan")
 
 
 def _check(model: object) -> None:
@@ -165,9 +134,9 @@ def _replaced(name: str, chain: nn.Module, model: nn.Module) -> nn.Module:
 
 def _installed(m: nn.Module, plan: Plan, found: Found, chains: Sequence[FrozenChain], model: nn.Module) -> nn.Module:
     """``m`` runs its plan with frozen chains, each in the place of the first module that it replaces."""
-    set_class(m, fused_class(type(m), found.method))
+    set_class(m, fused_class(type(m), PLANNED + found.method))
     m.__dict__["_fr_name"] = found.name
-    m.__dict__["_fr_plans"] = (plan, plan)
+    m.__dict__["_fr_plan"] = plan
     m.__dict__["_fr_frozen"] = tuple(chain.units[0].paths[0] for chain in plan.chains)
     for unit in (u for chain in plan.chains for u in chain.all_units):
         for path in (unit.conv, unit.bn):
@@ -205,4 +174,4 @@ def _join_stages(model: nn.Module) -> None:
                 _set(m, path, Folded(m.__dict__["_fr_name"]))
             _set(m, frozen[stem.target], FrozenRow(*joined))
             steps[i + 1] = replace(behind, target=behind.target[len(taken) :])
-        m.__dict__["_fr_plans"] = (replace(plan, steps=tuple(steps)),) * 2
+        m.__dict__["_fr_plan"] = replace(plan, steps=tuple(steps))

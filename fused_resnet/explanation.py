@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from fused_resnet.backends import Case
-from fused_resnet.classes import FusedSequential, plan_of, rows_of
+from fused_resnet.convert import plan_of
 from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
 from fused_resnet.frozen_forward import packed_forms
-from fused_resnet.modules import ChainModules, named_modules, shared_by
-from fused_resnet.patterns import original
+from fused_resnet.fusion.front import Front
+from fused_resnet.fusion.report import ChainReport
+from fused_resnet.fusion.swap import fuse, why_not_fused
+from fused_resnet.fusion.sync_norm import group_named
+from fused_resnet.modules import copy_of, named_modules
+from fused_resnet.patterns import looks_like_norm, original
 from fused_resnet.planner import planned, why
-from fused_resnet.plans import Plan
-from fused_resnet.small import least_values
-from fused_resnet.spec import ConvSpec
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Row:
 
     Attributes:
         chains: how many, where it is fused. reason: why it runs plain, or what of a fused one does.
-        statistics: over which processes its SyncBatchNorms take theirs. least: values of its input below which it runs
-            its own forward, in training on this CPU (``small.py``).
+        statistics: over which processes its SyncBatchNorms take theirs. ran: how often its chains ran.
+        measured: for each kind of input, how long its row takes as chains and by PyTorch's operators, on a CPU.
     """
 
     name: str
@@ -40,7 +41,8 @@ class Row:
     backends: dict[str, str]
     chains: int = 0
     statistics: str = ""
-    least: int = 0
+    ran: int = 0
+    measured: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,7 @@ class Explanation:
         kinds = max(14, max(len(r.type) for r in self.rows) + 2)
         lines = []
         for r in self.rows:
-            parts = [*(f"{p}: {b}" for p, b in r.backends.items()), r.statistics]
-            parts.append(f"its own forward below {r.least} values" if r.least else "")
+            parts = [*(f"{p}: {b}" for p, b in r.backends.items()), r.statistics, r.measured]
             served = ", ".join(filter(None, parts))
             told = f"{served}; plain: {r.reason}" if served and r.reason else served or r.reason
             lines.append(f"{r.name:<{width}}{r.type:<{kinds}}{'fused' if r.fused else 'plain':<7}{told}")
@@ -65,61 +66,106 @@ class Explanation:
         return "\n".join([*lines, f"{fused} of {len(self.rows)} fused"])
 
 
-def explain(model: nn.Module) -> Explanation:
-    """Each module of ``model`` with convolutions and norms of its own: fused or not, why not, which backend serves
-    which primitive, and over which processes a SyncBatchNorm takes its statistics. A module whose norms are part of its
-    parent's chains has no row.
+def explain(model: nn.Module, *example: Any) -> Explanation:
+    """What the captured graphs of a fused model say of each of its blocks: which chains run, which backend serves which
+    primitive, over which processes a SyncBatchNorm takes its statistics, and which norms run plain, and why.
+
+    Nothing is known before the first call, for it is the call that is captured: then ``example`` helps.
 
     Of a frozen model each convolution: which backend serves it, and what its weight has been packed for by now.
+
+    Args:
+        model: fused, frozen, or neither. example: inputs; a fused copy of the model is called with them, once.
 
     Raises:
         TypeError: not an nn.Module.
     """
-    from fused_resnet.analysis import analyse  # late, as in fuse
-
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    rows = []
     if isinstance(model, Frozen):
         return Explanation(_frozen_rows(model))
-    closed_by = _closed_by(model)
-    for found in analyse(model):
-        m, plan = found.module, plan_of(found.module)
-        name, kind = found.name or "(model)", original(m).__name__
-        if plan is not None and not plan.chains:
-            continue  # it runs its children in rows, who have rows of their own here
-        if plan is not None:
-            chains, reason = plan.modules(m)
-            if found.reason == "its forward was replaced":
-                reason = found.reason
-            served = _serving(chains) if reason is None else {}
-            if served and id(m) in closed_by:
-                served["bn_act_backward"] = f"in conv_backward of {closed_by[id(m)]}"
-            shared = _shared(chains) if reason is None else ""
-            least = _least(chains, plan) if reason is None else 0
-            rows.append(
-                Row(name, kind, reason is None, reason or "; ".join(plan.left), served, len(chains), shared, least)
-            )
-        elif found.within is None and (found.reason or (found.plans is not None and found.plans[True].chains)):
-            rows.append(Row(name, kind, False, found.reason or "not fused yet: call fuse(model)", {}))
-    return Explanation(rows)
+    if example:
+        model = fuse(copy_of(model))
+        with torch.no_grad():
+            model(*example)
+    return Explanation(list(_rows(model)))
 
 
-def _least(chains: Sequence[ChainModules], plan: Plan) -> int:
-    """Of the module's input, values from which its chains run: 0 where they do at any size."""
-    weights = [t for chain in chains for unit in chain.all_units for t in unit.bn.parameters()]
-    limited = plan.values < float("inf") and weights and all(t.device.type == "cpu" for t in weights)
-    return math.ceil(least_values("training") / plan.values) if limited and weights[0].dtype == torch.float32 else 0
+def _rows(model: nn.Module) -> Iterator[Row]:
+    modules = dict(named_modules(model))
+    norms = {name: m for name, m in modules.items() if looks_like_norm(m)}
+    chains, left, fronts = _captured(model)
+    taken = {unit.norm[0] for chain in chains for unit in chain.units}
+    blocks: dict[str, list[ChainReport]] = {}
+    for chain in chains:
+        blocks.setdefault(chain.owner[0], []).append(chain)
+    plain: dict[str, dict[str, None]] = {}  # a module's name -> why norms of it run plain
+    for name in norms.keys() - taken:
+        reason = left.get(name) or _unseen(model, name, fronts)
+        plain.setdefault(name.rpartition(".")[0], {})[reason] = None
+    closed_by = _closed_by(chains)
+    order = {name: i for i, name in enumerate(modules)}
+    for name in sorted(blocks.keys() | plain.keys(), key=lambda name: order.get(name, -1)):
+        found, reasons = blocks.get(name, []), list(plain.get(name, ()))
+        kind = found[0].owner[1] if found else ""
+        if not kind and name in modules:
+            kind = original(modules[name]).__name__
+        ran = [chain for chain in found if chain.choice.chains or not chain.choice.plain]
+        measured = "; ".join(dict.fromkeys(str(chain.choice) for chain in found if chain.choice.measured))
+        if len(ran) < len(found):
+            reasons.append("PyTorch's own operators are faster")
+        served = _serving(ran)
+        if ran and ran[-1].owner[0] in closed_by:
+            served["bn_act_backward"] = f"in conv_backward of {closed_by[ran[-1].owner[0]]}"
+        calls = min((chain.choice.chains for chain in ran), default=0)
+        shared = _shared(ran, norms)
+        yield Row(name or "(model)", kind, bool(ran), "; ".join(reasons), served, len(ran), shared, calls, measured)
+
+
+def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]:
+    """The chains of the latest graphs, with the model's names; norms that are left, and why; how many fronts there are
+    that captured anything."""
+    chains: list[ChainReport] = []
+    left: dict[str, str] = {}
+    fronts = 0
+    for name, m in named_modules(model):
+        of_module: dict[Any, Front] = m.__dict__.get("_fr_fronts", {})
+        for front in of_module.values():
+            graphs = [graph for graph in front.graphs if graph.ran]  # dynamo may drop what it has captured
+            fronts += bool(graphs)
+            for graph in reversed(graphs):
+                known = {u.norm[0] for c in chains for u in c.units} | left.keys()
+                for chain in graph.chains:
+                    here = chain.inside(name)
+                    if not known.intersection(u.norm[0] for u in here.units):
+                        chains.append(here)
+                for (norm, _), reason in graph.left.items():
+                    norm = f"{name}.{norm}" if name and norm else norm or name
+                    if norm not in known:
+                        left[norm] = reason
+    return chains, left, fronts
+
+
+def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
+    """Why a norm is in no captured graph."""
+    path = norm.split(".")
+    around = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
+    around = [m for m in around if not isinstance(m, nn.ModuleList | nn.ModuleDict)]
+    if reason := next(filter(None, map(why_not_fused, around)), ""):
+        return reason
+    if not any("_fr_fused" in m.__dict__ for m in around):
+        return "not fused yet: call fuse(model)"
+    return "no call of it was captured" if fronts else "not called yet: explain(model, example) calls a copy"
 
 
 def _frozen_rows(model: Frozen) -> list[Row]:
     from fused_resnet.analysis import analyse
 
     chains: dict[str, list[FrozenChain]] = {}
-    for _, m in named_modules(model):
+    for m in model.modules():
         if isinstance(m, FrozenChain):
             chains.setdefault(m.name, []).append(m)
-    left = {name: "; ".join(plan.left) for name, m in named_modules(model.model) if (plan := plan_of(m)) is not None}
+    left = {name: "; ".join(plan.left) for name, m in model.model.named_modules() if (plan := plan_of(m)) is not None}
     rows = [
         Row(name or "(model)", made[0].block, True, left.get(name, ""), _serving_frozen(made), len(made))
         for name, made in chains.items()
@@ -167,43 +213,36 @@ def _serving_unit(unit: FrozenUnit, chain: FrozenChain) -> str:
     return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}{behind}"
 
 
-def _closed_by(model: nn.Module) -> dict[int, str]:
+def _closed_by(chains: Sequence[ChainReport]) -> dict[str, str]:
     """Blocks whose closing backward is done by the block after them in a row -> that block's name."""
-    names = {id(m): name for name, m in named_modules(model)}
-    rows = [blocks for _, m in named_modules(model) if isinstance(m, FusedSequential) for blocks in rows_of(m)]
-    return {id(m): names[id(after)] for row in rows for (m, _), (after, _) in zip(row, row[1:], strict=False)}
+    pairs = zip(chains, chains[1:], strict=False)
+    return {one.owner[0]: after.owner[0] for one, after in pairs if one.row == after.row}
 
 
-def _shared(chains: Sequence[ChainModules]) -> str:
+def _shared(chains: Sequence[ChainReport], norms: dict[str, nn.Module]) -> str:
     """Over which processes the chains' SyncBatchNorms take their statistics."""
-    norms = [unit.bn for chain in chains for unit in chain.all_units if isinstance(unit.bn, nn.SyncBatchNorm)]
-    groups = [shared_by(bn) for bn in norms]
-    sizes = sorted({dist.get_world_size(group) for group in groups if group is not None})
+    units = [unit for chain in chains for unit in chain.units]
+    sizes = sorted({dist.get_world_size(group_named(unit.group)) for unit in units if unit.group is not None})
     if sizes:
         return f"statistics over the process group of {' and '.join(map(str, sizes))}"
-    return "statistics of this process alone: no process group" if norms else ""
+    alone = any(isinstance(norms.get(unit.norm[0]), nn.SyncBatchNorm) for unit in units)
+    return "statistics of this process alone: no process group" if alone else ""
 
 
-def _serving(chains: Sequence[ChainModules]) -> dict[str, str]:
-    """Primitive -> backend for the chains' training step, in the parameters' device, dtype and layout."""
+def _serving(chains: Sequence[ChainReport]) -> dict[str, str]:
+    """Primitive -> backend for the chains' training step, in the captured tensors' device, dtype and layout."""
     served: dict[str, str] = {}
     for chain in chains:
-        last = False
-        like: Tensor | None = chain.units[0].bn.weight
-        for unit in chain.all_units:
+        for unit in chain.units:
             if unit.conv is None:
                 continue
-            c, like = unit.conv, unit.conv.weight
-            conv = ConvSpec.make(like.shape, c.stride, c.padding, c.dilation, c.groups, c.bias is not None)
-            last = not like.is_contiguous() or like.shape[2:] == (1, 1)
-            case = Case(like.device.type, like.dtype, last, conv, (like.shape[2], like.shape[3]))
+            case = Case(unit.device, unit.dtype, unit.channels_last, unit.conv, unit.weight[2:])  # type: ignore[arg-type]
             for primitive in ("conv_stats", "conv_backward"):
-                label = f"{primitive} {like.shape[2]}x{like.shape[3]}"
-                served[label] = planned(primitive, conv, tuple(like.shape)) or why(primitive, case)[0]
-        if like is None:
-            continue  # a norm without parameters, behind somebody else's convolution: nothing tells its dtype
+                label = f"{primitive} {unit.weight[2]}x{unit.weight[3]}"
+                served[label] = planned(primitive, unit.conv, unit.weight) or why(primitive, case)[0]
+        last = chain.units[-1]
         tail = "bn_act_max_pool" if chain.max_pool is not None else "bn_act"
         for primitive in (tail, f"{tail}_backward"):
-            case = Case(like.device.type, like.dtype, last)
-            served[primitive] = planned(primitive, None, chain.units[-1].channels) or why(primitive, case)[0]
+            case = Case(last.device, last.dtype, last.channels_last)
+            served[primitive] = planned(primitive, None, last.channels) or why(primitive, case)[0]
     return served

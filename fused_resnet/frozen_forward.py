@@ -19,6 +19,7 @@ weight does, in a table of this module: an operator has no module to keep them i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
-from fused_resnet import reference
+from fused_resnet import reference, small
 from fused_resnet.backends import Norm, aten, vector_dtype
 from fused_resnet.locks import Lock
-from fused_resnet.planner import case_of, pick, run
+from fused_resnet.planner import case_of, pick, run, text_of
 from fused_resnet.reference import shortcut_input
-from fused_resnet.small import is_small
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec
 
 # Bytes of the stem's convolution per thread that a stem with stages behind it makes at a time.
@@ -61,6 +61,10 @@ _packing = Lock()
 def _values(weight: Tensor) -> tuple[int, int]:
     """Changes when the weight's values do: in place, or by ``.data``. Not for a tensor of inference mode."""
     return weight.data_ptr(), weight._version
+
+
+# ``_packed``, or what packs anew: (weight, key, pack) -> the packed weight, or None.
+_Packing = Callable[[Tensor, Any, Callable[[list[Any]], Any]], Any]
 
 
 def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
@@ -150,20 +154,72 @@ def _out_shape(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> tuple[int, .
     return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
 
 
-def _stays_plain(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> bool:
-    """Whether PyTorch's own operators run the unit: where they are faster, as they start sooner; and for a weight of
-    inference mode, whose changes PyTorch does not count, so that nothing packed from it may be kept (``freeze`` makes
-    none, an exported model may have been loaded in that mode)."""
+# Whether a unit runs on the backend that serves it, by what was asked; and how many answers are kept.
+_served: dict[Any, bool] = {}
+_ASKED = 4096
+# What one timed call of a unit should take: networks have some ten to a hundred of them.
+_CALL_S = 0.008
+
+
+def _is_served(
+    x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, pool: Any = None
+) -> bool:
+    """Whether a unit, with the max-pool behind it, is to run on the backend that serves it: on a CPU where that is
+    faster than PyTorch's own operators, which start sooner; not with a weight of inference mode, whose changes PyTorch
+    does not count, so that nothing packed from it may be kept (``freeze`` makes none, an exported model may have been
+    loaded in that mode)."""
     if weight.is_inference():
+        return False
+    if not x.is_cpu or not small.has_choice():
         return True
-    values = (
-        x.numel() if conv is None else x.numel() // x.shape[1] * weight.shape[0] // (conv.stride[0] * conv.stride[1])
-    )
-    return is_small(x, values, "frozen")
+    key = (x.shape, x.dtype, weight.shape, conv, act, residual is None, pool, torch.get_num_threads())
+    answer = _served.get(key)
+    if answer is None:
+        unit = _Measured(weight.detach(), bias.detach(), conv, act, residual is not None, pool)
+        found = small.faster(unit.signature(x), x.shape[0], partial(unit.calls, x.shape, x.dtype), _CALL_S)
+        if len(_served) >= _ASKED:
+            _served.clear()
+        _served[key] = answer = found.pays
+    return answer
+
+
+class _Measured(NamedTuple):
+    """A unit, to be timed on random images with packed weights of its own."""
+
+    weight: Tensor
+    bias: Tensor
+    conv: ConvSpec | None
+    act: Act
+    summand: bool
+    pool: PoolSpec | None
+
+    def signature(self, x: Tensor) -> str:
+        weight = f"{text_of(self.conv)} {'x'.join(map(str, self.weight.shape))}"
+        summand = "summand" if self.summand else "-"
+        size = small.size(x.shape, x.dtype)
+        return f"frozen {weight} {text_of(self.act)} {summand} {text_of(self.pool)} {size}"
+
+    def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[small.Call, small.Call]:
+        x = small.images((images, *shape[1:]), dtype, True)
+        unit, packs = (x, self.weight, self.bias, self.conv, self.act), _Packs(_values(self.weight))
+
+        def packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
+            if key not in packs.found:
+                packs.found[key] = pack([])
+            return packs.found[key]
+
+        if self.pool is not None:
+            return partial(_Backends.serve_pooled, *unit, self.pool, packed), partial(_Plain.pooled, *unit, self.pool)
+        residual = small.images(_out_shape(x, self.weight, self.conv), dtype, True) if self.summand else None
+        return (
+            partial(_Backends.serve, *unit, residual, False, packed),
+            partial(_Plain.unit, *unit, residual, False),
+        )
 
 
 class _Backends:
-    """Units on the backends that serve them; small ones on PyTorch's own operators."""
+    """Units on the backends that serve them; on PyTorch's own operators those that are faster so.
+    ``packed``: where packed weights are kept (``_packed``)."""
 
     @staticmethod
     def unit(
@@ -175,8 +231,15 @@ class _Backends:
                 # a summand that the add widens, or that widens the sum: PyTorch's add
                 return reference.act(_Backends.unit(x, weight, bias, conv, Act("identity"), None, True) + residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
-        if _stays_plain(x, weight, conv):
+        if not _is_served(x, weight, bias, conv, act, residual):
             return _Plain.unit(x, weight, bias, conv, act, residual, owned)
+        return _Backends.serve(x, weight, bias, conv, act, residual, owned, _packed)
+
+    @staticmethod
+    def serve(
+        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool,
+        packed: _Packing,
+    ) -> Tensor:  # fmt: skip
         if conv is None:
             made: Tensor = run("bn_act", x, _affine(weight, bias), act, residual, None)
             return made
@@ -185,26 +248,31 @@ class _Backends:
             out: Tensor = run("conv_bias_act", x, weight, bias, conv, act, residual)
             return out
         key = (backend.__name__, x.shape, x.dtype)
-        packed = _packed(weight, key, lambda known: backend.prepack(weight, conv, x, known))
-        form = weight if packed is None else packed
-        return backend.conv_bias_act(x, form, bias, conv, act, residual, owned)
+        form = packed(weight, key, lambda known: backend.prepack(weight, conv, x, known))
+        return backend.conv_bias_act(x, weight if form is None else form, bias, conv, act, residual, owned)
 
     @staticmethod
     def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output, in one pass where the backend has one."""
-        if _stays_plain(x, weight, conv):
+        if not _is_served(x, weight, bias, conv, act, None, pool):
             return _Plain.pooled(x, weight, bias, conv, act, pool)
+        return _Backends.serve_pooled(x, weight, bias, conv, act, pool, _packed)
+
+    @staticmethod
+    def serve_pooled(
+        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec, packed: _Packing
+    ) -> Tensor:
         if conv is None:
             made: Tensor = run("bn_act_max_pool", x, _affine(weight, bias), act, pool)[0]
             return made
         backend = pick("conv_bias_act", case_of(x, conv, weight))
         if hasattr(backend, "prepack_stem"):
             key = (backend.__name__, x.dtype, pool)
-            packed = _packed(weight, key, lambda _: backend.prepack_stem(weight, conv, x, pool))
-            if packed is not None:
-                out: Tensor = backend.conv_bias_act_max_pool(x, packed, bias, conv, act, pool)
+            stem = packed(weight, key, lambda _: backend.prepack_stem(weight, conv, x, pool))
+            if stem is not None:
+                out: Tensor = backend.conv_bias_act_max_pool(x, stem, bias, conv, act, pool)
                 return out
-        h = _Backends.unit(x, weight, bias, conv, act, None, True)
+        h = _Backends.serve(x, weight, bias, conv, act, None, True, packed)
         one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
         pooled: Tensor = run("bn_act_max_pool", h, _affine(one, torch.zeros_like(one)), Act("identity"), pool)[0]
         return pooled

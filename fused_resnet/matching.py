@@ -325,7 +325,7 @@ class Matcher:
             self.trace.sizes,
             modal,
             tuple(dict.fromkeys(self.left)),
-        ).measured(self.module)
+        )
 
     def _step(self, node: fx.Node, ends: dict[fx.Node, int]) -> Step:
         if node in ends:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from fused_resnet import reference
 from fused_resnet.arguments import pair
 from fused_resnet.checks import autocasts
 from fused_resnet.functional import in_backward, residual_chain, residual_chains
-from fused_resnet.patterns import norm_kind, same_as
+from fused_resnet.patterns import norm_kind, original, same_as
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 from fused_resnet.units import Chain, Unit
 
@@ -33,9 +34,9 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
 
 
 def graphed() -> bool:
-    """Whether a tool records what runs for programs that know nothing of chains: ``torch.jit.trace``, ``torch.export``,
-    either way of ``torch.onnx.export``. Modules run their own forwards then: the graph is the plain model's."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    """Whether a tool records what runs: dynamo, ``torch.jit.trace``, ``torch.export``, either way of
+    ``torch.onnx.export``. Modules run their own forwards then: the graph is the plain model's."""
+    return torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def for_onnx() -> bool:
@@ -43,8 +44,8 @@ def for_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-# dynamo, which takes both for constants of its own, asks them when it traces
-graphed._dynamo_marked_constant = for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# dynamo, which takes it for a constant of its own, asks it when it traces
+for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -77,9 +78,10 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
     """The process group whose processes share this norm's statistics in training: that of a SyncBatchNorm, where there
     is one and this process is not alone in it."""
-    if type(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
+    if original(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
         return None
-    group = dist.group.WORLD if bn.process_group is None else bn.process_group
+    given: Any = bn.process_group
+    group: dist.ProcessGroup | None = dist.group.WORLD if given is None else given
     return group if dist.get_world_size(group) > 1 else None
 
 
@@ -125,7 +127,7 @@ class UnitModules:
     @property
     def frozen(self) -> bool:
         """The norm never uses a batch's statistics, whatever its mode."""
-        kind = norm_kind(type(self.bn))
+        kind = norm_kind(original(self.bn))
         return kind is not None and kind[0]
 
     def why_not(self) -> str | None:
@@ -146,7 +148,7 @@ class UnitModules:
                 d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:], strict=True)
             ):
                 return "padding 'same' with an even kernel"
-        kind = norm_kind(type(bn))
+        kind = norm_kind(original(bn))
         if kind is None:
             return f"{type(bn).__name__} in the place of BatchNorm2d"
         if kind[1] and (type(bn.drop) is not nn.Identity or (act is not bn.act and type(bn.act) is not nn.Identity)):
@@ -377,6 +379,7 @@ class ResidualChain(nn.Module):
         )
 
     def _plain(self, x: Tensor) -> Tensor:
+        """The block as PyTorch's modules."""
         *before, last = self.units
         h = x
         for unit in before:

@@ -3,6 +3,8 @@
     {"format": 1, "identity": {"device": "NVIDIA H200", "torch": "2.11.0", ...},
      "choices": {"conv_stats bf16 ...": {"choice": {"backend": "cudnn", ...}, "ms": {"cudnn": 0.21, "aten": 0.34}}}}
 
+and of a CPU also whether chains pay (``small.py``): {"choice": {"chains": true}, "ms": {"chains": 2.1, "plain": 2.9}}.
+
 Files lie in FUSED_RESNET_CACHE, or in ``fused_resnet/`` of the user's cache folder (XDG_CACHE_HOME, ~/.cache). A file
 that is not readable as such, or was made elsewhere, is left alone with a warning. Every write reads the file again
 under a lock and keeps what another process added, then replaces the file in one step.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,16 +39,38 @@ def folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fused_resnet"
 
 
-def _extension() -> str:
-    """The GPU part of the compiled extension."""
+def _built() -> dict[str, str]:
+    """What the compiled extension says of itself, empty without one."""
     if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
-        return "none"
+        return {}
     try:
         from fused_resnet import _C
     except ImportError:
-        return "none"
-    built = _C.build_info()
-    return f"cuda {built['cuda_archs']}, cutlass {built['cutlass']}"
+        return {}
+    info: dict[str, str] = _C.build_info()
+    return info
+
+
+def _extension() -> str:
+    """The GPU part of the compiled extension."""
+    built = _built()
+    return f"cuda {built['cuda_archs']}, cutlass {built['cutlass']}" if built else "none"
+
+
+# What makes the libraries behind PyTorch's operators, or memory itself, faster or slower.
+_SPEED = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "FUSED_RESNET_CPU_COMPUTE", "LD_PRELOAD")
+
+
+def _processor() -> str:
+    """The CPU, and the instructions that PyTorch, oneDNN, MKL and our kernels may use of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    told = [next(models, "") or platform.processor() or platform.machine()]
+    told += [torch.backends.cpu.get_cpu_capability(), f"kernels {_built().get('cpu_isa', 'none')}"]
+    return ", ".join([*told, *(f"{name}={os.environ[name]}" for name in _SPEED if os.environ.get(name))])
 
 
 def identity(device: torch.device) -> dict[str, str]:
@@ -60,7 +85,7 @@ def identity(device: torch.device) -> dict[str, str]:
         p = torch.cuda.get_device_properties(device)
         name = f"{p.name}, {p.multi_processor_count} processors"
     else:
-        name = f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
     return {
         "device": name,
         "fused_resnet": __version__,

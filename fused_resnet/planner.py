@@ -197,11 +197,16 @@ def run(primitive: str, *args: Any) -> Any:
     return _call(choice, primitive, args)
 
 
+def plan() -> str:
+    """FUSED_RESNET_PLAN (ValueError where it is none of the three that there are)."""
+    wish = os.environ.get("FUSED_RESNET_PLAN", "auto")
+    if wish not in ("auto", "measure", "preference"):
+        raise ValueError(f"FUSED_RESNET_PLAN: expected auto, measure or preference, got {wish!r}")
+    return wish
+
+
 def _measures(device: str) -> bool:
-    plan = os.environ.get("FUSED_RESNET_PLAN", "auto")
-    if plan not in ("auto", "measure", "preference"):
-        raise ValueError(f"FUSED_RESNET_PLAN: expected auto, measure or preference, got {plan!r}")
-    return (plan == "auto" and device == "cuda") or (plan == "measure" and device != "meta")
+    return (plan() == "auto" and device == "cuda") or (plan() == "measure" and device != "meta")
 
 
 def _case(primitive: str, args: tuple[Any, ...]) -> Case:
@@ -240,10 +245,11 @@ def _part(a: Any) -> Any:
 
 def signature(primitive: str, args: tuple[Any, ...]) -> str:
     """What was measured, as the cache file names it; batches are rounded up to a power of two."""
-    return " ".join([primitive, *(_text(a) for a in args), *(["tf32"] if _tf32(primitive, args[0]) else [])])
+    return " ".join([primitive, *(text_of(a) for a in args), *(["tf32"] if _tf32(primitive, args[0]) else [])])
 
 
-def _text(a: Any) -> str:
+def text_of(a: Any) -> str:
+    """An argument of a primitive, as signatures name it."""
     if isinstance(a, Tensor):
         shape = list(a.shape)
         if a.dim() == 4 and shape[0] > 0:
@@ -255,10 +261,10 @@ def _text(a: Any) -> str:
     if isinstance(a, Act):
         return f"{a.name}({a.param:g})"
     if isinstance(a, Prologue):
-        return f"prologue({_text(a.act)})"
+        return f"prologue({text_of(a.act)})"
     if isinstance(a, Closing):
         summand = "" if a.summand is None else ",summand" if a.summand_norm is None else ",norm"
-        return f"closing({_text(a.act)}{summand})"
+        return f"closing({text_of(a.act)}{summand})"
     if isinstance(a, DyCoefficients):
         return "frozen" if a.b is None else "batch"
     if isinstance(a, Norm):
@@ -270,9 +276,13 @@ def _text(a: Any) -> str:
     return "-" if a is None else str(a)
 
 
-@lru_cache
 def cache(device: torch.device) -> PlanCache:
-    """The plan of a device."""
+    """The plan of a device; of a CPU, one for each number of threads."""
+    return _cache(device, torch.get_num_threads() if device.type == "cpu" else 0)
+
+
+@lru_cache
+def _cache(device: torch.device, threads: int) -> PlanCache:
     from fused_resnet.plan_cache import PlanCache, identity  # not before something is measured
 
     return PlanCache(identity(device))
@@ -323,7 +333,7 @@ def forget() -> None:
     """Drops what this process knows, so that the next call reads the cache file again."""
     _known.clear()
     _entries.clear()
-    cache.cache_clear()
+    _cache.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------- measuring

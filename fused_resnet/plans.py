@@ -6,10 +6,9 @@ seen, and copies and pickles carry it along.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from pickle import UnpicklingError
 from types import BuiltinFunctionType, FunctionType
@@ -19,11 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_resnet.arguments import pair
 from fused_resnet.modules import ChainModules, UnitModules, has_hooks
 from fused_resnet.patterns import ZERO_PAD, class_name
-from fused_resnet.small import ALONE, IN_ROW, weight
-from fused_resnet.spec import Act, PoolSpec
+from fused_resnet.spec import Act
 from fused_resnet.tracing import Guard
 
 Path = tuple[str, ...]
@@ -206,8 +203,6 @@ class Plan:
         guards: of the module itself and of those whose forwards are part of it. passed: nn.Identity's that are skipped.
         modal: it holds in one mode, train or eval, alone.
         left: what of norms and adds the chains don't take, one sentence each.
-        values: how many there are in raw outputs, about, per value of the input and call (``small.py``); out: in the
-            output, per value of the input.
     """
 
     takes: type
@@ -220,32 +215,6 @@ class Plan:
     sizes: tuple[tuple[int, int], ...] = ()
     modal: bool = False
     left: tuple[str, ...] = ()
-    values: float = float("inf")
-    out: float = 1.0
-
-    def measured(self, m: nn.Module) -> Plan:
-        """With ``values`` and ``out``, from channels and strides as they are."""
-        saved, calls = 0.0, 0
-        area = {self.input: 1.0}  # of a step's images, as a share of the input's
-        channels, here, last = 0, 1.0, 0
-        for step in self.steps:
-            here = next((area[a.name] for a in step.args if isinstance(a, Ref) and a.name in area), 1.0)
-            if step.kind == "chain":
-                chain = self.chains[step.target]
-                alone = self.whole is None or len(chain.units) == 1
-                calls += len(chain.all_units) + (ALONE if alone else IN_ROW)
-                for unit in chain.all_units:
-                    conv, bn = at(m, unit.conv) if unit.conv is not None else None, at(m, unit.bn)
-                    if unit is not chain.shortcut and conv is not None:
-                        here /= math.prod(pair(conv.stride, "stride", 1))
-                    last = UnitModules(conv, bn).channels
-                    channels = channels or (conv.in_channels if conv is not None else last)
-                    saved += here * last / channels * weight(conv)
-                if chain.max_pool is not None:
-                    pool = at(m, chain.max_pool)
-                    here /= math.prod(PoolSpec.make(pool.kernel_size, pool.stride).stride)
-            area[step.name] = here
-        return replace(self, values=saved / calls, out=here * last / channels) if calls else self
 
     @property
     def whole(self) -> ChainPaths | None:

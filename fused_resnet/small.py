@@ -1,56 +1,60 @@
-"""Images so small that a module's own forward is faster than its chains: the calls cost more than the passes they save.
+"""Whether what this package runs is faster than PyTorch's own operators: measured on this machine, once per signature.
 
-On a CPU a chain saves passes over the raw outputs of its convolutions, which take time in proportion to their values,
-shared by the threads, and costs calls, which take the same time for one value as for a million. Where a module has
-fewer values per call and thread than ``SMALL`` it runs PyTorch's own operators, as it did before ``fuse``. For float32
-alone. Whoever asks for a backend by name gets it at any size.
+On a CPU a chain saves passes over its convolutions' raw outputs and costs calls, and which of the two weighs more
+depends on sizes, dtypes, threads and the processor. So nothing here is a constant of some machine: whoever has a choice
+(``choosing.py`` for chains, ``frozen_forward.py`` for frozen units) describes it by a text and brings both ways as
+calls; they are timed in turns, and the answer is kept for the process, and in the planner's file for later ones. A tie
+goes to PyTorch. FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
 
-Measured with torch 2.13 on one AVX-512 core, blocks of ResNets and MobileNets in rows and single convolutions, 16 to
-512 channels: in training chains are 0.9 to 1.0 times as fast as PyTorch around 150,000 values per call and 1.15 to 1.3
-times around 600,000; without gradients 0.85 to 0.95 and 1.1 to 1.25 times.
+A measurement runs in a thread of its own: grad mode, autocast, hooks on saved tensors and modes of the caller don't
+reach it, it reads no random state, and in a forked process it has OpenMP threads of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fused_resnet import planner
 from fused_resnet.backends import forced
+from fused_resnet.locks import Lock
 
-# Values per call and thread from which chains pay: wherever gradients are recorded, without them, and of the one
-# convolution in question when frozen.
-SMALL = {"training": 220_000, "evaluation": 260_000, "frozen": 32_768}
-# A unit is one call; a chain costs as much as so many more, called alone or by a row.
-ALONE, IN_ROW = 2, 1
 _always: ContextVar[bool] = ContextVar("fused_resnet_always", default=False)
+Call = Callable[[], Any]
+Calls = Callable[[int], tuple[Call, Call]]
+
+# The fewest and the most rounds of both ways; between the two, none starts after so many seconds.
+ROUNDS, ROUNDS_S = (2, 15), 0.03
+# Below this share of PyTorch's time it counts as faster: what lies nearer is a tie.
+TIE = 0.98
 
 
-def weight(conv: nn.Conv2d | None) -> float:
-    """What a value of a convolution's output counts: half behind a depthwise one, more behind a 3x3 one that runs by
-    Winograd's algorithm, which saves multiplications with every input channel."""
-    if conv is None or conv.groups > 1:
-        return 1.0 if conv is None or conv.groups < conv.in_channels else 0.5
-    wide = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and min(conv.in_channels, conv.out_channels) >= 64
-    return 1 + conv.in_channels / 64 if wide else 1.0
+class Measured(NamedTuple):
+    """Whether ours is the faster way, and the milliseconds of both."""
+
+    pays: bool
+    ours: float
+    plain: float
+
+    def __str__(self) -> str:
+        return f"{'chains' if self.pays else 'plain'} (chains {self.ours:.3g} ms, plain {self.plain:.3g})"
 
 
-def least_values(kind: str) -> int:
-    """Values per call from which chains pay with this many threads."""
-    return SMALL[kind] * torch.get_num_threads()
+# What is answered where nothing is measured.
+CHAINS = Measured(True, math.nan, math.nan)
 
 
-def is_small(x: Tensor, values: float, kind: str) -> bool:
-    """Whether PyTorch's own operators are the better choice for ``values`` per call, made from x."""
-    return (  # in a few hundred nanoseconds: a small module's own forward takes some ten microseconds
-        values < SMALL[kind] * torch.get_num_threads()
-        and x.dtype is torch.float32
-        and x.is_cpu
-        and not (_always.get() or forced() is not None or torch.is_autocast_enabled("cpu"))
-    )
+def has_choice() -> bool:
+    """Whether anything but chains may run now: not inside ``chains_always``, nor where a backend is asked for."""
+    return not _always.get() and forced() is None
 
 
 @contextmanager
@@ -61,3 +65,134 @@ def chains_always() -> Iterator[None]:
         yield
     finally:
         _always.reset(token)
+
+
+def size(shape: Sequence[int], dtype: torch.dtype) -> str:
+    """Of images, as signatures name them: batches in powers of two, areas in steps of the square root of two."""
+    n, c, h, w = shape
+    area = round(2 * math.log2(h * w)) / 2
+    return f"{str(dtype).removeprefix('torch.')} {1 << (n - 1).bit_length()}x{c}x2^{area:g}"
+
+
+def images(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Random ones, by a generator of their own."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, memory_format=layout).normal_(generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------------------------------------------- the answer
+_known: dict[tuple[int, str], Measured] = {}
+_measuring = Lock()
+
+
+def faster(text: str, images: int, calls: Calls, call_s: float) -> Measured:
+    """The answer for a signature: of this process, of the planner's file, or measured now. It never changes within a
+    process.
+
+    Args:
+        text: all that the times depend on but for the machine, the number of threads and the versions.
+        images: the batch. calls: a batch of at most that size -> our way and PyTorch's, ready to be timed; called in
+            another thread. call_s: what one timed call should take; of a larger batch a part is timed.
+
+    Returns:
+        ``CHAINS`` where nothing is measured, or PyTorch's way raises: then chains say what is wrong.
+    """
+    key = torch.get_num_threads(), text
+    if key not in _known:
+        if planner.plan() == "preference":
+            return CHAINS
+        with _measuring.held():  # threads that come at once get one answer, and none is timed beside another
+            if key not in _known:
+                found = _kept(text) or _measured(images, calls, call_s)
+                if found is not None:
+                    _known[key] = _keep(text, found)
+    return _known.get(key, CHAINS)
+
+
+def _kept(text: str) -> Measured | None:
+    entry = planner.cache(torch.device("cpu")).choices.get(text)
+    try:
+        return Measured(entry["choice"]["chains"], entry["ms"]["chains"], entry["ms"]["plain"]) if entry else None
+    except (KeyError, TypeError):  # a file that somebody else wrote
+        return None
+
+
+def _keep(text: str, found: Measured) -> Measured:
+    """What holds: another process may have been first."""
+    if math.isfinite(found.ours):
+        entry = {"choice": {"chains": found.pays}, "ms": {"chains": found.ours, "plain": found.plain}}
+        planner.cache(torch.device("cpu")).add(text, entry)
+    return _kept(text) or found
+
+
+def forget() -> None:
+    """Drops what this process knows."""
+    _known.clear()
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+def _measured(images: int, calls: Calls, call_s: float) -> Measured | None:
+    found: list[Measured] = []
+    threads = torch.get_num_threads()
+
+    def work() -> None:
+        own = torch.get_num_threads()
+        if own != threads:
+            torch.set_num_threads(threads)
+        try:
+            found.append(_timed(images, calls, call_s))
+        except Exception:  # PyTorch's own way raises: the caller's call will say so
+            pass
+        finally:
+            if own != threads:
+                torch.set_num_threads(own)
+
+    try:
+        thread = threading.Thread(target=work, name="fused_resnet measures")
+        thread.start()
+        thread.join()
+    except RuntimeError:  # an interpreter that ends starts no threads
+        pass
+    return found[0] if found else None
+
+
+def _timed(images: int, calls: Calls, call_s: float) -> Measured:
+    """The least of some interleaved times of each."""
+    # with one thread its own time: what else the machine does is not part of it
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def seconds(call: Call) -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    few, ours, plain = _begun(images, calls)
+    part = min(images, max(few, math.ceil(few * call_s / max(seconds(plain), 1e-6))))
+    if part > few:
+        ours, plain = calls(part)
+        plain()
+    try:
+        ours()
+    except Exception:  # what PyTorch takes and we don't runs plain
+        return Measured(False, math.inf, seconds(plain) * 1e3)
+    best = {ours: math.inf, plain: math.inf}
+    start = clock()
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and clock() - start > ROUNDS_S:
+            break
+        for call in (ours, plain) if done % 2 else (plain, ours):
+            best[call] = min(best[call], seconds(call))
+    return Measured(best[ours] < TIE * best[plain], best[ours] * 1e3, best[plain] * 1e3)
+
+
+def _begun(images: int, calls: Calls) -> tuple[int, Call, Call]:
+    """Calls for one image, and for two where the statistics of one can't be taken; PyTorch's has run."""
+    try:
+        ours, plain = calls(1)
+        plain()
+        return 1, ours, plain
+    except ValueError:
+        few = min(images, 2)
+        ours, plain = calls(few)
+        plain()
+        return few, ours, plain

@@ -19,7 +19,9 @@ from fused_resnet import chain  # noqa: F401  (registers the operators)
 from fused_resnet.backends import BackendUnavailable, forced_again, load
 from fused_resnet.chain_backward import row_backward
 from fused_resnet.chain_forward import inference, row_forward
+from fused_resnet.classes import FusedModule
 from fused_resnet.freezing import Frozen
+from fused_resnet.fusion.front import backend
 from fused_resnet.modules import copy_of
 
 if TYPE_CHECKING:
@@ -105,10 +107,16 @@ def _walk(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, training: 
     mixed = dtype != parameter.dtype
     with fake, torch.autocast(parameter.device.type, dtype, enabled=mixed), torch.set_grad_enabled(training):
         x = _input(shape, dtype, parameter.device)
+        call = torch.compile(copied, backend=backend) if _has_chains(copied) else copied
         with _Count(steps):
-            out = copied(x)
+            out = call(x)
             if training:
                 out.sum().backward()
+
+
+def _has_chains(model: nn.Module) -> bool:
+    """A fused module runs plain where its operators are counted: it is compiled for that."""
+    return any(isinstance(m, FusedModule) for m in model.modules())
 
 
 class _Shape:
@@ -127,6 +135,11 @@ class _Count(TorchDispatchMode):
     def __init__(self, steps: list[Any]) -> None:
         super().__init__()
         self.steps = steps
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What runs is the compiled graph."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

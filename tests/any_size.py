@@ -2,4 +2,4 @@
 
 from fused_resnet import small
 
-small.SMALL.update(dict.fromkeys(small.SMALL, 0))
+small.faster = lambda *args: small.CHAINS

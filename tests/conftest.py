@@ -12,6 +12,7 @@ import cuda_build
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import HealthCheck, Phase, settings
 from source_tree import copy_to
 
 from fused_resnet import small
@@ -20,6 +21,16 @@ from fused_resnet.backends import load, use_backend, warn_once
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; it asks once, at its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Generated tests: the same examples every time; other ones, and more: --hypothesis-profile=hunt.
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, max_examples=100, print_blob=False,
+    phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+settings.register_profile(
+    "hunt", settings.get_profile("fixed"), derandomize=False, max_examples=2000, phases=list(Phase)
+)
+settings.load_profile("fixed")
 
 # The backends that serve a CPU; those of a GPU have tests of their own (marked gpu).
 CPU_BACKENDS = ("aten", "cpu")
@@ -44,7 +55,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains run at any size, in every thread: tests' images are small. tests/test_small.py does without."""
-    monkeypatch.setattr(small, "SMALL", dict.fromkeys(small.SMALL, 0))
+    monkeypatch.setattr(small, "faster", lambda *args: small.CHAINS)
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
+from fused_resnet.classes import FusedModule
 from fused_resnet.cli import validate
 from fused_resnet.cli.check import _all_runs, _smooth
 from fused_resnet.cli.subjects import OneTensor
-from fused_resnet.convert import FusedModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import architectures  # noqa: E402
@@ -253,6 +253,7 @@ def test_fused_equals_plain(name: str) -> None:
     assert {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]} == objects
 
 
+@pytest.mark.slow
 def test_table_is_what_fuse_does() -> None:
     """All of benchmarks/results/architectures.md."""
     table = architectures.RESULTS.read_text().splitlines()

@@ -10,6 +10,7 @@ import torch
 from networks import images, narrow, prepared, relative, step
 from torch import nn
 from torchvision_shim import torchvision
+from watching import rows, rows_of
 
 import fused_resnet as fr
 
@@ -40,9 +41,9 @@ def test_training_equals_plain_in_double(name, options):
     """Output, every gradient and every running statistic of the whole network, in float64."""
     plain = prepared(getattr(fr.models, name)(fused=False, num_classes=5, **options)).double()
     fused = fr.fuse(copy.deepcopy(plain))
-    assert all(row.fused for row in fr.explain(fused).rows)
     x = images().double()
     (out, grads), (want, want_grads) = step(fused, x), step(plain, x)
+    assert all(row.fused and not row.reason for row in fr.explain(fused).rows)
     assert relative(out, want) < 1e-9
     assert grads.keys() == want_grads.keys()
     for key, grad in want_grads.items():
@@ -171,40 +172,39 @@ def assert_same_step(fused, plain):
     assert max(relative(grads[key], grad) for key, grad in want_grads.items()) < 1e-7
 
 
-def left_of(model):
-    """What of blocks that are fused in part is not."""
-    return {row.name: row.reason for row in fr.explain(model).rows if row.fused and row.reason}
-
-
 @pytest.mark.parametrize("child", ["conv1", "bn1", "relu", "bn2"])
 def test_hooks_on_children_before_fuse(resnet18, child):
-    """What they are on runs plain, the rest of the block in chains."""
+    """They see what they see of the plain network; what they don't touch is in chains."""
     plain, seen = copy.deepcopy(resnet18), []
-    getattr(resnet18.layer2[0], child).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
-    getattr(plain.layer2[0], child).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
+    for model in (resnet18, plain):
+        getattr(model.layer2[0], child).register_forward_hook(lambda m, i, o: seen.append(o.clone()))
     fr.fuse(resnet18)
-    assert "hooks" in left_of(resnet18)["layer2.0"]
     assert_same_step(resnet18, plain)
     calls = len(seen) // 2
     assert calls == (2 if child == "relu" else 1)
     for got, want in zip(seen[:calls], seen[calls:], strict=True):
         assert relative(got, want) < 1e-9
+    assert all(row.fused and not row.reason for row in fr.explain(resnet18).rows)
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
 def test_hooks_after_fuse_are_honoured(resnet18, kind):
-    """A hook that comes later on a child makes that block run plain, with a warning, and fires; gone, it is fused."""
+    """A hook that comes later on a child fires, before and after it the same chains run."""
     plain = copy.deepcopy(resnet18)
     fr.fuse(resnet18)
+    x = images()
+    before = rows_of(lambda: resnet18(x))
+    plain.load_state_dict(resnet18.state_dict())
     calls = []
-    handle = getattr(resnet18.layer3[1].conv2, f"register_{kind}_hook")(lambda *a: calls.append(1))
-    with pytest.warns(UserWarning, match="runs plain: a Conv2d has hooks"):
-        out, _ = step(resnet18, images())
-    assert calls == [1]
-    assert "hooks" in reasons(resnet18)["layer3.1"]
-    handle.remove()
-    assert "layer3.1" not in reasons(resnet18)
-    assert out.shape == plain(images()).shape
+    handles = [
+        getattr(model.layer3[1].conv2, f"register_{kind}_hook")(lambda *a: calls.append(1))
+        for model in (resnet18, plain)
+    ]
+    assert_same_step(resnet18, plain)
+    assert calls == [1, 1]
+    for handle in handles:
+        handle.remove()
+    assert rows_of(lambda: resnet18.float()(x)) == before and calls == [1, 1]
 
 
 def test_hooks_on_a_block_work(resnet18):
@@ -218,22 +218,29 @@ def test_hooks_on_a_block_work(resnet18):
     assert seen["out"] == seen["x"] == seen["grad"]
 
 
-def test_parametrized_and_weight_norm_are_left(resnet18):
+def test_parametrized_and_weight_norm(resnet18):
     plain = copy.deepcopy(resnet18)
     for model in (plain, resnet18):
         torch.nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
         model.layer1[1].conv2 = torch.nn.utils.weight_norm(model.layer1[1].conv2)
-    left = left_of(fr.fuse(resnet18))
-    assert "Conv2d" in left["layer1.0"] and "hooks" in left["layer1.1"]
+    fr.fuse(resnet18)
     assert_same_step(resnet18, plain)
+    assert all(row.fused for row in fr.explain(resnet18).rows), "the weight is computed, the convolution is one"
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight * 0.5
 
 
 def test_parametrization_after_fuse_is_seen(resnet18):
     fr.fuse(resnet18)
-    torch.nn.utils.parametrize.register_parametrization(resnet18.layer1[0].conv1, "weight", nn.Identity())
-    assert "Parametrized" in reasons(resnet18)["layer1.0"]
-    _, grads = step(resnet18, images())
-    assert grads["layer1.0.conv1.parametrizations.weight.original"].abs().sum() > 0
+    with torch.no_grad():
+        resnet18.eval()(images())
+    plain = fr.unfuse(copy.deepcopy(resnet18))
+    for model in (resnet18, plain):
+        torch.nn.utils.parametrize.register_parametrization(model.layer1[0].conv1, "weight", Half())
+    assert_same_step(resnet18, plain)
 
 
 class Twice(torchvision.models.resnet.BasicBlock):
@@ -246,22 +253,25 @@ class Twice(torchvision.models.resnet.BasicBlock):
 def test_subclassed_forward_is_what_runs():
     plain = prepared(nn.Sequential(Twice(8, 8), torchvision.models.resnet.BasicBlock(8, 8))).double()
     fused = fr.fuse(copy.deepcopy(plain))
-    assert isinstance(fused[0], Twice) and all(row.fused for row in fr.explain(fused).rows)
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(fused(x), plain(x))
+    assert isinstance(fused[0], Twice) and all(row.fused for row in fr.explain(fused).rows)
 
 
 def test_unknown_modules_are_left(resnet18):
-    """A norm, activation or padding that no chain knows: what is left of the block is fused, and explain says so."""
+    """A norm, activation or padding that no chain knows: what is left of the block is fused."""
     resnet18.layer1[0].bn1 = nn.GroupNorm(4, 16)
     resnet18.layer1[1].relu = nn.Tanh()
     resnet18.layer2[0].downsample = nn.Sequential(*resnet18.layer2[0].downsample, nn.Dropout(0.0))
     resnet18.layer2[1].conv1.padding_mode = "reflect"
     plain = copy.deepcopy(resnet18)
-    left = left_of(fr.fuse(resnet18))
-    assert "GroupNorm" in left["layer1.0"] and "Tanh" in left["layer1.1"] and "reflect" in left["layer2.1"]
-    assert not reasons(resnet18)
+    fr.fuse(resnet18)
     assert_same_step(resnet18, plain)
+    with rows() as found:
+        resnet18(images().double())
+    # the stem; behind the GroupNorm a unit with the add; two, apart; three with the dropped shortcut apart; the padded
+    # convolution is PyTorch's, its norm begins the next chain
+    assert found[:1] == [[1]] and sum(map(sum, found)) == 19 and not reasons(resnet18)
 
 
 def test_nothing_to_fuse():
@@ -271,21 +281,25 @@ def test_nothing_to_fuse():
     assert type(stranger) is nn.Sequential and not fr.explain(stranger).rows
 
 
-def test_shared_modules_are_left(resnet18):
+def test_shared_modules(resnet18):
     resnet18.layer1[1].conv1 = resnet18.layer1[0].conv1
     plain = copy.deepcopy(resnet18)
-    left = left_of(fr.fuse(resnet18))
-    assert "shared: layer1.0.conv1, layer1.1.conv1" in left["layer1.0"]
-    assert "shared" in left["layer1.1"]
-    assert_same_step(resnet18, plain)
-
-
-def test_instance_patch_is_left(resnet18):
-    block = resnet18.layer1[0]
-    block.forward = lambda x: x
     fr.fuse(resnet18)
+    assert_same_step(resnet18, plain)
+    assert not reasons(resnet18)
+
+
+def test_instance_patch_is_called(resnet18):
+    """Set before ``fuse`` or after it."""
+    resnet18.layer1[0].forward = lambda x: x * 2
+    plain = copy.deepcopy(resnet18)
+    fr.fuse(resnet18)
+    x = images()
+    torch.testing.assert_close(resnet18.double()(x.double()), plain.double()(x.double()))
     assert "replaced" in reasons(resnet18)["layer1.0"]
-    assert resnet18.layer1[0](images()).shape == images().shape
+    for model in (resnet18, plain):
+        model.layer2[1].forward = lambda x: x * 3
+    torch.testing.assert_close(resnet18(x.double()), plain(x.double()))
 
 
 def test_patch_does_not_leak_to_the_class(resnet18):
@@ -297,8 +311,12 @@ def test_patch_does_not_leak_to_the_class(resnet18):
 
 def test_explain_prints(resnet18):
     text = str(fr.explain(resnet18))
-    assert "call fuse" in text and "0 of 9 fused" in text
+    assert "call fuse" in text and "\n0 of" in text
     text = str(fr.explain(fr.fuse(resnet18)))
+    assert "not called yet" in text and "\n0 of" in text
+    assert "9 of 9 fused" in str(fr.explain(resnet18, images())) and "not called yet" in str(fr.explain(resnet18))
+    resnet18(images())
+    text = str(fr.explain(resnet18))
     assert "9 of 9 fused" in text and "bn_act_max_pool" in text and "conv_backward 3x3" in text
 
 
@@ -333,6 +351,34 @@ def test_batch_norm_options(name):
         torch.testing.assert_close(a, b, msg=key)
 
 
+class Numbers(nn.Module):
+    """Numbers that a chain takes for constants, as attributes."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.conv, self.bn, self.slope = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, eps=number), number
+
+    def forward(self, x):
+        return nn.functional.leaky_relu(self.bn(self.conv(x)), self.slope)
+
+
+def test_numbers_that_differ():
+    """Between models of one class, and from call to call: each has its own values, and is a chain."""
+    x = images(channels_last=False).double()[:, :1].expand(-1, 4, -1, -1)
+    model = None
+    for number in (0.3, 0.1, 0.2, 0.3):
+        plain = prepared(Numbers(number)).double()
+        fused = fr.fuse(copy.deepcopy(plain))
+        model = model or fr.fuse(copy.deepcopy(plain))
+        model.bn.eps = model.slope = number
+        model.load_state_dict(plain.state_dict())
+        want = plain(x)
+        for other in (fused, model):
+            with rows() as found:
+                torch.testing.assert_close(other(x), want)
+            assert found == [[1]]
+
+
 def test_frozen_norms_inside_training(resnet18):
     """Norms in eval mode in a training network: gradients flow, statistics stay."""
     fused = fr.fuse(copy.deepcopy(resnet18)).double()
@@ -365,12 +411,22 @@ def test_checkpointing_updates_statistics_once(reentrant):
 
 
 def test_error_leaves_the_module_as_it_was():
-    """One value per channel at the second norm: refused before anything ran; no statistic, no counter moved."""
-    block = fr.fuse(nn.Sequential(fr.models.PlainBlock(4, 4, 2)))
-    before = copy.deepcopy(block.state_dict())
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        block(torch.randn(1, 4, 2, 2))
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), block.state_dict().values(), strict=True))
+    """One value per channel at the second norm, also once other sizes have been captured: PyTorch's error, which leaves
+    what it leaves of the plain block's statistics, and no other gradient or mode."""
+    plain = nn.Sequential(fr.models.PlainBlock(4, 4, 2))
+    block = fr.fuse(copy.deepcopy(plain))
+    for sizes in ((), (6, 8, 10)):
+        for size in sizes:
+            x = torch.randn(3, 4, size, size)
+            torch.testing.assert_close(block(x), plain(x))
+        x = torch.randn(1, 4, 2, 2)
+        for model in (block, plain):
+            with pytest.raises(ValueError, match="more than 1 value per channel"):
+                model(x)
+        for (key, a), b in zip(block.state_dict().items(), plain.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, msg=key)
+        assert block.training and all(p.grad is None for p in block.parameters())
+    assert rows_of(lambda: block(torch.randn(3, 4, 6, 6))) == [1]
 
 
 # ------------------------------------------------------------------------------------------------ modules of our own

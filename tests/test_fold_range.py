@@ -193,7 +193,7 @@ def test_what_a_scale_travels_through() -> None:
 def test_the_operator_takes_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """fused_resnet::frozen, exported, with 16-bit weights on any CPU; and what ``explain`` says of it."""
     native(monkeypatch)
-    monkeypatch.setattr(frozen_forward, "_stays_plain", lambda *_: False)
+    monkeypatch.setattr(frozen_forward, "_is_served", lambda *_: True)
     monkeypatch.setattr(cpu, "prepack", lambda *_: None)
     monkeypatch.setattr(
         cpu, "conv_bias_act", lambda x, w, b, c, a, r, owned=False: aten.conv_bias_act(x, w, b, c, a, r)

@@ -266,12 +266,12 @@ def test_cifar_activations_and_blocks_fused(act, depth, shortcut, block):
             nn.init.normal_(m.weight)
             nn.init.normal_(m.bias, 0.3)
     fused = models.cifar_resnet(depth, weights=plain.state_dict(), **kwargs).double()
-    rows = fr.explain(fused).rows
-    assert rows and all(row.fused for row in rows)
     x = torch.randn(3, 1, 8, 8, dtype=torch.float64) * 2 + 1
     for model in (plain, fused):
         model(x).square().sum().backward()
     torch.testing.assert_close(fused(x), plain(x))
+    rows = fr.explain(fused).rows
+    assert rows and all(row.fused and not row.reason for row in rows)
     for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-6 * float(q.grad.abs().max()) + 1e-9)
 
@@ -355,9 +355,9 @@ def test_list_models_and_exports():
 
 
 def test_fused_hands_the_network_to_fuse(monkeypatch):
-    stub = types.ModuleType("fused_resnet.convert")
+    stub = types.ModuleType("fused_resnet.fusion.swap")
     stub.fuse = lambda model: ("fused", model)
-    monkeypatch.setitem(sys.modules, "fused_resnet.convert", stub)
+    monkeypatch.setitem(sys.modules, "fused_resnet.fusion.swap", stub)
     state = models.resnet20(fused=False).state_dict()
     for factory in (models.resnet20, models.plain20, lambda **kw: models.cifar_resnet(20, **kw)):
         label, model = factory(weights=state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -12,9 +13,10 @@ import pytest
 import torch
 from stack import State, images, loss_of, network, pair, same, state
 from torch import Tensor, nn
+from watching import rows_of
 
 import fused_resnet as fr
-from fused_resnet.convert import FusedModule
+from fused_resnet.fusion.swap import FusedModule
 
 LOAD = """
 import sys, torch
@@ -145,6 +147,51 @@ def test_threads_share_a_model_in_eval() -> None:
     in_threads([lambda i=i: serve(i) for i in range(2)])
     for want, got in zip(alone, answers, strict=True):
         assert len(got) == 5 and all(torch.equal(g, want) for g in got)
+
+
+def test_threads_share_the_first_call() -> None:
+    """Two threads that are the first to call a fused model, a third one with the plain network."""
+    plain, fused = (model.eval() for model in pair())
+    x, answers = images(2), []
+
+    def serve(model: nn.Module) -> None:
+        for _ in range(3):
+            answers.append(model(x).detach())
+
+    in_threads([lambda model=model: serve(model) for model in (fused, fused, plain)])
+    want = plain(x)
+    assert len(answers) == 9
+    for got in answers:
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+    assert rows_of(lambda: fused(x)) == [1, 2, 2, 1, 1]
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """As ``nn.DataParallel`` makes them: parameters are plain tensors that come of the model's own."""
+    made = model._replicate_for_data_parallel()
+    made._buffers.update(model._buffers)
+    made._modules.update({name: replica(m) for name, m in model._modules.items() if m is not None})
+    for name, p in model._parameters.items():
+        if p is None:
+            made._parameters[name] = None
+        else:
+            setattr(made, name, p.clone())
+    return made
+
+
+def test_replicas_and_copies_of_a_called_model() -> None:
+    """They share or make anew what was captured, and run the same rows."""
+    plain, fused = pair()
+    same(step(fused, x := images()), step(plain, x))
+    for _ in range(2):
+        found = []
+        for model in (fused, plain):
+            model.zero_grad()
+            loss_of(replica(model)(x)).backward()
+            found.append(state(model))
+        same(*found)
+    for other in (copy.deepcopy(fused), copy.copy(fused), pickle.loads(pickle.dumps(fused)), replica(fused)):
+        assert rows_of(lambda other=other: other(x)) == [1, 2, 2, 1, 1]
 
 
 def test_threads_train_models_of_their_own() -> None:

@@ -10,9 +10,9 @@ import torchvision_shim  # noqa: F401  timm imports torchvision
 from networks import prepared
 from torch import Tensor, nn
 from traced import assert_same, images
+from watching import rows
 
 import fused_resnet as fr
-from fused_resnet.convert import plan_of
 
 
 class Half(nn.Conv2d):
@@ -50,17 +50,21 @@ class Soft(nn.LeakyReLU):
 
 
 @pytest.mark.parametrize(
-    ("conv", "norm", "units"),
-    [(Half, Careful, 2), (Half, Scaled, 1), (Flipped, Careful, 2), (nn.Identity, Careful, 2), (nn.Identity, Scaled, 1)],
-)
-def test_subclasses(conv, norm, units):
-    """Those with nothing but a constructor of their own are what they come from; others run plain, what is around them
-    doesn't (a norm runs behind any convolution)."""
+    ("conv", "norm", "chains"),
+    [
+        (Half, Careful, [[2]]), (Half, Scaled, [[1], [1]]), (Flipped, Careful, [[2]]),
+        (nn.Identity, Careful, [[2]]), (nn.Identity, Scaled, [[1], [1]]),
+    ],
+)  # fmt: skip
+def test_subclasses(conv, norm, chains):
+    """What their forwards compute is what counts: a weight that is computed, a product behind the norm."""
     plain = nn.Sequential(conv(), norm(), Soft(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).double()
     fused = fr.fuse(copy.deepcopy(plain))
-    plan = plan_of(fused)
-    assert sum(len(chain.units) for chain in plan.chains) == units
     assert_same(fused, plain, images())
+    with rows() as found:
+        fused(images())
+    assert found == chains
+    plain.load_state_dict(fused.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(fr.freeze(plain, x := images())(x), plain.eval()(x))
 
@@ -71,8 +75,10 @@ def test_norm_act_without_its_activation():
     first = [nn.Conv2d(4, 4, 3, padding=1), norm_act(4, apply_act=False), nn.SiLU()]
     plain = prepared(nn.Sequential(*first, nn.Conv2d(4, 4, 1, bias=False), norm_act(4, apply_act=False))).double()
     fused = fr.fuse(copy.deepcopy(plain))
-    assert len(plan_of(fused).whole.units) == 2
     assert_same(fused, plain, images())
+    with rows() as found:
+        fused(images())
+    assert found == [[2]]
+    plain.load_state_dict(fused.state_dict())
     fused[1].act, plain[1].act = nn.LeakyReLU(0.3), nn.LeakyReLU(0.3)
-    with pytest.warns(UserWarning, match="a BatchNormAct2d that drops, or whose activation changed"):
-        assert_same(fused, plain, images())
+    assert_same(fused, plain, images())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torchvision_shim  # noqa: F401
 from torch import nn
 
@@ -30,13 +31,25 @@ def result_of(*rows: dict[str, Any]) -> dict[str, Any]:
 def test_a_network() -> None:
     row = sweep.tried(NAME, 1e6)
     assert row["ok"] and row["chains"] > 4 and row["tensors"] > 100
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in sweep.build(NAME).modules())
+    assert row["pairs"] == row["pairs_in_chains"] == norms
     assert 0 < row["error"] < sweep.EXACT and 0 < row["frozen_error"] < sweep.EXACT32
     text = sweep.summary(result_of(row, row))
     assert (
         "\n2 networks" in text
         and f"2 of them run chains, {2 * row['chains']} in all" in text
+        and f"{2 * norms} of {2 * norms} are in chains (100.0 %)" in text
         and "Not so: none" in text
     )
+
+
+def test_pairs() -> None:
+    """A norm behind another norm, or behind what was done to a convolution's output, is no part of a pair."""
+    conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    model = nn.Sequential(conv, nn.BatchNorm2d(3), norm, nn.Conv2d(3, 3, 1), nn.GELU(), nn.BatchNorm2d(3))
+    assert sweep.pairs_of(model, torch.ones(2, 3, 4, 4)) == {"1"}
+    fused = fr.fuse(model)
+    assert sweep.chains_of(fused, torch.ones(2, 3, 4, 4))[2] == {"1"}
 
 
 @pytest.mark.parametrize("what", ["weights", "buffers", "frozen", "an error"])

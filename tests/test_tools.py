@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from watching import Calls, saved_tensors
 
 import fused_resnet as fr
+from fused_resnet.fusion.swap import FusedModule
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
@@ -327,7 +328,7 @@ def test_selective_checkpointing(policy: str) -> None:
         )
 
     def run(model: nn.Module) -> State:
-        if not isinstance(model, fr.convert.FusedModule):
+        if not isinstance(model, FusedModule):
             out = model(x)  # PyTorch's own norms would be updated twice
         else:
             out = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
@@ -338,7 +339,7 @@ def test_selective_checkpointing(policy: str) -> None:
 
 
 def test_profiler_names() -> None:
-    """A profile shows the chains, forward and backward: one for the stem and one for each stage."""
+    """A profile shows the rows, forward and backward: one for the stem and one for each stage."""
     _, fused = pair()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         loss_of(fused(images())).backward()
@@ -347,13 +348,7 @@ def test_profiler_names() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ pruning and the like
-@pytest.fixture
-def expected_warning() -> Iterator[None]:
-    with pytest.warns(UserWarning, match="runs plain"):
-        yield
-
-
-def test_flop_counter(expected_warning: None) -> None:
+def test_flop_counter() -> None:
     """PyTorch's counter, whose hooks are on all modules, finds the same operations; in a frozen network too."""
     found = []
     for model in pair():
@@ -369,7 +364,7 @@ def test_flop_counter(expected_warning: None) -> None:
     assert found[2] == found[3] and len(found[2]) == 2
 
 
-def test_hooks_on_all_modules(expected_warning: None) -> None:
+def test_hooks_on_all_modules() -> None:
     """Hooks for all modules of a process see every layer's output; gone, chains run again."""
     x = images()
 
@@ -388,7 +383,7 @@ def test_hooks_on_all_modules(expected_warning: None) -> None:
 
 
 @pytest.mark.parametrize("child", ["conv1", "bn1", "relu", "maxpool"])
-def test_hooks_on_the_stems_layers(child: str, expected_warning: None) -> None:
+def test_hooks_on_the_stems_layers(child: str) -> None:
     """A hook that comes after ``fuse`` sees and changes what it would of the plain network."""
     x = images()
 
@@ -401,7 +396,7 @@ def test_hooks_on_the_stems_layers(child: str, expected_warning: None) -> None:
     both(run)
 
 
-def test_a_layer_whose_forward_was_replaced(expected_warning: None) -> None:
+def test_a_layer_whose_forward_was_replaced() -> None:
     """As quantization's and adapters' libraries do, on the object."""
     x = images()
 
@@ -413,9 +408,8 @@ def test_a_layer_whose_forward_was_replaced(expected_warning: None) -> None:
     both(run)
 
 
-def test_pruning(expected_warning: None) -> None:
-    """A pruned convolution has a hook that applies its mask: that block runs plain, and is fused when it is made
-    permanent."""
+def test_pruning() -> None:
+    """A pruned convolution has a hook that applies its mask: the masked weight learns, until it is made permanent."""
     from torch.nn.utils import prune
 
     x = images()
@@ -423,8 +417,6 @@ def test_pruning(expected_warning: None) -> None:
     def run(model: nn.Module) -> State:
         conv = model.layer1[0].conv2
         prune.l1_unstructured(conv, "weight", 0.5)
-        reasons = [row.reason for row in fr.explain(model).rows if row.name == "layer1.0"]
-        assert not isinstance(model, fr.convert.FusedModule) or "hooks" in reasons[0]
         outs = [learn(model, x, sgd(model))]
         prune.remove(conv, "weight")
         assert (conv.weight == 0).float().mean() == 0.5
@@ -436,7 +428,7 @@ def test_pruning(expected_warning: None) -> None:
     assert all(row.fused for row in fr.explain(fused).rows)
 
 
-def test_spectral_norm(expected_warning: None) -> None:
+def test_spectral_norm() -> None:
     """Parametrized after fuse: power iterations run once per forward, as in the plain network."""
     batches = [images() for _ in range(2)]
 
@@ -454,7 +446,7 @@ def test_the_tests_can_fail() -> None:
 
     def run(model: nn.Module) -> None:
         loss_of(model(x)).backward()
-        if isinstance(model, fr.convert.FusedModule):
+        if isinstance(model, FusedModule):
             model.layer3[0].bn1.weight.grad.mul_(1 + 1e-4)
 
     with pytest.raises(AssertionError, match=r"d layer3\.0\.bn1\.weight"):

@@ -1,4 +1,4 @@
-"""Modules of any class: what of their forward becomes chains, what is refused, and that nobody can tell."""
+"""Modules of any class: what of their forward becomes chains, what doesn't, and that nobody can tell."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from networks import prepared
 from torch import Tensor, nn
 from traced import Layers, assert_same, images, made
+from watching import rows
 
 import fused_resnet as fr
-from fused_resnet.convert import FusedModule, FusedSequential, plan_of
+from fused_resnet.fusion.swap import FusedModule
 
 pytestmark = pytest.mark.usefixtures("every_warning")
 
@@ -211,44 +212,51 @@ class Concatenates(Layers):
         return self.conv1(self.relu(self.bn1(torch.cat(x, 1))))
 
 
-# class -> (chains, units)
-FUSED = {
-    Functions: (1, 2), LinearMiddle: (1, 2), Methods: (1, 2), PreActivation: (1, 2), NormAddAct: (1, 1),
-    Broadcast: (2, 2), UsedTwice: (1, 1), ChangesItsInput: (1, 1), Mode: (1, 1), Default: (1, 1), Counts: (1, 1),
-    Sizes: (1, 1),
+def chains_of(model: nn.Module, x: Any) -> list[list[int]]:
+    """Of a copy, in training: the units of each chain of each row."""
+    model = copy.deepcopy(model).train()
+    with rows() as found:
+        model(x)
+    return found
+
+
+# class -> the units of each chain, row by row
+FUSED: dict[type[nn.Module], list[list[int]]] = {
+    Functions: [[2]], LinearMiddle: [[2]], Methods: [[2]], PreActivation: [[2]], NormAddAct: [[1]],
+    Broadcast: [[1], [1]], UsedTwice: [[1]], ChangesItsInput: [[1]], Mode: [[1]], Default: [[1]], Counts: [[1]],
+    Sizes: [[1]],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", FUSED, ids=lambda cls: cls.__name__)
 def test_forward_backward_statistics(cls):
     plain, fused = made(cls)
-    plan = plan_of(fused.train())
-    assert (len(plan.chains), sum(len(chain.units) for chain in plan.chains)) == FUSED[cls]
+    assert chains_of(fused, images()) == FUSED[cls]
     assert isinstance(fused, cls) and list(fused.state_dict()) == list(plain.state_dict())
     for other in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert type(other) is type(fused)
         assert_same(other, copy.deepcopy(plain), images())
-    assert type(fr.unfuse(fused)) is cls and "_fr_plans" not in fused.__dict__
+    assert type(fr.unfuse(fused)) is cls and not any(name.startswith("_fr") for name in fused.__dict__)
 
 
 def test_a_shortcut_that_is_changed_on_the_way():
     plain, fused = made(ChangesTheShortcut)
-    assert len(plan_of(fused).chains) == 1 and plan_of(fused).chains[0].shortcut is None
     x = images()
     with torch.no_grad():
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
+        assert chains_of(fused, x.clone()) == [[1]]
 
 
 @pytest.mark.parametrize("how", ["layer", "view", "module's view", "out", "not at all"])
 def test_an_input_that_is_changed_on_the_way(how):
     plain = prepared(ChangesTheInput(how)).double().eval()
     fused = fr.fuse(copy.deepcopy(plain))
-    (row,) = fr.explain(fused).rows
-    assert row.fused == (how == "not at all")
-    assert row.fused or row.reason == "what the chain of bn1 reads is changed in place before its end"
     x = images()
     with torch.no_grad():
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
+    (row,) = fr.explain(fused).rows
+    assert row.fused == (how == "not at all")
+    assert row.fused or "what it reads is changed in place before its end" in row.reason
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -257,74 +265,72 @@ def test_a_residual_whose_last_unit_is_two_modules_down(projected):
     the shortcut's, whose input the branch's own in-place activation might have changed by the end."""
     plain = prepared(Gated(projected)).double()
     fused = fr.fuse(copy.deepcopy(plain))
-    first, last = plan_of(fused).chains
-    assert (len(first.units), len(last.units), last.shortcut) == (2, 1, "tensor")
-    assert last.units[0].bn == ("branch", "3", "1") and last.units[0].act == ("relu",)
-    assert [row.reason for row in fr.explain(fused).rows] == [""] * (2 if projected else 1)
     assert_same(fused, plain, images())
+    assert chains_of(fused, images()) == ([[1], [2], [1]] if projected else [[2], [1]])
+    assert all(row.fused and not row.reason for row in fr.explain(fused).rows)
 
 
 def test_a_fused_model_is_read_as_the_plain_one():
-    """A chain through two nn.Sequentials, the inner of which runs its blocks as a row."""
+    """A row through two nn.Sequentials; fused again nothing changes."""
     block, unit = lambda: prepared(Methods()), lambda: [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]  # noqa: E731
     plain = nn.Sequential(*unit(), nn.Sequential(nn.Sequential(*unit()), block(), block())).double()
     fused = fr.fuse(copy.deepcopy(plain))
-    assert type(fused[2]) is FusedSequential and len(plan_of(fused).chains[0].units) == 2
+    assert_same(fused, plain, images())
     explained, classes = str(fr.explain(fused)), [type(m) for m in fused.modules()]
     assert "plain" not in explained
     assert [type(m) for m in fr.fuse(fused).modules()] == classes and str(fr.explain(fused)) == explained
-    assert_same(fused, plain, images())
+    assert chains_of(fused, images()) == chains_of(plain := fr.fuse(plain), images()) == [[2, 2, 2]]
 
 
 def test_a_network_whose_features_are_one_chain():
     """Its ``forward_features`` runs the chain; what its forward does behind that stays, frozen too."""
     plain = prepared(Headed()).double()
     fused = fr.fuse(copy.deepcopy(plain))
-    assert plan_of(fused).whole is not None and type(fused)._fr_method == "forward_features"
     assert_same(fused, plain, images())
+    with rows() as found:
+        fused(images())
+        fused.forward_features(images())
+    assert found == [[2], [2]]
+    fused.load_state_dict(plain.state_dict())
     with torch.no_grad():
         frozen = fr.freeze(plain, x := images())
         torch.testing.assert_close(frozen(x), plain.eval()(x))
 
 
 def test_children_of_a_child_that_is_not_called_itself():
-    """Called by hand, or by the child's ``forward`` without its hooks: part of the caller's chains, and guarded."""
+    """Called by hand, or by the child's ``forward`` without its hooks: part of the caller's chains."""
     plain = prepared(CallsForward()).double()
     fused = fr.fuse(copy.deepcopy(plain))
-    assert [len(chain.units) for chain in plan_of(fused).chains] == [2, 2]
-    assert [row.name for row in fr.explain(fused).rows] == ["(model)"]
     assert_same(fused, plain, images())
+    assert chains_of(fused, images()) == [[2, 2]]
     with torch.no_grad():
         frozen = fr.freeze(plain, x := images())
         torch.testing.assert_close(frozen(x), plain.eval()(x))
     for model in (plain, fused):
         model.branch.append(nn.Tanh())
-    with pytest.warns(UserWarning, match="a Sequential has other children"):
-        assert_same(fused, plain, images())
+    assert_same(fused, plain, images())
 
 
 @pytest.mark.parametrize("cls", [Lists, Tower])
 def test_children_with_forwards_of_their_own(cls):
     """Lists are looked through; what a forward calls twice stays a module of its own."""
     plain, fused = made(cls)
-    assert all(row.fused for row in fr.explain(fused).rows)
-    assert isinstance(fused, FusedModule) == (cls is Lists)
     assert_same(fused, plain, images())
+    assert isinstance(fused, FusedModule)
+    assert chains_of(fused, images()) == ([[2], [1]] if cls is Lists else [[1], [1]])
 
 
 def test_norms_and_convolutions_that_are_called_twice():
     plain, fused = made(CallsTwice)
-    (row,) = fr.explain(fused).rows
-    assert row.chains == 1 and "bn1 (BatchNorm2d) is called 2 times" in row.reason
-    assert plan_of(fused).chains[0].units[0].conv is None
     assert_same(fused, plain, images())
+    assert sum(map(sum, chains_of(fused, images()))) == 3
 
 
 def test_a_list_of_tensors():
     plain, fused = made(Concatenates)
     halves = [images(2), images(2)]
-    assert plan_of(fused).takes is list
     assert_same(fused, plain, halves)
+    assert chains_of(fused, halves) == [[1]]
     assert_same(fused, plain, images(4))  # a tensor: as it was
 
 
@@ -333,19 +339,19 @@ def test_an_attribute_that_changes():
     plain, fused = made(NormAddAct)
     for model in (plain, fused):
         model.scale = 3.0
-    with pytest.warns(UserWarning, match="runs plain: 'scale' of a NormAddAct changed; call fuse again"):
-        assert_same(fused, copy.deepcopy(plain), images())
-    assert not fr.explain(fused).rows[0].fused
-    fr.fuse(fused)
-    assert fr.explain(fused).rows[0].fused
-    plain.load_state_dict(fused.state_dict())
     assert_same(fused, plain, images())
+    for model in (plain, fused):
+        model.scale = 0.5
+    assert_same(fused, plain, images())
+    assert chains_of(fused, images()) == [[1]]
 
 
 def test_layers_that_are_replaced():
     """As for small images: no max-pool, a stem of another size; and a shortcut that is gone."""
     plain = prepared(fr.models.resnet18(fused=False, num_classes=3)).double()
     fused = fr.fuse(copy.deepcopy(plain))
+    with torch.no_grad():
+        fused.eval()(torch.randn(1, 3, 32, 32, dtype=torch.float64))
     for model in (plain, fused):
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False).double()
         model.maxpool = nn.Identity()
@@ -353,12 +359,9 @@ def test_layers_that_are_replaced():
         model.layer2[0].downsample[0].stride = (2, 2)
     fused.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="Identity in the place of MaxPool2d"):
-        assert_same(fused, plain, x)
-    rows = {row.name: row for row in fr.explain(fused).rows}
-    assert "a BasicBlock has other children" in rows["layer1.1"].reason and rows["layer2.0"].fused
-    assert all(row.fused for row in fr.explain(fr.fuse(fused)).rows)
     assert_same(fused, plain, x)
+    assert all(row.fused for row in fr.explain(fused).rows)
+    assert sum(map(sum, chains_of(fused, x))) == 21
 
 
 class Passing(Layers):
@@ -377,8 +380,7 @@ def test_an_identity_that_is_replaced():
     assert_same(fused, plain, images())
     seen: list[int] = []
     handle = fused.drop.register_forward_hook(lambda *a: seen.append(1))
-    with pytest.warns(UserWarning, match="'drop' is no plain Identity any more"):
-        assert_same(fused, plain, images())
+    assert_same(fused, plain, images())
     assert seen == [1, 1]
     handle.remove()
     plain.drop, fused.drop = nn.Tanh(), nn.Tanh()
@@ -404,26 +406,27 @@ class AroundIt(Layers):
 
 def test_a_part_in_another_mode():
     plain, fused = made(AroundIt)
-    assert plan_of(fused).modal and len(plan_of(fused).chains[0].units) == 2
     assert_same(fused, plain, images())
     x = images()
     for model in (plain, fused):
         model.train().part.eval()
-    with pytest.warns(UserWarning, match="a PartByMode is in another mode"):
+    with rows() as found:
         torch.testing.assert_close(fused(x), plain(x))
+    assert found == [[2]]
 
 
 def test_hooks_on_a_module_that_is_part_of_a_plan():
     plain, fused = made(Lists)
     seen: list[int] = []
     handle = fused.more[1].register_forward_hook(lambda *a: seen.append(1))
-    with pytest.warns(UserWarning, match="runs plain: a Sequential has hooks"):
-        assert_same(fused, copy.deepcopy(plain), images())
+    assert_same(fused, plain, images())
     assert seen == [1, 1]
     handle.remove()
-    fused.more.append(nn.Sequential(nn.Conv2d(4, 4, 1)).double())
-    with pytest.warns(UserWarning, match="ModuleList has other children"):
-        fused(images())
+    for model in (plain, fused):
+        torch.manual_seed(0)
+        model.more.append(nn.Sequential(nn.Conv2d(4, 4, 1)).double())
+    assert_same(fused, plain, images())
+    assert seen == [1, 1]
 
 
 def test_other_arguments_and_sizes():
@@ -452,10 +455,11 @@ def test_sync_batchnorm_of_what_is_no_image():
     fused = fr.fuse(copy.deepcopy(plain))
     assert_same(fused, plain, torch.randn(5, 4, dtype=torch.float64) * 1.3 + 0.4)
     (row,) = fr.explain(fused).rows
-    assert not row.fused and row.reason == "a SyncBatchNorm without a convolution, which may get other than images"
+    assert not row.fused and row.reason == "a norm of 0 dimensions"
     x = torch.randn(5, 4, dtype=torch.float64)
     torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
     behind = fr.fuse(convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())))
+    behind(images().float())
     assert all(row.fused for row in fr.explain(behind).rows)
 
 

@@ -1,4 +1,4 @@
-"""Forwards whose trace would not be the whole truth: they stay plain, and explain says why."""
+"""Forwards that do more than compute: what they draw, keep, set and ask for is what the plain module does."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from traced import Layers
+from traced import Layers, images, made
+from watching import rows
 
 import fused_resnet as fr
-from fused_resnet.convert import FusedModule
+from fused_resnet.fusion.swap import FusedModule
 
 pytestmark = pytest.mark.usefixtures("every_warning")
 
@@ -71,7 +72,12 @@ class Autocast(Layers):
 
 class Checkpoints(Layers):
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(lambda t: self.bn1(self.conv1(t)), x, use_reentrant=False)
+        return checkpoint(lambda t: self.bn1(self.conv1(t)), x, use_reentrant=self.reentrant)
+
+
+class Plainly(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn1(self.conv1(x))
 
 
 class Offloads(Layers):
@@ -125,24 +131,81 @@ class Several(Layers):
         return self.bn1(self.conv1(x)) + y
 
 
-REFUSED = {
-    DrawsTorch: "draws random numbers", DrawsPython: "draws random numbers", Remembers: "sets 'last'",
-    Collects: "sets 'seen'", Branches: "can't be traced", AsksForGradients: "gradients are wanted",
-    Several: "several inputs", NoGrad: "switches gradients", Autocast: "enters autocast",
-    Checkpoints: "enters saved_tensors_hooks", Offloads: "enters saved_tensors_hooks", Freezes: "sets 'training'",
-    Keeps: "keeps a value", CallsOtherwise: "the class Doubling of 'conv1' overrides __call__",
-    IsCalledOtherwise: "its class overrides __call__",
-}  # fmt: skip
+CLASSES = [
+    DrawsTorch, DrawsPython, Remembers, Collects, Branches, AsksForGradients, NoGrad, Autocast, Offloads,
+    Freezes, Keeps, CallsOtherwise, IsCalledOtherwise,
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("cls", REFUSED, ids=lambda cls: cls.__name__)
-def test_a_trace_that_would_lie_is_refused(cls):
-    model = nn.Sequential(cls(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
-    before = {k: list(v) if isinstance(v, list) else v for k, v in model[0].__dict__.items()}
+def calls(model: nn.Module, inputs: list[Tensor]) -> dict[str, Any]:
+    """Two steps, an evaluation, and what is left behind."""
+    torch.manual_seed(1)
+    random.seed(1)
+    KEPT.clear()
+    found: dict[str, Any] = {}
+    for i, x in enumerate(inputs):
+        for mode in (True, False):
+            model.train(mode).zero_grad()
+            leaf = x.detach().requires_grad_()
+            out = model(leaf.clone())
+            out.sin().sum().backward()
+            found |= {f"out {i}{mode}": out.detach(), f"dx {i}{mode}": leaf.grad}
+            found |= {f"d {n} {i}{mode}": p.grad for n, p in model.named_parameters()}
+        with torch.no_grad():
+            found[f"no grad {i}"] = model(x)
+    found |= {n: b.clone() for n, b in model.named_buffers()}
+    found |= {f"kept {i}": t.detach() for i, t in enumerate(KEPT)}
+    found |= {f"{n} in training": m.training for n, m in model.named_modules()}
+    found |= {"random": torch.rand(()), "Python's": random.random()}
+    for name, value in model.__dict__.items():
+        if not name.startswith("_"):
+            found[name] = [v.detach() for v in value] if isinstance(value, list) else value
+    return {name: v.detach() if isinstance(v, Tensor) else v for name, v in found.items()}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_what_a_forward_does_beside(cls):
+    """Values, gradients, buffers, attributes, modes, random numbers that are left, and what was put elsewhere."""
+    plain, fused = made(cls)
+    inputs = [images(), -images(), images()]
+    want, got = calls(plain, inputs), calls(fused, inputs)
+    assert list(got) == list(want)
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+    assert isinstance(fused, FusedModule) == (cls is not IsCalledOtherwise)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_inside(reentrant):
+    """What it computes again updates no statistics a second time, as it would in PyTorch's own norms."""
+    plain, _ = made(Plainly)
+    checkpoints = Checkpoints().double()
+    checkpoints.reentrant = reentrant
+    checkpoints.load_state_dict(plain.state_dict())
+    fr.fuse(checkpoints)
+    inputs = [images(), images()]
+    want, got = calls(plain, inputs), calls(checkpoints, inputs)
+    assert got.pop("reentrant") is reentrant
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+    with rows() as found:
+        checkpoints.train()(images().requires_grad_()).sum().backward()
+    assert found == [[1], [1]]
+
+
+def test_several_inputs():
+    plain, fused = made(Several)
+    x, y = images(), images()
+    with rows() as found:
+        torch.testing.assert_close(fused(x, y), plain(x, y))
+    torch.testing.assert_close(fused(y=y[:1], x=x), plain(y=y[:1], x=x))
+    assert found == [[1]]
+
+
+def test_what_is_not_called_yet_is_as_it_was():
+    """``fuse`` itself runs nothing: no attribute, mode or random number changes."""
+    model = nn.Sequential(*(cls() for cls in CLASSES))
+    before = [{k: list(v) if isinstance(v, list) else v for k, v in m.__dict__.items()} for m in model]
     state = torch.get_rng_state()
     fr.fuse(model)
-    assert type(model[0]) is cls and isinstance(model[1], FusedModule)
-    rows = {row.name: row for row in fr.explain(model).rows}
-    assert REFUSED[cls] in rows["0"].reason and not rows["0"].fused
-    assert model[0].__dict__ == before and all(m.training for m in model.modules())
-    assert cls is DrawsTorch or torch.equal(state, torch.get_rng_state())
+    assert [m.__dict__ for m in model] == before and torch.equal(state, torch.get_rng_state())
+    reasons = {row.name: row.reason for row in fr.explain(model).rows}
+    assert "overrides __call__" in reasons[str(CLASSES.index(IsCalledOtherwise))]

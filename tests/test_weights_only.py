@@ -29,16 +29,15 @@ from fused_resnet.plans import Ref, Step
 LOAD = """
 import sys, torch
 sys.path[:0] = sys.argv[1:3]
-import torchvision_shim, test_weights_only
+import any_size, torchvision_shim, test_weights_only
 import fused_resnet as fr
-fr.small.SMALL = dict.fromkeys(fr.small.SMALL, 0)  # as in conftest.py
 plain = test_weights_only.NETWORKS[sys.argv[3]]()
 with torch.serialization.safe_globals(fr.safe_globals(plain)):
     for kind in ("fused", "frozen"):
         x, want = torch.load(f"{kind}_data.pt")
         model = torch.load(f"{kind}.pt", weights_only=True)
         assert torch.equal(model(x), want), kind
-        assert kind == "frozen" or any(isinstance(m, fr.convert.FusedModule) for m in model.modules())
+        assert kind == "frozen" or any(isinstance(m, fr.classes.FusedModule) for m in model.modules())
         print(kind)
 """
 
@@ -139,7 +138,7 @@ def test_trains_on(tmp_path: Path) -> None:
     torch.save(fused, tmp_path / "m.pt")
     with safe_globals(fr.safe_globals(fused)):
         model = torch.load(tmp_path / "m.pt", weights_only=True)
-    assert isinstance(model, FusedModule) and model._fr_plans == fused._fr_plans
+    assert isinstance(model, FusedModule) and "_fr_fused" in model.__dict__
     x = torch.randn(2, 3, 9, 8)
     for m in (fused, model):
         m.train()(x).square().mean().backward()
@@ -149,13 +148,13 @@ def test_trains_on(tmp_path: Path) -> None:
 
 
 def test_functions_of_others_are_asked_for(tmp_path: Path) -> None:
-    fused = fr.fuse(prepared(Foreign())).eval()
-    torch.save(fused, tmp_path / "m.pt")
+    frozen = fr.freeze(prepared(Foreign()).eval(), x := torch.randn(2, 3, 8, 9))
+    torch.save(frozen, tmp_path / "m.pt")
     with safe_globals(fr.safe_globals(Foreign())), pytest.raises(pickle.UnpicklingError, match="halved"):
         torch.load(tmp_path / "m.pt", weights_only=True)
-    with safe_globals(fr.safe_globals(fused)):
+    with safe_globals(fr.safe_globals(frozen)):
         model = torch.load(tmp_path / "m.pt", weights_only=True)
-    assert torch.equal(model(x := torch.randn(2, 3, 8, 9)), fused(x))
+    assert torch.equal(model(x), frozen(x))
 
 
 def test_list() -> None:
@@ -204,11 +203,11 @@ def test_files_by_others(made: Any) -> None:
 
 
 def test_calls_of_what_is_no_module() -> None:
-    model = fr.fuse(prepared(Everything()))
-    evaluating, training = model._fr_plans
-    bad = copy.copy(evaluating)
-    steps = tuple(Step(s.name, "children", (("register_buffer",),), s.args) for s in evaluating.steps)
+    model = fr.freeze(prepared(Everything()).eval(), torch.randn(2, 3, 33, 40)).model
+    plan = model.__dict__["_fr_plan"]
+    bad = copy.copy(plan)
+    steps = tuple(Step(s.name, "children", (("register_buffer",),), s.args) for s in plan.steps)
     object.__setattr__(bad, "steps", steps)
-    model.__dict__["_fr_plans"] = (bad, training)
+    model.__dict__["_fr_plan"] = bad
     with pytest.raises(pickle.UnpicklingError, match="register_buffer is a method, no module"):
         pickle.loads(pickle.dumps(model))

@@ -50,12 +50,14 @@ def fsdp(model: nn.Module, units: str, **options: Any) -> nn.Module:
 
 
 def worker(rank: int, folder: str) -> None:
+    import any_size  # noqa: F401
     from stack import images, network, same
     from tolerances import assert_as_good
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
     from torch.nn.parallel import DistributedDataParallel
 
     import fused_resnet as fr
+    from fused_resnet.classes import FusedModule
 
     warnings.simplefilter("error")  # "runs plain" would be one
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -66,20 +68,23 @@ def worker(rank: int, folder: str) -> None:
     torch.manual_seed(rank + 1)
     batches = [images(3) for _ in range(2)]
 
-    def reasons(m: nn.Module) -> list[str]:
-        return [row.reason for row in fr.explain(m).rows if not row.fused]
+    def in_chains(m: nn.Module) -> None:
+        """Its calls ran chains, and every norm is in one."""
+        rows = fr.explain(m).rows
+        assert rows and all(row.fused and not row.reason for row in rows), str(fr.explain(m))
 
     for units in UNITS:
         plain = fsdp(copy.deepcopy(model), units)
         want, later = trained(plain, batches), trained(plain, batches)
         after = fr.fuse(fsdp(copy.deepcopy(model), units))
         for fused in (fsdp(fr.fuse(copy.deepcopy(model)), units), after):
-            assert isinstance(fused, FSDPModule) and not reasons(fused), reasons(fused)
+            assert isinstance(fused, FSDPModule)
             assert any(p.to_local().numel() < p.numel() for p in fused.parameters()), "nothing is sharded"
             same(trained(fused, batches), want)
+            in_chains(fused)
             # back to plain, sharded as before, and on
             assert fr.unfuse(fused) is fused and isinstance(fused, FSDPModule)
-            assert not any(isinstance(m, fr.convert.FusedModule) for m in fused.modules())
+            assert not any(isinstance(m, FusedModule) for m in fused.modules())
             fused.unshard()
             fused.reshard()
             same(trained(fused, batches), later)
@@ -118,8 +123,8 @@ def worker(rank: int, folder: str) -> None:
         fr.fuse(DistributedDataParallel(copy.deepcopy(model))),
         DistributedDataParallel(fr.fuse(copy.deepcopy(model)), static_graph=True, gradient_as_bucket_view=True),
     ):
-        assert not reasons(ddp)
         same(trained(ddp, batches), want)
+        in_chains(ddp)
     dist.destroy_process_group()
 
 

@@ -1,16 +1,39 @@
-"""What a forward keeps for the backward, and which work the backward asks for."""
+"""Which chains a forward runs, what it keeps for the backward, and which work the backward asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 import fused_resnet.chain_backward
+from fused_resnet import functional
+
+
+@contextmanager
+def rows() -> Iterator[list[list[int]]]:
+    """The units of each chain of each row that runs, projections included."""
+    found: list[list[int]] = []
+    real = functional._row
+
+    def row(x: Tensor, chains: Any, *rest: Any) -> Tensor:
+        found.append([len(chain.everyone) for chain in chains])
+        return real(x, chains, *rest)
+
+    with patch.object(functional, "_row", row):
+        yield found
+
+
+def rows_of(call: Callable[[], Any]) -> list[int]:
+    """How many chains each row has that a call runs."""
+    with rows() as found:
+        call()
+    return [len(chains) for chains in found]
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class Subject:
 
     def explanation(self) -> str:
         """Which blocks are fused, and on which backend."""
-        return str(fr.explain(fr.fuse(copy.deepcopy(self.model))))
+        return str(fr.explain(self.model, self.x[:VALIDATED_IMAGES]))
 
 
 def _build(name: str, subject: Subject, train: bool, dtype: torch.dtype, budget: CompileBudget | None) -> Variant:

@@ -20,6 +20,7 @@ from fused_resnet.cli.env import describe, device_name
 from fused_resnet.cli.options import DTYPES, UsageError
 from fused_resnet.cli.subjects import LIBRARIES, Subject, subjects
 from fused_resnet.cli.validate import Finding, Tensors
+from fused_resnet.small import chains_always
 
 
 @dataclass(frozen=True)
@@ -150,16 +151,17 @@ class _Checker:
         x = given.x.to(wide if whole else dtype, memory_format=layout)
         expected = given.ref if exactly else _all_runs(plain, x, given.dout, dtype)
         fused = fr.fuse(copy.deepcopy(plain))
+        found = _all_runs(fused, x, given.dout, dtype)
         if problem := _not_fused(fused, ours="/" not in self.subject.model):
             return Result(self.subject, name, [], problem)
-        findings = validate.compare(_all_runs(fused, x, given.dout, dtype), expected, given.ref, dtype, given.length)
+        findings = validate.compare(found, expected, given.ref, dtype, given.length)
         if whole:
             x = x.to(dtype)
-            with torch.no_grad():
+            with torch.no_grad(), chains_always():  # it is they that are checked
                 out = fr.freeze(plain, x, dtype=dtype)(x)
             key = "inference: out"
-            found = validate.compare({key: out}, expected, {key: given.ref[key]}, dtype)
-            findings += [replace(f, name=f"frozen {f.name}") for f in found]
+            frozen = validate.compare({key: out}, expected, {key: given.ref[key]}, dtype)
+            findings += [replace(f, name=f"frozen {f.name}") for f in frozen]
         return Result(self.subject, name, findings)
 
 

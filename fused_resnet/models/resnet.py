@@ -356,7 +356,7 @@ def build(
         except RuntimeError as error:
             raise ValueError(f"weights don't fit {name} with these arguments: {error}") from error
     if fused:
-        from fused_resnet.convert import fuse
+        from fused_resnet.fusion.swap import fuse
 
         model = fuse(model)
     return model

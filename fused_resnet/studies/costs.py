@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fused_resnet.convert import unfuse
+from fused_resnet.fusion.swap import unfuse
 from fused_resnet.models import Bottleneck
 
 

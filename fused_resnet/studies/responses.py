@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fused_resnet.convert import unfuse
+from fused_resnet.fusion.swap import unfuse
 from fused_resnet.studies.study import (
     COLOURS,
     Difference,

@@ -1,0 +1,212 @@
+"""Modules as dynamo captures them: graphs, what was found in them, and what dynamo does not guard by itself.
+
+``backend`` is the backend of ``torch.compile(model, backend="fused_resnet")``. A ``Front`` is a fused module's method
+behind the same backend, with a code object of its own, so that its graphs and its limit of recompilations are its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from itertools import count
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+from fused_resnet.fusion.choosing import Settled, kind_of_call
+from fused_resnet.fusion.lowering import lower
+from fused_resnet.fusion.report import GraphReport, Names
+from fused_resnet.fusion.sync_norm import sync_batch_norm
+from fused_resnet.patterns import METHODS, original
+
+log = logging.getLogger("fused_resnet")
+# What the package asks of dynamo where it captures, in this thread alone: hooks that come later are seen, a
+# BatchNorm's cumulative average is captured, DDP's own splitter stays away, what dynamo can't capture runs plain.
+_OPTIONS: dict[str, Any] = {
+    "skip_nnmodule_hook_guards": False,
+    "capture_scalar_outputs": True,
+    "optimize_ddp": False,
+    "suppress_errors": True,
+    "recompile_limit": 64,
+    "error_on_nested_fx_trace": False,  # torch.fx says that it traces whichever thread does
+}
+# Functions that PyTorch's modules look up when they are called; dynamo guards none of them.
+_FUNCTIONS = [
+    (torch, "conv2d"), (torch, "sigmoid"), (torch, "relu"),
+    (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "silu"), (F, "hardswish"), (F, "leaky_relu"), (F, "elu"),
+    (F, "relu6"), (F, "hardtanh"), (F, "max_pool2d"), (F, "avg_pool2d"), (F, "pad"),
+]  # fmt: skip
+
+
+# Whether a front of this thread captures or runs.
+CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
+
+
+def others_capture() -> bool:
+    """Whether somebody else's ``torch.compile`` looks at the frames that this thread runs."""
+    return get_eval_frame_callback() not in (None, False) and not CALLING.get()
+
+
+class _NotCaptured(logging.Filter):
+    """Dynamo warns, pages long, of every frame that it can't capture: of a front's frames the package's log says it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        if not CALLING.get() or not text.startswith("WON'T CONVERT"):
+            return True
+        log.info("not captured: %s", text.removeprefix("WON'T CONVERT").strip())
+        return False
+
+
+_QUIET = _NotCaptured()
+_NUMBERS = count()  # in the names of code: by name and place dynamo remembers which numbers and sizes changed
+# States of a module, by ``_unguarded``, that are captured each by itself.
+_MAX_STATES = 16
+
+
+def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Runs the chains of a captured graph as chains, and all else of it by PyTorch's operators.
+
+    Args:
+        gm: a graph of torch functions. example_inputs: what it is called with.
+
+    Returns:
+        What runs instead of the graph.
+
+    Source: the contract of ``torch.compile``'s backends.
+    """
+    names = Names(gm.graph, None)
+    log.info("captured %s", GraphReport(lower(gm), names))
+    return gm.forward
+
+
+class _Runs(threading.local):
+    """How many graphs of a front this thread ran."""
+
+    graphs = 0
+
+
+class Front:
+    """A method of a module, captured.
+
+    Args:
+        module: a fused module. plain: the method, of its class before.
+
+    Attributes:
+        graphs: what was found in each graph that was captured, oldest first.
+    """
+
+    def __init__(self, module: nn.Module, plain: Callable[..., Any]) -> None:
+        import torch._dynamo as dynamo
+
+        dynamo.allow_in_graph(sync_batch_norm)
+        logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
+        self.module, self.plain = weakref.ref(module), plain
+        self.config, self.settled = dynamo.config, Settled()
+        self.graphs: list[GraphReport] = []
+        self.runs = _Runs()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Captures anew from the next call on."""
+        self.captured: dict[Any, Callable[..., Any]] = {}
+        self.whole = True  # each call was one graph
+        self.looked_up: list[tuple[Any, str, Any]] = []
+
+    def _captured(self, state: Any) -> Callable[..., Any]:
+        if state not in self.captured:
+            if len(self.captured) == _MAX_STATES:
+                self.captured.clear()
+            self.captured[state] = torch.compile(_with_own_code(self.plain), backend=self._lowered)
+        return self.captured[state]
+
+    def _lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        names = Names(gm.graph, self.module())
+        report = GraphReport(lower(gm), names)
+        log.info("captured %s", report)
+        self.graphs.append(report)
+        forward = gm.forward
+
+        def run(*args: Any) -> Any:
+            report.ran += 1
+            self.runs.graphs += 1
+            return forward(*args)
+
+        return run
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = kind_of_call(module, args, kwargs)
+        if self.settled.runs_plain(kind):
+            return self.settled.plainly(self.plain, module, *args, **kwargs)
+        return self.settled.asking(kind, self._call, module, args, kwargs)
+
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Through dynamo."""
+        if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
+            self._forget()
+        known, ran = len(self.graphs), self.runs.graphs
+        captured = self._captured(() if self.whole else _unguarded(module, args))
+        calling, before = CALLING.set(True), [(name, getattr(self.config, name)) for name in _OPTIONS]
+        try:
+            # as dynamo.config.patch, which makes a class at each call
+            for name, value in _OPTIONS.items():
+                setattr(self.config, name, value)
+            out = captured(module, *args, **kwargs)
+            if self.whole and self.runs.graphs - ran != 1:
+                self.whole = False
+                self.captured = {_unguarded(module, args): captured}
+            return out
+        except Exception:
+            self._forget()  # dynamo does not look again at a frame that raised
+            raise
+        finally:
+            for name, value in before:
+                setattr(self.config, name, value)
+            CALLING.reset(calling)
+            if len(self.graphs) > known or not self.looked_up:
+                self.looked_up = list(_looked_up(module))
+
+
+def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """What may make dynamo give up a frame, or break it into graphs, which it then does not look at again."""
+    modules = [
+        (m.training, id(m.__dict__.get("forward")), *m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks,
+         *m._backward_pre_hooks)
+        for m in module.modules()
+    ]  # fmt: skip
+    return (*modules, *map(type, args))
+
+
+def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, in dynamo's eyes another one; of PyTorch's own, too, which it looks at only from others."""
+    from torch._dynamo import trace_rules
+
+    if not isinstance(plain, FunctionType) or trace_rules.check(plain):
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return plain(*args, **kwargs)
+
+        call.__code__ = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
+        return call
+    code = plain.__code__.replace(co_name=f"{plain.__name__}_{next(_NUMBERS)}")
+    made = FunctionType(code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__)
+    made.__kwdefaults__ = plain.__kwdefaults__
+    return made
+
+
+def _looked_up(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """What a call of the module looks up in classes and in torch, and dynamo takes for constant."""
+    for cls in {cls for m in module.modules() for cls in (type(m), original(m))}:
+        for name in {*METHODS, "__call__", "_conv_forward", "_check_input_dim"}:
+            with suppress(Exception):  # whatever a metaclass raises
+                yield cls, name, getattr(cls, name)
+    for owner, name in _FUNCTIONS:
+        yield owner, name, getattr(owner, name)

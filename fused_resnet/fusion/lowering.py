@@ -1,0 +1,270 @@
+"""Rows of chains in the place of the nodes that they stand for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fused_resnet import functional
+from fused_resnet.checks import autocasts
+from fused_resnet.functional import in_backward
+from fused_resnet.fusion.choosing import Choice, thread
+from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
+from fused_resnet.fusion.sync_norm import group_named
+from fused_resnet.fusion.table import constant
+from fused_resnet.units import Chain, Unit
+
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+class _Places:
+    """The tensors that a row is called with: each node once."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[fx.Node, int] = {}
+
+    def of(self, node: fx.Node) -> int:
+        return self.nodes.setdefault(node, len(self.nodes))
+
+
+class _UnitCall:
+    """A unit of a row: what of it is constant, and where its tensors are among the row's."""
+
+    def __init__(self, match: UnitMatch, act: Any, places: _Places) -> None:
+        self.tensors = {name: places.of(node) for name, node in match.tensors.items()}
+        self.momentum = places.of(m) if isinstance(m := match.options["momentum"], fx.Node) else None
+        self.options = {k: v for k, v in match.options.items() if not isinstance(v, fx.Node)} | {"act": act}
+        self.affine = match.affine
+        self.group = self.options.pop("process_group", None)
+        names = ("running_mean", "running_var") if self.options["training"] else ()
+        self.buffers = [self.tensors[name] for name in names if name in self.tensors]
+        geometry = [f"{k} {self.options[k]}" for k in ("stride", "padding", "dilation", "groups") if k in self.options]
+        statistics = "batch" if self.options["training"] else "running"
+        self.text = " ".join([*geometry, statistics, *sorted(self.tensors), str(act)]).replace(", ", ",")
+        self.counter = places.of(match.counter.args[0]) if match.counter is not None else None  # type: ignore[arg-type]
+        if self.counter is not None:
+            self.buffers.append(self.counter)
+
+    def unit(self, given: Sequence[Tensor]) -> Unit:
+        tensors: dict[str, Any] = {name: given[place] for name, place in self.tensors.items()}
+        for name in ("running_mean", "running_var"):
+            if name in tensors:
+                tensors[name] = self._statistics(tensors[name])
+        unit = Unit(**self.options, **tensors)
+        if self.group is not None:
+            unit.process_group = group_named(self.group)
+        if self.momentum is not None:
+            unit.momentum = float(given[self.momentum])
+        if self.affine:  # z = scale*y + shift: statistics that leave both as they are
+            unit.bn_weight, unit.bn_bias = unit.bn_weight.flatten(), unit.bn_bias.flatten()  # type: ignore[union-attr]
+            unit.running_mean = torch.zeros_like(unit.bn_weight, requires_grad=False)
+            unit.running_var = torch.ones_like(unit.bn_weight, requires_grad=False)
+        return unit
+
+    def _statistics(self, running: Tensor) -> Tensor:
+        """PyTorch's own norms don't count their updates as changes that a backward minds. The backward of a norm in
+        evaluation reads the statistics, so it gets a copy: in PyTorch a training step in between makes it wrong."""
+        if self.options["training"] or not torch.is_grad_enabled():
+            return running.data
+        return running.detach().clone()
+
+
+class _ChainCall:
+    """A chain of a row."""
+
+    def __init__(self, match: ChainMatch, places: _Places) -> None:
+        acts = [u.act for u in match.units[:-1]] + [match.act]
+        self.units = [_UnitCall(u, act, places) for u, act in zip(match.units, acts, strict=True)]
+        projection = match.projection
+        self.projection = _UnitCall(projection, None, places) if projection is not None else None
+        self.shortcut = match.shortcut if match.shortcut in ("identity", "pad") else None
+        self.residual = places.of(match.residual) if match.residual is not None else None
+        self.stride, self.avg_pool, self.max_pool = match.stride, match.avg_pool, match.max_pool
+        self.all_units = [*self.units, *([self.projection] if self.projection is not None else [])]
+        self.counters = [u.counter for u in self.all_units if u.counter is not None]
+        shortcut = f"{match.shortcut}{match.stride if match.shortcut == 'pad' else ''}"
+        pools = [str(p) for p in (self.avg_pool, self.max_pool) if p is not None]
+        self.text = ", ".join([*(u.text for u in self.all_units), shortcut, *pools])
+
+    def chain(self, given: Sequence[Tensor]) -> Chain:
+        shortcut = self.projection.unit(given) if self.projection is not None else self.shortcut
+        return Chain([u.unit(given) for u in self.units], shortcut, self.stride, self.avg_pool)
+
+
+class ChainRow(nn.Module):
+    """A row of chains in a lowered graph, called with its input and the tensors that the graph holds for it.
+
+    Attributes:
+        plain: the nodes that it stands for, called with the same tensors. choice: whether it pays.
+        images: which of the tensors are images, the input first. group: some statistics are shared by processes.
+        text: what it is made of, but for its tensors.
+    """
+
+    def __init__(self, gm: fx.GraphModule, row: RowMatch) -> None:
+        super().__init__()
+        places = _Places()
+        places.of(row.chains[0].start)
+        self.chains = [_ChainCall(chain, places) for chain in row.chains]
+        self.inputs = list(places.nodes)
+        self.plain = _part(gm, row, self.inputs)
+        row.choice = self.choice = Choice()
+        self.images = [0, *(call.residual for call in self.chains if call.residual is not None)]
+        self.group = any(unit.group is not None for call in self.chains for unit in call.all_units)
+        self.statistics = sorted({place for call in self.chains for unit in call.all_units for place in unit.buffers})
+        self.text = "; ".join(call.text for call in self.chains)
+
+    def forward(self, *given: Tensor) -> Tensor:
+        if self.choice.pays(self, given):
+            self.choice.chains += 1
+            thread.other += 1
+            return self.chained(*given)
+        self.choice.plain += 1
+        thread.plain += 1
+        if not in_backward():
+            return self.plain(*given)
+        # a forward inside a backward, a checkpoint's, updates no statistics, as in a chain
+        kept = [(given[i], given[i].clone()) for i in self.statistics]
+        try:
+            return self.plain(*given)
+        finally:
+            for buffer, value in kept:
+                buffer.data.copy_(value)  # the backward to come has kept it, and asks for its version
+
+    def chained(self, *given: Tensor) -> Tensor:
+        """As chains."""
+        x = given[0]
+        if len(self.chains) > 1:
+            out = functional.residual_chains(x, [chain.chain(given) for chain in self.chains])
+        else:
+            (call,) = self.chains
+            chain = call.chain(given)
+            out = functional.residual_chain(
+                x, chain.units, shortcut=chain.shortcut, shortcut_stride=chain.shortcut_stride,
+                shortcut_pool=chain.shortcut_pool, max_pool=call.max_pool, recompute=self._recompute(x, call),
+                residual=given[call.residual] if call.residual is not None else None,
+            )  # fmt: skip
+        if not in_backward():
+            for counter in (c for call in self.chains for c in call.counters):
+                given[counter].add_(1)
+        return out
+
+    @staticmethod
+    def _recompute(x: Tensor, call: _ChainCall) -> bool:
+        """A stem's raw output is the network's largest tensor: in 32 bits memory is worth convolving again."""
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+        one_conv = len(call.units) == 1 and "weight" in call.units[0].tensors
+        return call.max_pool is not None and one_conv and dtype.itemsize > 2
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{len(c.units)} units, shortcut {c.shortcut or 'none'}" for c in self.chains)
+
+
+def _part(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.GraphModule:
+    """The nodes of a row as a graph of their own."""
+    counters = [unit.counter for unit in row.all_units if unit.counter is not None]
+    taken = {*row.nodes, *counters}
+    graph, copies = fx.Graph(), {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+    for node in gm.graph.nodes:
+        if node in taken:
+            copies[node] = graph.node_copy(node, lambda n: copies[n] if n in copies else constant(n))
+    graph.output(copies[row.chains[-1].end])
+    return fx.GraphModule(nn.Module(), graph)
+
+
+class _Checkpoint(nn.Module):
+    """``torch.utils.checkpoint`` around a lowered part of a graph.
+
+    Args:
+        part: the graph. options: of the checkpoint.
+    """
+
+    def __init__(self, part: fx.GraphModule, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.part, self.options = part, {"use_reentrant": False} | options
+
+    def forward(self, *args: Any) -> Any:
+        from torch.utils.checkpoint import checkpoint
+
+        thread.other += 1
+        # What is changed in place, such as a norm's statistics, must not be among the arguments, for they are saved.
+        wanting = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
+
+        def part(*given: Any) -> Any:
+            values = list(args)
+            for i, value in zip(wanting, given, strict=True):
+                values[i] = value
+            return self.part(*values)
+
+        return checkpoint(part, *(args[i] for i in wanting), **self.options)
+
+
+def lower(gm: fx.GraphModule) -> Matches:
+    """Puts rows of chains into a captured graph, in place, checkpointed parts of it included.
+
+    Args:
+        gm: of torch functions, with ``example_value`` in the nodes' meta, as dynamo hands it to a backend.
+
+    Returns:
+        What was found in it and in its checkpointed parts.
+    """
+    matches = match(gm.graph)
+    made = [ChainRow(gm, row) for row in matches.rows]
+    calls: dict[fx.Node, fx.Node] = {}  # the end of a row -> what calls it
+    for number, (row, module) in enumerate(zip(matches.rows, made, strict=True)):
+        gm.add_submodule(name := f"fused_resnet_row_{number}", module)
+        calls[row.chains[-1].end] = _replace(gm.graph, name, row, [calls.get(n, n) for n in module.inputs])
+        module.inputs.clear()  # the graph's nodes are not kept alive
+    for node in [n for n in gm.graph.nodes if n.op == "call_function" and n.target is _CHECKPOINT]:
+        inner = _lower_checkpoint(gm, node)
+        matches.rows += inner.rows
+        matches.left |= inner.left
+        matches.norms += inner.norms
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            node.target = _itself(node.target)
+    gm.recompile()
+    return matches
+
+
+def _itself(function: Any) -> Any:
+    """A function that runs even where its name in torch is another one's by now: a graph's code calls torch by name."""
+    if not isinstance(function, FunctionType) or not function.__module__.startswith("torch."):
+        return function
+    named = getattr(sys.modules.get(function.__module__), function.__name__, function)
+    return function if named is function else lambda *args, **kwargs: function(*args, **kwargs)
+
+
+def _replace(graph: fx.Graph, name: str, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.Node:
+    """Calls a row where its last node stood."""
+    end = row.chains[-1].end
+    with graph.inserting_after(end):
+        call = graph.call_module(name, tuple(inputs))
+    call.meta = dict(end.meta)
+    end.replace_all_uses_with(call)
+    counters = [unit.counter for unit in row.all_units if unit.counter is not None]
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in sorted([*row.nodes, *counters], key=order.__getitem__, reverse=True):
+        graph.erase_node(node)
+    return call
+
+
+def _lower_checkpoint(gm: fx.GraphModule, node: fx.Node) -> Matches:
+    """A checkpoint inside the graph: its part is lowered, and called by ``torch.utils.checkpoint`` itself."""
+    part = gm.get_submodule(node.args[0].target)  # type: ignore[union-attr, arg-type]
+    assert isinstance(part, fx.GraphModule)
+    matches = lower(part)
+    name = f"fused_resnet_checkpoint_{node.name}"
+    gm.add_submodule(name, _Checkpoint(part, dict(node.kwargs)))
+    with gm.graph.inserting_after(node):
+        call = gm.graph.call_module(name, tuple(node.args[1:]))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    gm.graph.erase_node(node)
+    return matches

@@ -1,0 +1,224 @@
+"""fuse and unfuse: modules whose forward runs through dynamo with the backend of this package, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
+from torch.nn.modules import module as nn_module
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from fused_resnet.backends import warn_once
+from fused_resnet.chain import transformed
+from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
+from fused_resnet.fusion.choosing import inside_plain
+from fused_resnet.fusion.front import Front, others_capture
+from fused_resnet.fusion.sync_norm import sync_batch_norm
+from fused_resnet.modules import graphed, named_modules, shared_by
+from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm
+
+
+def _fused_methods(cls: Any) -> dict[str, Any]:
+    return {name: _fused_method(cls, name) for name in METHODS if hasattr(cls, name)}
+
+
+def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
+    """``name`` of the fused class. Each function has a code object of its own, by which dynamo remembers things."""
+
+    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(cls, name)(self, *args, **kwargs)  # as it is now: a class's method may be replaced at any time
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # the mark is missing in a slice of an nn.Sequential, which is made by its class
+        if (
+            inside_plain()
+            or graphed()
+            or "_fr_fused" not in self.__dict__
+            or others_capture()
+            or _plain_here(args, kwargs)
+        ):
+            return plain(self, *args, **kwargs)
+        return _captured(self, getattr(cls, name), args, kwargs)
+
+    plain.__code__ = plain.__code__.replace()
+    forward.__code__ = forward.__code__.replace()
+    _never_first(forward)
+    return wraps(getattr(cls, name))(forward)
+
+
+def _never_first(function: Any, below: _FrameAction = _FrameAction.DEFAULT) -> None:
+    """Dynamo takes calls of ``function`` into graphs, but begins none there: where a capture is broken off before such
+    a call, a fused module is captured by itself, and somebody else's torch.compile begins at the plain method.
+
+    Args:
+        below: whether it begins any in what ``function`` calls.
+    """
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
+
+
+def _captured(self: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
+    front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
+    if dist.is_available() and (dist.is_initialized() or "_fr_named" in self.__dict__):
+        name_groups(self)
+    return front(self, args, kwargs)
+
+
+def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether somebody traces, counts or fakes the call: they are to see the plain module."""
+    return _watched() or nn_module._has_any_global_hook() or transformed() or _has_proxy(args) or _has_proxy(kwargs)
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode sees every operator, but for those that say that a compiler's graphs are as good: the
+    modes of selective checkpoints."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return not all(mode.ignore_compile_internals() for mode in _get_current_dispatch_mode_stack())
+
+
+_never_first(others_capture)
+for function in (graphed, inside_plain, _plain_here, _captured):
+    _never_first(function, _FrameAction.SKIP)
+
+
+def _has_proxy(value: Any) -> bool:
+    """Whether torch.fx traces the call."""
+    if isinstance(value, list | tuple):
+        return any(map(_has_proxy, value))
+    return isinstance(value, fx.Proxy) or (isinstance(value, dict) and any(map(_has_proxy, value.values())))
+
+
+def _sync_methods(cls: Any) -> dict[str, Any]:
+    """Of a SyncBatchNorm that dynamo sees as one call, on any device."""
+    plain = cls.forward
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        group = self.__dict__.get("_fr_group")
+        if group is None or not self.training:  # a process alone in its group: PyTorch's takes no CPU's tensors there
+            alone: Tensor = nn.modules.batchnorm._BatchNorm.forward(self, input)
+            return alone
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        return sync_batch_norm(input, mean, var, self.weight, self.bias, True, momentum, self.eps, group)
+
+    return {"forward": wraps(plain)(forward)}
+
+
+KINDS["fused"], KINDS["sync"] = _fused_methods, _sync_methods
+
+
+def name_groups(module: nn.Module) -> None:
+    """Tells every SyncBatchNorm in a module the name of its process group, as a constant that dynamo guards: None where
+    the process is alone in it, or there are no processes any more."""
+    if dist.is_initialized():
+        module.__dict__["_fr_named"] = True
+    else:
+        module.__dict__.pop("_fr_named", None)
+    for _, m in named_modules(module):
+        if isinstance(m, nn.SyncBatchNorm):
+            if type(m) is nn.SyncBatchNorm:
+                set_class(m, fused_class(nn.SyncBatchNorm, "sync"))
+            group = shared_by(m)
+            m.__dict__["_fr_group"] = group.group_name if group is not None else None
+
+
+def why_not_fused(m: nn.Module) -> str | None:
+    """Why a module's own forward can't be captured, or None."""
+    try:
+        return _why_not_fused(m)
+    except Exception as error:  # whatever a module's own class and properties raise when they are looked at
+        return f"it can't be looked at: {type(error).__name__}: {error}"
+
+
+def _why_not_fused(m: nn.Module) -> str | None:
+    if isinstance(m, FusedModule):
+        return None
+    tensors = [t for _, child in named_modules(m) for t in (*child._parameters.values(), *child._buffers.values())]
+    if any(t is not None and is_lazy(t) for t in tensors):
+        return "its parameters have no shapes yet"
+    if isinstance(m, torch.jit.ScriptModule):
+        return "TorchScript compiled it"
+    if type(m).forward is nn.Module.forward:
+        return "a container without a forward"
+    if "forward" in m.__dict__:
+        return "its forward was replaced"
+    if calls_itself(m):
+        return "its class overrides __call__"
+    of = getattr(type(m).forward, "__module__", None) or ""
+    if of.startswith(("torch.nn.parallel.", "torch.distributed.")):
+        return "its forward is communication around another module"  # which is fused by itself
+    return why_no_class(type(m), "fused")
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Gives every module of ``model`` that has a norm in it a class of its own, in place, and returns the model.
+
+    The class is a subclass of the module's own. Its forward is captured by dynamo at the first call, with guards on all
+    that it read; the residual blocks, stems and conv -> norm -> act units in it run as chains, the rest as it was.
+    Parameters, buffers, names, ``state_dict``, optimizers made before or after, hooks: everything stays. What can't be
+    captured runs plain; ``explain`` says what runs. Fusing twice changes nothing. SyncBatchNorm and
+    DistributedDataParallel may come before or after; a SyncBatchNorm in a chain shares its statistics with the other
+    processes of its group on any device.
+
+    Args:
+        model: any module: of torchvision, timm, transformers, of this package or your own.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        TypeError: not an nn.Module.
+    """
+    _check(model)
+    everything = named_modules(model)
+    compiled = [m for _, m in everything if isinstance(m, torch.jit.ScriptModule)]
+    inside = {id(m) for outer in compiled for _, m in named_modules(outer)}
+    found = False
+    for _, m in everything:
+        if id(m) not in inside and _has_norms(m) and why_not_fused(m) is None:
+            if not isinstance(m, FusedModule):
+                set_class(m, fused_class(type(m), "fused"))
+            m.__dict__["_fr_fused"] = found = True
+    if not found:
+        warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
+    return model
+
+
+def _has_norms(m: nn.Module) -> bool:
+    """Whether there are norms in the module, which is none itself."""
+    return not looks_like_norm(m) and any(looks_like_norm(child) for _, child in named_modules(m))
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives every fused module of ``model`` its own class back, in place, and returns it.
+
+    Raises:
+        TypeError: not an nn.Module.
+    """
+    _check(model)
+    for _, m in named_modules(model):
+        if isinstance(m, FusedModule):
+            unfuse_module(m)
+    return model
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -1,0 +1,159 @@
+"""What the calls of a captured graph mean: PyTorch's functions, by the names of their arguments."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fused_resnet.fusion.sync_norm import sync_batch_norm
+from fused_resnet.patterns import ACT_CALLS, ADDS
+from fused_resnet.spec import ACTIVATIONS, Act
+
+Function = Callable[..., Any]
+_CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_NORM = {
+    "input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None,
+    "training": False, "momentum": 0.1, "eps": 1e-5,
+}  # fmt: skip
+_MAX_POOL = {
+    "input": None, "kernel_size": None, "stride": None, "padding": 0, "dilation": 1,
+    "ceil_mode": False, "return_indices": False,
+}  # fmt: skip
+_AVG_POOL = {
+    "input": None, "kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False,
+    "count_include_pad": True, "divisor_override": None,
+}  # fmt: skip
+_PAD = {"input": None, "pad": None, "mode": "constant", "value": None}
+_DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
+# function -> what it computes, and its arguments with their defaults
+CALLS: dict[Function, tuple[str, dict[str, Any]]] = {
+    torch.conv2d: ("conv", _CONV),
+    F.conv2d: ("conv", _CONV),
+    F.batch_norm: ("norm", _NORM),
+    sync_batch_norm: ("norm", _NORM | {"training": True, "group": None}),
+    F.max_pool2d: ("max_pool", _MAX_POOL),
+    F.avg_pool2d: ("avg_pool", _AVG_POOL),
+    F.pad: ("pad", _PAD),
+    F.dropout: ("dropout", _DROPOUT),
+    F.dropout2d: ("dropout", _DROPOUT),
+}
+MULS = (operator.mul, torch.mul, "mul")
+# Calls behind which another mode holds: a chain may not reach across.
+_MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+
+
+def kind_of(node: Any) -> str | None:
+    """What a node computes, by ``CALLS``; None for anything else."""
+    known = CALLS.get(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else None  # type: ignore[arg-type]
+    return known[0] if known is not None else None
+
+
+def arguments(node: fx.Node) -> dict[str, Any] | None:
+    """The call's arguments by name, defaults filled in; None where there are others than the table knows."""
+    _, names = CALLS[node.target]  # type: ignore[index]
+    if len(node.args) > len(names):
+        return None
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if not given.keys() <= names.keys():
+        return None
+    return names | {name: value if name == "momentum" else constant(value) for name, value in given.items()}
+
+
+def constant(value: Any) -> Any:
+    """A number that dynamo left open because it changed once is the number that it is now, and dynamo guards it."""
+    number = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+    kinds: dict[type, Callable[[Any], Any]] = {torch.SymFloat: float, torch.SymInt: int, torch.SymBool: bool}
+    for kind, plain in kinds.items():
+        if isinstance(number, kind):
+            try:
+                return plain(number)
+            except RuntimeError:  # known only when it runs
+                return value
+    return value
+
+
+def act_of(node: fx.Node) -> Act | None:
+    """The activation that a node applies to its first argument, or None."""
+    if node.op not in ("call_function", "call_method") or not node.args:
+        return None
+    target: Any = node.target
+    if target is F.hardtanh:
+        limits = dict(zip(("min_val", "max_val"), node.args[1:3], strict=False)) | node.kwargs
+        return Act("relu6") if (limits.get("min_val"), limits.get("max_val")) == (0, 6) else None
+    if target not in ACT_CALLS:
+        return None
+    name, parameter = ACT_CALLS[target]
+    names = (parameter, "inplace") if parameter else ("inplace",)
+    given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
+    if not given.keys() <= set(names):
+        return None
+    value = constant(given.get(parameter, ACTIVATIONS[name][0])) if parameter else 0.0
+    return Act(name, float(value)) if isinstance(value, int | float) else None
+
+
+def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors of a plain sum."""
+    if node.op not in ("call_function", "call_method") or node.target not in ADDS or node.kwargs:
+        return None
+    if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args) or node.args[0] is node.args[1]:
+        return None
+    return node.args  # type: ignore[return-value]
+
+
+def value_of(node: Any) -> Tensor | None:
+    """The tensor without storage that the tracer computed for a node."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def switches_mode(node: fx.Node) -> bool:
+    """Whether gradients, autocast or inference mode are switched here."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODES
+
+
+@lru_cache(maxsize=1024)
+def _place_of_inplace(function: Function) -> int | None:
+    """Which positional argument of a function is ``inplace``."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The tensors among a call's arguments that it may write into."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    target: Any = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return node.all_input_nodes
+    if isinstance(target, torch._ops.OpOverload):
+        schema = target._schema.arguments
+        changed = [a for s, a in zip(schema, node.args) if s.alias_info is not None and s.alias_info.is_write]
+        changed += [node.kwargs.get(s.name) for s in schema if s.alias_info is not None and s.alias_info.is_write]
+        return _nodes(changed)
+    if kind_of(node) == "norm":
+        given = arguments(node)
+        return _nodes([given["running_mean"], given["running_var"]]) if given and given["training"] is not False else []
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    augmented = getattr(operator, name, None) is target and name.startswith("i") and hasattr(operator, name[1:])
+    first = in_place or augmented or name in ("setitem", "__setitem__") or node.kwargs.get("inplace") is True
+    if not first and callable(target):
+        place = _place_of_inplace(target)
+        first = place is not None and len(node.args) > place and node.args[place] is not False
+    return _nodes([*(node.args[:1] if first else ()), node.kwargs.get("out")])
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(list(values), found.append)
+    return found

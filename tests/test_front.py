@@ -1,0 +1,159 @@
+"""What dynamo captures of a fused module, and what is said of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fused_resnet as fr
+from fused_resnet import functional
+
+
+class Layers(nn.Module):
+    """conv -> norm twice; the forwards of subclasses say what is done with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4)
+        for bn in (self.bn1, self.bn2):
+            nn.init.uniform_(bn.weight, -1.5, 1.5)
+            nn.init.normal_(bn.bias, 0.2, 0.5)
+        self.double()
+
+
+def x4() -> Tensor:
+    return torch.randn(2, 4, 6, 5, dtype=torch.float64) * 1.3 + 0.4
+
+
+def same_as_plain(plain: nn.Module, fused: nn.Module) -> int:
+    """Output, gradients and buffers of one step are the same; returns how many chains ran."""
+    x = x4()
+    found = []
+    with patch.object(functional, "_row", wraps=functional._row) as rows:
+        for net in (plain, fused):
+            net.zero_grad()
+            given = x.clone().requires_grad_()
+            out = net(given)
+            (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+            grads: list[Any] = [p.grad for p in net.parameters()]
+            found.append([out, given, given.grad, *grads, *net.buffers()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    return sum(len(args[1]) for args, _ in rows.call_args_list)
+
+
+class Broken(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)))
+        torch._dynamo.graph_break()
+        return self.bn2(self.conv2(h))
+
+
+def test_behind_a_graph_break_modules_have_their_own_names() -> None:
+    """dynamo captures frames of inner modules then, and calls each one's self the root."""
+    model = fr.fuse(nn.Sequential(nn.Identity(), Broken()))
+    with patch.object(functional, "_row", wraps=functional._row) as rows:
+        model(x4())
+    explained = {row.name: row.chains for row in fr.explain(model).rows}
+    assert explained == {"1": 2}
+    assert sum(len(args[1]) for args, _ in rows.call_args_list) == 2
+
+
+class WrittenResidual(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        s = x * 2
+        h = F.relu(self.bn1(self.conv1(x)) + s)
+        return h + s.mul_(3)
+
+
+class WrittenStart(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        s = x * 2
+        scale = self.bn1.running_var.view(1, -1, 1, 1) + 0.5
+        h = F.relu(s * scale + self.bn1.bias.detach().view(1, -1, 1, 1))
+        return h + s.mul_(3)
+
+
+class AddIntoView(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        s = x * 2
+        view = s.view_as(s)
+        view += self.bn1(self.conv1(x))
+        return F.relu(view) * s
+
+
+@pytest.mark.parametrize("kind", [WrittenResidual, WrittenStart, AddIntoView])
+def test_what_is_written_around_a_chain(kind: type[Layers]) -> None:
+    """A chain keeps its summand for the backward, and plain PyTorch doesn't; what an add writes into others may see."""
+    plain = kind()
+    same_as_plain(plain, fr.fuse(copy.deepcopy(plain)))
+
+
+class Patched(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)) + x)
+
+
+def test_a_class_whose_forward_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = nn.Sequential(nn.Identity(), Patched())
+    fused = fr.fuse(copy.deepcopy(plain))
+    assert same_as_plain(plain, fused) == 1
+    before = Patched.forward
+    monkeypatch.setattr(Patched, "forward", lambda self, x: before(self, x) * 2)
+    assert same_as_plain(plain, fused) == 1
+    assert same_as_plain(plain[1], fused[1]) == 1
+    monkeypatch.undo()
+    assert same_as_plain(plain[1], fused[1]) == 1
+    assert same_as_plain(plain, fused) == 1
+
+
+class Checkpointed(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x * 2, use_reentrant=False)
+
+    def part(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)) + x)
+
+
+def test_a_checkpoint_in_a_forward() -> None:
+    """The checkpoint saves its inputs for the backward, and statistics, which change, are none of them."""
+    plain = Checkpointed()
+    fused, wanted = fr.fuse(copy.deepcopy(plain)), x4()
+    grads = []
+    for net in (plain, fused):
+        x = wanted.clone().requires_grad_()
+        out = net(x)
+        buffers = [b.clone() for b in net.buffers()]
+        out.sin().sum().backward()
+        grads.append([out, x.grad, *buffers, *(p.grad for p in net.parameters())])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
+    assert fr.explain(fused).rows[0].chains == 1
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_norm_with_one_of_weight_and_bias(name: str) -> None:
+    plain = Patched()
+    setattr(plain.bn1, name, None)
+    same_as_plain(plain, fr.fuse(copy.deepcopy(plain)))
+
+
+class TwoActivations(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x))) + F.relu(x * 2)
+
+
+def test_a_function_of_torch_in_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of a captured graph calls torch's functions by name: the wrapper would wrap itself."""
+    plain = TwoActivations()
+    fused = fr.fuse(copy.deepcopy(plain))
+    same_as_plain(plain, fused)
+    relu = F.relu
+    monkeypatch.setattr(F, "relu", lambda x: relu(x) * 2)
+    same_as_plain(plain, fused)
