@@ -146,6 +146,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.dtype = dtype
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Fused modules run their chains under it: others of a mode's kind see the plain network."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "fused_resnet":
             return func(*args, **(kwargs or {}))

@@ -15,12 +15,15 @@ from fused_resnet.convert import plan_of
 from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
 from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.fusion.front import Front
-from fused_resnet.fusion.report import ChainReport
+from fused_resnet.fusion.report import ChainReport, UnitReport
 from fused_resnet.fusion.swap import fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.modules import copy_of, named_modules
 from fused_resnet.patterns import looks_like_norm, original
 from fused_resnet.planner import planned, why
+
+
+_NOT_CAPTURED = "no call of it was captured; TORCH_LOGS=graph_breaks says what dynamo did not capture"
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         kind = found[0].owner[1] if found else ""
         if not kind and name in modules:
             kind = original(modules[name]).__name__
-        ran = [chain for chain in found if chain.choice.chains or not chain.choice.plain]
-        measured = "; ".join(dict.fromkeys(str(chain.choice) for chain in found if chain.choice.measured))
+        ran = list(filter(_ran, found))
+        measured = "; ".join(dict.fromkeys(filter(None, (str(chain.choice) for chain in found))))
         if len(ran) < len(found):
             reasons.append("PyTorch's own operators are faster")
         served = _serving(ran)
@@ -122,9 +125,19 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         yield Row(name or "(model)", kind, bool(ran), "; ".join(reasons), served, len(ran), shared, calls, measured)
 
 
+def units_of(model: nn.Module) -> list[UnitReport]:
+    """The units of the chains that a fused model ran, with its own names of their norms."""
+    return [unit for chain in _captured(model)[0] if _ran(chain) for unit in chain.units]
+
+
+def _ran(chain: ChainReport) -> bool:
+    """Whether it ran as a chain, or never had the choice."""
+    return bool(chain.choice.chains) or not chain.choice.plain
+
+
 def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]:
-    """The chains of the latest graphs, with the model's names; norms that are left, and why; how many fronts there are
-    that captured anything."""
+    """The chains of the latest graphs, with the model's names; norms that are left, and why; how many fronts were
+    called."""
     chains: list[ChainReport] = []
     left: dict[str, str] = {}
     fronts = 0
@@ -132,7 +145,7 @@ def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]
         of_module: dict[Any, Front] = m.__dict__.get("_fr_fronts", {})
         for front in of_module.values():
             graphs = [graph for graph in front.graphs if graph.ran]  # dynamo may drop what it has captured
-            fronts += bool(graphs)
+            fronts += front.called
             for graph in reversed(graphs):
                 known = {u.norm[0] for c in chains for u in c.units} | left.keys()
                 for chain in graph.chains:
@@ -155,7 +168,7 @@ def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
         return reason
     if not any("_fr_fused" in m.__dict__ for m in around):
         return "not fused yet: call fuse(model)"
-    return "no call of it was captured" if fronts else "not called yet: explain(model, example) calls a copy"
+    return _NOT_CAPTURED if fronts else "not called yet: explain(model, example) calls a copy"
 
 
 def _frozen_rows(model: Frozen) -> list[Row]:

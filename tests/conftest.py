@@ -53,7 +53,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
-def chains(monkeypatch: pytest.MonkeyPatch) -> None:
+def chains_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains run at any size, in every thread: tests' images are small. tests/test_small.py does without."""
     monkeypatch.setattr(small, "faster", lambda *args: small.CHAINS)
 

@@ -239,7 +239,7 @@ def checkpointing(rank: int, world: int) -> None:
         inner = fused.layer1
         checkpointed = nn.Module()
         checkpointed.forward = lambda x, m=inner, r=reentrant: checkpoint(m, x, use_reentrant=r)
-        forward = type(fused).forward
+        forward = Net.forward
 
         def run(self: Net, x: Tensor, again: nn.Module = checkpointed) -> Tensor:
             return self.fc(self.layer2(again(self.stem(x))).mean((2, 3)))

@@ -106,10 +106,10 @@ def test_a_class_whose_forward_is_patched(monkeypatch: pytest.MonkeyPatch) -> No
     fused = fr.fuse(copy.deepcopy(plain))
     assert same_as_plain(plain, fused) == 1
     before = Patched.forward
-    monkeypatch.setattr(Patched, "forward", lambda self, x: before(self, x) * 2)
-    assert same_as_plain(plain, fused) == 1
-    assert same_as_plain(plain[1], fused[1]) == 1
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(Patched, "forward", lambda self, x: before(self, x) * 2)
+        assert same_as_plain(plain, fused) == 1
+        assert same_as_plain(plain[1], fused[1]) == 1
     assert same_as_plain(plain[1], fused[1]) == 1
     assert same_as_plain(plain, fused) == 1
 

@@ -132,7 +132,8 @@ def live(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[int, in
             if step == 0 and "raised" not in want:
                 said = sum(row.chains for row in fr.explain(nets[1]).rows)
                 # behind a graph break one graph may serve several modules, and names the first of them
-                whole = [len(m._fr_fronts["forward"].graphs) for m in nets[1].modules() if hasattr(m, "_fr_fronts")]
+                fronts = [front for m in nets[1].modules() for front in m.__dict__.get("_fr_fronts", {}).values()]
+                whole = [len(front.graphs) for front in fronts]
                 assert said == ran if whole == [1] else said <= ran, (said, ran, str(fr.explain(nets[1])))
             # on from the same numbers; a checkpoint's second run updates statistics again in plain norms alone
             if call.dtype != torch.float64 or "raised" in want or "checkpoint(" in program.source:

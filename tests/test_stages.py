@@ -290,7 +290,8 @@ def test_index_slice_iterate(pair: Any) -> None:
         return call
 
     same(step(fused, x, loop(fused)), step(plain, x))
-    assert rows_of(lambda: fused[:2](x)) == [2] and rows_of(lambda: fused[0](x)) == [1]
+    # a slice is a new nn.Sequential at each call: capturing it would cost more than its row saves
+    assert rows_of(lambda: fused[:2](x)) == [1, 1] and rows_of(lambda: fused[0](x)) == [1]
     assert list(fused.state_dict()) == list(plain.state_dict()) and len(fused) == 3
     plain.load_state_dict(fused.state_dict())
     for model in (fused, plain):

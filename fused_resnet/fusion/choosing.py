@@ -160,7 +160,7 @@ class Choice:
 
     def __str__(self) -> str:
         """For a reader: what was measured."""
-        return "; ".join(f"{about}: {found}" for about, found in self.measured.items())
+        return "; ".join(f"{about}: {found}" for about, found in self.measured.items() if found is not small.CHAINS)
 
     def pays(self, row: ChainRow, given: Sequence[Tensor]) -> bool:
         """Whether the row is to run as chains when it is called with these tensors."""

@@ -25,9 +25,12 @@ from fused_resnet.fusion.choosing import Settled, kind_of_call
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
+from fused_resnet.modules import named_modules
 from fused_resnet.patterns import METHODS, original
 
 log = logging.getLogger("fused_resnet")
+# Code that turns torch.compile off by replacing it means the caller's own compilations.
+_compile = torch.compile
 # What the package asks of dynamo where it captures, in this thread alone: hooks that come later are seen, a
 # BatchNorm's cumulative average is captured, DDP's own splitter stays away, what dynamo can't capture runs plain.
 _OPTIONS: dict[str, Any] = {
@@ -101,7 +104,7 @@ class Front:
         module: a fused module. plain: the method, of its class before.
 
     Attributes:
-        graphs: what was found in each graph that was captured, oldest first.
+        graphs: what was found in each graph that was captured, oldest first. called: whether a call was to be captured.
     """
 
     def __init__(self, module: nn.Module, plain: Callable[..., Any]) -> None:
@@ -112,6 +115,7 @@ class Front:
         self.module, self.plain = weakref.ref(module), plain
         self.config, self.settled = dynamo.config, Settled()
         self.graphs: list[GraphReport] = []
+        self.called = False
         self.runs = _Runs()
         self._forget()
 
@@ -125,7 +129,7 @@ class Front:
         if state not in self.captured:
             if len(self.captured) == _MAX_STATES:
                 self.captured.clear()
-            self.captured[state] = torch.compile(_with_own_code(self.plain), backend=self._lowered)
+            self.captured[state] = _compile(_with_own_code(self.plain), backend=self._lowered)
         return self.captured[state]
 
     def _lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -150,6 +154,7 @@ class Front:
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Through dynamo."""
+        self.called = True
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
             self._forget()
         known, ran = len(self.graphs), self.runs.graphs
@@ -180,7 +185,7 @@ def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:
     modules = [
         (m.training, id(m.__dict__.get("forward")), *m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks,
          *m._backward_pre_hooks)
-        for m in module.modules()
+        for _, m in named_modules(module)
     ]  # fmt: skip
     return (*modules, *map(type, args))
 
@@ -204,7 +209,7 @@ def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def _looked_up(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """What a call of the module looks up in classes and in torch, and dynamo takes for constant."""
-    for cls in {cls for m in module.modules() for cls in (type(m), original(m))}:
+    for cls in {cls for _, m in named_modules(module) for cls in (type(m), original(m))}:
         for name in {*METHODS, "__call__", "_conv_forward", "_check_input_dim"}:
             with suppress(Exception):  # whatever a metaclass raises
                 yield cls, name, getattr(cls, name)

@@ -197,8 +197,6 @@ class _Matcher:
         tensors = {to: given[of] for of, to in names.items() if given[of] is not None}
         if not all(isinstance(t, fx.Node) for t in tensors.values()):
             return None, "a norm whose parameters are constants"
-        if ("bn_weight" in tensors) != ("bn_bias" in tensors):
-            return None, "a norm with one of weight and bias"
         mean = tensors.get("running_mean")
         counter = self.counters.get(_module(node)) if training and mean is not None else None
         options = {"training": training, "momentum": given["momentum"], "eps": given["eps"]}

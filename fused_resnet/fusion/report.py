@@ -11,6 +11,7 @@ from torch import fx, nn
 from fused_resnet.fusion.choosing import Choice
 from fused_resnet.fusion.matcher import ChainMatch, Matches, UnitMatch
 from fused_resnet.fusion.table import value_of
+from fused_resnet.modules import named_modules
 from fused_resnet.spec import ConvSpec, PoolSpec
 
 Place = tuple[str, str]  # a module's name in the captured one, and its class's
@@ -27,7 +28,7 @@ class Names:
     """
 
     def __init__(self, graph: fx.Graph, module: nn.Module | None) -> None:
-        self.known = {str(id(m)): (n, _class(type(m))) for n, m in module.named_modules()} if module is not None else {}
+        self.known = {str(id(m)): (n, _class(type(m))) for n, m in named_modules(module)} if module is not None else {}
         self.frame: list[Place] = []  # the module whose frame it is, where that isn't the captured one
         for node in graph.nodes:
             stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
