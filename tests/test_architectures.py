@@ -170,23 +170,55 @@ def subject(name: str, seed: int) -> Case:
     return plain, images(), validate.exact(out.shape, generator)
 
 
-def compared_in_narrow(name: str, cases: Iterator[Case]) -> list[str]:
-    """What exceeds its bound: in float32 in the first case; in bfloat16, and in ``ILL_CONDITIONED`` networks, there and
-    by the median of five cases, and again by the median of fifteen, as in tolerances.py: of hundreds of tensors, each
-    the sum of other roundings than plain PyTorch's, some exceed it in three draws of five."""
-    dtypes, ill_conditioned = (torch.float32, torch.bfloat16), name in ILL_CONDITIONED
-    found = compared(*next(cases), dtypes, ill_conditioned)
-    strict = 0 if ill_conditioned else len(found) // len(dtypes)
-    suspects = {i: [f.used] for i, f in enumerate(found) if not f.ok}
-    if any(i < strict for i in suspects):
-        return [str(found[i]) for i in suspects if i < strict]
-    for more in (4, 10):
-        for case in islice(cases, more if suspects else 0):
-            again = compared(*case, dtypes, ill_conditioned)
-            for i, used in suspects.items():
-                used.append(again[i].used)
-        suspects = {i: used for i, used in suspects.items() if statistics.median(used) > 1}
-    return [f"{found[i]}, median {statistics.median(used):.2f}" for i, used in suspects.items()]
+class Compared:
+    """All tensors of three runs, fused beside plain. One fused network, of ``dtype``, serves all cases: what dynamo
+    captured of it holds for other weights."""
+
+    def __init__(self, plain: nn.Module, dtype: torch.dtype, ill_conditioned: bool = False) -> None:
+        self.dtype, self.ill_conditioned = dtype, ill_conditioned
+        own = copy.deepcopy(plain).to(dtype)
+        self.nets = [fr.fuse(copy.deepcopy(own)), own]
+        if dtype == torch.float32:
+            self.nets = [validate.in_layout(m, torch.channels_last) for m in self.nets]
+        assert list(self.nets[0].state_dict()) == list(plain.state_dict())
+
+    def __call__(self, case: Case, dtypes: tuple[torch.dtype | None, ...] = (None,)) -> list[validate.Finding]:
+        """What a case, whose network is in float64, gives; ``dtypes``: to compute in, None for the networks' own."""
+        plain, x, dout = case
+        ref = _all_runs(plain, x, dout, None)
+        findings = []
+        for dtype in dtypes:
+            for net in self.nets:
+                net.load_state_dict(plain.state_dict())
+            got, expected = (_all_runs(net, x.to(self.dtype), dout, dtype) for net in self.nets)
+            if dtype is None:
+                findings += validate.compare(got, ref, ref, self.dtype, validate.reduction_length(plain, x))
+                continue
+            found = validate.compare(got, expected, ref, dtype)
+            if self.ill_conditioned and dtype == torch.float32:  # also beside what half an ulp in the parameters does
+                other = _all_runs(validate.in_layout(shaken(plain), torch.channels_last), x.float(), dout, dtype)
+                pairs = zip(found, validate.compare(got, other, ref, dtype), strict=True)
+                found = [min(pair, key=lambda f: f.used) for pair in pairs]
+            findings += found
+        return findings
+
+    def in_narrow(self, cases: Iterator[Case]) -> list[str]:
+        """What exceeds its bound: in float32 in the first case; in bfloat16, and in ``ILL_CONDITIONED`` networks,
+        there and by the median of five cases, and again by the median of fifteen, as in tolerances.py: of hundreds of
+        tensors, each the sum of other roundings than plain PyTorch's, some exceed it in three draws of five."""
+        dtypes = (torch.float32, torch.bfloat16)
+        found = self(next(cases), dtypes)
+        strict = 0 if self.ill_conditioned else len(found) // len(dtypes)
+        suspects = {i: [f.used] for i, f in enumerate(found) if not f.ok}
+        if any(i < strict for i in suspects):
+            return [str(found[i]) for i in suspects if i < strict]
+        for more in (4, 10):
+            for case in islice(cases, more if suspects else 0):
+                again = self(case, dtypes if self.ill_conditioned else dtypes[1:])
+                for i, used in suspects.items():
+                    used.append(again[i - strict].used)
+            suspects = {i: used for i, used in suspects.items() if statistics.median(used) > 1}
+        return [f"{found[i]}, median {statistics.median(used):.2f}" for i, used in suspects.items()]
 
 
 @torch.no_grad()
@@ -196,31 +228,6 @@ def shaken(plain: nn.Module) -> nn.Module:
     for p in copied.parameters():
         p.mul_(1 + half * torch.empty_like(p, dtype=torch.float64).uniform_(-1, 1))
     return copied
-
-
-def compared(
-    plain: nn.Module, x: Tensor, dout: Tensor, dtypes: tuple[torch.dtype, ...], ill_conditioned: bool = False
-) -> list[validate.Finding]:
-    """All tensors of three runs in each dtype, fused beside plain; ``plain`` is in float64. ``ill_conditioned``: in
-    float32 beside what half an ulp in the parameters does to it, too."""
-    ref = _all_runs(plain, x, dout, None)
-    fused = fr.fuse(copy.deepcopy(plain))
-    assert list(fused.state_dict()) == list(plain.state_dict())
-    findings = []
-    for dtype in dtypes:
-        if dtype == torch.float64:
-            length = validate.reduction_length(plain, x)
-            findings += validate.compare(_all_runs(fused, x, dout, None), ref, ref, dtype, length)
-            continue
-        narrow = [validate.in_layout(copy.deepcopy(m).float(), torch.channels_last) for m in (fused, plain)]
-        got, expected = (_all_runs(m, x.float(), dout, dtype) for m in narrow)
-        found = validate.compare(got, expected, ref, dtype)
-        if ill_conditioned and dtype == torch.float32:
-            other = _all_runs(validate.in_layout(shaken(plain), torch.channels_last), x.float(), dout, dtype)
-            pairs = zip(found, validate.compare(got, other, ref, dtype), strict=True)
-            found = [min(pair, key=lambda f: f.used) for pair in pairs]
-        findings += found
-    return findings
 
 
 @torch.no_grad()
@@ -239,11 +246,12 @@ def test_fused_equals_plain(name: str) -> None:
     classes = {n: type(m) for n, m in plain.named_modules()}
     objects = {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]}
 
-    failed = [str(f) for f in [*compared(plain, x, dout, (torch.float64,)), *frozen(plain, x)] if not f.ok]
+    found = [*Compared(plain, torch.float64)((plain, x, dout)), *frozen(plain, x)]
+    failed = [str(f) for f in found if not f.ok]
     if "drop" not in name:  # the same seed draws other numbers in another dtype
         others = (subject(name, seed) for seed in count(12))
-        cases = chain([(plain, x, dout)], others)
-        failed += compared_in_narrow(name, ((_smooth(m), *rest) for m, *rest in cases))
+        cases = ((_smooth(m), *rest) for m, *rest in chain([(plain, x, dout)], others))
+        failed += Compared(_smooth(plain), torch.float32, name in ILL_CONDITIONED).in_narrow(cases)
     assert not failed, failed
 
     fr.fuse(plain)

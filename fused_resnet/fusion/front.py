@@ -49,13 +49,13 @@ _FUNCTIONS = [
 ]  # fmt: skip
 
 
-# Whether a front of this thread captures or runs.
-CALLING: ContextVar[bool] = ContextVar("fused_resnet_calling", default=False)
+# The front that captures or runs in this thread.
+_calling: ContextVar[Front | None] = ContextVar("fused_resnet_calling", default=None)
 
 
 def others_capture() -> bool:
     """Whether somebody else's ``torch.compile`` looks at the frames that this thread runs."""
-    return get_eval_frame_callback() not in (None, False) and not CALLING.get()
+    return get_eval_frame_callback() not in (None, False) and _calling.get() is None
 
 
 class _NotCaptured(logging.Filter):
@@ -63,7 +63,7 @@ class _NotCaptured(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = str(record.msg)
-        if not CALLING.get() or not text.startswith("WON'T CONVERT"):
+        if _calling.get() is None or not text.startswith("WON'T CONVERT"):
             return True
         log.info("not captured: %s", text.removeprefix("WON'T CONVERT").strip())
         return False
@@ -89,6 +89,13 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., 
     names = Names(gm.graph, None)
     log.info("captured %s", GraphReport(lower(gm), names))
     return gm.forward
+
+
+def _of_front(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The backend of all fronts: one function, because dynamo keeps every backend that it has seen."""
+    front = _calling.get()
+    assert front is not None
+    return front.lowered(gm)
 
 
 class _Runs(threading.local):
@@ -129,19 +136,20 @@ class Front:
         if state not in self.captured:
             if len(self.captured) == _MAX_STATES:
                 self.captured.clear()
-            self.captured[state] = _compile(_with_own_code(self.plain), backend=self._lowered)
+            self.captured[state] = _compile(_with_own_code(self.plain), backend=_of_front)
         return self.captured[state]
 
-    def _lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def lowered(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """What runs instead of a graph that was captured."""
         names = Names(gm.graph, self.module())
         report = GraphReport(lower(gm), names)
         log.info("captured %s", report)
         self.graphs.append(report)
-        forward = gm.forward
+        forward, runs = gm.forward, self.runs
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any) -> Any:  # a global of the module's file holds it: it may not hold the front
             report.ran += 1
-            self.runs.graphs += 1
+            runs.graphs += 1
             return forward(*args)
 
         return run
@@ -159,7 +167,7 @@ class Front:
             self._forget()
         known, ran = len(self.graphs), self.runs.graphs
         captured = self._captured(() if self.whole else _unguarded(module, args))
-        calling, before = CALLING.set(True), [(name, getattr(self.config, name)) for name in _OPTIONS]
+        calling, before = _calling.set(self), [(name, getattr(self.config, name)) for name in _OPTIONS]
         try:
             # as dynamo.config.patch, which makes a class at each call
             for name, value in _OPTIONS.items():
@@ -175,7 +183,7 @@ class Front:
         finally:
             for name, value in before:
                 setattr(self.config, name, value)
-            CALLING.reset(calling)
+            _calling.reset(calling)
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))
 
