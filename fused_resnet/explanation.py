@@ -22,7 +22,6 @@ from fused_resnet.modules import copy_of, named_modules
 from fused_resnet.patterns import looks_like_norm, original
 from fused_resnet.planner import planned, why
 
-
 _NOT_CAPTURED = "no call of it was captured; TORCH_LOGS=graph_breaks says what dynamo did not capture"
 
 

@@ -166,9 +166,7 @@ def result(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": x.grad, **grads, **dict(model.named_buffers())}
 
 
-def same(
-    model: nn.Module, x: Tensor, change: Callable[[nn.Module], Any] | None = None, captured: bool = True
-) -> None:
+def same(model: nn.Module, x: Tensor, change: Callable[[nn.Module], Any] | None = None, captured: bool = True) -> None:
     """Fused before and after the ``change``, in training and evaluation, and frozen: the model's numbers."""
     changed = copy.deepcopy(model)
     if change is not None:

@@ -285,7 +285,9 @@ def test_a_forked_child_finds_every_lock_free() -> None:
 def test_locks_are_of_one_kind() -> None:
     """Who makes a lock of its own makes one that a forked child waits for."""
     kinds = "Lock|RLock|Condition|Event|Semaphore|BoundedSemaphore|Barrier|Timer"
-    makes = re.compile(rf"threading\.({kinds})\b|^\s*from threading\b|^\s*(import|from) (_thread|queue|concurrent)\b", re.MULTILINE)
+    makes = re.compile(
+        rf"threading\.({kinds})\b|^\s*from threading\b|^\s*(import|from) (_thread|queue|concurrent)\b", re.MULTILINE
+    )
     sources = {path.name: path.read_text() for path in (ROOT / "fused_resnet").rglob("*.py")}
     assert [name for name, source in sources.items() if makes.search(source)] == ["locks.py"]
 
