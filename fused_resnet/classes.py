@@ -29,8 +29,6 @@ from fused_resnet.patterns import original
 
 # Kind of class -> what it overrides of the class that it is made from: name -> function.
 KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {}
-# Kinds of frozen models' modules: with the method that runs a plan behind it.
-PLANNED = "runs a plan: "
 # What belongs to one module in one process.
 _NEVER_COPIED = ("_fr_fronts", "_fr_group", "_fr_named")
 _making = Lock()
@@ -243,8 +241,6 @@ def _set_state(m: nn.Module, kind: str, state: tuple[tuple[Any, ...], dict[str, 
     own, marks = state
     if own:
         m.__setstate__(*own)
-    if "_fr_plan" in marks:
-        marks["_fr_plan"].check_children(m)
     _fused_again(m, kind, marks)
 
 

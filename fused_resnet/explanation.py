@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_resnet.backends import Case
-from fused_resnet.convert import plan_of
-from fused_resnet.freezing import Frozen, FrozenChain, FrozenUnit, why_not_frozen
+from fused_resnet.freezing import Frozen
 from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.fusion.front import Front
+from fused_resnet.fusion.frozen_rows import FoldedUnit, FrozenRow
 from fused_resnet.fusion.report import ChainReport, UnitReport
 from fused_resnet.fusion.swap import fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
@@ -22,6 +22,7 @@ from fused_resnet.modules import copy_of, named_modules
 from fused_resnet.patterns import looks_like_norm, original
 from fused_resnet.planner import planned, why
 
+_DIFFERS = "captured, the network differs from itself on the example"
 _NOT_CAPTURED = "no call of it was captured; TORCH_LOGS=graph_breaks says what dynamo did not capture"
 
 
@@ -85,7 +86,7 @@ def explain(model: nn.Module, *example: Any) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, Frozen):
-        return Explanation(_frozen_rows(model))
+        return Explanation(list(_frozen_rows(model)))
     if example:
         model = fuse(copy_of(model))
         with torch.no_grad():
@@ -137,25 +138,33 @@ def _ran(chain: ChainReport) -> bool:
 def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]:
     """The chains of the latest graphs, with the model's names; norms that are left, and why; how many fronts were
     called."""
+    return _merged([(n, f) for n, m in named_modules(model) for f in m.__dict__.get("_fr_fronts", {}).values()])
+
+
+def _merged(fronts: Sequence[tuple[str, Front]]) -> tuple[list[ChainReport], dict[str, str], int]:
     chains: list[ChainReport] = []
     left: dict[str, str] = {}
-    fronts = 0
-    for name, m in named_modules(model):
-        of_module: dict[Any, Front] = m.__dict__.get("_fr_fronts", {})
-        for front in of_module.values():
-            graphs = [graph for graph in front.graphs if graph.ran]  # dynamo may drop what it has captured
-            fronts += front.called
-            for graph in reversed(graphs):
-                known = {u.norm[0] for c in chains for u in c.units} | left.keys()
-                for chain in graph.chains:
-                    here = chain.inside(name)
-                    if not known.intersection(u.norm[0] for u in here.units):
-                        chains.append(here)
-                for (norm, _), reason in graph.left.items():
-                    norm = f"{name}.{norm}" if name and norm else norm or name
-                    if norm not in known:
-                        left[norm] = reason
-    return chains, left, fronts
+    for name, front in fronts:
+        for graph in reversed([graph for graph in front.graphs if graph.ran]):  # dynamo may drop what it has captured
+            known = {u.norm[0] for c in chains for u in c.units} | left.keys()
+            for chain in graph.chains:
+                here = chain.inside(name)
+                if not known.intersection(u.norm[0] for u in here.units):
+                    chains.append(here)
+            for (norm, _), reason in graph.left.items():
+                norm = f"{name}.{norm}" if name and norm else norm or name
+                if norm not in known:
+                    left[norm] = reason
+    return chains, left, sum(front.called for _, front in fronts)
+
+
+def closing_norms(model: nn.Module, *example: Any) -> set[str]:
+    """The names of the norms in front of residual adds: a fused copy of the model is called with the example."""
+    model = fuse(copy_of(model)).train()
+    with torch.no_grad():
+        model(*example)
+    closed = (chain for chain in _captured(model)[0] if chain.shortcut != "none")
+    return {chain.units[-2 if chain.shortcut == "projection" else -1].norm[0] for chain in closed}
 
 
 def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
@@ -170,54 +179,53 @@ def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
     return _NOT_CAPTURED if fronts else "not called yet: explain(model, example) calls a copy"
 
 
-def _frozen_rows(model: Frozen) -> list[Row]:
-    from fused_resnet.analysis import analyse
-
-    chains: dict[str, list[FrozenChain]] = {}
-    for m in model.modules():
-        if isinstance(m, FrozenChain):
-            chains.setdefault(m.name, []).append(m)
-    left = {name: "; ".join(plan.left) for name, m in model.model.named_modules() if (plan := plan_of(m)) is not None}
-    rows = [
-        Row(name or "(model)", made[0].block, True, left.get(name, ""), _serving_frozen(made), len(made))
-        for name, made in chains.items()
-    ]
-    for found in analyse(model.model):
-        if found.within is not None or found.name in chains:
-            continue
-        reason = found.reason
-        if found.plans is not None:
-            unfolded = map(why_not_frozen, found.plans[False].modules(found.module)[0])
-            reason = next(filter(None, unfolded), "")
-        if found.name in model.left:
-            reason = "it, or a module of its own, is called otherwise than its chains are for"
-        if reason:
-            rows.append(Row(found.name or "(model)", original(found.module).__name__, False, reason, {}))
-    return rows
+def _frozen_rows(model: Frozen) -> Iterator[Row]:
+    modules = dict(named_modules(model.model))
+    norms = {name for name, m in modules.items() if looks_like_norm(m)}
+    chains, left, _ = _merged([("", model.front())])
+    blocks: dict[str, list[ChainReport]] = {}
+    for chain in chains:
+        blocks.setdefault(chain.owner[0], []).append(chain)
+    taken = set() if model.differs else {unit.norm[0] for chain in chains for unit in chain.units}
+    plain: dict[str, dict[str, None]] = {}
+    for name in norms - taken:
+        reason = _DIFFERS if model.differs else left.get(name, _NOT_CAPTURED)
+        plain.setdefault(name.rpartition(".")[0], {})[reason] = None
+    order = {name: i for i, name in enumerate(modules)}
+    for name in sorted(blocks.keys() | plain.keys(), key=lambda name: order.get(name, -1)):
+        found = blocks.get(name, [])
+        kind = found[0].owner[1] if found else ""
+        kind = kind or (original(modules[name]).__name__ if name in modules else "")
+        served = {} if model.differs else _serving_frozen(found)
+        fused = bool(found) and not model.differs
+        yield Row(name or "(model)", kind, fused, "; ".join(plain.get(name, ())), served, len(found) * fused)
 
 
-def _serving_frozen(chains: Sequence[FrozenChain]) -> dict[str, str]:
+def _serving_frozen(chains: Sequence[ChainReport]) -> dict[str, str]:
     """Convolution, or norm without one -> what serves it."""
     served = {}
     for number, chain in enumerate(chains, 1):
+        row: FrozenRow = chain.choice
+        if row.folded is None:
+            continue
         of = f"chain {number} " if len(chains) > 1 else ""
-        for i, unit in enumerate(chain, 1):
-            assert isinstance(unit, FrozenUnit)
-            place = str(i) if i <= len(chain.spec.units) else "shortcut"
+        spec, units = row.folded[chain.place]
+        for i, unit in enumerate(units, 1):
+            place = str(i) if i <= len(spec.units) else "shortcut"
             kind = "bn_act" if unit.spec.conv is None else "conv"
-            size = "x".join(map(str, unit.weight.shape[2:]))
-            served[f"{of}{kind} {place} {size}".rstrip()] = _serving_unit(unit, chain)
+            size = "x".join(map(str, unit.tensors[0].shape[2:]))
+            served[f"{of}{kind} {place} {size}".rstrip()] = _serving_unit(unit, row)
     return served
 
 
-def _serving_unit(unit: FrozenUnit, chain: FrozenChain) -> str:
-    w, conv = unit.weight, unit.spec.conv
-    if chain.portable:
+def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
+    w, conv = unit.tensors[0], unit.spec.conv
+    if row.portable:
         return "PyTorch's own"
     if conv is None:
-        case = Case(w.device.type, chain.dtype, True)
+        case = Case(w.device.type, row.dtype, True)
         return planned("bn_act", None, w.shape[0]) or why("bn_act", case)[0]
-    behind = ", its scale behind it: folded it would leave the dtype's range" if len(unit.tensors) > 2 else ""
+    behind = ", its scale behind it: folded it would leave the dtype's range" if unit.spec.scaled else ""
     if measured := planned("conv_bias_act", conv, tuple(w.shape)):
         return measured + behind
     backend = why("conv_bias_act", Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]

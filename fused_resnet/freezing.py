@@ -1,164 +1,104 @@
-"""Inference-only models: BatchNorm folded into the convolutions, weights prepacked, bias, add and act as post-ops."""
+"""freeze: a copy of a model for inference, whose captured graphs run rows of chains with BatchNorm folded.
+
+The copy keeps its children and its forward: dynamo captures it once per kind of call, as a fused model's training
+forward, and guards all that it read. Tools that record a graph of their own see the plain network in evaluation mode.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_iter, tree_map_only
 
-from fused_resnet.arguments import number, pair
-from fused_resnet.backends import load, vector_dtype
-from fused_resnet.chain_forward import fold
+from fused_resnet.backends import load, warn_once
 from fused_resnet.cuda_graphs import Graphs
-from fused_resnet.frozen_forward import fold_weight, plain_chains, run_chains
-from fused_resnet.modules import ChainModules, UnitModules, act_of, copy_of, for_onnx, graphed, named_modules
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
+from fused_resnet.frozen_forward import values_of
+from fused_resnet.fusion.front import Front
+from fused_resnet.fusion.frozen_rows import lower_frozen
+from fused_resnet.fusion.matcher import Matches
+from fused_resnet.fusion.swap import plain_here, unfuse
+from fused_resnet.modules import copy_of, graphed
 
-# (a model's copy, the dtype to compute in, portable, names of modules to leave) -> for each module with chains, how it
-# takes its place frozen.
-FreezeChains = Callable[[nn.Module, torch.dtype, bool, set[str]], Iterable[Callable[[nn.Module], nn.Module]]]
-
-
-class CalledOtherwise(RuntimeError):
-    """The module ``name`` of a frozen model was called in a way that its frozen chains are not for."""
-
-    def __init__(self, name: str, how: str) -> None:
-        super().__init__(f"{name or '(model)'}: expected the calls that it got when it was frozen, got {how}")
-        self.name = name
+# How far the frozen model may be from the plain one on the example, relative to its largest value, unlooked at.
+_AGREES = 0.01
 
 
-def why_not_frozen(chain: ChainModules) -> str | None:
-    """Why a chain that can be fused can't be frozen, or None."""
-    norms = (type(u.bn).__name__ for u in chain.all_units if u.bn.running_mean is None)
-    return next((f"a {name} without running statistics" for name in norms), None)
-
-
-class FrozenUnit(nn.Module):
-    """act(conv(x, W) + b [+ residual]), BatchNorm folded into ``weight`` and ``bias`` (buffers): what a chain reads.
-    With a ``scale`` act(scale*conv(x, W) + b [+ residual]), where weights with it can't be folded (``fold_weight``);
-    without a convolution act(weight*x + bias [+ residual]), vectors in ``vector_dtype`` both."""
-
-    @torch.no_grad()
-    def __init__(self, unit: UnitModules, dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
-        super().__init__()
-        u = unit.unit()
-        assert u.running_mean is not None and u.running_var is not None
-        wide = vector_dtype(u.running_mean.dtype)
-        params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
-        eps = number(u.eps, "eps")
-        norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, eps, wide)
-        self.weight: Tensor
-        self.bias: Tensor
-        self.scale: Tensor
-        conv, scale = None, None
-        if u.weight is None:
-            weight, bias_dtype = norm.scale.to(vector_dtype(dtype)), vector_dtype(dtype)
-        else:
-            weight, scale = fold_weight(u.weight, norm, dtype)
-            weight = weight.contiguous(memory_format=torch.channels_last)
-            conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", norm.shift.to(bias_dtype if scale is None else scale.dtype))
-        if scale is not None:
-            self.register_buffer("scale", scale)
-        act = act_of(unit.act) if unit.act is not None else Act("identity")
-        self.spec = UnitSpec(conv, act, eps, batch_stats=False, scaled=scale is not None)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What operators are given of it."""
-        return [self.weight, self.bias, self.scale] if self.spec.scaled else [self.weight, self.bias]
-
-    def extra_repr(self) -> str:
-        c, w = self.spec.conv, self.weight
-        if c is None:
-            return f"{w.shape[0]}, no convolution, {self.spec.act.name}"
-        kernel = "x".join(map(str, w.shape[2:]))
-        return f"{w.shape[1] * c.groups} -> {w.shape[0]}, {kernel}, stride {c.stride[0]}, {self.spec.act.name}"
-
-
-class FrozenChain(nn.Sequential):
-    """A chain of frozen units, its projection last; made from the module ``name``, of the class ``block``.
-    ``summand``: its forward takes one that somebody else made."""
-
-    def __init__(
-        self, name: str, block: str, chain: ChainModules, summand: bool, dtype: torch.dtype, portable: bool
-    ) -> None:
-        bias_dtype = dtype if portable else vector_dtype(dtype)
-        units = [FrozenUnit(u, dtype, bias_dtype) for u in chain.all_units]
-        super().__init__(*units)
-        self.name, self.block, self.dtype, self.portable = name, block, dtype, portable
-        specs, shortcut = tuple(u.spec for u in units), ShortcutSpec("tensor" if summand else "none")
-        if isinstance(chain.shortcut, UnitModules):
-            shortcut = ShortcutSpec("projection", specs[-1], chain.avg_pool_spec())
-        elif chain.shortcut == "pad":
-            channels = units[-1].weight.shape[0]
-            shortcut = ShortcutSpec("pad", stride=pair(chain.stride, "stride", 1), channels=channels)
-        elif chain.shortcut is not None:
-            shortcut = ShortcutSpec("identity")
-        self.spec = ChainSpec(specs[: len(chain.units)], shortcut, chain.max_pool_spec())
-        self.text = self.spec.encode()
-
-    def extra_repr(self) -> str:
-        return f"{self.name or '(model)'}, {self.block}, shortcut: {self.spec.shortcut.kind}"
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        if kwargs or len(args) != (self.spec.shortcut.kind == "tensor"):
-            raise CalledOtherwise(self.name, f"{len(args) + len(kwargs)} arguments behind x")
-        return _run_row([self], x, *args)
-
-
-class Folded(nn.Module):
-    """In the place of what is in a frozen chain of the module ``name``: no call but that module's may reach it."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise CalledOtherwise(self.name, "a call of a module of its own by another")
-
-
-class FrozenRow(nn.Sequential):
-    """Frozen chains one after the other, run as one: what passes between them is theirs alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _run_row(list(self), x)  # type: ignore[arg-type]
-
-
-def _run_row(chains: Sequence[FrozenChain], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    params: list[Any] = [t for chain in chains for unit in chain for t in unit.tensors]  # type: ignore[union-attr]
-    if chains[0].portable:
-        return plain_chains(x, params, [chain.spec for chain in chains], residual)
-    if graphed() and (torch.jit.is_tracing() or for_onnx()):
-        tool = "torch.onnx.export" if for_onnx() else "torch.jit.trace"
-        raise RuntimeError(f"{tool}: the operator of a frozen model is unknown there; use freeze(..., portable=True)")
-    if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.fused_resnet.frozen(x, params, [chain.text for chain in chains], residual)
-        return out
-    if nn_module._has_any_global_hook():  # of a tool that looks at all operators, as PyTorch's counter of FLOPs
-        return plain_chains(x, params, [chain.spec for chain in chains], residual)
-    return run_chains(x, params, [chain.spec for chain in chains], residual)
+def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a front captures: the model's hooks are part of it."""
+    return model(*args, **kwargs)
 
 
 class Frozen(nn.Module):
-    """What ``freeze`` returns: x -> the model's output in ``dtype``, without gradients, in channels_last.
+    """What ``freeze`` returns: the model's arguments -> its output, without gradients.
 
-    Several threads may call it at once. ``graphs``: the CUDA graphs of its forward, or None. ``left``: the modules with
-    chains that are as they were, for the example's forward called them otherwise.
+    Several threads may call it at once.
+
+    Attributes:
+        model: the copy, in evaluation mode, its tensors in ``compute``; they may be changed.
+        differs: whether its captured forward was not the plain network's, so that the latter runs.
+        graphs: the CUDA graphs of its forward, or None.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype, device: torch.device, portable: bool
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.dtype, self.compute, self.device = dtype, compute, device
-        self.left: set[str] = set()
+        self.__class__ = _class_for(model)
+        exact = {
+            name: t.detach() for name, t in _tensors(model).items() if t.is_floating_point() and t.dtype != compute
+        }
+        self.model = model.eval().to(device, compute).requires_grad_(False)
+        self.dtype, self.compute, self.device, self.portable = dtype, compute, device, portable
+        self.differs = False
         self.graphs: Graphs | None = None
         self.eval()
         _leave_inference_mode(self)
+        # a weight that was rounded -> the values that it had then, to be folded, while it holds what they became
+        now = _tensors(self.model)
+        self.exact = {name: (t.to(device), now[name].clone()) for name, t in exact.items()}
+
+    def front(self) -> Front:
+        """Of this process; never copied or pickled."""
+        front: Front | None = self.__dict__.get("_fr_front")
+        if front is None:
+            front = self.__dict__.setdefault("_fr_front", Front(self.model, _call, self._lower))
+        return front
+
+    def _lower(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Matches:
+        """Puts frozen rows into a captured graph."""
+        names = {id(t): name for name, t in _tensors(self.model).items()}
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        states = {node for node, t in zip(inputs, example_inputs, strict=True) if id(t) in names}
+        exact = {
+            id(t): (values_of(t), self.exact[name][0])
+            for name, t in _tensors(self.model).items()
+            if name in self.exact and torch.equal(t, self.exact[name][1])
+        }
+
+        def of(t: Tensor) -> Tensor:
+            values, wide = exact.get(id(t), (None, t))
+            return wide if values == values_of(t) else t
+
+        folded = self.__dict__.setdefault("_fr_folded", {})
+        return lower_frozen(gm, states, self.compute, self.portable, of, folded)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return (
+            _made_again,
+            (Frozen,),
+            {name: value for name, value in self.__dict__.items() if not name.startswith("_fr_")},
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tensors may have been loaded to another device."""
+        super().__setstate__(state)
+        self.__class__ = _class_for(self.model)
+        _leave_inference_mode(self)
+        self.device = next((t.device for t in (*self.parameters(), *self.buffers())), self.device)
 
     def train(self, mode: bool = True) -> Frozen:
         """Only ``eval()``.
@@ -177,7 +117,7 @@ class Frozen(nn.Module):
         Raises:
             TypeError: always.
         """
-        raise TypeError("torch.jit.script: a frozen model can't be; torch.jit.trace of freeze(..., portable=True) can")
+        raise TypeError("torch.jit.script: a frozen model can't be; torch.jit.trace can")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         """Another device, or other memory: graphs of the present one are void.
@@ -193,33 +133,72 @@ class Frozen(nn.Module):
         super()._apply(fn, recurse)
         _leave_inference_mode(self)
         self.device = probe.device
+        self.exact = {k: (wide.to(probe.device), then.to(probe.device)) for k, (wide, then) in self.exact.items()}
+        for name in ("_fr_front", "_fr_folded"):
+            self.__dict__.pop(name, None)
         if self.graphs is not None:
             self.graphs = Graphs() if probe.device.type == "cuda" else None
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Tensors may have been loaded to another device."""
-        super().__setstate__(state)
-        _leave_inference_mode(self)
-        self.device = next((t.device for t in (*self.parameters(), *self.buffers())), self.device)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if graphed():
+            return self._plainly(args, kwargs)
+        for t in tree_iter((args, kwargs)):
+            if isinstance(t, Tensor) and t.device != self.device:
+                raise ValueError(f"x: expected tensors on {self.device}, where this model is, got one on {t.device}")
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            if self.differs or plain_here(args, kwargs):
+                return self._plainly(args, kwargs)
+            if self.graphs is not None and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+                return self.graphs(self._run, args[0])
+            return self._run(*args, **kwargs)
 
-    def forward(self, x: Tensor) -> Any:
-        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-            raise ValueError(f"x: expected a floating-point tensor [N, C, H, W], got {_describe(x)}")
-        if x.device != self.device:
-            raise ValueError(f"x: expected a tensor on {self.device}, where this model is, got one on {x.device}")
-        if torch.compiler.is_compiling():  # contexts would be operators of the graph
-            return self._run(x.detach())
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return self._run(x) if self.graphs is None else self.graphs(self._run, x)
+    def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """By the network as it is."""
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return self._plainly(args, kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        return self._cast(self.model(*self._cast_inputs(args), **self._cast_inputs(kwargs)))
 
-    def _run(self, x: Tensor) -> Any:
-        out = self.model(x.to(self.compute).contiguous(memory_format=torch.channels_last))
-        return out.to(self.dtype) if isinstance(out, Tensor) else out
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return self._cast(self.front().run(self.model, self._cast_inputs(args), self._cast_inputs(kwargs)))
+
+    def _cast_inputs(self, given: Any) -> Any:
+        """Floating tensors in the dtype to compute in."""
+        if all(not isinstance(t, Tensor) or t.dtype == self.compute for t in tree_iter(given)):
+            return given
+        return tree_map_only(Tensor, lambda t: t.to(self.compute) if t.is_floating_point() else t, given)
+
+    def _cast(self, out: Any) -> Any:
+        """What was computed in another dtype than was asked for."""
+        if self.dtype == self.compute:
+            return out
+        return tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.dtype == self.compute else t, out)
 
     def extra_repr(self) -> str:
         graphs = "" if self.graphs is None else f", {self.graphs}"
-        return f"dtype={self.dtype}, computed in {self.compute}, on {self.device}{graphs}"
+        portable = ", portable" if self.portable else ""
+        return f"dtype={self.dtype}, computed in {self.compute}, on {self.device}{portable}{graphs}"
+
+
+def _class_for(model: nn.Module) -> type[Frozen]:
+    """A subclass of ``Frozen`` with the signature of the model's own forward, as exporters ask for it."""
+
+    @wraps(type(model).forward)
+    def forward(self: Frozen, *args: Any, **kwargs: Any) -> Any:
+        return Frozen.forward(self, *args, **kwargs)
+
+    return type("Frozen", (Frozen,), {"forward": forward, "__module__": __name__})
+
+
+def _made_again(cls: type[Frozen]) -> Frozen:
+    """Copies and files: the state sets the class."""
+    return cls.__new__(cls)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _leave_inference_mode(model: nn.Module) -> None:
@@ -236,73 +215,104 @@ def _leave_inference_mode(model: nn.Module) -> None:
                     tensors[name] = copies[t]  # type: ignore[assignment]
 
 
-def _describe(x: object) -> str:
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def freeze_copy(
+def freeze(
     model: nn.Module,
-    example: Tensor,
-    dtype: torch.dtype | None,
-    cuda_graph: bool,
-    portable: bool,
-    freeze_chains: FreezeChains,
-    join: Callable[[nn.Module], None],
+    *example: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    cuda_graph: bool = False,
+    portable: bool = False,
 ) -> Frozen:
-    """See ``fused_resnet.freeze``; ``freeze_chains`` freezes the copy's chains, ``join`` puts together what then stands
-    side by side."""
-    if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point():
-        raise ValueError(f"example: expected a floating-point tensor [N, C, H, W], got {_describe(example)}")
+    """A copy of ``model`` for inference only: BatchNorm folded into the weights, weights prepacked for ``example``.
+
+    Args:
+        model: in any mode; it is not changed. Running statistics are used as they are now. What can't be frozen runs
+            as it was, in eval mode; ``explain`` of the result says why. Hooks are called as in the model.
+        example, example_kwargs: arguments of a call, on the device to run on. Other calls work too: each kind of call
+            is captured the first time that it comes, and packs its weights where it needs another layout of them.
+        dtype: float32, bfloat16 or float16, the dtype of the result; None keeps the parameters' dtype. A CPU without a
+            fast 16-bit matrix unit computes 16-bit models in float32 (see ``fused-resnet env``).
+        cuda_graph: start the forward as one CUDA graph per input shape (the first 8; other shapes run without one). The
+            result is a copy, the caller's own. A model that can't be recorded runs without, with a warning.
+        portable: made of PyTorch's own operators alone; in ``dtype`` on every machine.
+
+    Returns:
+        A module that takes what the model takes and returns what ``model.eval()`` would, without gradients; floating
+        inputs are converted to ``dtype``. Threads may call it at once. ``torch.export``, ``torch.onnx.export``,
+        ``torch.jit.trace`` and ``torch.compile`` take it, and see the plain network in evaluation mode.
+
+    Raises:
+        TypeError, ValueError: a model that is no nn.Module, an example without a floating tensor, a dtype that is not
+            floating, cuda_graph with an example that is not on a CUDA device.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    kwargs = dict(example_kwargs or {})
+    tensors = [t for t in tree_iter((example, kwargs)) if isinstance(t, Tensor)]
+    floating = [t for t in tensors if t.is_floating_point()]
+    if not floating:
+        raise ValueError(f"example: expected arguments with a floating-point tensor, got {len(tensors)} other tensors")
+    device = floating[0].device
     if dtype is None:
-        dtype = next((p.dtype for p in model.parameters()), example.dtype)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), floating[0].dtype)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
     for name, value in (("cuda_graph", cuda_graph), ("portable", portable)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
-    if cuda_graph and example.device.type != "cuda":
-        raise ValueError(f"cuda_graph: expected an example on a CUDA device, got one on {example.device}")
-    compute = dtype
-    if example.device.type == "cpu" and load("cpu")[0] is not None and not portable:
-        compute = load("cpu")[0].compute_dtype(dtype)  # type: ignore[union-attr]
-    left: set[str] = set()
-    while True:
-        frozen = _frozen_but(left, model, example, dtype, compute, portable, freeze_chains, join)
-        try:
-            frozen(example)  # packs the weights, measures where there is a choice, and shows at once what doesn't work
-        except CalledOtherwise as call:
-            left.add(call.name)
-        else:
-            break
+    if cuda_graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph: expected an example on a CUDA device, got one on {device}")
+    compute, cpu = dtype, load("cpu")[0]
+    if device.type == "cpu" and cpu is not None and not portable:
+        compute = cpu.compute_dtype(dtype)
+    frozen = Frozen(unfuse(copy_of(model)), dtype, compute, device, portable)
+    _check_example(frozen, example, kwargs)
     if cuda_graph:
         frozen.graphs = Graphs()
-        frozen(example)
+        frozen(*example, **kwargs)
     return frozen
 
 
-def _frozen_but(
-    left: set[str],
-    model: nn.Module,
-    example: Tensor,
-    dtype: torch.dtype,
-    compute: torch.dtype,
-    portable: bool,
-    freeze_chains: FreezeChains,
-    join: Callable[[nn.Module], None],
-) -> Frozen:
-    """A frozen copy of the model, but for the modules named ``left``."""
-    copied = copy_of(model).eval()
-    # folded from the parameters as they are, before the rest of the model is rounded
-    replacements = list(freeze_chains(copied, compute, portable, left))
-    copied.to(example.device, compute)
-    for replace in replacements:
-        copied = replace(copied)
-    for _, m in named_modules(copied):
-        if isinstance(m, FrozenChain):
-            m.to(example.device)
-        if type(m) is nn.Sequential and len(m) and all(isinstance(child, FrozenChain) for child in m):
-            m.__class__ = FrozenRow
-    join(copied)
-    frozen = Frozen(copied, dtype, compute, example.device).requires_grad_(False)
-    frozen.left = left
-    return frozen
+def _check_example(frozen: Frozen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Captures the example's call, packs the weights, and compares with the plain network; where that is nearer to the
+    exact values, as where a forward depends on what it did before, the plain network is what runs."""
+
+    def tensors(net: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+        given = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(frozen.device.type, enabled=False):
+            return [t for t in tree_iter(net(*given[0], **given[1])) if isinstance(t, Tensor)]
+
+    plain = copy_of(frozen.model)
+    got, want = tensors(frozen, frozen.compute), tensors(copy_of(plain), frozen.compute)
+    if len(got) == len(want) and all(map(_agree, got, want)):
+        return
+    exact = plain.double()
+    for name, t in _tensors(exact).items():
+        if name in frozen.exact:
+            t.copy_(frozen.exact[name][0])
+    truth = tensors(exact, torch.float64)
+    if len(got) != len(truth) or any(map(_worse, got, want, truth)):
+        warn_once("freeze: the frozen model differs from the plain one on the example, so the plain one runs")
+        frozen.differs = True
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are of one kind, and near each other."""
+    if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
+        return False
+    if not a.is_floating_point() or a.numel() == 0:
+        return True
+    a, b = a.double(), b.double()
+    finite = a.isfinite() & b.isfinite()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    size = b[finite].abs().max() if finite.any() else b.new_zeros(())
+    return bool(((a - b)[finite].abs() <= _AGREES * size).all())
+
+
+def _worse(got: Tensor, want: Tensor, truth: Tensor) -> bool:
+    """Whether the frozen result is further from the truth than twice the plain one's distance."""
+    if got.shape != truth.shape or got.is_floating_point() != truth.is_floating_point():
+        return True
+    ours, plain = (torch.linalg.vector_norm(t.double() - truth.double()).nan_to_num(torch.inf) for t in (got, want))
+    return bool(ours > 2 * plain) and not _agree(got, truth)

@@ -6,14 +6,10 @@ where a first unit without a convolution has W*h + b, per channel, and the summa
 folded weights would not fit in 16 bits (``fold_weight``) has s*conv(h, W) + b instead, s in a pass of its own.
 
 ``run_chains`` runs chains one after the other on the backends that serve them, ``plain_chains`` the same in PyTorch's
-own operators. What PyTorch sees of the former, in torch.export and torch.compile, is one operator, so that an exported
-model runs what the frozen one runs, in one piece:
-    fused_resnet::frozen           (x, params, chains, residual) -> out;  params: W, b (and s) of every unit, a
-                                   chain's projection last; chains: the text of one ``ChainSpec`` each (``encode``);
-                                   residual: the first chain's summand, if somebody else made it
+own operators.
 
 Weights are packed for the convolutions that use them at their first use, and the packed ones live as long as the
-weight does, in a table of this module: an operator has no module to keep them in.
+weight does, in a table of this module.
 """
 
 from __future__ import annotations
@@ -32,16 +28,13 @@ from fused_resnet.backends import Norm, aten, vector_dtype
 from fused_resnet.locks import Lock
 from fused_resnet.planner import case_of, pick, run, text_of
 from fused_resnet.reference import shortcut_input
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec
 
 # Bytes of the stem's convolution per thread that a stem with stages behind it makes at a time.
 _STEM_BYTES = 8 << 20
 # Input shapes per weight whose packed weight is remembered; the packed weights themselves are as many as the layouts
 # that oneDNN wants for them: one to three in ResNet-50.
 SHAPES = 256
-
-_lib = torch.library.Library("fused_resnet", "FRAGMENT")
-_lib.define("frozen(Tensor x, Tensor[] params, str[] chains, Tensor? residual=None) -> Tensor")
 
 
 # ---------------------------------------------------------------------------------------------------- packed weights
@@ -58,7 +51,7 @@ _packs = WeakTensorKeyDictionary()
 _packing = Lock()
 
 
-def _values(weight: Tensor) -> tuple[int, int]:
+def values_of(weight: Tensor) -> tuple[int, int]:
     """Changes when the weight's values do: in place, or by ``.data``. Not for a tensor of inference mode."""
     return weight.data_ptr(), weight._version
 
@@ -69,7 +62,7 @@ _Packing = Callable[[Tensor, Any, Callable[[list[Any]], Any]], Any]
 
 def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
     """What ``pack`` (which is shown what there is already) made of the weight when ``key`` came first."""
-    packs, values = _packs.get(weight), _values(weight)
+    packs, values = _packs.get(weight), values_of(weight)
     if packs is not None and packs.values == values:
         found = packs.found.get(key, _MISSING)  # None where there is nothing to pack
         if found is not _MISSING:
@@ -89,8 +82,8 @@ def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
 
 def packed_forms(weight: Tensor) -> list[Any]:
     """What the weight is packed into by now, each once."""
-    packs = None if weight.is_inference() else _packs.get(weight)
-    found = packs.found.copy().values() if packs is not None and packs.values == _values(weight) else ()
+    packs = _packs.get(weight)
+    found = packs.found.copy().values() if packs is not None and packs.values == values_of(weight) else ()
     return list({id(form): form for form in found if form is not None}.values())
 
 
@@ -137,7 +130,7 @@ def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> b
 
     if any(t.is_inference() for t in p.values()):  # which may change unseen
         return answer()
-    key = ("folds", eps, *((WeakIdRef(t), _values(t)) for name, t in p.items() if name != "weight"))
+    key = ("folds", eps, *((WeakIdRef(t), values_of(t)) for name, t in p.items() if name != "weight"))
     found: bool = _packed(weight, key, answer)
     return found
 
@@ -165,11 +158,7 @@ def _is_served(
     x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, pool: Any = None
 ) -> bool:
     """Whether a unit, with the max-pool behind it, is to run on the backend that serves it: on a CPU where that is
-    faster than PyTorch's own operators, which start sooner; not with a weight of inference mode, whose changes PyTorch
-    does not count, so that nothing packed from it may be kept (``freeze`` makes none, an exported model may have been
-    loaded in that mode)."""
-    if weight.is_inference():
-        return False
+    faster than PyTorch's own operators, which start sooner."""
     if not x.is_cpu or not small.has_choice():
         return True
     key = (x.shape, x.dtype, weight.shape, conv, act, residual is None, pool, torch.get_num_threads())
@@ -201,7 +190,7 @@ class _Measured(NamedTuple):
 
     def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[small.Call, small.Call]:
         x = small.images((images, *shape[1:]), dtype, True)
-        unit, packs = (x, self.weight, self.bias, self.conv, self.act), _Packs(_values(self.weight))
+        unit, packs = (x, self.weight, self.bias, self.conv, self.act), _Packs(values_of(self.weight))
 
         def packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
             if key not in packs.found:
@@ -409,23 +398,3 @@ def plain_chains(
 ) -> Tensor:
     """``run_chains`` in PyTorch's own operators, for runtimes that have no others."""
     return _chains(x, params, chains, residual, _Plain)
-
-
-# ---------------------------------------------------------------------------------------------------- the operator
-def _decode(texts: Sequence[str]) -> list[ChainSpec]:
-    return [RowSpec.decode(text).chains[0] for text in texts]
-
-
-def _frozen(x: Tensor, params: Sequence[Tensor], texts: Sequence[str], residual: Tensor | None = None) -> Tensor:
-    with torch._C._DisableAutocast():
-        out = run_chains(x, params, _decode(texts), residual)
-    return out.contiguous(memory_format=torch.channels_last)
-
-
-def _frozen_fake(x: Tensor, params: Sequence[Tensor], texts: Sequence[str], residual: Tensor | None = None) -> Tensor:
-    out = plain_chains(x, params, _decode(texts), residual)
-    return torch.empty_like(out, memory_format=torch.channels_last)
-
-
-_lib.impl("frozen", _frozen, "CompositeExplicitAutograd")
-torch.library.register_fake("fused_resnet::frozen", _frozen_fake, lib=_lib)

@@ -15,7 +15,7 @@ from torch.nn.modules import module as nn_module
 from fused_resnet import reference
 from fused_resnet.arguments import pair
 from fused_resnet.checks import autocasts
-from fused_resnet.functional import in_backward, residual_chain, residual_chains
+from fused_resnet.functional import in_backward, residual_chain
 from fused_resnet.patterns import norm_kind, original, same_as
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 from fused_resnet.units import Chain, Unit
@@ -38,14 +38,6 @@ def graphed() -> bool:
     ``torch.onnx.export``. Modules run their own forwards then: the graph is the plain model's."""
     return torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
-
-def for_onnx() -> bool:
-    """Whether ``torch.onnx.export`` records what runs."""
-    return torch.onnx.is_in_onnx_export()
-
-
-# dynamo, which takes it for a constant of its own, asks it when it traces
-for_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -275,15 +267,6 @@ class ChainModules:
         for unit in self.all_units:
             unit.count_batch()
         return out
-
-
-def run_row(chains: Sequence[ChainModules], x: Tensor) -> Tensor:
-    """Residual blocks one after the other, no module twice among them."""
-    out = residual_chains(x, [chain.block() for chain in chains])
-    for chain in chains:
-        for unit in chain.all_units:
-            unit.count_batch()
-    return out
 
 
 class ConvBNAct(nn.Module):

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fused_resnet.spec import ACTIVATIONS, Act
-
 # Norms beside torch.nn's BatchNorm2d and SyncBatchNorm: class -> (never uses a batch's statistics, has an activation of
 # its own). The former hold weight, bias and both statistics as buffers; the latter call it ``act``, behind ``drop``.
 NORMS: dict[str, tuple[bool, bool]] = {
@@ -21,8 +19,6 @@ NORMS: dict[str, tuple[bool, bool]] = {
 }
 # Other libraries' activations that are one of PyTorch's.
 ACTS = {"transformers.activations.SiLUActivation": nn.SiLU}
-# Option A's shortcut, with its ``stride``.
-ZERO_PAD = "fused_resnet.models.cifar.ZeroPadShortcut"
 # Methods of a network that its forward calls and that users call themselves; the first that there is is replaced.
 METHODS = ("forward_features", "_forward_impl", "forward")
 ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -93,26 +89,3 @@ def looks_like_norm(m: nn.Module) -> bool:
     """A BatchNorm of two-dimensional images, whether or not a chain takes its class."""
     compiled = isinstance(m, torch.jit.ScriptModule) and m.original_name == "BatchNorm2d"
     return compiled or isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) or class_name(type(m)) in NORMS
-
-
-def act_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Act | None:
-    """The activation that a call of ``target`` is, x being ``args[0]``; None if it is another function."""
-    if not isinstance(target, str) and not callable(target) or target not in ACT_CALLS or not args:
-        return None
-    name, parameter = ACT_CALLS[target]
-    given = dict(zip((parameter, "inplace") if parameter else ("inplace",), args[1:], strict=False)) | kwargs
-    value = given.pop(parameter, ACTIVATIONS[name][0]) if parameter else 0.0
-    given.pop("inplace", None)
-    try:
-        return Act(name, value) if not given else None
-    except TypeError:  # a value that the graph computes
-        return None
-
-
-def mutates(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of a function, or of the tensor method of that name, changes its first argument."""
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    augmented = getattr(operator, name, None) is target and name.startswith("i") and hasattr(operator, name[1:])
-    in_place = name.endswith("_") and not name.endswith("__")
-    inplace = kwargs.get("inplace", False) or (not isinstance(target, str) and target in ACT_CALLS and True in args[1:])
-    return bool(augmented or in_place or inplace or "out" in kwargs or name in ("setitem", "__setitem__"))

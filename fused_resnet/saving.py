@@ -13,18 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet import cuda_graphs, freezing, plans, spec, tracing
+from fused_resnet import cuda_graphs, freezing
 from fused_resnet.classes import rebuild
 
-# Of this package, and those of Python's that do nothing but hold values.
-_OWN: tuple[Any, ...] = (
-    rebuild,
-    cuda_graphs.Graphs,
-    *(freezing.Folded, freezing.Frozen, freezing.FrozenChain, freezing.FrozenRow, freezing.FrozenUnit),
-    *(plans.ChainPaths, plans.Plan, plans.Ref, plans.Step, plans.UnitPaths, tracing.Guard),
-    *(spec.Act, spec.ChainSpec, spec.ConvSpec, spec.PoolSpec, spec.ShortcutSpec, spec.UnitSpec),
-    *(list, slice),
-)
+# Of this package.
+_OWN: tuple[Any, ...] = (rebuild, cuda_graphs.Graphs, freezing.Frozen, freezing._made_again)
 
 
 def safe_globals(*models: nn.Module | type) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
@@ -47,7 +40,6 @@ def safe_globals(*models: nn.Module | type) -> list[Callable[..., Any] | tuple[C
         ...     model = torch.load("model.pt", weights_only=True)
     """
     found: dict[str, Any] = {f"{each.__module__}.{each.__qualname__}": each for each in _OWN}
-    found["builtins.Ellipsis"] = Ellipsis
     for i, model in enumerate(models):
         if isinstance(model, type):
             found[f"{model.__module__}.{model.__qualname__}"] = model

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_resnet.freezing import FrozenChain
+from fused_resnet.freezing import Frozen
+from fused_resnet.fusion.frozen_rows import FoldedChain
 from fused_resnet.models.resnet import Bottleneck, ResNet
 
 SIZE = 48
@@ -62,6 +63,7 @@ def small() -> nn.Module:
     return prepared(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, avg_down=True)).eval()
 
 
-def blocks(frozen: nn.Module) -> list[FrozenChain]:
-    """The frozen chains of a frozen model."""
-    return [m for m in frozen.modules() if isinstance(m, FrozenChain)]
+def blocks(frozen: Frozen) -> list[FoldedChain]:
+    """The folded chains of a frozen model's latest graph."""
+    chains = frozen.front().graphs[-1].chains
+    return [chain.choice.folded[chain.place] for chain in chains]

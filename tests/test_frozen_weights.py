@@ -25,7 +25,7 @@ def test_packed_weights_are_as_many_as_layouts(monkeypatch):
     """Not as many as shapes; and what is remembered of shapes is bounded too."""
     model = small()
     frozen = fr.freeze(model, images())
-    weights = [unit.weight for chain in blocks(frozen) for unit in chain]
+    weights = [unit.tensors[0] for chain in blocks(frozen) for unit in chain.units]
     for n in (1, 2, 3):
         for size in range(32, 62, 6):
             frozen(torch.randn(n, 3, size, size))
@@ -61,11 +61,11 @@ def test_new_values_are_packed_again():
     want = other(x)
     one.load_state_dict(other.state_dict())
     assert torch.equal(one(x), want)
-    unit = blocks(one)[1][1]
-    unit.weight.mul_(2)
+    weight = one.model.layer1[0].conv2.weight
+    weight.mul_(2)
     doubled = one(x)
     assert relative(doubled, want) > 1e-3
-    unit.weight.data = unit.weight.data / 2
+    weight.data = weight.data / 2
     assert torch.equal(one(x), want)
     assert torch.equal(one.to("cpu")(x), want)
     with pytest.raises(RuntimeError, match="^dtype: frozen for torch.float32, got torch.float16"):
@@ -80,7 +80,8 @@ def test_packed_weights_die_with_the_model():
     frozen = fr.freeze(small(), images())
     assert len(frozen_forward._packs) > before
     del frozen
-    gc.collect()
+    for _ in range(2):  # what dynamo holds for a code object goes when that is gone
+        gc.collect()
     assert len(frozen_forward._packs) <= before
 
 

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def chains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def chains_at_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Measuring, with a plan of its own."""
     monkeypatch.setattr(frozen_forward, "_served", {})
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "plans"))

@@ -25,7 +25,7 @@ from fused_resnet.small import Measured
 
 
 @pytest.fixture(autouse=True)
-def chains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def chains_at_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Without what conftest's does: as if it had been measured that rows are faster as chains whose input has 1200
     values, twice as many in the second stage, and others are not."""
 

@@ -8,14 +8,11 @@ import operator
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.fx
 import torch.nn.functional as F
 from networks import prepared
 from torch import Tensor, nn
@@ -24,7 +21,6 @@ from torchvision_shim import torchvision
 
 import fused_resnet as fr
 from fused_resnet.classes import FusedModule
-from fused_resnet.plans import Ref, Step
 
 LOAD = """
 import sys, torch
@@ -40,12 +36,6 @@ with torch.serialization.safe_globals(fr.safe_globals(plain)):
         assert kind == "frozen" or any(isinstance(m, fr.classes.FusedModule) for m in model.modules())
         print(kind)
 """
-
-
-@torch.fx.wrap
-def halved(x: Tensor) -> Tensor:
-    """torch.fx does not look into it."""
-    return x / 2
 
 
 class Everything(nn.Module):
@@ -64,13 +54,6 @@ class Everything(nn.Module):
         h = h.view(h.size(0), h.shape[1], -1, 1).squeeze(-1).mean(dim=-1, keepdim=True)
         h = operator.neg(torch.cat([h[..., 0], torch.zeros_like(h[..., 0])], dim=1)).to(torch.float32)
         return self.fc(F.gelu(h.flatten(1))[:, : self.fc.in_features])
-
-
-class Foreign(Everything):
-    """Calls a function of its own module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return halved(F.relu(self.bn1(self.conv1(x))))
 
 
 class Stack(nn.Sequential):
@@ -147,16 +130,6 @@ def test_trains_on(tmp_path: Path) -> None:
     assert type(fr.unfuse(model)) is Everything
 
 
-def test_functions_of_others_are_asked_for(tmp_path: Path) -> None:
-    frozen = fr.freeze(prepared(Foreign()).eval(), x := torch.randn(2, 3, 8, 9))
-    torch.save(frozen, tmp_path / "m.pt")
-    with safe_globals(fr.safe_globals(Foreign())), pytest.raises(pickle.UnpicklingError, match="halved"):
-        torch.load(tmp_path / "m.pt", weights_only=True)
-    with safe_globals(fr.safe_globals(frozen)):
-        model = torch.load(tmp_path / "m.pt", weights_only=True)
-    assert torch.equal(model(x), frozen(x))
-
-
 def test_list() -> None:
     """Pairs of an object and the name that it is found by; nothing that reaches everything else."""
     for pairs in (fr.safe_globals(), fr.safe_globals(resnet(), Everything)):
@@ -168,46 +141,3 @@ def test_list() -> None:
     assert (Everything, f"{Everything.__module__}.Everything") in pairs
     with pytest.raises(TypeError, match=r"models\[1\]: expected an nn.Module or a class, got str"):
         fr.safe_globals(Everything, "Everything")  # type: ignore[arg-type]
-
-
-def test_what_steps_keep() -> None:
-    """Through pickle and deepcopy every step calls what it called before."""
-    x = Ref("x")
-    steps = [
-        Step("a", "function", f, (x,)) for f in (torch.flatten, F.relu, F.max_pool2d, operator.add, F.gelu, halved)
-    ]
-    steps += [Step("a", "function", getattr, (x, name)) for name in ("shape", "_base")]
-    steps += [Step("a", "method", name, (x, slice(None, 2))) for name in ("view", "items", "to_tuple", "__len__")]
-    steps += [Step("a", "attribute", ("scale",)), Step("a", "children", (("conv",), ("layer", "0")))]
-    for step in steps:
-        assert pickle.loads(pickle.dumps(step)) == copy.deepcopy(step) == step
-
-
-def made_up() -> Iterator[Any]:
-    """States that this package never writes, for files are written by anybody."""
-    for name in ("torch.load", "torch.from_file", "operator.call", "os.system", "system", "torch.nn.functional.torch"):
-        yield "function", name, ()
-    yield "function", "builtins.getattr", (Ref("x"), "__globals__")
-    yield "function", "builtins.getattr", (Ref("x"), Ref("y"))
-    for name in ("__reduce__", "tofile", "from_file", "load_state_dict", 3):
-        yield "method", name, ()
-    yield "attribute", ("forward", "__globals__"), ()
-    yield "children", (("forward", "__globals__", "get"),), ()
-
-
-@pytest.mark.parametrize("made", made_up(), ids=str)
-def test_files_by_others(made: Any) -> None:
-    state = dict(zip(("kind", "target", "args"), made, strict=True)) | {"name": "a", "kwargs": None, "dead": ()}
-    with pytest.raises(pickle.UnpicklingError):
-        Step.__new__(Step).__setstate__(state)
-
-
-def test_calls_of_what_is_no_module() -> None:
-    model = fr.freeze(prepared(Everything()).eval(), torch.randn(2, 3, 33, 40)).model
-    plan = model.__dict__["_fr_plan"]
-    bad = copy.copy(plan)
-    steps = tuple(Step(s.name, "children", (("register_buffer",),), s.args) for s in plan.steps)
-    object.__setattr__(bad, "steps", steps)
-    model.__dict__["_fr_plan"] = bad
-    with pytest.raises(pickle.UnpicklingError, match="register_buffer is a method, no module"):
-        pickle.loads(pickle.dumps(model))

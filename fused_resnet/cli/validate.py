@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.analysis import analyse
+from fused_resnet.explanation import closing_norms
 from fused_resnet.patterns import norm_kind
-from fused_resnet.plans import at
 from fused_resnet.small import chains_always
 
 Tensors = dict[str, Tensor]
@@ -223,8 +222,7 @@ def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: f
             not grow from block to block until nothing can be told from them (16 bits lose all of ResNet-50's gradient).
     """
     norms: list[Any] = [m for m in model.modules() if norm_kind(type(m)) is not None]
-    closing = [(f.module, c) for f in analyse(model) if f.plans is not None for c in f.plans[True].chains if c.shortcut]
-    last = {id(at(m, chain.units[-1].bn)) for m, chain in closing}
+    last = {id(model.get_submodule(name)) for name in closing_norms(model, x)}
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         values = torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low

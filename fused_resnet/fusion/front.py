@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
 
 from fused_resnet.fusion.choosing import Settled, kind_of_call
 from fused_resnet.fusion.lowering import lower
+from fused_resnet.fusion.matcher import Matches
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 from fused_resnet.modules import named_modules
@@ -95,7 +96,7 @@ def _of_front(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[...
     """The backend of all fronts: one function, because dynamo keeps every backend that it has seen."""
     front = _calling.get()
     assert front is not None
-    return front.lowered(gm)
+    return front.lowered(gm, example_inputs)
 
 
 class _Runs(threading.local):
@@ -108,18 +109,21 @@ class Front:
     """A method of a module, captured.
 
     Args:
-        module: a fused module. plain: the method, of its class before.
+        module: fused or frozen. plain: the method, of its class before. lower: what puts rows into a graph, which it
+            is given with example inputs.
 
     Attributes:
         graphs: what was found in each graph that was captured, oldest first. called: whether a call was to be captured.
     """
 
-    def __init__(self, module: nn.Module, plain: Callable[..., Any]) -> None:
+    def __init__(
+        self, module: nn.Module, plain: Callable[..., Any], lower: Callable[[fx.GraphModule, Sequence[Any]], Matches]
+    ) -> None:
         import torch._dynamo as dynamo
 
         dynamo.allow_in_graph(sync_batch_norm)
         logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
-        self.module, self.plain = weakref.ref(module), plain
+        self.module, self.plain, self.lower = weakref.ref(module), plain, lower
         self.config, self.settled = dynamo.config, Settled()
         self.graphs: list[GraphReport] = []
         self.called = False
@@ -136,31 +140,34 @@ class Front:
         if state not in self.captured:
             if len(self.captured) == _MAX_STATES:
                 self.captured.clear()
-            self.captured[state] = _compile(_with_own_code(self.plain), backend=_of_front)
+            function = _with_own_code(self.plain)
+            self.captured[state] = captured = _compile(function, backend=_of_front)
+            # dynamo's table of codes holds each with all that was captured of it
+            weakref.finalize(captured, reset_code, function.__code__).atexit = False
         return self.captured[state]
 
-    def lowered(self, gm: fx.GraphModule) -> Callable[..., Any]:
+    def lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """What runs instead of a graph that was captured."""
         names = Names(gm.graph, self.module())
-        report = GraphReport(lower(gm), names)
+        report = GraphReport(self.lower(gm, example_inputs), names)
         log.info("captured %s", report)
         self.graphs.append(report)
         forward, runs = gm.forward, self.runs
 
-        def run(*args: Any) -> Any:  # a global of the module's file holds it: it may not hold the front
+        def counted(*args: Any) -> Any:  # a global of the module's file holds it: it may not hold the front
             report.ran += 1
             runs.graphs += 1
             return forward(*args)
 
-        return run
+        return counted
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = kind_of_call(module, args, kwargs)
         if self.settled.runs_plain(kind):
             return self.settled.plainly(self.plain, module, *args, **kwargs)
-        return self.settled.asking(kind, self._call, module, args, kwargs)
+        return self.settled.asking(kind, self.run, module, args, kwargs)
 
-    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Through dynamo."""
         self.called = True
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):

@@ -22,7 +22,7 @@ from fused_resnet.units import Chain, Unit
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
-class _Places:
+class Places:
     """The tensors that a row is called with: each node once."""
 
     def __init__(self) -> None:
@@ -32,10 +32,10 @@ class _Places:
         return self.nodes.setdefault(node, len(self.nodes))
 
 
-class _UnitCall:
+class UnitCall:
     """A unit of a row: what of it is constant, and where its tensors are among the row's."""
 
-    def __init__(self, match: UnitMatch, act: Any, places: _Places) -> None:
+    def __init__(self, match: UnitMatch, act: Any, places: Places) -> None:
         self.tensors = {name: places.of(node) for name, node in match.tensors.items()}
         self.momentum = places.of(m) if isinstance(m := match.options["momentum"], fx.Node) else None
         self.options = {k: v for k, v in match.options.items() if not isinstance(v, fx.Node)} | {"act": act}
@@ -74,14 +74,14 @@ class _UnitCall:
         return running.detach().clone()
 
 
-class _ChainCall:
+class ChainCall:
     """A chain of a row."""
 
-    def __init__(self, match: ChainMatch, places: _Places) -> None:
+    def __init__(self, match: ChainMatch, places: Places) -> None:
         acts = [u.act for u in match.units[:-1]] + [match.act]
-        self.units = [_UnitCall(u, act, places) for u, act in zip(match.units, acts, strict=True)]
+        self.units = [UnitCall(u, act, places) for u, act in zip(match.units, acts, strict=True)]
         projection = match.projection
-        self.projection = _UnitCall(projection, None, places) if projection is not None else None
+        self.projection = UnitCall(projection, None, places) if projection is not None else None
         self.shortcut = match.shortcut if match.shortcut in ("identity", "pad") else None
         self.residual = places.of(match.residual) if match.residual is not None else None
         self.stride, self.avg_pool, self.max_pool = match.stride, match.avg_pool, match.max_pool
@@ -107,11 +107,11 @@ class ChainRow(nn.Module):
 
     def __init__(self, gm: fx.GraphModule, row: RowMatch) -> None:
         super().__init__()
-        places = _Places()
+        places = Places()
         places.of(row.chains[0].start)
-        self.chains = [_ChainCall(chain, places) for chain in row.chains]
+        self.chains = [ChainCall(chain, places) for chain in row.chains]
         self.inputs = list(places.nodes)
-        self.plain = _part(gm, row, self.inputs)
+        self.plain = part_of(gm, row, self.inputs)
         row.choice = self.choice = Choice()
         self.images = [0, *(call.residual for call in self.chains if call.residual is not None)]
         self.group = any(unit.group is not None for call in self.chains for unit in call.all_units)
@@ -154,7 +154,7 @@ class ChainRow(nn.Module):
         return out
 
     @staticmethod
-    def _recompute(x: Tensor, call: _ChainCall) -> bool:
+    def _recompute(x: Tensor, call: ChainCall) -> bool:
         """A stem's raw output is the network's largest tensor: in 32 bits memory is worth convolving again."""
         dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
         one_conv = len(call.units) == 1 and "weight" in call.units[0].tensors
@@ -164,7 +164,7 @@ class ChainRow(nn.Module):
         return ", ".join(f"{len(c.units)} units, shortcut {c.shortcut or 'none'}" for c in self.chains)
 
 
-def _part(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.GraphModule:
+def part_of(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.GraphModule:
     """The nodes of a row as a graph of their own."""
     counters = [unit.counter for unit in row.all_units if unit.counter is not None]
     taken = {*row.nodes, *counters}
@@ -215,22 +215,33 @@ def lower(gm: fx.GraphModule) -> Matches:
         What was found in it and in its checkpointed parts.
     """
     matches = match(gm.graph)
-    made = [ChainRow(gm, row) for row in matches.rows]
-    calls: dict[fx.Node, fx.Node] = {}  # the end of a row -> what calls it
-    for number, (row, module) in enumerate(zip(matches.rows, made, strict=True)):
-        gm.add_submodule(name := f"fused_resnet_row_{number}", module)
-        calls[row.chains[-1].end] = _replace(gm.graph, name, row, [calls.get(n, n) for n in module.inputs])
-        module.inputs.clear()  # the graph's nodes are not kept alive
+    put_in(gm, matches, [ChainRow(gm, row) for row in matches.rows])
     for node in [n for n in gm.graph.nodes if n.op == "call_function" and n.target is _CHECKPOINT]:
         inner = _lower_checkpoint(gm, node)
         matches.rows += inner.rows
         matches.left |= inner.left
         matches.norms += inner.norms
+    finish(gm)
+    return matches
+
+
+def put_in(gm: fx.GraphModule, matches: Matches, made: Sequence[Any]) -> list[fx.Node]:
+    """Calls the modules ``made`` in the place of the rows of nodes that they stand for; each has the nodes that it is
+    called with as ``inputs``. Returns the calls."""
+    calls: dict[fx.Node, fx.Node] = {}  # the end of a row -> what calls it
+    for number, (row, module) in enumerate(zip(matches.rows, made, strict=True)):
+        gm.add_submodule(name := f"fused_resnet_row_{number}", module)
+        calls[row.chains[-1].end] = _replace(gm.graph, name, row, [calls.get(n, n) for n in module.inputs])
+        module.inputs.clear()  # the graph's nodes are not kept alive
+    return list(calls.values())
+
+
+def finish(gm: fx.GraphModule) -> None:
+    """Makes the code of a graph whose nodes were replaced."""
     for node in gm.graph.nodes:
         if node.op == "call_function":
             node.target = _itself(node.target)
     gm.recompile()
-    return matches
 
 
 def _itself(function: Any) -> Any:

@@ -32,6 +32,8 @@ from fused_resnet.fusion.table import (
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 IDENTITY = Act("identity")
+# The stages that belong to a frozen stem's row, by the size of their tensors in the paper's networks.
+_STEM_STAGES = 2
 
 
 @dataclass(eq=False)
@@ -115,13 +117,18 @@ class Matches:
     norms: int = 0
 
 
-def match(graph: fx.Graph) -> Matches:
-    """The rows of a graph of torch functions, as dynamo hands it to a backend."""
-    return _Matcher(graph).matches
+def match(graph: fx.Graph, frozen: bool = False) -> Matches:
+    """The rows of a graph of torch functions, as dynamo hands it to a backend.
+
+    Args:
+        frozen: nothing is kept for a backward, and norms of batch statistics are left.
+    """
+    return _Matcher(graph, frozen).matches
 
 
 class _Matcher:
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, frozen: bool) -> None:
+        self.frozen = frozen
         self.nodes = list(graph.nodes)
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.writes = [(i, written(node)) for i, node in enumerate(self.nodes)]
@@ -193,6 +200,8 @@ class _Matcher:
             return None, f"a norm of {x.dtype} values"
         if not isinstance(training, bool) or not isinstance(given["eps"], int | float):
             return None, "a norm whose mode or eps is computed"
+        if training and self.frozen:
+            return None, "a norm without running statistics"
         names = {"running_mean": "running_mean", "running_var": "running_var", "weight": "bn_weight", "bias": "bn_bias"}
         tensors = {to: given[of] for of, to in names.items() if given[of] is not None}
         if not all(isinstance(t, fx.Node) for t in tensors.values()):
@@ -398,6 +407,8 @@ class _Matcher:
         x = value_of(chain.start)
         if len(dtypes) > 1 or x is None or (x.dtype not in dtypes and not chain.units[0].has_conv):
             return "its dtype changes inside"
+        if self.frozen:
+            return self._disturbed([chain])
         kept = {_storage(n) for n in (chain.start, chain.residual) if n is not None}
         if any(i > self.order[chain.end] and kept & set(map(_storage, changed)) for i, changed in self.writes):
             return "what it keeps for its backward is changed in place behind its end"
@@ -441,15 +452,30 @@ class _Matcher:
     def _after(self, row: Sequence[ChainMatch], by_start: dict[fx.Node, list[ChainMatch]]) -> ChainMatch | None:
         """The chain that may run in one row with those before it."""
         end, followers = row[-1].end, by_start.get(row[-1].end, [])
-        if len(followers) != 1 or not all(map(_fits_row, (*row, *followers))):
+        if len(followers) != 1:
             return None
         (after,) = followers
-        if after.shortcut in ("projection", "pad"):
+        if self.frozen:
+            if not _fits_row(after) or (_begins_stage(after) and _stages(row) >= _STEM_STAGES):
+                return None
+        elif not all(map(_fits_row, (*row, after))) or _begins_stage(after):
             return None  # a stage of its own: its parameters' gradients are not to wait for those of all others
         if not set(end.users) <= set(after.nodes):
             return None
         whole = [*row, after]
         return after if self._disturbed(whole) is None else None
+
+
+def _begins_stage(chain: ChainMatch) -> bool:
+    return chain.shortcut in ("projection", "pad")
+
+
+def _stages(row: Sequence[ChainMatch]) -> int:
+    """How many stages of a network are in a row behind its stem; no more may come where there is no stem."""
+    stem = row[0]
+    if stem.shortcut != "none" or (len(stem.units) > 1 and stem.max_pool is None):
+        return _STEM_STAGES
+    return 0 if len(row) == 1 else 1 + sum(map(_begins_stage, row[2:]))
 
 
 def _fits_row(chain: ChainMatch) -> bool:

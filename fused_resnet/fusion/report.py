@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fused_resnet.fusion.choosing import Choice
 from fused_resnet.fusion.matcher import ChainMatch, Matches, UnitMatch
 from fused_resnet.fusion.table import value_of
 from fused_resnet.modules import named_modules
@@ -79,13 +78,20 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class ChainReport:
-    """A chain: the module that all of it belongs to, and its units, a projection last."""
+    """A chain: the module that all of it belongs to, and its units, a projection last.
+
+    Attributes:
+        row, place: the chains with one ``row`` run as one, this one at its ``place``. choice: whether the row pays, or
+            the frozen row.
+    """
 
     owner: Place
     units: tuple[UnitReport, ...]
+    shortcut: str
     max_pool: PoolSpec | None
     row: str
-    choice: Choice
+    place: int
+    choice: Any
 
     def inside(self, name: str) -> ChainReport:
         """With the names that its modules have in one that has the captured one as ``name``."""
@@ -111,9 +117,9 @@ class GraphReport:
     def __init__(self, matches: Matches, names: Names) -> None:
         self.norms, self.ran = matches.norms, 0
         self.chains = [
-            _chain(chain, f"{id(matches)} {i}", row.choice, names)
+            _chain(chain, f"{id(matches)} {i}", place, row.choice, names)
             for i, row in enumerate(matches.rows)
-            for chain in row.chains
+            for place, chain in enumerate(row.chains)
         ]
         self.left = {names.of(norm): reason for norm, reason in matches.left.items()}
         self.rows = len(matches.rows)
@@ -124,9 +130,9 @@ class GraphReport:
         return f"{taken} norms in {len(self.chains)} chains, {self.rows} rows{left}"
 
 
-def _chain(chain: ChainMatch, row: str, choice: Choice, names: Names) -> ChainReport:
+def _chain(chain: ChainMatch, row: str, place: int, choice: Any, names: Names) -> ChainReport:
     units = tuple(_unit(unit, names) for unit in chain.all_units)
-    return ChainReport(_owner(chain, names), units, chain.max_pool, row, choice)
+    return ChainReport(_owner(chain, names), units, chain.shortcut, chain.max_pool, row, place, choice)
 
 
 def _unit(unit: UnitMatch, names: Names) -> UnitReport:

@@ -23,6 +23,7 @@ from fused_resnet.chain import transformed
 from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
 from fused_resnet.fusion.choosing import inside_plain
 from fused_resnet.fusion.front import Front, others_capture
+from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 from fused_resnet.modules import graphed, named_modules, shared_by
 from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm
@@ -45,7 +46,7 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
             or graphed()
             or "_fr_fused" not in self.__dict__
             or others_capture()
-            or _plain_here(args, kwargs)
+            or plain_here(args, kwargs)
         ):
             return plain(self, *args, **kwargs)
         return _captured(self, getattr(cls, name), args, kwargs)
@@ -68,13 +69,13 @@ def _never_first(function: Any, below: _FrameAction = _FrameAction.DEFAULT) -> N
 
 def _captured(self: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
-    front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain))
+    front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain, lambda gm, _: lower(gm)))
     if dist.is_available() and (dist.is_initialized() or "_fr_named" in self.__dict__):
         name_groups(self)
     return front(self, args, kwargs)
 
 
-def _plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether somebody traces, counts or fakes the call: they are to see the plain module."""
     return _watched() or nn_module._has_any_global_hook() or transformed() or _has_proxy(args) or _has_proxy(kwargs)
 
@@ -88,7 +89,7 @@ def _watched() -> bool:
 
 
 _never_first(others_capture)
-for function in (graphed, inside_plain, _plain_here, _captured):
+for function in (graphed, inside_plain, plain_here, _captured):
     _never_first(function, _FrameAction.SKIP)
 
 

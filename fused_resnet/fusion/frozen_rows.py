@@ -1,0 +1,224 @@
+"""Rows of a captured graph for inference: BatchNorm folded into the weights, weights packed at their first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as nn_module
+
+from fused_resnet.arguments import number
+from fused_resnet.backends import vector_dtype
+from fused_resnet.chain_forward import fold
+from fused_resnet.frozen_forward import fold_weight, plain_chains, run_chains, values_of
+from fused_resnet.fusion.lowering import ChainCall, Places, UnitCall, finish, put_in
+from fused_resnet.fusion.matcher import Matches, RowMatch, match
+from fused_resnet.fusion.table import MULS, constant, value_of, written
+from fused_resnet.patterns import ACT_CALLS, ADDS
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
+
+# (a graph's input, a tensor) -> the values to fold instead of the tensor's own, which were rounded to 16 bits.
+Exact = Callable[[Tensor], Tensor]
+# Calls whose values do not depend on their operands' layout: those that hand the layout on, ...
+_HAND_ON: set[Any] = {
+    *ACT_CALLS, *ADDS, *MULS, torch.sub, "sub", torch.cat, torch.conv2d, F.conv2d, F.batch_norm, F.max_pool2d,
+    F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, F.dropout, F.dropout2d, F.pad, F.gelu,
+    F.hardsigmoid, F.hardtanh, F.mish, F.softplus, torch.tanh, "tanh", "clamp", torch.clamp,
+}  # fmt: skip
+# ... and those that make no image of it.
+_TAKE_ANY: set[Any] = {torch.flatten, "flatten", "reshape", torch.reshape, "mean", torch.mean, "sum", "size", "dim"}
+
+
+class FoldedUnit(NamedTuple):
+    """act(conv(x, W) + b [+ residual]): what is done, and W, b (and s, where it is not in W)."""
+
+    spec: UnitSpec
+    tensors: list[Tensor]
+
+
+class FoldedChain(NamedTuple):
+    """A chain of folded units, its projection last."""
+
+    spec: ChainSpec
+    units: list[FoldedUnit]
+
+
+class _Folded(NamedTuple):
+    values: list[tuple[int, int]]
+    chains: list[FoldedChain]
+    params: list[Tensor]
+
+
+class FrozenRow(nn.Module):
+    """A row of chains in a lowered graph, called with its input, a summand, and what its tensors are computed from.
+
+    They are folded at the first call, and again whenever one of them has changed.
+
+    Args:
+        gm, row: what it stands for. states: the graph's inputs that are parameters or buffers. dtype: of the images.
+            portable: made of PyTorch's own operators. exact: see ``Exact``. known: the folded rows of one frozen
+            model, which further captures of the same row find.
+
+    Attributes:
+        folded: the chains as they ran last, None before.
+
+    Raises:
+        LookupError: some of its tensors depend on the model's inputs.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, row: RowMatch, states: set[fx.Node], dtype: torch.dtype, portable: bool, exact: Exact,
+        known: dict[Any, _Folded],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.dtype, self.portable, self.exact, self.known = dtype, portable, exact, known
+        places, images = Places(), [row.chains[0].start]
+        for node in (row.chains[0].start, row.chains[0].residual):
+            if node is not None:
+                places.of(node)
+        images = list(places.nodes)
+        self.chains = [ChainCall(chain, places) for chain in row.chains]
+        wanted = list(places.nodes)[len(images) :]
+        self.constants, sources = _constants(gm, wanted, states)
+        self.inputs = [*images, *sources]
+        self.images, self.places = len(images), len(places.nodes)
+        units = [str(unit.options) for chain in self.chains for unit in chain.all_units]
+        self.text = "; ".join([*(chain.text for chain in self.chains), *units, self.constants.code])
+        self.made: _Folded | None = None
+        row.choice = self
+
+    @property
+    def folded(self) -> list[FoldedChain] | None:
+        return self.made.chains if self.made is not None else None
+
+    def forward(self, *given: Tensor) -> Tensor:
+        images, sources = given[: self.images], given[self.images :]
+        uncounted = any(t.is_inference() for t in sources)  # PyTorch does not count their changes
+        values = [] if uncounted else [values_of(t) for t in sources]
+        made = self.made
+        if made is None or made.values != values or uncounted:
+            self.made = made = self._fold(values, sources)
+        residual = images[1] if len(images) > 1 else None
+        # a tool that looks at all operators, as PyTorch's counter of FLOPs, sees PyTorch's
+        run = plain_chains if self.portable or nn_module._has_any_global_hook() else run_chains
+        return run(images[0], made.params, [chain.spec for chain in made.chains], residual)
+
+    def _fold(self, values: list[tuple[int, int]], sources: Sequence[Tensor]) -> _Folded:
+        key = (self.text, *map(id, sources))
+        made = self.known.get(key)
+        if made is not None and values and made.values == values:
+            return made
+        with torch.inference_mode(False), torch.no_grad():
+            constants = self.constants(*map(self.exact, sources))
+            tensors: list[Any] = [None] * (self.places - len(constants)) + list(constants)
+            chains = [self._chain(call, tensors) for call in self.chains]
+        params = [t for chain in chains for unit in chain.units for t in unit.tensors]
+        self.known[key] = made = _Folded(values, chains, params)
+        return made
+
+    def _chain(self, call: ChainCall, tensors: Sequence[Tensor]) -> FoldedChain:
+        units = [self._unit(unit, tensors) for unit in call.all_units]
+        specs = tuple(unit.spec for unit in units)
+        shortcut = ShortcutSpec("tensor" if call.residual is not None else "none")
+        if call.projection is not None:
+            shortcut = ShortcutSpec("projection", specs[-1], call.avg_pool)
+        elif call.shortcut == "pad":
+            channels = units[-1].tensors[0].shape[0]
+            shortcut = ShortcutSpec("pad", stride=call.stride, channels=channels)
+        elif call.shortcut is not None:
+            shortcut = ShortcutSpec("identity")
+        return FoldedChain(ChainSpec(specs[: len(call.units)], shortcut, call.max_pool), units)
+
+    def _unit(self, call: UnitCall, tensors: Sequence[Tensor]) -> FoldedUnit:
+        u = call.unit(tensors)
+        assert u.running_mean is not None and u.running_var is not None
+        bias_dtype = self.dtype if self.portable else vector_dtype(self.dtype)
+        wide = vector_dtype(u.running_mean.dtype)
+        params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
+        eps = number(u.eps, "eps")
+        norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, eps, wide)
+        conv, scale = None, None
+        if u.weight is None:
+            weight, bias_dtype = norm.scale.to(vector_dtype(self.dtype)), vector_dtype(self.dtype)
+        else:
+            weight, scale = fold_weight(u.weight, norm, self.dtype)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
+        act = u.act if isinstance(u.act, Act) else Act.make(u.act)
+        bias = norm.shift.to(bias_dtype if scale is None else scale.dtype)
+        spec = UnitSpec(conv, act, eps, batch_stats=False, scaled=scale is not None)
+        return FoldedUnit(spec, [weight, bias, *([scale] if scale is not None else [])])
+
+
+def _constants(
+    gm: fx.GraphModule, wanted: Sequence[fx.Node], states: set[fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """A graph of what ``wanted`` is computed from parameters and buffers by, and those, which it is called with.
+
+    Raises:
+        LookupError: there is none.
+    """
+    rest, found = list(wanted), set(wanted)
+    changed = {n for node in gm.graph.nodes for n in written(node)}
+    while rest:
+        node = rest.pop()
+        computed = node.op in ("call_function", "call_method") and "rand" not in str(node.target)
+        if node in changed or not (node in states or (computed and node.all_input_nodes)):
+            raise LookupError(node.name)
+        for source in () if node in states else node.all_input_nodes:
+            if source not in found:
+                found.add(source)
+                rest.append(source)
+    graph, copies, sources = fx.Graph(), {}, []
+    for node in gm.graph.nodes:
+        if node in found and node in states:
+            copies[node] = graph.placeholder(node.name)
+            sources.append(node)
+        elif node in found:
+            copies[node] = graph.node_copy(node, lambda n: copies[n] if n in copies else constant(n))
+    graph.output([copies[node] for node in wanted])
+    return fx.GraphModule(nn.Module(), graph), sources
+
+
+def lower_frozen(
+    gm: fx.GraphModule, states: set[fx.Node], dtype: torch.dtype, portable: bool, exact: Exact, known: dict[Any, Any]
+) -> Matches:
+    """Puts frozen rows into a captured graph, in place; arguments as ``FrozenRow``'s."""
+    matches = match(gm.graph, frozen=True)
+    rows, made = [], []
+    for row in matches.rows:
+        try:
+            made.append(FrozenRow(gm, row, states, dtype, portable, exact, known))
+            rows.append(row)
+        except LookupError:
+            matches.left |= {u.norm: "its weights are computed from the input" for u in row.all_units if not u.affine}
+    matches.rows = rows
+    calls = put_in(gm, matches, made)
+    for call in calls:
+        _keep_layout(gm.graph, call)
+    finish(gm)
+    return matches
+
+
+def _keep_layout(graph: fx.Graph, call: fx.Node) -> None:
+    """Rows make channels_last images: where somebody may notice, they get the layout that they had."""
+    want = value_of(call)
+    if want is None or not _noticed(call) or want.is_contiguous(memory_format=torch.channels_last):
+        return
+    with graph.inserting_after(call):
+        made = graph.call_method("contiguous", (call,))
+    made.meta = dict(call.meta)
+    call.replace_all_uses_with(made, lambda user: user is not made)
+
+
+def _noticed(node: fx.Node) -> bool:
+    """Whether anything that a value, or what is made of it, is given to depends on its layout."""
+    for user in node.users:
+        if user.op == "call_module" or user.target in _TAKE_ANY:
+            continue
+        if user.target not in _HAND_ON or _noticed(user):
+            return True
+    return False
