@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as nn_module
 
 from fused_resnet.arguments import number
 from fused_resnet.backends import vector_dtype
@@ -47,7 +46,10 @@ class FoldedChain(NamedTuple):
 
 
 class _Folded(NamedTuple):
+    """``values``: of what it was folded from, which ``kept`` keeps in memory: their addresses mean nothing else."""
+
     values: list[tuple[int, int]]
+    kept: list[Tensor]
     chains: list[FoldedChain]
     params: list[Tensor]
 
@@ -75,7 +77,7 @@ class FrozenRow(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.dtype, self.portable, self.exact, self.known = dtype, portable, exact, known
-        places, images = Places(), [row.chains[0].start]
+        places = Places()
         for node in (row.chains[0].start, row.chains[0].residual):
             if node is not None:
                 places.of(node)
@@ -102,13 +104,12 @@ class FrozenRow(nn.Module):
         if made is None or made.values != values or uncounted:
             self.made = made = self._fold(values, sources)
         residual = images[1] if len(images) > 1 else None
-        # a tool that looks at all operators, as PyTorch's counter of FLOPs, sees PyTorch's
-        run = plain_chains if self.portable or nn_module._has_any_global_hook() else run_chains
-        return run(images[0], made.params, [chain.spec for chain in made.chains], residual)
+        run = plain_chains if self.portable else run_chains
+        with torch._C._DisableAutocast():
+            return run(images[0], made.params, [chain.spec for chain in made.chains], residual)
 
     def _fold(self, values: list[tuple[int, int]], sources: Sequence[Tensor]) -> _Folded:
-        key = (self.text, *map(id, sources))
-        made = self.known.get(key)
+        made = self.known.get(self.text)
         if made is not None and values and made.values == values:
             return made
         with torch.inference_mode(False), torch.no_grad():
@@ -116,7 +117,7 @@ class FrozenRow(nn.Module):
             tensors: list[Any] = [None] * (self.places - len(constants)) + list(constants)
             chains = [self._chain(call, tensors) for call in self.chains]
         params = [t for chain in chains for unit in chain.units for t in unit.tensors]
-        self.known[key] = made = _Folded(values, chains, params)
+        self.known[self.text] = made = _Folded(values, [t.detach() for t in sources], chains, params)
         return made
 
     def _chain(self, call: ChainCall, tensors: Sequence[Tensor]) -> FoldedChain:
@@ -165,7 +166,7 @@ def _constants(
     changed = {n for node in gm.graph.nodes for n in written(node)}
     while rest:
         node = rest.pop()
-        computed = node.op in ("call_function", "call_method") and "rand" not in str(node.target)
+        computed = node.op in ("call_function", "call_method") and not _draws(node)
         if node in changed or not (node in states or (computed and node.all_input_nodes)):
             raise LookupError(node.name)
         for source in () if node in states else node.all_input_nodes:
@@ -183,6 +184,19 @@ def _constants(
     return fx.GraphModule(nn.Module(), graph), sources
 
 
+def _draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return any(word in name for word in ("rand", "dropout", "bernoulli", "normal", "multinomial", "exponential"))
+
+
+def _why_not(row: RowMatch, dtype: torch.dtype) -> str | None:
+    """Why a row can't be frozen, or None."""
+    images = [*row.nodes, *(n for n in (row.chains[0].start, row.chains[0].residual) if n is not None)]
+    others = {v.dtype for n in images if (v := value_of(n)) is not None} - {dtype}
+    return f"it is computed in {others.pop()}, and the model is frozen for {dtype}" if others else None
+
+
 def lower_frozen(
     gm: fx.GraphModule, states: set[fx.Node], dtype: torch.dtype, portable: bool, exact: Exact, known: dict[Any, Any]
 ) -> Matches:
@@ -190,11 +204,15 @@ def lower_frozen(
     matches = match(gm.graph, frozen=True)
     rows, made = [], []
     for row in matches.rows:
-        try:
-            made.append(FrozenRow(gm, row, states, dtype, portable, exact, known))
-            rows.append(row)
-        except LookupError:
-            matches.left |= {u.norm: "its weights are computed from the input" for u in row.all_units if not u.affine}
+        reason = _why_not(row, dtype)
+        if reason is None:
+            try:
+                made.append(FrozenRow(gm, row, states, dtype, portable, exact, known))
+                rows.append(row)
+            except LookupError:
+                reason = "its weights are not computed from parameters and buffers alone"
+        if reason is not None:
+            matches.left |= {u.norm: reason for u in row.all_units if not u.affine}
     matches.rows = rows
     calls = put_in(gm, matches, made)
     for call in calls:
