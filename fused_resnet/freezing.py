@@ -64,8 +64,8 @@ class Frozen(nn.Module):
     def front(self) -> Front:
         """Of this process; never copied or pickled."""
         front: Front | None = self.__dict__.get("_fr_front")
-        if front is None:
-            front = self.__dict__.setdefault("_fr_front", Front(self.model, _call, self._lower))
+        if front is None or front.module() is not self.model:
+            self.__dict__["_fr_front"] = front = Front(self.model, _call, self._lower)
         return front
 
     def _lower(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Matches:
