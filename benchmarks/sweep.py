@@ -125,7 +125,7 @@ def compared(name: str) -> dict[str, Any]:
     worst = max(findings, key=lambda f: f.error / max(EXACT, ROUNDINGS * f.plain_error))
     narrow, image = plain.float().eval(), x.float()
     with torch.no_grad(), chains_always():
-        want, got = narrow(image), fr.freeze(narrow, image)(image)
+        want, got = narrow(image), validate.frozen(narrow, image, torch.float32)(image)
     (frozen,) = validate.compare({"out": got}, {"out": want}, {"out": ref["inference: out"]}, torch.float32)
     return {
         "name": name,

@@ -81,7 +81,7 @@ class Frozen(nn.Module):
 
         def of(t: Tensor) -> Tensor:
             values, wide = exact.get(id(t), (None, t))
-            return wide if values == values_of(t) else t
+            return wide if values is not None and values == values_of(t) else t
 
         folded = self.__dict__.setdefault("_fr_folded", {})
         return lower_frozen(gm, states, self.compute, self.portable, of, folded)

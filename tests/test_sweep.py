@@ -54,7 +54,7 @@ def test_pairs() -> None:
 
 @pytest.mark.parametrize("what", ["weights", "buffers", "frozen", "an error"])
 def test_what_is_wrong_is_told(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fuse, freeze = fr.fuse, fr.freeze
+    fuse, frozen = fr.fuse, sweep.validate.frozen
 
     def wrong(model: nn.Module) -> nn.Module:
         tensors = dict(model.named_parameters()) if what == "weights" else dict(model.named_buffers())
@@ -68,9 +68,10 @@ def test_what_is_wrong_is_told(what: str, monkeypatch: pytest.MonkeyPatch) -> No
     if what in ("weights", "buffers"):
         monkeypatch.setattr(fr, "fuse", wrong)
     elif what == "frozen":
-        monkeypatch.setattr(fr, "freeze", lambda model, x: lambda image: freeze(model, x)(image) * (1 + 1e-3))
+        off = lambda model, x, dtype: lambda image: frozen(model, x, dtype)(image) * (1 + 1e-3)  # noqa: E731
+        monkeypatch.setattr(sweep.validate, "frozen", off)
     else:
-        monkeypatch.setattr(fr, "freeze", refuses)
+        monkeypatch.setattr(sweep.validate, "frozen", refuses)
     row = sweep.tried(NAME)
     assert not row["ok"] and ("not today" in row["failed"] if what == "an error" else "failed" not in row)
     assert f"Not so: 1.\n  - {NAME}: " in sweep.summary(result_of(row))

@@ -158,7 +158,7 @@ class _Checker:
         if whole:
             x = x.to(dtype)
             with torch.no_grad(), chains_always():  # it is they that are checked
-                out = fr.freeze(plain, x, dtype=dtype)(x)
+                out = validate.frozen(plain, x, dtype)(x)
             key = "inference: out"
             frozen = validate.compare({key: out}, expected, {key: given.ref[key]}, dtype)
             findings += [replace(f, name=f"frozen {f.name}") for f in frozen]

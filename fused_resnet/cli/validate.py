@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.explanation import closing_norms
+from fused_resnet.freezing import freeze
 from fused_resnet.patterns import norm_kind
 from fused_resnet.small import chains_always
 
@@ -161,6 +162,13 @@ def reduction_length(model: nn.Module, x: Tensor) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- running a model
+def frozen(model: nn.Module, x: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A frozen model whose captured network runs even where it differs from the plain one: it is to be judged."""
+    made = freeze(model, x, dtype=dtype)
+    made.differs = False
+    return made
+
+
 def in_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
     """``model`` with its weights in a memory format (of which torch's type stubs know nothing)."""
     return model.to(memory_format=layout)  # type: ignore[call-overload]

@@ -81,7 +81,7 @@ def fused(model: nn.Module, x: Tensor, train: bool, dtype: torch.dtype) -> Varia
         model = fr.fuse(model)
         return Variant("fused", model, model, x, dtype)
     x = x.to(dtype)
-    frozen = fr.freeze(model, x, dtype=dtype)
+    frozen = validate.frozen(model, x, dtype)
     return Variant("fused", frozen, frozen, x, None)
 
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import cache
 from itertools import count
 from types import FunctionType
 from typing import Any
@@ -26,6 +27,7 @@ from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.matcher import Matches
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
+from fused_resnet.locks import wait_before_forks
 from fused_resnet.modules import named_modules
 from fused_resnet.patterns import METHODS, original
 
@@ -105,6 +107,16 @@ class _Runs(threading.local):
     graphs = 0
 
 
+@cache
+def _set_up() -> None:
+    """What dynamo is told once in a process."""
+    import torch._dynamo as dynamo
+
+    dynamo.allow_in_graph(sync_batch_norm)
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
+    wait_before_forks(dynamo.convert_frame.compile_lock)
+
+
 class Front:
     """A method of a module, captured.
 
@@ -121,8 +133,7 @@ class Front:
     ) -> None:
         import torch._dynamo as dynamo
 
-        dynamo.allow_in_graph(sync_batch_norm)
-        logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
+        _set_up()
         self.module, self.plain, self.lower = weakref.ref(module), plain, lower
         self.config, self.settled = dynamo.config, Settled()
         self.graphs: list[GraphReport] = []
