@@ -19,7 +19,7 @@ from fused_resnet.fusion.table import MULS, constant, value_of, written
 from fused_resnet.patterns import ACT_CALLS, ADDS
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
-# (a graph's input, a tensor) -> the values to fold instead of the tensor's own, which were rounded to 16 bits.
+# A parameter or buffer -> the values to fold: those that it had before it was rounded to 16 bits, or its own.
 Exact = Callable[[Tensor], Tensor]
 # Calls whose values do not depend on their operands' layout: those that hand the layout on, ...
 _HAND_ON: set[Any] = {
