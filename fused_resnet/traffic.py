@@ -8,6 +8,7 @@ operators, between the chains and inside them, are counted too, as often as they
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,9 +77,15 @@ def network_traffic(
     if isinstance(model, Frozen):
         if training:
             raise ValueError("training: this model is frozen for inference, count the one it was made from")
-        frozen, x = copy_of(model.model).to("meta", dtype), _input(shape, dtype, torch.device("meta"))
-        with traffic() as record, forced_again("triton"), _Count(record.launches), torch.no_grad():
-            frozen(x)
+        meta = torch.device("meta")
+        copied, x = copy_of(model.model).to(meta, dtype), _input(shape, dtype, meta)
+        frozen = Frozen(copied, dtype, dtype, meta, portable=False)
+        with traffic() as record, forced_again("triton"), torch.no_grad():
+            call = partial(frozen.front().run, frozen.model, (x,), {})
+            call()  # captured, and its weights folded
+            record.launches.clear()
+            with _Count(record.launches):
+                call()
         return record
     steps: list[Any] = []
     _walk(model, shape, dtype, training, steps)

@@ -7,6 +7,7 @@ behind the same backend, with a code object of its own, so that its graphs and i
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,20 @@ _FUNCTIONS = [
 
 # The front that captures or runs in this thread.
 _calling: ContextVar[Front | None] = ContextVar("fused_resnet_calling", default=None)
+
+
+# The threads that run a front.
+_running: set[int] = set()
+
+
+def _forget_in_child() -> None:
+    """A thread that checks guards holds their lock: in a forked child, which has no such thread, nobody gives it back.
+    So a child forked beside threads that run fronts captures anew."""
+    import torch._dynamo as dynamo
+
+    if _running - {threading.get_ident()}:
+        _running.intersection_update({threading.get_ident()})
+        dynamo.reset_code_caches()
 
 
 def others_capture() -> bool:
@@ -115,6 +130,8 @@ def _set_up() -> None:
     dynamo.allow_in_graph(sync_batch_norm)
     logging.getLogger("torch._dynamo.convert_frame").addFilter(_QUIET)
     wait_before_forks(dynamo.convert_frame.compile_lock)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class Front:
@@ -185,6 +202,9 @@ class Front:
             self._forget()
         known, ran = len(self.graphs), self.runs.graphs
         captured = self._captured(() if self.whole else _unguarded(module, args))
+        outermost = _calling.get() is None
+        if outermost:
+            _running.add(threading.get_ident())
         calling, before = _calling.set(self), [(name, getattr(self.config, name)) for name in _OPTIONS]
         try:
             # as dynamo.config.patch, which makes a class at each call
@@ -202,6 +222,8 @@ class Front:
             for name, value in before:
                 setattr(self.config, name, value)
             _calling.reset(calling)
+            if outermost:
+                _running.discard(threading.get_ident())
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))
 
