@@ -78,6 +78,10 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-threads", action="store_true", help="tests of real sizes: every number of threads")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")

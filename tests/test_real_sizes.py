@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache, partial
@@ -40,6 +40,8 @@ MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "inference": torch.inference_mode,
     "autocast": lambda: _both(torch.no_grad(), torch.autocast("cpu", BF16)),
 }
+# What tests are repeated for.
+KINDS = [torch.float32, BF16, *MODES, "float32", "bfloat16"]
 Values = dict[str, Tensor]
 
 
@@ -140,6 +142,17 @@ def threads_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
+def counts(request: pytest.FixtureRequest) -> Sequence[int]:
+    """The numbers of threads of a test: all of ``THREADS`` for one image through ResNet-18. Of the others one each, as
+    dynamo captures a forward anew where their number changes; ``--all-threads``: all as well."""
+    name, batch = request.getfixturevalue("case").name, request.getfixturevalue("case").batch
+    if (name, batch) == CASES[0] or request.config.getoption("--all-threads"):
+        return THREADS
+    values = [v for k, v in request.node.callspec.params.items() if k != "case"]
+    return (THREADS[(sum(map(KINDS.index, values)) + (batch > 1)) % len(THREADS)],)
+
+
+@pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, int]:
     """How often chains ran: those of fused networks, and those of frozen ones."""
     counts = {"fused": 0, "frozen": 0}
@@ -170,13 +183,15 @@ def assert_right(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: to
 # ---------------------------------------------------------------------------------------------------- inference
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_inference(case: Case, mode: str, dtype: torch.dtype, counted: Mapping[str, int]) -> None:
+def test_inference(
+    case: Case, mode: str, dtype: torch.dtype, counts: Sequence[int], counted: Mapping[str, int]
+) -> None:
     """The same two models with one thread, with two, with four and with one again; NCHW and channels_last images."""
     if mode == "autocast" and dtype == BF16:
         pytest.skip("autocast is for float32 networks")
     truth, plain = case.truth(), case.plain(dtype, mode)
     fused, frozen, x = case.fused(dtype).eval(), case.frozen(dtype), case.x.to(dtype)
-    for i, threads in enumerate((*THREADS, 1)):
+    for i, threads in enumerate((*counts, counts[0])):
         torch.set_num_threads(threads)
         images = x.contiguous(memory_format=torch.contiguous_format if i % 2 else torch.channels_last)
         ran = counted["fused"], counted["frozen"]
@@ -216,21 +231,16 @@ def test_which_operators_run() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- training
-# float32 with every number of threads; of the others one each where the batch is large
-PARTS = {
-    "float32": (torch.float32, False, THREADS),
-    "bfloat16": (BF16, False, (4,)),
-    "autocast": (torch.float32, True, (2,)),
-}
+PARTS = {"float32": (torch.float32, False), "bfloat16": (BF16, False), "autocast": (torch.float32, True)}
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_training(case: Case, part: str, counted: Mapping[str, int]) -> None:
-    dtype, autocast, counts = PARTS[part]
+def test_training(case: Case, part: str, counts: Sequence[int], counted: Mapping[str, int]) -> None:
+    dtype, autocast = PARTS[part]
     truth, plain = case.true_step(True), case.plain_step(True, dtype, autocast)
     fused, x = case.fused(dtype, True), case.x.to(dtype).contiguous(memory_format=torch.channels_last)
     pixels = case.batch * (SIZE // 2) ** 2
-    for threads in counts if case.batch > 1 else THREADS:
+    for threads in counts:
         torch.set_num_threads(threads)
         ran = counted["fused"]
         got = step(fused, x, case.dout, autocast)
@@ -243,13 +253,13 @@ def test_training(case: Case, part: str, counted: Mapping[str, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bfloat16"])
-def test_training_with_relu(case: Case, dtype: torch.dtype) -> None:
+def test_training_with_relu(case: Case, dtype: torch.dtype, counts: Sequence[int]) -> None:
     if case.batch > 1:
         pytest.skip("the float64 step of a large batch takes long, and test_training has it")
     truth, plain = case.true_step(False), case.plain_step(False, dtype, False)
     largest = max(error([plain[name]], [truth[name]]) for name in truth)
     bound = 2 * largest + FLOOR * torch.finfo(dtype).eps
-    for threads in THREADS:
+    for threads in counts:
         torch.set_num_threads(threads)
         got = step(case.fused(dtype), case.x.to(dtype), case.dout.to(dtype))
         assert {name: e for name in truth if not (e := error([got[name]], [truth[name]])) <= bound} == {}

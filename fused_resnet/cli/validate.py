@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -219,7 +219,9 @@ def run(
 
 # ---------------------------------------------------------------------------------------------------- telling inputs
 @torch.no_grad()
-def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: float = 1.0) -> None:
+def randomise(
+    model: nn.Module, x: Tensor, generator: torch.Generator, branch: float = 1.0, closing: Collection[str] | None = None
+) -> None:
     """Gives every norm of a chain values under which no mistake hides: gamma of both signs, beta, mean, var not 0, 1.
 
     The running statistics are those of this batch, moved a little, so that deep networks stay in range in eval mode.
@@ -228,9 +230,10 @@ def randomise(model: nn.Module, x: Tensor, generator: torch.Generator, branch: f
     Args:
         branch: scales gamma and beta at the end of each residual branch. Under 1, as in trained networks, errors do
             not grow from block to block until nothing can be told from them (16 bits lose all of ResNet-50's gradient).
+        closing: the names of the norms at the end of residual branches, if known; a call is captured to find them.
     """
     norms: list[Any] = [m for m in model.modules() if norm_kind(type(m)) is not None]
-    last = {id(model.get_submodule(name)) for name in closing_norms(model, x)}
+    last = {id(model.get_submodule(name)) for name in (closing_norms(model, x) if closing is None else closing)}
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         values = torch.rand(like.shape, generator=generator, dtype=torch.float64) * (high - low) + low
