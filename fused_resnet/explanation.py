@@ -50,9 +50,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found; prints as a table."""
+    """What ``explain`` found; prints as a table.
+
+    Attributes:
+        rows: of the modules. captures: of each module that dynamo captures by itself, how often it did and was called.
+    """
 
     rows: list[Row]
+    captures: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.rows:
@@ -66,7 +71,7 @@ class Explanation:
             told = f"{served}; plain: {r.reason}" if served and r.reason else served or r.reason
             lines.append(f"{r.name:<{width}}{r.type:<{kinds}}{'fused' if r.fused else 'plain':<7}{told}")
         fused = sum(r.fused for r in self.rows)
-        return "\n".join([*lines, f"{fused} of {len(self.rows)} fused"])
+        return "\n".join([*lines, *self.captures, f"{fused} of {len(self.rows)} fused"])
 
 
 def explain(model: nn.Module, *example: Any) -> Explanation:
@@ -86,12 +91,29 @@ def explain(model: nn.Module, *example: Any) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, Frozen):
-        return Explanation(list(_frozen_rows(model)))
+        return Explanation(list(_frozen_rows(model)), tuple(_captures([("", model.front())])))
     if example:
         model = fuse(copy_of(model))
         with torch.no_grad():
             model(*example)
-    return Explanation(list(_rows(model)))
+    return Explanation(list(_rows(model)), tuple(_captures(_fronts(model))))
+
+
+def _fronts(model: nn.Module) -> list[tuple[str, Front]]:
+    """Of the fused modules that were captured by themselves, with their names."""
+    return [(n, f) for n, m in named_modules(model) for f in m.__dict__.get("_fr_fronts", {}).values()]
+
+
+def _captures(fronts: Sequence[tuple[str, Front]]) -> Iterator[str]:
+    for name, front in fronts:
+        if front.calls:
+            plain = f", {front.without} of them by no graph: dynamo says why" if front.without else ""
+            graphs, calls = _times(len(front.graphs), "graph"), _times(front.calls, "call")
+            yield f"captured: {name or '(model)'}, {graphs}, {calls}{plain}"
+
+
+def _times(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
@@ -138,7 +160,7 @@ def _ran(chain: ChainReport) -> bool:
 def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]:
     """The chains of the latest graphs, with the model's names; norms that are left, and why; how many fronts were
     called."""
-    return _merged([(n, f) for n, m in named_modules(model) for f in m.__dict__.get("_fr_fronts", {}).values()])
+    return _merged(_fronts(model))
 
 
 def _merged(fronts: Sequence[tuple[str, Front]]) -> tuple[list[ChainReport], dict[str, str], int]:
@@ -155,7 +177,7 @@ def _merged(fronts: Sequence[tuple[str, Front]]) -> tuple[list[ChainReport], dic
                 norm = f"{name}.{norm}" if name and norm else norm or name
                 if norm not in known:
                     left[norm] = reason
-    return chains, left, sum(front.called for _, front in fronts)
+    return chains, left, sum(front.calls > 0 for _, front in fronts)
 
 
 def closing_norms(model: nn.Module, *example: Any) -> set[str]:

@@ -3,8 +3,8 @@
 On a CPU a chain saves passes over its convolutions' raw outputs and costs calls, and which of the two weighs more
 depends on sizes, dtypes, threads and the processor. So nothing here is a constant of some machine: whoever has a choice
 (``choosing.py`` for chains, ``frozen_forward.py`` for frozen units) describes it by a text and brings both ways as
-calls; they are timed in turns, and the answer is kept for the process, and in the planner's file for later ones. A tie
-goes to PyTorch. FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
+calls; they are timed in turns, and the answer is kept for the process, and in the planner's file for later ones.
+FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
 
 A measurement runs in a thread of its own: grad mode, autocast, hooks on saved tensors and modes of the caller don't
 reach it, it reads no random state, and in a forked process it has OpenMP threads of its own.
@@ -35,6 +35,8 @@ Calls = Callable[[int], tuple[Call, Call]]
 ROUNDS, ROUNDS_S = (2, 15), 0.03
 # Below this share of PyTorch's time it counts as faster: what lies nearer is a tie.
 TIE = 0.98
+# With gradients a tie goes to chains, which keep less for the backward.
+TIE_OF_A_STEP = 1.0
 
 
 class Measured(NamedTuple):
@@ -85,14 +87,15 @@ _known: dict[tuple[int, str], Measured] = {}
 _measuring = Lock()
 
 
-def faster(text: str, images: int, calls: Calls, call_s: float) -> Measured:
+def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE) -> Measured:
     """The answer for a signature: of this process, of the planner's file, or measured now. It never changes within a
     process.
 
     Args:
         text: all that the times depend on but for the machine, the number of threads and the versions.
         images: the batch. calls: a batch of at most that size -> our way and PyTorch's, ready to be timed; called in
-            another thread. call_s: what one timed call should take; of a larger batch a part is timed.
+            another thread. call_s: what one timed call should take; of a larger batch a part is timed. tie: the share
+            of PyTorch's time below which ours is the answer.
 
     Returns:
         ``CHAINS`` where nothing is measured, or PyTorch's way raises: then chains say what is wrong.
@@ -103,7 +106,7 @@ def faster(text: str, images: int, calls: Calls, call_s: float) -> Measured:
             return CHAINS
         with _measuring.held():  # threads that come at once get one answer, and none is timed beside another
             if key not in _known:
-                found = _kept(text) or _measured(images, calls, call_s)
+                found = _kept(text) or _measured(images, calls, call_s, tie)
                 if found is not None:
                     _known[key] = _keep(text, found)
     return _known.get(key, CHAINS)
@@ -131,7 +134,7 @@ def forget() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
-def _measured(images: int, calls: Calls, call_s: float) -> Measured | None:
+def _measured(images: int, calls: Calls, call_s: float, tie: float) -> Measured | None:
     found: list[Measured] = []
     threads = torch.get_num_threads()
 
@@ -140,7 +143,7 @@ def _measured(images: int, calls: Calls, call_s: float) -> Measured | None:
         if own != threads:
             torch.set_num_threads(threads)
         try:
-            found.append(_timed(images, calls, call_s))
+            found.append(_timed(images, calls, call_s, tie))
         except Exception:  # PyTorch's own way raises: the caller's call will say so
             pass
         finally:
@@ -156,7 +159,7 @@ def _measured(images: int, calls: Calls, call_s: float) -> Measured | None:
     return found[0] if found else None
 
 
-def _timed(images: int, calls: Calls, call_s: float) -> Measured:
+def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:
     """The least of some interleaved times of each."""
     # with one thread its own time: what else the machine does is not part of it
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -182,7 +185,7 @@ def _timed(images: int, calls: Calls, call_s: float) -> Measured:
             break
         for call in (ours, plain) if done % 2 else (plain, ours):
             best[call] = min(best[call], seconds(call))
-    return Measured(best[ours] < TIE * best[plain], best[ours] * 1e3, best[plain] * 1e3)
+    return Measured(best[ours] < tie * best[plain], best[ours] * 1e3, best[plain] * 1e3)
 
 
 def _begun(images: int, calls: Calls) -> tuple[int, Call, Call]:

@@ -80,6 +80,7 @@ def pytest_runtest_makereport(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-threads", action="store_true", help="tests of real sizes: every number of threads")
+    parser.addoption("--beside-seconds", default=1, type=float, help="how long tests/test_beside.py serves, each test")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,7 +54,7 @@ def says(monkeypatch: pytest.MonkeyPatch, pays: bool) -> list[int]:
     """What every measurement is to find."""
     found: list[int] = []
 
-    def timed(images: int, calls: small.Calls, call_s: float) -> Measured:
+    def timed(images: int, calls: small.Calls, call_s: float, tie: float) -> Measured:
         found.append(images)
         for call in calls(images):
             call()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from traced import Layers, assert_same, images, made
 from watching import rows
 
 import fused_resnet as fr
+from fused_resnet.fusion import front
 from fused_resnet.fusion.swap import FusedModule
 
 pytestmark = pytest.mark.usefixtures("every_warning")
@@ -494,3 +497,43 @@ def test_running_statistics_take_an_eps_of_zero():
     for model in (plain, fused):
         with pytest.raises(ValueError, match="eps.*positive"):
             model.train()(x)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What dynamo logs."""
+    texts: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    handler, logger = Keeps(), logging.getLogger("torch._dynamo.convert_frame")
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
+
+
+class Tables(nn.Module):
+    """What its forward reads is another at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.key, self.table = "0", {str(i): float(i) for i in range(5)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x))) * self.table[self.key]
+
+
+def test_past_the_limit_of_recompilations(monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
+    """A module runs plain then; dynamo's warning names the guard that failed last, and ``explain`` how often."""
+    monkeypatch.setitem(front._OPTIONS, "recompile_limit", 3)
+    plain = prepared(Tables()).double()
+    fused, x = fr.fuse(copy.deepcopy(plain)), images()
+    for key in plain.table:
+        plain.key = fused.key = key
+        torch.testing.assert_close(fused(x), plain(x))
+    (warning,) = (text for text in logged if "recompile_limit" in text)
+    assert "self.key == '2'" in warning
+    assert "captured: (model), 3 graphs, 5 calls, 2 of them by no graph" in str(fr.explain(fused))

@@ -142,7 +142,8 @@ class Front:
             is given with example inputs.
 
     Attributes:
-        graphs: what was found in each graph that was captured, oldest first. called: whether a call was to be captured.
+        graphs: what was found in each graph that was captured, oldest first. calls: how many came. without: how many of
+            those ran no graph, as past dynamo's limit of recompilations.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Front:
         self.module, self.plain, self.lower = weakref.ref(module), plain, lower
         self.config, self.settled = dynamo.config, Settled()
         self.graphs: list[GraphReport] = []
-        self.called = False
+        self.calls = self.without = 0
         self.runs = _Runs()
         self._forget()
 
@@ -197,7 +198,7 @@ class Front:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Through dynamo."""
-        self.called = True
+        self.calls += 1
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
             self._forget()
         known, ran = len(self.graphs), self.runs.graphs
@@ -211,6 +212,7 @@ class Front:
             for name, value in _OPTIONS.items():
                 setattr(self.config, name, value)
             out = captured(module, *args, **kwargs)
+            self.without += self.runs.graphs == ran
             if self.whole and self.runs.graphs - ran != 1:
                 self.whole = False
                 self.captured = {_unguarded(module, args): captured}
