@@ -270,8 +270,8 @@ def test_training_with_relu(case: Case, dtype: torch.dtype, counts: Sequence[int
 # ---------------------------------------------------------------------------------------------------- threads, fork
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_python_threads(name: str) -> None:
-    """Four threads of Python on one fused and one frozen model, modes mixed, more intra-op threads half way (ResNet-18): plain
-    PyTorch's values, whoever runs beside."""
+    """Four threads of Python on one fused and one frozen model, modes mixed, for ResNet-18 more intra-op threads half
+    way: plain PyTorch's values, whoever runs beside."""
     case = Case(name, 1)
     models = [case.fused(torch.float32).eval(), case.frozen(torch.float32)]
     truth = case.truth()
