@@ -6,8 +6,10 @@ depends on sizes, dtypes, threads and the processor. So nothing here is a consta
 calls; they are timed in turns, and the answer is kept for the process, and in the planner's file for later ones.
 FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
 
-A measurement runs in a thread of its own: grad mode, autocast, hooks on saved tensors and modes of the caller don't
-reach it, it reads no random state, and in a forked process it has OpenMP threads of its own.
+A measurement runs in the caller's thread, outside its inference mode: a second thread would bring OpenMP threads of its
+own, more than there are cores, and both ways would take twice as long, and not in proportion. Where the caller has
+hooks on saved tensors, runs a backward, or has a mode that sees every operator, it runs in a thread of its own, which
+those don't reach. It reads no random state.
 """
 
 from __future__ import annotations
@@ -136,27 +138,47 @@ def forget() -> None:
 # ---------------------------------------------------------------------------------------------------- measuring
 def _measured(images: int, calls: Calls, call_s: float, tie: float) -> Measured | None:
     found: list[Measured] = []
-    threads = torch.get_num_threads()
 
     def work() -> None:
-        own = torch.get_num_threads()
-        if own != threads:
-            torch.set_num_threads(threads)
         try:
             found.append(_timed(images, calls, call_s, tie))
         except Exception:  # PyTorch's own way raises: the caller's call will say so
             pass
+
+    if not _watched():
+        with torch.inference_mode(False):  # tensors that are made inside it could not learn
+            work()
+        return found[0] if found else None
+    threads = torch.get_num_threads()
+
+    def with_threads() -> None:
+        own = torch.get_num_threads()
+        if own != threads:
+            torch.set_num_threads(threads)
+        try:
+            work()
         finally:
             if own != threads:
                 torch.set_num_threads(own)
 
     try:
-        thread = threading.Thread(target=work, name="fused_resnet measures")
+        thread = threading.Thread(target=with_threads, name="fused_resnet measures")
         thread.start()
         thread.join()
     except RuntimeError:  # an interpreter that ends starts no threads
         pass
     return found[0] if found else None
+
+
+def _watched() -> bool:
+    """Whether something of the caller's would see, or change, what a measurement runs in its thread."""
+    return bool(
+        torch._C._current_graph_task_id() != -1
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_anomaly_enabled()
+    )
 
 
 def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:

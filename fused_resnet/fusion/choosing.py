@@ -215,7 +215,7 @@ class _Twins:
         self.given = given
 
     def __call__(self, images: int) -> tuple[small.Call, small.Call]:
-        # the copies are made here, in the measuring thread: made in a caller's inference mode they could not learn
+        # the copies are made here, outside a caller's inference mode: made in it they could not learn
         tensors = [self._copy(i, t, images) for i, t in enumerate(self.given)]
         wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad] if self.x.grad else []
         ours, plain = self.row.chained, self.row.plain
@@ -234,7 +234,7 @@ class _Twins:
     def _step(self, run: Any, tensors: list[Any], wanted: list[Tensor]) -> None:
         dtype = self.x.autocast
         with torch.set_grad_enabled(bool(wanted)):
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False):
                 out = run(*tensors)
             if wanted:
                 torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
