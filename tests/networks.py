@@ -7,7 +7,7 @@ from torch import nn
 
 from fused_resnet.freezing import Frozen
 from fused_resnet.fusion.frozen_rows import FoldedChain
-from fused_resnet.models.resnet import Bottleneck, ResNet
+from fused_resnet.models.resnet import BasicBlock, Bottleneck, ResNet
 
 SIZE = 48
 # Of a model that torch.export takes with any number of images.
@@ -61,6 +61,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def small() -> nn.Module:
     """Every kind of convolution of a ResNet, in four blocks."""
     return prepared(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5, avg_down=True)).eval()
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    """A stem, a block with an identity and one with a projection, narrow."""
+    torch.manual_seed(seed)
+    stem = [nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    blocks = [BasicBlock(8, 8), BasicBlock(8, 16, 2, down)]
+    return prepared(nn.Sequential(*stem, *blocks, nn.Flatten(), nn.Linear(16 * 6 * 6, 5))).eval()
 
 
 def blocks(frozen: Frozen) -> list[FoldedChain]:

@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import images
-from test_threads import network
+from networks import images, tiny
 from torch import Tensor, nn
 
 import fused_resnet as fr
@@ -64,24 +63,24 @@ def served(model: nn.Module, x: Tensor, autocast: bool = False) -> Callable[[], 
 
 def work(x: Tensor) -> None:
     """All that the package does with a model, and the same of PyTorch's compiler."""
-    fused = fr.fuse(network(1)).train()
+    fused = fr.fuse(tiny(1)).train()
     fused(x).sum().backward()
     assert all(row.fused for row in fr.explain(fused).rows)
     fr.freeze(fused, x)
-    assert any(row.fused for row in fr.explain(network(1), x).rows)
-    torch.compile(network(1), backend="fused_resnet")(x)
+    assert any(row.fused for row in fr.explain(tiny(1), x).rows)
+    torch.compile(tiny(1), backend="fused_resnet")(x)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_plain_model(autocast: bool, seconds: float) -> None:
-    model, x = network(), images()
+    model, x = tiny(), images()
     call = served(model, x, autocast)
     served_calls, calls = beside(call, call(), lambda: work(x), seconds)
     assert served_calls > calls
 
 
 def test_a_frozen_model_and_its_successor(seconds: float) -> None:
-    model, x = network(), images()
+    model, x = tiny(), images()
     frozen = fr.freeze(model, x)
 
     def succeed() -> None:
@@ -93,7 +92,7 @@ def test_a_frozen_model_and_its_successor(seconds: float) -> None:
 
 def test_a_fused_model_that_is_looked_at(seconds: float) -> None:
     """Explained, copied, frozen and called: its own statistics and modes stay as they were."""
-    model, x = network(), images()
+    model, x = tiny(), images()
     want, before = served(model, x)(), copy.deepcopy(model.state_dict())
     fr.fuse(model)
 
@@ -111,6 +110,6 @@ def test_a_fused_model_that_is_looked_at(seconds: float) -> None:
 
 def test_first_calls_of_other_models(seconds: float) -> None:
     """Both threads capture: the thread that serves has a new model each time."""
-    model, x = network(), images()
+    model, x = tiny(), images()
     want = served(model, x)()
     beside(lambda: served(fr.fuse(copy.deepcopy(model)), x)(), want, lambda: work(x), seconds)

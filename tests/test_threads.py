@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
-from networks import images, prepared, relative
+from networks import images, prepared, relative, tiny
 from source_tree import ROOT
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ import fused_resnet as fr
 from fused_resnet import frozen_forward, planner
 from fused_resnet.backends import cpu, load
 from fused_resnet.locks import Lock
-from fused_resnet.models.resnet import BasicBlock
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -39,15 +38,6 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def network(seed: int = 0) -> nn.Module:
-    """A stem, an identity and a projection."""
-    torch.manual_seed(seed)
-    stem = [nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    down = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
-    blocks = [BasicBlock(8, 8), BasicBlock(8, 16, 2, down)]
-    return prepared(nn.Sequential(*stem, *blocks, nn.Flatten(), nn.Linear(16 * 6 * 6, 5))).eval()
 
 
 # ---------------------------------------------------------------------------------------------------- the sources
@@ -162,7 +152,7 @@ def test_frozen_across_modes(made: str, frozen_in: str, travel: Callable[[nn.Mod
     """Made, frozen, copied and called in different modes: plain PyTorch's values, and those of new weights at once."""
     x = images()
     with MODES[made]():
-        model, other = network(0), network(1)
+        model, other = tiny(0), tiny(1)
     with torch.inference_mode():
         want, want_other, given = model(x), other(x), x.clone()
     with MODES[frozen_in]():
@@ -186,14 +176,14 @@ def test_frozen_across_modes(made: str, frozen_in: str, travel: Callable[[nn.Mod
 
 def test_weights_of_inference_mode() -> None:
     """Assigned to a frozen model: a change of theirs, which PyTorch does not count, is seen."""
-    x, model = images(), network()
+    x, model = images(), tiny()
     frozen = fr.freeze(model, x)
     with torch.inference_mode():
-        frozen.model.load_state_dict({k: v.clone() for k, v in network(1).state_dict().items()}, assign=True)
-        assert relative(frozen(x), network(1).eval()(x)) < 1e-5
+        frozen.model.load_state_dict({k: v.clone() for k, v in tiny(1).state_dict().items()}, assign=True)
+        assert relative(frozen(x), tiny(1).eval()(x)) < 1e-5
         for name, t in frozen.model.state_dict().items():
-            t.copy_(network(0).state_dict()[name])
-        assert relative(frozen(x), network(0).eval()(x)) < 1e-5
+            t.copy_(tiny(0).state_dict()[name])
+        assert relative(frozen(x), tiny(0).eval()(x)) < 1e-5
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -206,7 +196,7 @@ def test_fused_across_modes(trained: str, made: str, training: bool) -> None:
 
     def pair() -> tuple[nn.Module, nn.Module]:
         with MODES[made]():
-            plain = network().train(training)
+            plain = tiny().train(training)
             for m in plain.modules():
                 if trained == "nothing" or (trained == "norms" and isinstance(m, nn.Conv2d)):
                     m.requires_grad_(False)
