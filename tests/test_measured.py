@@ -9,6 +9,7 @@ import pickle
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -189,6 +190,23 @@ def test_other_signatures_are_measured_too(timed: list[int]) -> None:
         call(model, x)
         call(model, x)
         assert len(timed) == before + 1, name
+
+
+def test_a_call_that_runs_no_chain_says_so(timed: list[int]) -> None:
+    m = fr.fuse(unit())
+    for x in (images(2), images(4)):  # each kind of call is a case of its own
+        with pytest.warns(UserWarning, match="fuse: this Sequential runs PyTorch's own operators on inputs of this size"):
+            m(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            m(x)
+
+
+def test_a_call_that_runs_chains_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    says(monkeypatch, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fr.fuse(unit())(images())
 
 
 def test_an_error_is_the_callers() -> None:

@@ -258,8 +258,13 @@ def forced_again(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
+def warn_lost_speed(message: str, stacklevel: int = 3) -> None:
+    """A warning, as often as Python's filters show it; FUSED_RESNET_QUIET=1 silences it."""
+    if os.environ.get("FUSED_RESNET_QUIET") != "1":
+        warnings.warn(message, UserWarning, stacklevel=stacklevel)
+
+
 @lru_cache
 def warn_once(message: str) -> None:
-    """A warning, once per process and message (FUSED_RESNET_QUIET=1 silences those about lost speed)."""
-    if os.environ.get("FUSED_RESNET_QUIET") != "1":
-        warnings.warn(message, UserWarning, stacklevel=3)
+    """``warn_lost_speed``, once per process and message."""
+    warn_lost_speed(message, 4)

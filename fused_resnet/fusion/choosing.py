@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C import _current_graph_task_id
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from fused_resnet import small
 
@@ -27,6 +29,7 @@ _ANSWERS = 256
 # After so many calls without its rows a module is captured again: it may have changed.
 _AGAIN = 64
 _OWN_TENSORS = (Tensor, nn.Parameter)
+_is_initialized = dist.is_initialized if dist.is_available() else bool
 
 
 class Like(NamedTuple):
@@ -79,9 +82,7 @@ thread = _Thread()
 
 def _comes_again() -> bool:
     """Whether what runs now may be one of two forwards of a checkpoint, which have to do the same."""
-    return (
-        torch._C._current_graph_task_id() != -1 or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    )
+    return _current_graph_task_id() != -1 or _top_saved_tensors_default_hooks(True) is not None
 
 
 def inside_plain() -> bool:
@@ -89,23 +90,36 @@ def inside_plain() -> bool:
     return thread.inside and not _comes_again()
 
 
-# dynamo, which is to see the module's own forward in any case, asks it when it traces
-inside_plain._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_CONSTANTS = (bool, int, str, type(None))
 
 
 def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What of a module's call says which rows pay; None: nothing is to be kept of it."""
-    if _comes_again():
+    """What of a module's call says which rows pay; None: nothing is to be kept of it. One flat function: between two
+    forwards of a network caches forget its code, and each function that it called would cost microseconds."""
+    if (
+        not small.has_choice()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _comes_again()
+    ):
         return None
-    kind: list[Any] = [m.training, dist.is_available() and dist.is_initialized(), *kwargs]
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            about = like(value)
-            if about is None:
+    kind: list[Any] = [
+        m.training,
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+        _is_initialized(),
+    ]
+    for value in (*args, *kwargs, *kwargs.values()):
+        if type(value) in _OWN_TENSORS:
+            if not value.is_cpu:
                 return None
-            kind.append(about)
+            last = value.is_contiguous(memory_format=torch.channels_last)
+            kind += (value.shape, value.dtype, last, value.requires_grad)
+        elif isinstance(value, Tensor):
+            return None
         else:
-            kind.append(value if isinstance(value, bool | int | str | None) else type(value))
+            kind.append(value if type(value) in _CONSTANTS else type(value))
     return tuple(kind)
 
 

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
 
-from fused_resnet.fusion.choosing import Settled, kind_of_call
+from fused_resnet.backends import warn_lost_speed
+from fused_resnet.fusion.choosing import Settled
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.matcher import Matches
 from fused_resnet.fusion.report import GraphReport, Names
@@ -190,11 +191,16 @@ class Front:
 
         return counted
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kind = kind_of_call(module, args, kwargs)
-        if self.settled.runs_plain(kind):
-            return self.settled.plainly(self.plain, module, *args, **kwargs)
-        return self.settled.asking(kind, self.run, module, args, kwargs)
+    def asked(self, kind: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Through dynamo; the rows choose how they run. The user hears once of a kind of call that runs no chain."""
+        new = kind not in self.settled.calls
+        out = self.settled.asking(kind, self.run, module, args, kwargs)
+        if new and self.settled.calls.get(kind) and _calling.get() is None:
+            warn_lost_speed(
+                f"fuse: this {original(module).__name__} runs PyTorch's own operators on inputs of this size, for they are "
+                f"faster here: print(fused_resnet.explain(model))"
+            )
+        return out
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Through dynamo."""

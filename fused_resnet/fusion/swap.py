@@ -14,6 +14,7 @@ from torch._C._dynamo.eval_frame import (
     _FrameExecStrategy,
     set_code_exec_strategy,
 )
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fused_resnet.backends import warn_once
 from fused_resnet.chain import transformed
 from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
-from fused_resnet.fusion.choosing import inside_plain
+from fused_resnet.fusion.choosing import inside_plain, kind_of_call
 from fused_resnet.fusion.front import Front, others_capture
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.sync_norm import sync_batch_norm
@@ -40,16 +41,16 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
         return getattr(cls, name)(self, *args, **kwargs)  # as it is now: a class's method may be replaced at any time
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # the mark is missing in a slice of an nn.Sequential, which is made by its class
-        if (
-            inside_plain()
-            or graphed()
-            or "_fr_fused" not in self.__dict__
-            or others_capture()
-            or plain_here(args, kwargs)
-        ):
+        if is_dynamo_compiling() or inside_plain():
             return plain(self, *args, **kwargs)
-        return _captured(self, getattr(cls, name), args, kwargs)
+        method, kind = getattr(cls, name), kind_of_call(self, args, kwargs)
+        front = self.__dict__.get("_fr_fronts", _NO_FRONTS).get(method)
+        if front is not None and front.settled.runs_plain(kind):
+            return front.settled.plainly(method, self, *args, **kwargs)
+        # the mark is missing in a slice of an nn.Sequential, which is made by its class
+        if graphed() or "_fr_fused" not in self.__dict__ or others_capture() or plain_here(args, kwargs):
+            return plain(self, *args, **kwargs)
+        return _captured(self, method, kind, args, kwargs)
 
     plain.__code__ = plain.__code__.replace()
     forward.__code__ = forward.__code__.replace()
@@ -67,12 +68,17 @@ def _never_first(function: Any, below: _FrameAction = _FrameAction.DEFAULT) -> N
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
 
 
-def _captured(self: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+_NO_FRONTS: dict[Any, Front] = {}
+
+
+def _captured(
+    self: Any, plain: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
     front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain, lambda gm, _: lower(gm)))
     if dist.is_available() and (dist.is_initialized() or "_fr_named" in self.__dict__):
         name_groups(self)
-    return front(self, args, kwargs)
+    return front.asked(kind, self, args, kwargs)
 
 
 def plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -89,7 +95,7 @@ def _watched() -> bool:
 
 
 _never_first(others_capture)
-for function in (graphed, inside_plain, plain_here, _captured):
+for function in (graphed, inside_plain, kind_of_call, plain_here, _captured):
     _never_first(function, _FrameAction.SKIP)
 
 
