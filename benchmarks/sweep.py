@@ -1,6 +1,9 @@
-"""Every network of timm and torchvision that has a BatchNorm2d, fused and frozen, compared with itself before.
+"""Every network of timm and torchvision that has a BatchNorm2d, fused and frozen, compared with itself before; and some
+of transformers, segmentation_models_pytorch, ultralytics and resnest, those of them that are installed.
 
-    python benchmarks/sweep.py [--most-parameters 30e6] [--processes 2] [--names resnet50 hrnet_w18]
+    python benchmarks/sweep.py [--most-parameters 30e6] [--processes 2] [--names timm/resnet50 timm/hrnet_w18]
+
+Where torchvision has no build for this torch, PYTHONPATH=tests lets its models be imported (torchvision_shim.py).
 
 Writes benchmarks/results/sweep.json, a row per network, and sweep.md. Per network, on small images, with telling norms:
 in float64 the output, every gradient and every buffer of a training step, of a step with frozen statistics and of an
@@ -11,15 +14,19 @@ stands the one that a change of the last bit of the parameters (in float32: plai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import datetime
 import importlib
+import importlib.util
 import json
 import math
 import multiprocessing
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +48,48 @@ BATCH, SEED = 2, 11
 EXACT, EXACT32, ROUNDINGS = 1e-9, 1e-5, 100.0
 
 
+def _segmentation(package: Any, network: str) -> nn.Module:
+    made: nn.Module = getattr(package, network)(encoder_name="resnet18", encoder_weights=None)
+    return made
+
+
+def _detection(package: Any, network: str) -> nn.Module:
+    tasks = importlib.import_module("ultralytics.nn.tasks")
+    made: nn.Module = tasks.DetectionModel(f"{network}.yaml", verbose=False)
+    return made
+
+
+BUILDERS: dict[str, Callable[[Any, str], nn.Module]] = LIBRARIES | {
+    "segmentation_models_pytorch": _segmentation,
+    "ultralytics": _detection,
+    "resnest": lambda package, network: getattr(importlib.import_module("resnest.torch"), network)(),
+}
+# Of these libraries some networks, of any size.
+SOME = {
+    "transformers": [
+        "MobileNetV1Model", "MobileNetV2Model", "ResNetModel", "RegNetModel", "CvtModel", "DetrModel",
+        "RTDetrResNetBackbone", "HGNetV2Backbone",
+    ],
+    "segmentation_models_pytorch": ["Unet", "UnetPlusPlus", "DeepLabV3Plus", "FPN", "Linknet", "MAnet"],
+    "ultralytics": ["yolov8n", "yolo11n"],
+    "resnest": ["resnest50"],
+}  # fmt: skip
+
+
+def installed(library: str) -> Any:
+    """The library, imported; None where it is not installed."""
+    with contextlib.suppress(ImportError):
+        if importlib.util.find_spec("torchvision_shim"):  # others import torchvision, too
+            importlib.import_module("torchvision_shim")
+        return importlib.import_module(library)
+    return None
+
+
 def names(library: str) -> list[str]:
-    """All classifiers of a library."""
-    package = importlib.import_module(library)
+    """All classifiers of timm and torchvision; ``SOME`` networks of the others."""
+    package = installed(library)
+    if library in SOME:
+        return [f"{library}/{name}" for name in SOME[library] if package is not None]
     found: list[str] = package.list_models() if library == "timm" else package.models.list_models(package.models)
     return [f"{library}/{name}" for name in found]
 
@@ -51,11 +97,11 @@ def names(library: str) -> list[str]:
 def build(name: str) -> nn.Module:
     """With random weights; raises whatever the library raises."""
     library, _, network = name.partition("/")
-    package = importlib.import_module(library)
+    package = installed(library)
     if network in ("googlenet", "inception_v3"):  # auxiliary heads want large images
         made: nn.Module = package.models.get_model(network, weights=None, aux_logits=False, init_weights=False)
         return made
-    return LIBRARIES[library](package, network)
+    return BUILDERS[library](package, network)
 
 
 def side(model: nn.Module) -> int:
@@ -95,6 +141,8 @@ def why_not(name: str, most: float) -> str | None:
             model = build(name)
         except Exception:
             return "can't be built"
+    if name.partition("/")[0] in SOME:
+        return None
     if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         return "no BatchNorm2d"
     return f"more than {most:.0f} parameters" if sum(p.numel() for p in model.parameters()) > most else None
@@ -168,7 +216,8 @@ def pairs_of(model: nn.Module, x: Tensor) -> set[str]:
 def chains_of(fused: nn.Module, x: Tensor) -> tuple[int, int, set[str]]:
     """Modules with chains, chains, and the norms that are in one together with their convolution."""
     called = copy.deepcopy(fused).eval()
-    called(x)
+    with chains_always():
+        called(x)
     rows = [row for row in fr.explain(called).rows if row.fused]
     return len(rows), sum(row.chains for row in rows), {u.norm[0] for u in units_of(called) if u.conv is not None}
 
@@ -228,7 +277,7 @@ def _told(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--libraries", nargs="+", default=["timm", "torchvision"], choices=["timm", "torchvision"])
+    parser.add_argument("--libraries", nargs="+", default=list(BUILDERS), choices=list(BUILDERS))
     parser.add_argument("--most-parameters", type=float, default=30e6)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--names", nargs="+", help="these alone, as timm/resnet50; prints, writes nothing")
@@ -244,7 +293,7 @@ def main() -> int:
     result = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **describe(),
-        "libraries": {name: importlib.import_module(name).__version__ for name in args.libraries},
+        "libraries": {name: version(name) for name in args.libraries if installed(name) is not None},
         "most_parameters": args.most_parameters,
         "networks": rows,
     }
