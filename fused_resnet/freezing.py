@@ -265,35 +265,55 @@ def freeze(
     compute, cpu = dtype, load("cpu")[0]
     if device.type == "cpu" and cpu is not None and not portable:
         compute = cpu.compute_dtype(dtype)
+    learns = [name for name, p in model.named_parameters() if p.requires_grad]
     frozen = Frozen(unfuse(copy_of(model)), dtype, compute, device, portable)
-    _check_example(frozen, example, kwargs)
+    _check_example(frozen, learns, example, kwargs)
     if cuda_graph:
         frozen.graphs = Graphs()
         frozen(*example, **kwargs)
     return frozen
 
 
-def _check_example(frozen: Frozen, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Captures the example's call, packs the weights, and compares with the plain network; where that is nearer to the
-    exact values, as where a forward depends on what it did before, the plain network is what runs."""
+def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Captures the example's call, packs the weights, and compares with the plain network, whose parameters ``learns``
+    require gradients: so do the frozen one's if its forward asks. Where the plain network is nearer to the exact
+    values, as where a forward depends on what it did before, it is what runs."""
 
     def tensors(net: nn.Module, dtype: torch.dtype) -> list[Tensor]:
         given = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(frozen.device.type, enabled=False):
             return [t for t in tree_iter(net(*given[0], **given[1])) if isinstance(t, Tensor)]
 
-    plain = copy_of(frozen.model)
+    plain = _learning(copy_of(frozen.model), learns)
     got, want = tensors(frozen, frozen.compute), tensors(copy_of(plain), frozen.compute)
-    if len(got) == len(want) and all(map(_agree, got, want)):
+    if _all_agree(got, want):
+        return
+    frozen.model = _learning(copy_of(plain), learns)
+    frozen.__dict__.pop("_fr_folded", None)
+    got = tensors(frozen, frozen.compute)
+    if _all_agree(got, want):
         return
     exact = plain.double()
     for name, t in _tensors(exact).items():
         if name in frozen.exact:
-            t.copy_(frozen.exact[name][0])
+            t.detach().copy_(frozen.exact[name][0])
     truth = tensors(exact, torch.float64)
     if len(got) != len(truth) or any(map(_worse, got, want, truth)):
         warn_once("freeze: the frozen model differs from the plain one on the example, so the plain one runs")
         frozen.differs = True
+    else:
+        frozen.model.requires_grad_(False)
+
+
+def _learning(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The model, these parameters of which require gradients."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)
+    return model
+
+
+def _all_agree(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(_agree, a, b))
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

@@ -306,6 +306,23 @@ def test_a_forward_that_counts():
         assert relative(frozen(x), torch.relu(model.bn(model.conv(x))) * (calls + i)) < 1e-5
 
 
+class Asking(Stateful):
+    """Another result where its weight learns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x))) * (2 if self.conv.weight.requires_grad else 3)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_forward_that_asks_what_learns(learns: bool) -> None:
+    model, x = prepared(Asking()).eval().requires_grad_(learns), images()
+    frozen = fr.freeze(model, x)
+    assert not frozen.differs and fr.explain(frozen).rows[0].fused
+    assert relative(frozen(x), model(x)) < 1e-5 and not frozen(x).requires_grad
+    assert frozen.model.conv.weight.requires_grad == learns
+    assert not any(p.requires_grad for p in fr.freeze(prepared(Stateful()), x).parameters())
+
+
 # ------------------------------------------------------------------------------------------------ other shapes
 def test_other_shapes(empty_is_nan):
     model = small()

@@ -25,7 +25,8 @@ import fused_resnet as fr
 from fused_resnet import functional
 from fused_resnet.fusion import frozen_rows
 
-BOUND = {torch.float64: 1e-9, torch.float32: 1e-3}
+# in float32 a norm of equal values multiplies rounding by 300
+BOUND = {torch.float64: 1e-9, torch.float32: 1e-2}
 GRAD = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 # What a backward may be refused for is which tensors were kept for it, and a chain keeps others.
 IN_PLACE = "modified by an inplace operation"
@@ -187,15 +188,21 @@ def live_frozen(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[
     return len(life), total
 
 
-LIVES = st.builds(
-    lambda first, calls, edits: [(first, []), *zip(calls, edits)],
-    CALLS,
-    st.lists(CALLS, min_size=3, max_size=3),
-    st.lists(st.lists(EDITS, min_size=1, max_size=2), min_size=0, max_size=3),
-)
+def lives(calls: int) -> st.SearchStrategy[list[tuple[Call, list[Edit]]]]:
+    """One call, and so many others with edits in front of each."""
+    edits = st.lists(EDITS, min_size=1, max_size=2)
+    return st.builds(
+        lambda first, more: [(first, []), *more],
+        CALLS,
+        st.lists(st.tuples(CALLS, edits), min_size=calls, max_size=calls),
+    )
+
+
+LIVES = st.one_of(*[lives(1)] * 5, lives(3))
 
 
 @pytest.mark.slow
+@settings(max_examples=700)
 @given(PROGRAMS, LIVES)
 def test_a_fused_network_lives_as_its_plain_twin_does(program: Program, life: list[tuple[Call, list[Edit]]]) -> None:
     note(program.source)
@@ -203,7 +210,7 @@ def test_a_fused_network_lives_as_its_plain_twin_does(program: Program, life: li
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=300)
 @given(PROGRAMS, LIVES)
 def test_a_frozen_network_lives_as_its_plain_twin_does(program: Program, life: list[tuple[Call, list[Edit]]]) -> None:
     note(program.source)

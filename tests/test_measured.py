@@ -195,7 +195,9 @@ def test_other_signatures_are_measured_too(timed: list[int]) -> None:
 def test_a_call_that_runs_no_chain_says_so(timed: list[int]) -> None:
     m = fr.fuse(unit())
     for x in (images(2), images(4)):  # each kind of call is a case of its own
-        with pytest.warns(UserWarning, match="fuse: this Sequential runs PyTorch's own operators on inputs of this size"):
+        with pytest.warns(
+            UserWarning, match="fuse: this Sequential runs PyTorch's own operators on inputs of this size"
+        ):
             m(x)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -71,9 +71,7 @@ def _never_first(function: Any, below: _FrameAction = _FrameAction.DEFAULT) -> N
 _NO_FRONTS: dict[Any, Front] = {}
 
 
-def _captured(
-    self: Any, plain: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _captured(self: Any, plain: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
     front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain, lambda gm, _: lower(gm)))
     if dist.is_available() and (dist.is_initialized() or "_fr_named" in self.__dict__):
