@@ -197,8 +197,8 @@ class Front:
         out = self.settled.asking(kind, self.run, module, args, kwargs)
         if new and self.settled.calls.get(kind) and _calling.get() is None:
             warn_lost_speed(
-                f"fuse: this {original(module).__name__} runs PyTorch's own operators on inputs of this size, for they are "
-                f"faster here: print(fused_resnet.explain(model))"
+                f"fuse: this {original(module).__name__} runs PyTorch's own operators on inputs of this size, "
+                f"for they are faster here: print(fused_resnet.explain(model))"
             )
         return out
 
