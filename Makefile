@@ -49,7 +49,7 @@ bench: $(VENV)/.installed
 
 # PASSIVE: the workers' threads share the cores; those that wait would keep the others' from them
 test: $(VENV)/.installed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests $(if $(WORKERS),--numprocesses $(WORKERS) --dist loadfile) $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests $(if $(WORKERS),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 codegen: $(VENV)/.installed
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/codegen.py --markdown benchmarks/results/codegen.md $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import zlib
@@ -79,16 +80,38 @@ def pytest_runtest_makereport(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-threads", action="store_true", help="tests of real sizes: every number of threads")
+    parser.addoption("--full", action="store_true", help="all tests, also those marked full, in every variation")
     parser.addoption("--beside-seconds", default=1, type=float, help="how long tests/test_beside.py serves, each test")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Files whose few tests take longest: they come first, so that no worker has them left when the others are done.
+LONGEST = [
+    "test_living_models.py", "test_real_sizes.py", "test_architectures.py", "test_convert.py", "test_cli.py",
+    "test_studies.py", "test_other_architectures.py", "test_sync_batchnorm.py", "test_threads.py", "test_rows.py",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    if not config.getoption("--full"):
+        left = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for among what tests make, and less often: each capture makes much, and little of it is any."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(params=CPU_BACKENDS)

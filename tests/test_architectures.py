@@ -154,11 +154,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 # Rounding decides on some gradients of its attention: half an ulp in the parameters changes them by more than the bound
 # (fc1.bias with frozen norms, five seeds: ours 2e-6 to 8e-5, plain PyTorch 3e-6 to 6e-5, that change 2e-5 to 1e-4).
 ILL_CONDITIONED = {"torchvision/efficientnet_b0"}
-# Compared in float32 and bfloat16 as well: of each kind of block one, for it is the same kernels that round.
+# Compared in float32 and bfloat16 as well: of each kind of block one, for the same kernels round. --full: all.
 NARROW = {
-    "torchvision/resnet18", "torchvision/resnet50", "torchvision/resnext50_32x4d", "torchvision/mobilenet_v2",
-    "torchvision/mobilenet_v3_small", "torchvision/efficientnet_b0", "torchvision/densenet121", "timm/resnet50d",
-    "timm/seresnet50", "timm/resnet50, act_layer=gelu", "transformers/RegNetForImageClassification",
+    "torchvision/resnet18", "torchvision/resnet50", "torchvision/resnext50_32x4d", "torchvision/mobilenet_v3_small",
+    "torchvision/densenet121", "timm/resnet50d", "timm/seresnet50", "timm/resnet50, act_layer=gelu",
+    "transformers/RegNetForImageClassification",
+}  # fmt: skip
+# What another network has as well.
+FULL = {
+    "torchvision/wide_resnet50_2", "torchvision/fcn_resnet50", "torchvision/mnasnet0_5", "timm/resnet18",
+    "timm/resnext50_32x4d", "timm/wide_resnet50_2", "timm/densenet121", "transformers/ResNetBackbone",
 }  # fmt: skip
 Case = tuple[nn.Module, Tensor, Tensor]
 
@@ -255,7 +260,7 @@ def frozen(plain: nn.Module, x: Tensor) -> list[validate.Finding]:
     return validate.compare(got, {"frozen: out": narrow(image)}, ref, torch.float32)
 
 
-def check(name: str) -> None:
+def check(name: str, full: bool) -> None:
     """The network of that name, fused and frozen, beside plain."""
     plain, x, dout = subject(name, 11)
     classes = {n: type(m) for n, m in plain.named_modules()}
@@ -263,7 +268,7 @@ def check(name: str) -> None:
 
     found = [*Compared(plain, torch.float64)((plain, x, dout)), *frozen(plain, x)]
     failed = [str(f) for f in found if not f.ok]
-    if name in NARROW:
+    if full or name in NARROW:
         others = (subject(name, seed) for seed in count(12))
         cases = ((_smooth(m), *rest) for m, *rest in chain([(plain, x, dout)], others))
         failed += Compared(_smooth(plain), torch.float32, name in ILL_CONDITIONED).in_narrow(cases)
@@ -276,9 +281,15 @@ def check(name: str) -> None:
     assert {n: id(t) for n, t in [*plain.named_parameters(), *plain.named_buffers()]} == objects
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name.startswith("torchvision/")])
-def test_fused_equals_plain(name: str) -> None:
-    check(name)
+def networks(*libraries: str) -> list[Any]:
+    """For the tests' parameters."""
+    names = [name for name in NETWORKS if name.startswith(libraries)]
+    return [pytest.param(name, marks=pytest.mark.full) if name in FULL else name for name in names]
+
+
+@pytest.mark.parametrize("name", networks("torchvision/"))
+def test_fused_equals_plain(name: str, pytestconfig: pytest.Config) -> None:
+    check(name, pytestconfig.getoption("--full"))
 
 
 # Of each library, of those with everything in chains and of those with reasons why not; all of them:

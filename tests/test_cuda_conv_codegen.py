@@ -47,6 +47,7 @@ def test_training_convolution(codegen: ModuleType) -> None:
         assert r.instructions["HGMMA"] == 4 and bool(r.instructions["UBLKCP"]) == ("none" not in r.kernel)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_cutlass_convolution(codegen: ModuleType) -> None:
     table = compiled(codegen, "conv_sm90_fprop_64x64.cu")

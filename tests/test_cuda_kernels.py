@@ -211,6 +211,7 @@ def test_refusals(cuda_device: str) -> None:
             functional.conv_bn_act(x.contiguous(), w, *v, training=True)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer does this on a GPU (make gpu-report)")
 def test_sanitizers(cuda_library: Path) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer find nothing: no access beyond a tensor, a shared array or a

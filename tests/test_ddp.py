@@ -68,6 +68,7 @@ def test_bench_reports_scaling(device: str, tmp_path: Path) -> None:
             assert row["speedup"]["median"] == pytest.approx(statistics.median(ratios))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_bench_notices_statistics_that_are_not_shared(tmp_path: Path) -> None:
     """The command fails, in words, when the backward of each process sees its own sums alone."""

@@ -23,6 +23,7 @@ def report(*args: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     """Every step ends well; every primitive of a training step is there with its choice and roofline."""

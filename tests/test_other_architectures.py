@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from test_architectures import NETWORKS, check
+from test_architectures import check, networks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if not name.startswith("torchvision/")])
-def test_fused_equals_plain(name: str) -> None:
-    check(name)
+@pytest.mark.parametrize("name", networks("timm/", "transformers/"))
+def test_fused_equals_plain(name: str, pytestconfig: pytest.Config) -> None:
+    check(name, pytestconfig.getoption("--full"))

@@ -144,9 +144,9 @@ def threads_as_before() -> Iterator[None]:
 @pytest.fixture
 def counts(request: pytest.FixtureRequest) -> Sequence[int]:
     """The numbers of threads of a test: all of ``THREADS`` for one image through ResNet-18. Of the others one each, as
-    dynamo captures a forward anew where their number changes; ``--all-threads``: all as well."""
+    dynamo captures a forward anew where their number changes; ``--full``: all as well."""
     name, batch = request.getfixturevalue("case").name, request.getfixturevalue("case").batch
-    if (name, batch) == CASES[0] or request.config.getoption("--all-threads"):
+    if (name, batch) == CASES[0] or request.config.getoption("--full"):
         return THREADS
     values = [v for k, v in request.node.callspec.params.items() if k != "case"]
     return (THREADS[(sum(map(KINDS.index, values)) + (batch > 1)) % len(THREADS)],)

@@ -41,7 +41,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[s
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_several_processes(world: int, case: str, verdicts: Callable[[int], dict[str, list[str]]]) -> None:
     """The case holds in every process; one that was not reached fails with the processes' last words."""
     found = verdicts(world)
