@@ -2,6 +2,7 @@
 of transformers, segmentation_models_pytorch, ultralytics and resnest, those of them that are installed.
 
     python benchmarks/sweep.py [--most-parameters 30e6] [--processes 2] [--names timm/resnet50 timm/hrnet_w18]
+    python benchmarks/sweep.py --count      # what is in chains alone, on the meta device: writes coverage.json and .md
 
 Where torchvision has no build for this torch, PYTHONPATH=tests lets its models be imported (torchvision_shim.py).
 
@@ -38,6 +39,7 @@ import fused_resnet as fr
 from fused_resnet.cli import validate
 from fused_resnet.cli.env import describe
 from fused_resnet.cli.subjects import LIBRARIES, OneTensor
+from fused_resnet.explanation import Row as ModuleRow
 from fused_resnet.explanation import units_of
 from fused_resnet.patterns import looks_like_norm
 from fused_resnet.small import chains_always
@@ -166,7 +168,7 @@ def compared(name: str) -> dict[str, Any]:
         t.data = t.data.float().to(t.dtype)  # values that float32 holds, too
 
     fused = fr.fuse(copy.deepcopy(plain))
-    modules, chains, in_chains = chains_of(fused, x)
+    rows, in_chains = chains_of(fused, x)
     pairs = pairs_of(plain, x)
     ref = runs(plain, x, dout)
     findings = validate.compare(runs(fused, x, dout), runs(last_bit(plain), x, dout), ref, torch.float32)
@@ -177,8 +179,8 @@ def compared(name: str) -> dict[str, Any]:
     (frozen,) = validate.compare({"out": got}, {"out": want}, {"out": ref["inference: out"]}, torch.float32)
     return {
         "name": name,
-        "modules": modules,
-        "chains": chains,
+        "modules": sum(row.fused for row in rows),
+        "chains": sum(row.chains for row in rows),
         "pairs": len(pairs),
         "pairs_in_chains": len(pairs & in_chains),
         "tensors": len(findings) + 1,
@@ -213,23 +215,71 @@ def pairs_of(model: nn.Module, x: Tensor) -> set[str]:
 
 
 @torch.no_grad()
-def chains_of(fused: nn.Module, x: Tensor) -> tuple[int, int, set[str]]:
-    """Modules with chains, chains, and the norms that are in one together with their convolution."""
+def chains_of(fused: nn.Module, x: Tensor) -> tuple[list[ModuleRow], set[str]]:
+    """What explain says of a call, and the norms that are in a chain together with their convolution."""
     called = copy.deepcopy(fused).eval()
     with chains_always():
         called(x)
-    rows = [row for row in fr.explain(called).rows if row.fused]
-    return len(rows), sum(row.chains for row in rows), {u.norm[0] for u in units_of(called) if u.conv is not None}
+    return fr.explain(called).rows, {u.norm[0] for u in units_of(called) if u.conv is not None}
 
 
-def tried(name: str, most: float = math.inf) -> dict[str, Any]:
-    """``compared``, or why not."""
+def counted(name: str) -> dict[str, Any]:
+    """The row of one network without any number computed, but for networks that compute in their constructors."""
+    try:
+        with torch.device("meta"):
+            return _counted(name)
+    except RuntimeError:
+        return _counted(name)
+
+
+def _counted(name: str) -> dict[str, Any]:
+    plain = OneTensor(build(name)).eval()
+    x = torch.ones(BATCH, 3, *[side(plain.network)] * 2)
+    rows, in_chains = chains_of(fr.fuse(copy.deepcopy(plain)), x)
+    pairs = pairs_of(plain, x)
+    return {
+        "name": name,
+        "chains": sum(row.chains for row in rows),
+        "pairs": len(pairs),
+        "pairs_in_chains": len(pairs & in_chains),
+        "left": sorted({row.reason for row in rows if not row.fused}),
+    }
+
+
+def tried(name: str, most: float = math.inf, row: Callable[[str], dict[str, Any]] = compared) -> dict[str, Any]:
+    """The row of a network, or why there is none."""
     if reason := why_not(name, most):
         return {"name": name, "left_out": reason}
     try:
-        return compared(name)
+        return row(name)
     except Exception as error:  # a row says what failed, and the others go on
         return {"name": name, "ok": False, "failed": f"{type(error).__name__}: {error}"}
+
+
+def coverage(result: dict[str, Any]) -> str:
+    """coverage.md."""
+    rows = [row for row in result["networks"] if "left_out" not in row]
+    right, failed = [row for row in rows if "failed" not in row], [row for row in rows if "failed" in row]
+    below = [row for row in right if row["pairs_in_chains"] < row["pairs"]]
+    pairs, taken, chains = (sum(row[key] for row in right) for key in ("pairs", "pairs_in_chains", "chains"))
+    libraries = ", ".join(f"{name} {version}" for name, version in result["libraries"].items())
+    lines = [
+        "# How much of whole libraries runs in chains",
+        "",
+        f"Written by `python benchmarks/sweep.py --count` on {result['date']}",
+        f"with torch {result['versions']['torch']}, {libraries};",
+        "[coverage.json](coverage.json) has a row for each network.",
+        "",
+        f"{len(right)} networks with a BatchNorm2d and up to {result['most_parameters']:.0f} parameters have {pairs}",
+        f"pairs of a Conv2d and the norm behind it; {taken} pairs are in chains ({100 * taken / max(1, pairs):.1f} %),",
+        f"{chains} chains in all. {len(right) - len(below)} networks have all their pairs in chains.",
+        f"Failed: {', '.join(row['name'] + ': ' + row['failed'] for row in failed) or 'none'}.",
+        "",
+        "| network | pairs | in chains | why not the others |",
+        "|---|---|---|---|",
+        *(f"| {r['name']} | {r['pairs']} | {r['pairs_in_chains']} | {'; '.join(r['left'])} |" for r in below),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -280,15 +330,17 @@ def main() -> int:
     parser.add_argument("--libraries", nargs="+", default=list(BUILDERS), choices=list(BUILDERS))
     parser.add_argument("--most-parameters", type=float, default=30e6)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--count", action="store_true", help="what is in chains alone")
     parser.add_argument("--names", nargs="+", help="these alone, as timm/resnet50; prints, writes nothing")
     args = parser.parse_args()
+    row = counted if args.count else compared
     if args.names:
-        rows = [tried(name) for name in args.names]
+        rows = [tried(name, row=row) for name in args.names]
         print(json.dumps(rows, indent=1))
-        return int(not all(row.get("ok", True) for row in rows))
+        return int(not all(found.get("ok", True) for found in rows))
     every = [name for library in args.libraries for name in names(library)]
-    context, task = multiprocessing.get_context("spawn"), partial(tried, most=args.most_parameters)
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+    context, task = multiprocessing.get_context("spawn"), partial(tried, most=args.most_parameters, row=row)
+    with ProcessPoolExecutor(args.processes, mp_context=context, max_tasks_per_child=40) as pool:
         rows = list(track(pool.map(task, every), "networks", len(every)))
     result = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -297,9 +349,10 @@ def main() -> int:
         "most_parameters": args.most_parameters,
         "networks": rows,
     }
-    (RESULTS / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "sweep.md").write_text(summary(result))
-    return int(not all(row.get("ok", True) for row in rows))
+    name, told = ("coverage", coverage) if args.count else ("sweep", summary)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(told(result))
+    return int(not all(found.get("ok", True) for found in rows))
 
 
 if __name__ == "__main__":

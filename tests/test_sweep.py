@@ -43,13 +43,25 @@ def test_a_network() -> None:
     )
 
 
+def test_counting() -> None:
+    row, whole = sweep.tried(NAME, row=sweep.counted), sweep.tried(NAME)
+    assert {**row, "left": []} == {k: whole[k] for k in ("name", "chains", "pairs", "pairs_in_chains")} | {"left": []}
+    lacking = row | {"name": "timm/lacking", "pairs": 2 * row["pairs"], "left": ["no reason"]}
+    text = sweep.coverage(result_of(row, lacking, {"name": "timm/bad", "failed": "Error: text"}))
+    assert f"{2 * row['pairs']} pairs are in chains (66.7 %)" in text and "1 networks have all" in text
+    assert (
+        "timm/bad: Error: text" in text
+        and f"| timm/lacking | {2 * row['pairs']} | {row['pairs']} | no reason |" in text
+    )
+
+
 def test_pairs() -> None:
     """A norm behind another norm, or behind what was done to a convolution's output, is no part of a pair."""
     conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
     model = nn.Sequential(conv, nn.BatchNorm2d(3), norm, nn.Conv2d(3, 3, 1), nn.GELU(), nn.BatchNorm2d(3))
     assert sweep.pairs_of(model, torch.ones(2, 3, 4, 4)) == {"1"}
     fused = fr.fuse(model)
-    assert sweep.chains_of(fused, torch.ones(2, 3, 4, 4))[2] == {"1"}
+    assert sweep.chains_of(fused, torch.ones(2, 3, 4, 4))[1] == {"1"}
 
 
 @pytest.mark.parametrize("what", ["weights", "buffers", "frozen", "an error"])
