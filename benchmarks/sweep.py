@@ -340,7 +340,7 @@ def main() -> int:
         return int(not all(found.get("ok", True) for found in rows))
     every = [name for library in args.libraries for name in names(library)]
     context, task = multiprocessing.get_context("spawn"), partial(tried, most=args.most_parameters, row=row)
-    with ProcessPoolExecutor(args.processes, mp_context=context, max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
         rows = list(track(pool.map(task, every), "networks", len(every)))
     result = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -306,6 +306,25 @@ def test_a_forward_that_counts():
         assert relative(frozen(x), torch.relu(model.bn(model.conv(x))) * (calls + i)) < 1e-5
 
 
+class WrittenView(nn.Module):
+    """A view of a unit's output is changed, which is one in PyTorch's default layout alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.bn2 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn(self.conv(x))
+        h.flatten(1)[:, :3].add_(1)
+        return self.bn2(h)
+
+
+def test_a_view_that_is_changed():
+    model, x = prepared(WrittenView()).eval(), images().contiguous()
+    frozen = fr.freeze(model, x)
+    assert not frozen.differs and relative(frozen(x), model(x)) < 1e-5
+
+
 class Asking(Stateful):
     """Another result where its weight learns."""
 

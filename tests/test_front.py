@@ -89,7 +89,15 @@ class AddIntoView(Layers):
         return F.relu(view) * s
 
 
-@pytest.mark.parametrize("kind", [WrittenResidual, WrittenStart, AddIntoView])
+class WrittenBeta(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)))
+        with torch.no_grad():
+            self.bn1.bias += 0.1
+        return self.bn2(self.conv2(h))
+
+
+@pytest.mark.parametrize("kind", [WrittenResidual, WrittenStart, AddIntoView, WrittenBeta])
 def test_what_is_written_around_a_chain(kind: type[Layers]) -> None:
     """A chain keeps its summand for the backward, and plain PyTorch doesn't; what an add writes into others may see."""
     plain = kind()

@@ -196,7 +196,7 @@ def conv_bias_act(
         return y
     compute = compute_dtype(x.dtype)
     name, scalars = _POST_OPS.get(act.name, ("none", ()))
-    # oneDNN's relu makes 0 of NaN: good enough for a frozen model (and said in docs/limits.md), not for a model in training
+    # oneDNN's relu makes 0 of NaN: good enough for a frozen model (docs/limits.md says so), not for one in training
     exact = packed is not weight and act.name != "identity"
     if exact or act.name not in _POST_OPS or (residual is not None and act.name not in ("identity", "relu")):
         # what oneDNN can't do behind its convolution is done in a pass of its own

@@ -14,7 +14,7 @@ from fused_resnet.backends import vector_dtype
 from fused_resnet.chain_forward import fold
 from fused_resnet.frozen_forward import fold_weight, plain_chains, run_chains, values_of
 from fused_resnet.fusion.lowering import ChainCall, Places, UnitCall, finish, put_in
-from fused_resnet.fusion.matcher import Matches, RowMatch, match
+from fused_resnet.fusion.matcher import Matches, RowMatch, match, storage_of
 from fused_resnet.fusion.table import MULS, constant, value_of, written
 from fused_resnet.patterns import ACT_CALLS, ADDS
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
@@ -27,7 +27,7 @@ _HAND_ON: set[Any] = {
     F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, F.dropout, F.dropout2d, F.pad, F.gelu,
     F.hardsigmoid, F.hardtanh, F.mish, F.softplus, torch.tanh, "tanh", "clamp", torch.clamp,
 }  # fmt: skip
-# ... and those that make no image of it.
+# ... and those that make no image of it. Some are a view in one layout and a copy in another: where nobody writes.
 _TAKE_ANY: set[Any] = {torch.flatten, "flatten", "reshape", torch.reshape, "mean", torch.mean, "sum", "size", "dim"}
 
 
@@ -215,16 +215,18 @@ def lower_frozen(
             matches.left |= {u.norm: reason for u in row.all_units if not u.affine}
     matches.rows = rows
     calls = put_in(gm, matches, made)
+    changed = {storage_of(n) for node in gm.graph.nodes for n in written(node)}
     for call in calls:
-        _keep_layout(gm.graph, call)
+        _keep_layout(gm.graph, call, changed)
     finish(gm)
     return matches
 
 
-def _keep_layout(graph: fx.Graph, call: fx.Node) -> None:
-    """Rows make channels_last images: where somebody may notice, they get the layout that they had."""
+def _keep_layout(graph: fx.Graph, call: fx.Node, changed: set[int | None]) -> None:
+    """Rows make channels_last images: where somebody may notice, they get the layout that they had. ``changed``: the
+    storages that something in the graph writes into."""
     want = value_of(call)
-    if want is None or not _noticed(call) or want.is_contiguous(memory_format=torch.channels_last):
+    if want is None or not _noticed(call, changed) or want.is_contiguous(memory_format=torch.channels_last):
         return
     with graph.inserting_after(call):
         made = graph.call_method("contiguous", (call,))
@@ -232,11 +234,11 @@ def _keep_layout(graph: fx.Graph, call: fx.Node) -> None:
     call.replace_all_uses_with(made, lambda user: user is not made)
 
 
-def _noticed(node: fx.Node) -> bool:
+def _noticed(node: fx.Node, changed: set[int | None]) -> bool:
     """Whether anything that a value, or what is made of it, is given to depends on its layout."""
     for user in node.users:
-        if user.op == "call_module" or user.target in _TAKE_ANY:
+        if user.op == "call_module" or (user.target in _TAKE_ANY and storage_of(user) not in changed):
             continue
-        if user.target not in _HAND_ON or _noticed(user):
+        if user.target not in _HAND_ON or _noticed(user, changed):
             return True
     return False

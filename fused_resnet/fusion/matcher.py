@@ -298,8 +298,8 @@ class _Matcher:
 
     def _alone(self, node: fx.Node, user: fx.Node) -> bool:
         """Whether nobody but ``user``, which writes into a value, has it or a view of it."""
-        storage = _storage(node)
-        shared = [n for n in self.nodes[: self.order[user]] if n is not node and _storage(n) == storage]
+        storage = storage_of(node)
+        shared = [n for n in self.nodes[: self.order[user]] if n is not node and storage_of(n) == storage]
         return storage is not None and self._only_user(node) is user and not shared
 
     def _dropped(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -409,8 +409,12 @@ class _Matcher:
             return "its dtype changes inside"
         if self.frozen:
             return self._disturbed([chain])
-        kept = {_storage(n) for n in (chain.start, chain.residual) if n is not None}
-        if any(i > self.order[chain.end] and kept & set(map(_storage, changed)) for i, changed in self.writes):
+        # PyTorch keeps weights as well, but no biases
+        biases = [
+            unit.tensors[name] for unit in chain.all_units for name in ("bias", "bn_bias") if name in unit.tensors
+        ]
+        kept = {storage_of(n) for n in (chain.start, chain.residual, *biases) if n is not None}
+        if any(i > self.order[chain.end] and kept & set(map(storage_of, changed)) for i, changed in self.writes):
             return "what it keeps for its backward is changed in place behind its end"
         return self._disturbed([chain])
 
@@ -421,14 +425,14 @@ class _Matcher:
         first, last = min(self.order[n] for n in nodes), max(self.order[n] for n in nodes)
         if any(first < i < last for i in self.switches):
             return "gradients or autocast are switched inside"
-        storages = {_storage(n) for n in reads}
+        storages = {storage_of(n) for n in reads}
         for i, changed in self.writes:
             if first < i < last and self.nodes[i] not in inside and not counts_batch(self.nodes[i]):
-                if any(_storage(n) is None or _storage(n) in storages for n in changed):
+                if any(storage_of(n) is None or storage_of(n) in storages for n in changed):
                     return "what it reads is changed in place before its end"
-        updated = {_storage(n) for n in _updates(chains)}
+        updated = {storage_of(n) for n in _updates(chains)}
         for node in self.nodes[first:last]:
-            if node not in inside and any(_storage(n) in updated for n in node.all_input_nodes):
+            if node not in inside and any(storage_of(n) in updated for n in node.all_input_nodes):
                 return "its running statistics are used before its end"
         late = max((self.order[n] for n in reads), default=0)
         return "it reads what is computed behind its end" if late > last else None
@@ -529,7 +533,7 @@ def _per_channel(value: torch.Tensor, x: torch.Tensor) -> bool:
     return value.dim() in (3, 4) and shape == (1, x.shape[1], 1, 1)
 
 
-def _storage(node: fx.Node) -> int | None:
+def storage_of(node: fx.Node) -> int | None:
     """What two nodes share if one may be a view of the other; None where it isn't known."""
     while "dropout" in str(getattr(node.target, "__name__", "")):
         node = node.all_input_nodes[0]  # one that drops nothing returns its input, whatever the tracer made of it
