@@ -86,7 +86,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files whose few tests take longest: they come first, so that no worker has them left when the others are done.
 LONGEST = [
-    "test_living_models.py", "test_real_sizes.py", "test_architectures.py", "test_convert.py", "test_cli.py",
+    "test_living_models.py", "test_real_sizes.py", "test_living_frozen.py", "test_architectures.py", "test_convert.py",
+    "test_cli.py",
     "test_studies.py", "test_other_architectures.py", "test_sync_batchnorm.py", "test_threads.py", "test_rows.py",
 ]  # fmt: skip
 

@@ -186,11 +186,11 @@ class Program:
 PROGRAMS = st.builds(
     Program,
     # most are small, so that there may be many
-    st.one_of(*[st.tuples(bodies())] * 5, st.tuples(bodies(), bodies())),
+    st.one_of(*[st.tuples(bodies())] * 11, st.tuples(bodies(), bodies())),
     st.sampled_from(["x", "x", "skip", "dict", "list"]),
     st.sampled_from(["tensor", "tensor", "tuple", "dict"]),
     st.sampled_from(["list", "sequential", "iterated", "dict", "attributes"]),
-    st.sampled_from(["plain"] * 8 + ["stem", "projection", "pad", "average"]),
+    st.sampled_from(["plain"] * 12 + ["stem", "projection", "pad", "average"]),
     st.integers(0, 7),
     st.integers(0, 3),
 )
