@@ -161,7 +161,7 @@ LIVES = st.one_of(*[lives(1)] * 11, lives(3))
 
 
 @pytest.mark.slow
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(PROGRAMS, LIVES)
 def test_a_fused_network_lives_as_its_plain_twin_does(program: Program, life: list[tuple[Call, list[Edit]]]) -> None:
     note(program.source)
