@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.process import BaseProcess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def test_threads_agree_on_the_dtype_to_compute_in(monkeypatch: pytest.MonkeyPatc
         return next(times)
 
     monkeypatch.setattr(cpu, "_seconds", seconds)
+    monkeypatch.setattr(cpu, "_mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True))  # on any processor
     monkeypatch.setenv("FUSED_RESNET_CPU_COMPUTE", "auto")
     caches = [cpu.compute_dtype, cpu._faster]
     for cache in caches:
