@@ -87,17 +87,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Files whose few tests take longest: they come first, so that no worker has them left when the others are done.
 LONGEST = [
     "test_living_models.py", "test_real_sizes.py", "test_living_frozen.py", "test_architectures.py", "test_convert.py",
-    "test_cli.py",
-    "test_studies.py", "test_other_architectures.py", "test_sync_batchnorm.py", "test_threads.py", "test_rows.py",
+    "test_cli.py", "test_studies.py", "test_other_architectures.py", "test_sync_batchnorm.py", "test_threads.py",
+    "test_rows.py",
 ]  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not config.getoption("--full"):
-        left = [item for item in items if item.get_closest_marker("full")]
+        left = [item for item in items if item.get_closest_marker("full") and not item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        items[:] = [item for item in items if item not in left]
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
         for item in items:

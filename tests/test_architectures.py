@@ -162,8 +162,9 @@ NARROW = {
 }  # fmt: skip
 # What another network has as well.
 FULL = {
-    "torchvision/wide_resnet50_2", "torchvision/fcn_resnet50", "torchvision/mnasnet0_5", "timm/resnet18",
-    "timm/resnext50_32x4d", "timm/wide_resnet50_2", "timm/densenet121", "transformers/ResNetBackbone",
+    "torchvision/wide_resnet50_2", "torchvision/regnet_y_400mf", "torchvision/fcn_resnet50", "torchvision/mnasnet0_5",
+    "timm/resnet18", "timm/resnext50_32x4d", "timm/wide_resnet50_2", "timm/resnet50d, output_stride=8",
+    "timm/densenet121", "transformers/ResNetBackbone",
 }  # fmt: skip
 Case = tuple[nn.Module, Tensor, Tensor]
 

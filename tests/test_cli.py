@@ -319,7 +319,7 @@ def test_bench_reports(
     assert found["device"] in printed and "× plain" in printed
 
 
-@pytest.mark.parametrize("primitive", ["bn_act", "conv_bias_act"])
+@pytest.mark.parametrize("primitive", ["bn_act", pytest.param("conv_bias_act", marks=pytest.mark.full)])
 def test_bench_does_not_time_what_is_wrong(
     primitive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def torchrun(*words: str, folder: Path, device: str = "cpu", limit_s: float = 24
 
 
 # ---------------------------------------------------------------------------------------------------- bench
+@pytest.mark.full
 @pytest.mark.slow
 @DEVICES
 def test_bench_reports_scaling(device: str, tmp_path: Path) -> None:

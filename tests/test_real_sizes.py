@@ -268,7 +268,7 @@ def test_training_with_relu(case: Case, dtype: torch.dtype, counts: Sequence[int
 
 
 # ---------------------------------------------------------------------------------------------------- threads, fork
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.full), "resnet50"])
 def test_python_threads(name: str) -> None:
     """Four threads of Python on one fused and one frozen model, modes mixed, for ResNet-18 more intra-op threads half
     way: plain PyTorch's values, whoever runs beside."""

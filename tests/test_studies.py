@@ -236,6 +236,7 @@ def test_a_network_may_have_a_recipe_of_its_own(tmp_path: Path) -> None:
     assert summary([second])["network"]["recipe"]["epochs"] == 2
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_paper_preset_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

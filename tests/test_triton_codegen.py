@@ -30,8 +30,10 @@ def codegen(*args: str, interpret: bool = False) -> subprocess.CompletedProcess[
             ["fprop .*1x1/1 256->1024", "fprop .*3x3/1 256->256", "dgrad .*3x3/1 256", "wgrad .*3x3/1 256",
              "dgrad .*1024->256.*sum_dzs", "dgrad .*3x3/2 256->256 4 phases"],
         ),
-        ("sm_80", ["fprop .*3x3/1 256->256", "dgrad .*1024->256.*sum_dzs"]),
-        ("gfx942", ["fprop .*3x3/1 256->256", "dgrad .*1024->256.*sum_dzs"]),
+        *(
+            pytest.param(target, ["fprop .*3x3/1 256->256", "dgrad .*1024->256.*sum_dzs"], marks=pytest.mark.full)
+            for target in ("sm_80", "gfx942")
+        ),
     ],
 )  # fmt: skip
 def test_compiled_kernels(target: str, rows: list[str]) -> None:
