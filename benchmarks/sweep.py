@@ -141,7 +141,7 @@ def why_not(name: str, most: float) -> str | None:
     except Exception:  # its constructor computes
         try:
             model = build(name)
-        except Exception:
+        except Exception:  # whatever a library raises: the row says that the network is left out
             return "can't be built"
     if name.partition("/")[0] in SOME:
         return None
@@ -273,6 +273,7 @@ def coverage(result: dict[str, Any]) -> str:
         f"{len(right)} networks with a BatchNorm2d and up to {result['most_parameters']:.0f} parameters have {pairs}",
         f"pairs of a Conv2d and the norm behind it; {taken} pairs are in chains ({100 * taken / max(1, pairs):.1f} %),",
         f"{chains} chains in all. {len(right) - len(below)} networks have all their pairs in chains.",
+        f"Left out: {_left_out(result)}.",
         f"Failed: {', '.join(row['name'] + ': ' + row['failed'] for row in failed) or 'none'}.",
         "",
         "| network | pairs | in chains | why not the others |",
@@ -284,7 +285,6 @@ def coverage(result: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """sweep.md."""
-    left_out = Counter(row["left_out"] for row in result["networks"] if "left_out" in row)
     rows = [row for row in result["networks"] if "left_out" not in row]
     measured, bad = [row for row in rows if "failed" not in row], [row for row in rows if not row["ok"]]
     chains = [row["chains"] for row in measured if row["chains"]]
@@ -308,9 +308,14 @@ def summary(result: dict[str, Any]) -> str:
         f"- Frozen in float32 the median network has {_median(measured):.2f} times plain PyTorch's error.",
         f"- Not so: {len(bad) or 'none'}.",
         *(f"  - {row['name']}: {row.get('failed') or _told(row)}" for row in bad),
-        f"- Left out: {', '.join(f'{n} ({why})' for why, n in left_out.items()) or 'none'}.",
+        f"- Left out: {_left_out(result)}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _left_out(result: dict[str, Any]) -> str:
+    left_out = Counter(row["left_out"] for row in result["networks"] if "left_out" in row)
+    return ", ".join(f"{n} ({why})" for why, n in left_out.items()) or "none"
 
 
 def _median(rows: list[dict[str, Any]]) -> float:
