@@ -1,8 +1,6 @@
-"""Backends: modules that offer some of the primitives a chain is composed of, and say why when they don't.
+"""The registry of backends: which there are, whether they can be used here, and which one was asked for by name.
 
-A backend is a module with ``refuse`` and any of the functions of ``Primitives``. Every tensor is [N, C, H, W], NCHW or
-channels_last dense, per-channel vectors are [C] in ``vector_dtype``; every function returns new tensors and touches
-none of its inputs but for ``add``. The planner asks ``refuse(primitive, case)`` before it calls; a reason means no.
+What a backend offers is in ``primitives``; its names are handed on here.
 """
 
 from __future__ import annotations
@@ -15,12 +13,41 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple, Protocol
 
-import torch
-from torch import Tensor
+from fused_resnet.backends.primitives import (
+    Case,
+    Closing,
+    DyCoefficients,
+    Norm,
+    Primitives,
+    Prologue,
+    Sums,
+    allow_tf32,
+    vector_dtype,
+)
 
-from fused_resnet.spec import Act, ConvSpec, PoolSpec
+__all__ = [
+    "COMPANIONS",
+    "NAMES",
+    "OPTIONAL",
+    "BackendUnavailable",
+    "Case",
+    "Closing",
+    "DyCoefficients",
+    "Norm",
+    "Primitives",
+    "Prologue",
+    "Sums",
+    "allow_tf32",
+    "backends",
+    "forced",
+    "forced_again",
+    "load",
+    "use_backend",
+    "vector_dtype",
+    "warn_lost_speed",
+    "warn_once",
+]
 
 # In the order in which the planner prefers them where it has measured nothing; "aten" takes every case on every device.
 NAMES = ("cuda", "cudnn", "triton", "cpu", "aten")
@@ -32,164 +59,6 @@ OPTIONAL = ("bn_fold", "bn_coefficients")
 
 class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and can't serve; the message says which, what and why."""
-
-
-class Norm(NamedTuple):
-    """A unit's BatchNorm as vectors: z = scale*y + shift; ``center`` is the mean that it subtracts, ``rstd`` 1/std."""
-
-    scale: Tensor
-    shift: Tensor
-    center: Tensor
-    rstd: Tensor
-
-
-class Prologue(NamedTuple):
-    """What is applied to a raw convolution output where it is loaded: act(scale*y + shift)."""
-
-    norm: Norm
-    act: Act
-
-
-class Closing(NamedTuple):
-    """What a gradient g passes on its way back into a unit, or into a chain through its add:
-    dz = g*act'(z), z = scale*y + shift [+ summand, or + summand_norm of it]."""
-
-    y: Tensor
-    norm: Norm
-    act: Act
-    summand: Tensor | None = None
-    summand_norm: Norm | None = None
-
-    @staticmethod
-    def before(x: Tensor, prologue: Prologue | None, closing: Closing | None) -> Closing | None:
-        """What closes before a convolution's input x: with a prologue the unit whose raw output x is."""
-        return closing if prologue is None else Closing(x, *prologue)
-
-
-class DyCoefficients(NamedTuple):
-    """dy = a*dz + b*(y - center) + c, the gradient through BatchNorm; frozen BN has b = c = None (zero)."""
-
-    a: Tensor
-    b: Tensor | None
-    c: Tensor | None
-    center: Tensor
-
-
-class Sums(NamedTuple):
-    """Per channel over N, H, W: dz = sum dz; dz_y = sum dz*(y - center)."""
-
-    dz: Tensor
-    dz_y: Tensor
-
-
-class Case(NamedTuple):
-    """What a primitive is to be applied to, as far as backends decide by it."""
-
-    device: str
-    dtype: torch.dtype
-    channels_last: bool
-    conv: ConvSpec | None = None
-    kernel: tuple[int, int] = (1, 1)
-
-
-class Primitives(Protocol):
-    """The functions a backend may offer (DESIGN: names follow ATen)."""
-
-    def refuse(self, primitive: str, case: Case) -> str | None:
-        """Why this case is not taken, or None."""
-
-    def conv_bias_act(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
-    ) -> Tensor:
-        """act(conv(x, W) + b [+ residual]): an inference unit, BatchNorm folded into W and b."""
-
-    def conv_stats(
-        self, x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """y = conv(prologue(x), W), zero padding after the prologue; mean and biased variance of y if ``stats``."""
-
-    def bn_stats(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance per channel."""
-
-    def bn_act(
-        self, y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
-    ) -> Tensor:
-        """act(scale*y + shift [+ residual, or + residual_norm of it])."""
-
-    def bn_act_backward(
-        self,
-        dout: Tensor,
-        y: Tensor,
-        norm: Norm,
-        act: Act,
-        residual: Tensor | None = None,
-        residual_norm: Norm | None = None,
-    ) -> tuple[Tensor, Sums, Sums | None]:
-        """dz = dout*act'(z), its sums with y, and with the residual when that has a norm of its own."""
-
-    def bn_backward(self, dz: Tensor, y: Tensor, coef: DyCoefficients) -> Tensor:
-        """dy where no convolution of ours comes before."""
-
-    def conv_backward(
-        self,
-        dz: Tensor,
-        y: Tensor,
-        coef: DyCoefficients,
-        x: Tensor,
-        prologue: Prologue | None,
-        weight: Tensor,
-        conv: ConvSpec,
-        need_input: bool,
-        need_weight: bool,
-        add: Tensor | None,
-        closing: Closing | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
-        """dy formed from (dz, y); the input's gradient and dW. With a prologue, x is the previous unit's raw y and the
-        input's gradient is that unit's dz = da*act'(z), with its sums. Without, ``add`` (the gradient that another path
-        brings to x) is added to it, and may be overwritten by the result unless it is dz itself; then, where x is what
-        ``closing`` made, the result is dz = (da + add)*act'(z), with the sums that ``bn_act_backward`` returns. A
-        backend that can't do this in one pass calls its own ``bn_act_backward``."""
-
-    def bn_act_max_pool(self, y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
-        """max-pool of act(scale*y + shift), and the place of each maximum in its window (uint8, row-major)."""
-
-    def bn_act_max_pool_backward(
-        self, dout: Tensor, argmax: Tensor, y: Tensor, norm: Norm, act: Act, pool: PoolSpec
-    ) -> tuple[Tensor, Sums]:
-        """dz = act'(z) * (dout put back where the maxima were), and its sums with y."""
-
-    def bn_fold(
-        self,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        conv_bias: Tensor | None,
-        eps: float,
-    ) -> Norm:
-        """BatchNorm as vectors, in ``vector_dtype`` of the mean's: scale = weight*rstd, shift = bias - center*scale.
-
-        A convolution's bias never touches y: with running statistics it comes off the mean instead."""
-
-    def bn_coefficients(self, norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
-        """dgamma = rstd*sums.dz_y, and A, B, C of dy over ``count`` values per channel; None: frozen."""
-
-
-def vector_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics and per-channel vectors: float32, or float64 for float64 tensors."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def allow_tf32(dtype: torch.dtype) -> bool:
-    """Whether float32 convolutions may round their operands to tf32, by PyTorch's own setting.
-
-    ``torch.backends.cudnn.allow_tf32`` shows in this newer setting, while reading the old one raises after the
-    newer has been used.
-    """
-    if dtype != torch.float32:
-        return False
-    setting: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return setting == "tf32"
 
 
 @lru_cache

@@ -4,7 +4,7 @@ triton backend's."""
 from __future__ import annotations
 
 from fused_resnet.backends import Case, forced, triton
-from fused_resnet.backends.between import Convolutions
+from fused_resnet.backends.library_conv import Convolutions
 from fused_resnet.backends.triton import INTERPRET
 
 __all__ = ["INTERPRET", "conv_backward", "conv_bias_act", "conv_stats", "refuse", "unavailable"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import allow_tf32, between
+from fused_resnet.backends import allow_tf32, library_conv
 from fused_resnet.spec import Act, ConvSpec
 
 # "cutlass fprop", "cutlass dgrad" or "cutlass wgrad", and the rows and columns of the tile that a block computes.
@@ -78,8 +78,8 @@ def configured(config: Config) -> Iterator[None]:
         _imposed.reset(token)
 
 
-class Convolutions(between.Convolutions):
-    """See ``between.Convolutions``; bias, residual, activation and ``add`` in the epilogue where CUTLASS serves."""
+class Convolutions(library_conv.Convolutions):
+    """See ``library_conv.Convolutions``; where CUTLASS serves, its epilogue has bias, residual, activation and ``add``."""
 
     def conv_bias_act(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
@@ -89,7 +89,7 @@ class Convolutions(between.Convolutions):
         return super().conv_bias_act(x, weight, bias, conv, act, residual) if y is None else y
 
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
-        """See ``between.Convolutions``."""
+        """See ``library_conv.Convolutions``."""
         y = _fprop(x, weight, conv, None, Act("identity"), None)
         return super().convolution(x, weight, conv) if y is None else y
 
@@ -103,7 +103,7 @@ class Convolutions(between.Convolutions):
         add: Tensor | None,
         spare: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """See ``between.Convolutions``; the weight's in float32."""
+        """See ``library_conv.Convolutions``; the weight's in float32."""
         dx = dw = None
         if needs[0]:
             dx = _run(
@@ -128,7 +128,7 @@ def _fprop(
     return _run(
         ("fprop", x, weight, conv),
         lambda tile: _ops.conv_bias_act(
-            x, between.as_operand(weight, x.dtype), bias, *_sizes(conv), act.index, act.param, residual, tile
+            x, library_conv.as_operand(weight, x.dtype), bias, *_sizes(conv), act.index, act.param, residual, tile
         ),
     )
 
