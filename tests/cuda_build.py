@@ -81,13 +81,14 @@ def link(folder: Path, name: str, flags: list[str]) -> Path:
 def use(library: Path | None) -> None:
     """Loads it, and lets the cuda backend serve a CPU; None: no longer."""
     from fused_resnet import _C, planner  # noqa: F401
-    from fused_resnet.backends import cuda, load
+    from fused_resnet.backends import load
+    from fused_resnet.backends.cuda import passes
 
     global _library
     if library is not None:
         torch.ops.load_library(library)
         _library = ctypes.CDLL(str(library))
-    cuda.ON_CPU = library is not None
+    passes.ON_CPU = library is not None
     load.cache_clear()
     planner._pick.cache_clear()
 

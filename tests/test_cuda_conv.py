@@ -16,7 +16,8 @@ from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
 from fused_resnet import planner, use_backend
-from fused_resnet.backends import Closing, DyCoefficients, Prologue, aten, cuda, cutlass
+from fused_resnet.backends import Closing, DyCoefficients, Prologue, aten, cuda
+from fused_resnet.backends.cuda import cutlass
 from fused_resnet.planner import Choice
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec
 

@@ -15,7 +15,8 @@ from cuda_cases import ACTS, POOLS
 from primitives import image, vectors
 
 from fused_resnet import functional, use_backend
-from fused_resnet.backends import BackendUnavailable, Norm, aten, cutlass
+from fused_resnet.backends import BackendUnavailable, Norm, aten
+from fused_resnet.backends.cuda import cutlass
 from fused_resnet.spec import Act, ConvSpec
 
 pytestmark = pytest.mark.usefixtures("empty_is_nan")

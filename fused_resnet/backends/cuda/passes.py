@@ -1,19 +1,14 @@
-"""The compiled CUDA backend: csrc/cuda, NHWC, NVIDIA sm_80 and up; no warm-up, no compiler at run time.
-
-The memory-bound primitives are kernels of ours, convolutions are PyTorch's (cuDNN) between them; where CUTLASS's were
-built in and the planner has found one of them faster, CUTLASS's.
-"""
+"""The memory-bound primitives: launches of the kernels of csrc/cuda; when they can run, and what they take."""
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import Case, DyCoefficients, Norm, Sums, cutlass, forced
+from fused_resnet.backends import Case, DyCoefficients, Norm, Sums, forced
 from fused_resnet.spec import Act, PoolSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -135,11 +130,3 @@ def bn_coefficients(norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, 
     if count is None:
         return dgamma, DyCoefficients(norm.scale, None, None, norm.center)
     return dgamma, DyCoefficients(norm.scale, b, c, norm.center)
-
-
-_convolutions = cutlass.Convolutions(sys.modules[__name__])
-conv_bias_act = _convolutions.conv_bias_act
-conv_stats = _convolutions.conv_stats
-conv_backward = _convolutions.conv_backward
-configurations = cutlass.configurations
-configured = cutlass.configured

@@ -79,7 +79,7 @@ def configured(config: Config) -> Iterator[None]:
 
 
 class Convolutions(library_conv.Convolutions):
-    """See ``library_conv.Convolutions``; where CUTLASS serves, its epilogue has bias, residual, activation and ``add``."""
+    """See ``library_conv.Convolutions``; where CUTLASS serves, its epilogue adds and activates."""
 
     def conv_bias_act(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
