@@ -132,7 +132,7 @@ def passes(run: Run) -> dict[str, Any]:
     for shape in shapes:
         for primitive, args in pass_calls(shape, run.device):
             _, moved = account(primitive, args)
-            for name in planner._candidates(primitive, planner.case_of(args[0])):
+            for name in planner.measuring.candidates_for(primitive, planner.case_of(args[0])):
                 ms = planner.milliseconds(partial(getattr(load(name)[0], primitive), *args), run.device)
                 row = {"primitive": primitive, "operands": len(pytree_tensors(args)), "shape": shape, "backend": name}
                 row |= {"ms": ms, "bytes": moved}

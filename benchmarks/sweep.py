@@ -42,7 +42,7 @@ from fused_resnet.cli.subjects import LIBRARIES, OneTensor
 from fused_resnet.explanation import Row as ModuleRow
 from fused_resnet.explanation import units_of
 from fused_resnet.patterns import looks_like_norm
-from fused_resnet.small import chains_always
+from fused_resnet.planner.sizes import chains_always
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SEED = 2, 11

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
-from fused_resnet import reference, small
+from fused_resnet import reference
 from fused_resnet.backends import Norm, aten, vector_dtype
 from fused_resnet.locks import Lock
-from fused_resnet.planner import case_of, pick, run, text_of
+from fused_resnet.planner import case_of, pick, run, sizes, text_of
 from fused_resnet.reference import shortcut_input
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec
 
@@ -159,13 +159,13 @@ def _is_served(
 ) -> bool:
     """Whether a unit, with the max-pool behind it, is to run on the backend that serves it: on a CPU where that is
     faster than PyTorch's own operators, which start sooner."""
-    if not x.is_cpu or not small.has_choice():
+    if not x.is_cpu or not sizes.has_choice():
         return True
     key = (x.shape, x.dtype, weight.shape, conv, act, residual is None, pool, torch.get_num_threads())
     answer = _served.get(key)
     if answer is None:
         unit = _Measured(weight.detach(), bias.detach(), conv, act, residual is not None, pool)
-        found = small.faster(unit.signature(x), x.shape[0], partial(unit.calls, x.shape, x.dtype), _CALL_S)
+        found = sizes.faster(unit.signature(x), x.shape[0], partial(unit.calls, x.shape, x.dtype), _CALL_S)
         if len(_served) >= _ASKED:
             _served.clear()
         _served[key] = answer = found.pays
@@ -185,11 +185,11 @@ class _Measured(NamedTuple):
     def signature(self, x: Tensor) -> str:
         weight = f"{text_of(self.conv)} {'x'.join(map(str, self.weight.shape))}"
         summand = "summand" if self.summand else "-"
-        size = small.size(x.shape, x.dtype)
+        size = sizes.size(x.shape, x.dtype)
         return f"frozen {weight} {text_of(self.act)} {summand} {text_of(self.pool)} {size}"
 
-    def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[small.Call, small.Call]:
-        x = small.images((images, *shape[1:]), dtype, True)
+    def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[sizes.Call, sizes.Call]:
+        x = sizes.images((images, *shape[1:]), dtype, True)
         unit, packs = (x, self.weight, self.bias, self.conv, self.act), _Packs(values_of(self.weight))
 
         def packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
@@ -199,7 +199,7 @@ class _Measured(NamedTuple):
 
         if self.pool is not None:
             return partial(_Backends.serve_pooled, *unit, self.pool, packed), partial(_Plain.pooled, *unit, self.pool)
-        residual = small.images(_out_shape(x, self.weight, self.conv), dtype, True) if self.summand else None
+        residual = sizes.images(_out_shape(x, self.weight, self.conv), dtype, True) if self.summand else None
         return (
             partial(_Backends.serve, *unit, residual, False, packed),
             partial(_Plain.unit, *unit, residual, False),

@@ -16,8 +16,8 @@ from filelock import FileLock
 from hypothesis import HealthCheck, Phase, settings
 from source_tree import copy_to
 
-from fused_resnet import small
 from fused_resnet.backends import load, use_backend, warn_once
+from fused_resnet.planner import sizes
 
 if not torch.cuda.is_available():
     # Triton's kernels run in its interpreter; it asks once, at its import
@@ -56,7 +56,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def chains_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains run at any size, in every thread: tests' images are small. tests/test_small.py does without."""
-    monkeypatch.setattr(small, "faster", lambda *args: small.CHAINS)
+    monkeypatch.setattr(sizes, "faster", lambda *args: sizes.CHAINS)
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def use(library: Path | None) -> None:
         _library = ctypes.CDLL(str(library))
     passes.ON_CPU = library is not None
     load.cache_clear()
-    planner._pick.cache_clear()
+    planner.preference._pick.cache_clear()
 
 
 def backwards(on: bool) -> None:

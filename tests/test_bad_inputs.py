@@ -400,7 +400,7 @@ def test_backend_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_resnet import planner
     from fused_resnet.backends import aten
 
-    planner._pick.cache_clear()
+    planner.preference._pick.cache_clear()
     monkeypatch.setattr(aten, "refuse", lambda primitive, case: "not on a Sunday" if primitive == "bn_act" else None)
     s = statistics()
     before = {n: v.clone() for n, v in s.items()}
@@ -408,5 +408,5 @@ def test_backend_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         with use_backend("aten"), pytest.raises(BackendUnavailable, match="bn_act .*aten: not on a Sunday"):
             block()(s)
     finally:
-        planner._pick.cache_clear()
+        planner.preference._pick.cache_clear()
     assert all(torch.equal(v, before[n]) for n, v in s.items())

@@ -142,7 +142,7 @@ def test_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
             0.5 if (choice.backend == "cpu") == (not args[7]) else 0.0
         )
 
-    monkeypatch.setattr(planner, "milliseconds", milliseconds)
+    monkeypatch.setattr(planner.measuring, "milliseconds", milliseconds)
     planner.forget()
     try:
         for summand in ("none", "raw", "norm"):
@@ -151,7 +151,7 @@ def test_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
             want = flat(aten.conv_backward(*args))
             got = flat(planner.run("conv_backward", *args[:9], add, args[10]))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
-        names = planner.cache(torch.device("cpu")).choices
+        names = planner.cache_of(torch.device("cpu")).choices
         kinds = {"closing(silu(0))", "closing(silu(0),summand)", "closing(silu(0),norm)"}
         assert len(names) == 3 and {text.split()[-1] for text in names} == kinds
         assert {entry["choice"]["backend"] for entry in names.values()} == {"apart"}

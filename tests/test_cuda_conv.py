@@ -151,7 +151,7 @@ def test_the_summand_of_an_identity_shortcut_stays(device: str) -> None:
     with cutlass.configured(("cutlass dgrad", 128, 64)):
         got = cuda.conv_backward(*args)
     assert torch.equal(dz, kept)
-    assert planner._error(got, want) < 0.05
+    assert planner.measuring._error(got, want) < 0.05
 
 
 def test_misaligned_operands_are_copied(device: str) -> None:
@@ -205,7 +205,7 @@ def test_refusals(device: str, reason: str) -> None:
     before, want = launched(device), calls[kind]()
     with cutlass.configured((f"cutlass {kind}", 128, 128)):
         got = calls[kind]()
-    assert planner._error(got, want) < 1e-6 and launched(device) == before
+    assert planner.measuring._error(got, want) < 1e-6 and launched(device) == before
 
 
 def test_tf32_is_pytorchs_setting(device: str) -> None:
@@ -276,7 +276,7 @@ def measured(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     monkeypatch.setenv("FUSED_RESNET_PLAN", "measure")
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
     monkeypatch.setattr(cuda, "refuse", lambda primitive, case: None)
-    monkeypatch.setattr(planner, "NAMES", ("cuda", "aten"))
+    monkeypatch.setattr(planner.measuring, "NAMES", ("cuda", "aten"))
     times: dict[str, float] = {}
 
     def read(call: Any, device: torch.device) -> float:
@@ -286,14 +286,14 @@ def measured(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
             part = "input: " if args[7] else "weight: "
         return times.get(part + planner.label(choice), 5.0)
 
-    monkeypatch.setattr(planner, "milliseconds", read)
+    monkeypatch.setattr(planner.measuring, "milliseconds", read)
     planner.forget()
     yield times
     planner.forget()
 
 
 def entry_of() -> dict[str, Any]:
-    (entry,) = planner.cache(torch.device("cpu")).choices.values()
+    (entry,) = planner.cache_of(torch.device("cpu")).choices.values()
     return entry
 
 
@@ -313,7 +313,7 @@ def test_a_faster_tile_is_chosen_and_kept(measured: dict[str, float]) -> None:
     before = cuda_build.convolutions()
     got = planner.run("conv_bias_act", *args)
     assert cuda_build.convolutions() == before + 1
-    assert planner._error(got, aten.conv_bias_act(*args)) < 0.02
+    assert planner.measuring._error(got, aten.conv_bias_act(*args)) < 0.02
 
 
 def test_a_slower_tile_is_not(measured: dict[str, float]) -> None:
@@ -330,7 +330,7 @@ def test_a_tile_that_writes_nothing_is_dropped(measured: dict[str, float]) -> No
     gets held aten's result a moment ago."""
     labels = [planner.label(Choice("cuda", ("cutlass fprop", m, n))) for m, n in ((128, 128), (128, 64), (64, 64))]
     measured |= {"aten": 3.0, "cuda": 2.0} | dict.fromkeys(labels, 0.1)
-    planner.warn_once.cache_clear()
+    planner.measuring.warn_once.cache_clear()
     cuda_build.idle_convolutions(True)
     try:
         torch.use_deterministic_algorithms(False)  # as users run; new memory holds whatever it held
@@ -340,7 +340,7 @@ def test_a_tile_that_writes_nothing_is_dropped(measured: dict[str, float]) -> No
     finally:
         cuda_build.idle_convolutions(False)
     assert Choice.decode(entry_of()["choice"]) == Choice("cuda")
-    assert planner._error(got, aten.conv_bias_act(*args)) < 0.02
+    assert planner.measuring._error(got, aten.conv_bias_act(*args)) < 0.02
 
 
 def test_input_and_weight_on_cutlass_apart(measured: dict[str, float]) -> None:
@@ -352,7 +352,7 @@ def test_input_and_weight_on_cutlass_apart(measured: dict[str, float]) -> None:
     assert Choice.decode(entry_of()["choice"]).parts == (dgrad, wgrad)
     before = cuda_build.convolutions()
     got = planner.run("conv_backward", *args)
-    assert cuda_build.convolutions() == before + 2 and planner._error(got, want) < 0.05
+    assert cuda_build.convolutions() == before + 2 and planner.measuring._error(got, want) < 0.05
 
 
 def test_a_batch_that_cutlass_can_not_take(measured: dict[str, float]) -> None:
@@ -378,4 +378,4 @@ def test_several_tiles_of_every_axis(device: str, case: str, kind: str, dtype: t
                 got, want = cuda.conv_bias_act(*given), aten.conv_bias_act(*given)
             else:
                 got, want = cuda.conv_backward(*args), aten.conv_backward(*args)
-        assert planner._error(got, want) < 0.02
+        assert planner.measuring._error(got, want) < 0.02

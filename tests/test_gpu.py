@@ -265,14 +265,14 @@ def test_the_planner_measures_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
     try:
         model, x = network()
         trained(model, x)
-        choices = planner.cache(x.device).choices
+        choices = planner.cache_of(x.device).choices
         assert choices
         for entry in choices.values():
             chosen = planner.label(planner.Choice.decode(entry["choice"]))
             assert entry["ms"][chosen] <= entry["ms"]["aten"], entry
         before = len(choices)
         trained(network()[0], x)
-        assert len(planner.cache(x.device).choices) == before
+        assert len(planner.cache_of(x.device).choices) == before
         assert "ms, aten" in str(fr.explain(model))
     finally:
         planner.forget()

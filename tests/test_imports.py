@@ -15,7 +15,7 @@ from source_tree import PACKAGE, ROOT, run
 TIERS = (
     {"_C", "_version", "arguments", "locks", "reference", "spec"},
     {"backends"},
-    {"plan_cache", "planner", "small"},
+    {"planner"},
     {"chain", "chain_backward", "chain_forward", "frozen_forward", "joint"},
     {"checks", "functional", "units"},
     {"classes", "modules", "patterns"},

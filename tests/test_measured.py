@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward, functional, planner, small
+from fused_resnet import frozen_forward, functional, planner
 from fused_resnet.backends import load
-from fused_resnet.plan_cache import PlanCache, identity
-from fused_resnet.small import CHAINS, Measured
+from fused_resnet.planner import sizes
+from fused_resnet.planner.cache import PlanCache, identity
+from fused_resnet.planner.sizes import CHAINS, Measured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -38,10 +39,10 @@ def chains_at_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     monkeypatch.setattr(frozen_forward, "_served", {})
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "plans"))
     monkeypatch.delenv("FUSED_RESNET_PLAN", raising=False)
-    small.forget()
+    sizes.forget()
     planner.forget()
     yield
-    small.forget()
+    sizes.forget()
     planner.forget()
 
 
@@ -55,13 +56,13 @@ def says(monkeypatch: pytest.MonkeyPatch, pays: bool) -> list[int]:
     """What every measurement is to find."""
     found: list[int] = []
 
-    def timed(images: int, calls: small.Calls, call_s: float, tie: float) -> Measured:
+    def timed(images: int, calls: sizes.Calls, call_s: float, tie: float) -> Measured:
         found.append(images)
         for call in calls(images):
             call()
         return Measured(pays, 1.0, 2.0 if pays else 0.5)
 
-    monkeypatch.setattr(small, "_timed", timed)
+    monkeypatch.setattr(sizes, "_timed", timed)
     return found
 
 
@@ -81,7 +82,7 @@ def images(n: int = 3, size: int = 8) -> Tensor:
     return torch.randn(n, 8, size, size) * 1.5 + 0.4
 
 
-def call_of(ours: Callable[[], Any], plain: Callable[[], Any]) -> small.Calls:
+def call_of(ours: Callable[[], Any], plain: Callable[[], Any]) -> sizes.Calls:
     return lambda n: (ours, plain)
 
 
@@ -100,20 +101,20 @@ def test_the_faster_one_is_chosen_and_a_tie_goes_to_pytorch() -> None:
     def takes(s: float) -> Callable[[], None]:
         return lambda: busy(s)
 
-    found = small.faster("quick", 1, call_of(takes(0.002), takes(0.004)), 0.01)
+    found = sizes.faster("quick", 1, call_of(takes(0.002), takes(0.004)), 0.01)
     assert found.pays and found.ours == pytest.approx(2, rel=0.5) and found.plain == pytest.approx(4, rel=0.5)
-    assert not small.faster("slow", 1, call_of(takes(0.004), takes(0.002)), 0.01).pays
-    assert not small.faster("same", 1, call_of(takes(0.002), takes(0.00201)), 0.01).pays
+    assert not sizes.faster("slow", 1, call_of(takes(0.004), takes(0.002)), 0.01).pays
+    assert not sizes.faster("same", 1, call_of(takes(0.002), takes(0.00201)), 0.01).pays
 
 
 def test_a_large_batch_is_measured_on_a_part_of_it() -> None:
     batches: list[int] = []
 
-    def calls(n: int) -> tuple[small.Call, small.Call]:
+    def calls(n: int) -> tuple[sizes.Call, sizes.Call]:
         batches.append(n)
         return (lambda: busy(0.001 * n)), (lambda: busy(0.001 * n))
 
-    small.faster("large", 4096, calls, 0.01)
+    sizes.faster("large", 4096, calls, 0.01)
     assert batches[0] == 1 and 5 <= batches[1] <= 12 and len(batches) == 2
 
 
@@ -121,9 +122,9 @@ def test_what_only_pytorch_takes_runs_plain() -> None:
     def refuses() -> None:
         raise ValueError("not mine")
 
-    found = small.faster("text", 1, call_of(refuses, nothing), 0.01)
-    assert not found.pays and not planner.cache(CPU).choices
-    assert small.faster("other", 1, call_of(nothing, refuses), 0.01) is CHAINS
+    found = sizes.faster("text", 1, call_of(refuses, nothing), 0.01)
+    assert not found.pays and not planner.cache_of(CPU).choices
+    assert sizes.faster("other", 1, call_of(nothing, refuses), 0.01) is CHAINS
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -141,7 +142,7 @@ def test_a_module_does_what_was_measured(monkeypatch: pytest.MonkeyPatch, pays: 
     rows, text = fr.explain(fused).rows, str(fr.explain(fused))
     assert len(rows) == 5
     assert all(row.fused is pays and row.ran == (3 if pays else 0) and bool(row.reason) is not pays for row in rows)
-    assert f"3x8x8x8 float32, with gradients: {small.Measured(pays, 1.0, 2.0 if pays else 0.5)}" in text
+    assert f"3x8x8x8 float32, with gradients: {sizes.Measured(pays, 1.0, 2.0 if pays else 0.5)}" in text
     assert ("PyTorch's own operators are faster" in text) is not pays
     pickled = pickle.dumps(copy.deepcopy(fused))
     assert b"_fr_fronts" not in pickled and b"fused_resnet.fusion" not in pickled
@@ -226,37 +227,37 @@ def test_an_error_is_the_callers() -> None:
 def test_answers_outlive_the_process(timed: list[int], tmp_path: Path) -> None:
     x = images()
     fr.fuse(network())(x)
-    known = dict(small._known)
+    known = dict(sizes._known)
     assert len(timed) == len(known) == 3
     (file,) = (tmp_path / "plans").glob("*.json")
     raw = json.loads(file.read_text())
     assert "1 threads" in raw["identity"]["device"] and len(raw["choices"]) == 3
     for entry in raw["choices"].values():
         assert entry == {"choice": {"chains": False}, "ms": {"chains": 1.0, "plain": 0.5}}
-    small.forget()  # as in another process
+    sizes.forget()  # as in another process
     planner.forget()
     fr.fuse(network())(x)
-    assert len(timed) == 3 and small._known == known
+    assert len(timed) == 3 and sizes._known == known
 
 
 def test_an_answer_never_changes_within_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, False)
-    small.faster("text", 1, call_of(nothing, nothing), 0.01)
+    sizes.faster("text", 1, call_of(nothing, nothing), 0.01)
     says(monkeypatch, True)
-    (entry,) = planner.cache(CPU).choices.values()
+    (entry,) = planner.cache_of(CPU).choices.values()
     entry["choice"]["chains"] = True
-    assert not small.faster("text", 1, call_of(nothing, nothing), 0.01).pays
+    assert not sizes.faster("text", 1, call_of(nothing, nothing), 0.01).pays
 
 
 def test_another_process_was_first(timed: list[int]) -> None:
-    planner.cache(CPU)  # read, empty
+    planner.cache_of(CPU)  # read, empty
     PlanCache(identity(CPU)).add("text", {"choice": {"chains": True}, "ms": {"chains": 1.0, "plain": 3.0}})
-    assert small.faster("text", 1, call_of(nothing, nothing), 0.01) == Measured(True, 1.0, 3.0)
+    assert sizes.faster("text", 1, call_of(nothing, nothing), 0.01) == Measured(True, 1.0, 3.0)
 
 
 def test_a_damaged_entry_is_measured_again(timed: list[int]) -> None:
-    planner.cache(CPU).choices["text"] = {"choice": "plain"}
-    assert not small.faster("text", 1, call_of(nothing, nothing), 0.01).pays and timed
+    planner.cache_of(CPU).choices["text"] = {"choice": "plain"}
+    assert not sizes.faster("text", 1, call_of(nothing, nothing), 0.01).pays and timed
 
 
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "FUSED_RESNET_CPU_COMPUTE"])
@@ -279,7 +280,7 @@ def test_where_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, timed: list[
         model(x)
     with fr.use_backend("aten"):
         model(x)
-    with small.chains_always():
+    with sizes.chains_always():
         model(x)
         fr.freeze(model, x)
     assert len(ran) == 3
@@ -341,7 +342,7 @@ def test_measured_whatever_state_it_comes_in(timed: list[int], state: Callable[[
     with state():
         for _ in range(3):
             torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-4)
-    assert len(timed) == 1 and small._known  # and it could be: both ways ran
+    assert len(timed) == 1 and sizes._known  # and it could be: both ways ran
     assert not any(row.fused for row in fr.explain(fused).rows)
 
 
@@ -369,14 +370,14 @@ def test_threads_that_come_at_once_measure_once(timed: list[int]) -> None:
 def test_a_process_forked_while_another_thread_measures() -> None:
     """It has that thread's lock, but not the thread."""
     model, x = fr.fuse(unit()), images()
-    with small._measuring.held():
+    with sizes._measuring.held():
         child = os.fork()
         if child == 0:
             try:
                 with torch.no_grad():
                     model(x)
                     fr.freeze(model, x)
-                os._exit(0 if small._known else 2)
+                os._exit(0 if sizes._known else 2)
             except BaseException:
                 os._exit(1)
     deadline = time.monotonic() + 60
@@ -403,7 +404,7 @@ def test_frozen_units_do_what_was_measured(monkeypatch: pytest.MonkeyPatch, pays
         real = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *args, real=real: calls.append(args) or real(*args))
     frozen = fr.freeze(plain, x)
-    assert small._known and all(text.startswith("frozen") for _, text in small._known)
+    assert sizes._known and all(text.startswith("frozen") for _, text in sizes._known)
     calls.clear()
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), plain(x), rtol=1e-4, atol=1e-4)
@@ -416,7 +417,7 @@ def test_frozen_units_do_what_was_measured(monkeypatch: pytest.MonkeyPatch, pays
 def test_a_row_by_the_clock() -> None:
     model = fr.fuse(unit())
     step(model, images())
-    (found,) = small._known.values()
-    assert 0 < found.ours < 1e4 and 0 < found.plain < 1e4 and found.pays == (found.ours < small.TIE * found.plain)
+    (found,) = sizes._known.values()
+    assert 0 < found.ours < 1e4 and 0 < found.plain < 1e4 and found.pays == (found.ours < sizes.TIE * found.plain)
     (row,) = fr.explain(model).rows
     assert row.fused is found.pays and str(found) in row.measured

@@ -29,7 +29,7 @@ import torch
 # An editable install's finder would serve the source tree's own fused_resnet._C to this other copy of the package.
 sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
 import fused_resnet
-fused_resnet.small.faster = lambda *args: fused_resnet.small.CHAINS  # though the images are small
+fused_resnet.planner.sizes.faster = lambda *args: fused_resnet.planner.sizes.CHAINS  # though the images are small
 model = fused_resnet.models.resnet18(num_classes=10)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

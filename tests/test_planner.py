@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fused_resnet as fr
 from fused_resnet import planner
 from fused_resnet.backends import BackendUnavailable, DyCoefficients, Norm, Prologue, load, use_backend
-from fused_resnet.plan_cache import PlanCache, identity
 from fused_resnet.planner import Choice
+from fused_resnet.planner.cache import PlanCache, identity
 from fused_resnet.spec import Act, ConvSpec
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         call()
         return times.get(label, 5.0)
 
-    monkeypatch.setattr(planner, "milliseconds", read)
+    monkeypatch.setattr(planner.measuring, "milliseconds", read)
     return times
 
 
@@ -113,7 +113,7 @@ def test_other_numbers_are_never_chosen(
     cpu: Any = load("cpu")[0]
     right = cpu.bn_act
     monkeypatch.setattr(cpu, "bn_act", lambda *args: wrong(right(*args)))
-    planner.warn_once.cache_clear()
+    planner.measuring.warn_once.cache_clear()
     args = nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None
     with pytest.warns(UserWarning, match="^cpu is not used for bn_act .*differs from aten's by"):
         got = planner.run("bn_act", *args)
@@ -135,7 +135,7 @@ def test_what_is_not_written_is_never_chosen(
         return out if out.isnan().all() else right.clone()  # as freed memory would come back
 
     monkeypatch.setattr(load("cpu")[0], "bn_act", nothing)
-    planner.warn_once.cache_clear()
+    planner.measuring.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="^cpu is not used for bn_act .*differs from aten's by nan"):
         planner.run("bn_act", *args)
     assert torch.get_deterministic_debug_mode() == 0, "switched on for good"
@@ -160,7 +160,7 @@ def test_tf32_is_another_signature() -> None:
         try:
             for setting in ("tf32", "ieee"):
                 settings.fp32_precision = setting
-                found.append({n: (planner.signature(*c), planner._key(*c)) for n, c in calls.items()})
+                found.append({n: (planner.signature(*c), planner.signatures.key_of(*c)) for n, c in calls.items()})
         finally:
             settings.fp32_precision = before
     allowed, exact = found
@@ -207,7 +207,7 @@ def test_measuring_leaves_add_as_it_was(clock: dict[str, float]) -> None:
     add = nhwc(2, 4, 6, 7)
     args, before = backward_args(add), add.clone()
     want = load("aten")[0].conv_backward(*args)  # type: ignore[union-attr]
-    planner._measure("conv_backward", ["cpu", "aten"], args)
+    planner.measuring.measure("conv_backward", ["cpu", "aten"], args)
     assert torch.equal(add, before)
     torch.testing.assert_close(planner.run("conv_backward", *args), want, rtol=1e-4, atol=1e-4)
 
@@ -358,5 +358,5 @@ def test_configurations_of_the_triton_backend() -> None:
         found = module.configurations(lambda: module.conv_stats(x, w, CONV, None, True))
         assert found and all(kind == "fprop" for kind, _ in found)
         for config in found[:2]:
-            got = planner._call(Choice("triton", config), "conv_stats", (x, w, CONV, None, True))
+            got = planner.choice.call_choice(Choice("triton", config), "conv_stats", (x, w, CONV, None, True))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

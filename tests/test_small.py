@@ -19,9 +19,10 @@ from torchvision_shim import torchvision
 from watching import rows_of
 
 import fused_resnet as fr
-from fused_resnet import planner, small
+from fused_resnet import planner
 from fused_resnet.fusion import choosing
-from fused_resnet.small import Measured
+from fused_resnet.planner import sizes
+from fused_resnet.planner.sizes import Measured
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +30,12 @@ def chains_at_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     """Without what conftest's does: as if it had been measured that rows are faster as chains whose input has 1200
     values, twice as many in the second stage, and others are not."""
 
-    def faster(text: str, n: int, calls: Any, call_s: float, tie: float = small.TIE) -> Measured:
+    def faster(text: str, n: int, calls: Any, call_s: float, tie: float = sizes.TIE) -> Measured:
         width = max(t.shape[0] for t in calls.given if t.dim() == 1)
         ours = 2.0 * 1200 / math.prod(calls.x.shape) * width / 8
         return Measured(ours <= 2.0, ours, 2.0)
 
-    monkeypatch.setattr(small, "faster", faster)
+    monkeypatch.setattr(sizes, "faster", faster)
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "plans"))
     planner.forget()
     yield
@@ -85,7 +86,7 @@ def test_chains_where_they_are_asked_for() -> None:
     for _ in range(2):
         with fr.use_backend("aten"):
             assert rows_of(lambda: model(x)) == [2]
-        with small.chains_always():
+        with sizes.chains_always():
             assert rows_of(lambda: model(x)) == [2]
         assert rows_of(lambda: model(x)) == []
         with torch.autocast("cpu", torch.bfloat16):
@@ -142,7 +143,7 @@ def test_a_module_that_changed_is_asked_again(monkeypatch: pytest.MonkeyPatch) -
     model, x = fr.fuse(network()[:2]), images(4)
     asked = []
     monkeypatch.setattr(choosing, "_AGAIN", 3)
-    monkeypatch.setattr(small, "faster", lambda text, *_: asked.append(text) or Measured("batch" not in text, 1.0, 1.0))
+    monkeypatch.setattr(sizes, "faster", lambda text, *_: asked.append(text) or Measured("batch" not in text, 1.0, 1.0))
     for _ in range(2):
         assert rows_of(lambda: model(x)) == []
     for m in model.modules():

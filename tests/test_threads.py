@@ -255,7 +255,7 @@ def take(lock: Lock) -> None:
 def test_a_forked_child_finds_every_lock_free() -> None:
     """Those of the package, one made later, and one that the forking thread itself holds."""
     context = multiprocessing.get_context("fork")
-    locks = [frozen_forward._packing, planner._choosing, cpu._timing, Lock()]
+    locks = [frozen_forward._packing, planner.dispatch._choosing, cpu._timing, Lock()]
     holding, done = threading.Event(), threading.Event()
 
     def hold() -> None:

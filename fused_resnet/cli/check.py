@@ -20,7 +20,7 @@ from fused_resnet.cli.env import describe, device_name
 from fused_resnet.cli.options import DTYPES, UsageError
 from fused_resnet.cli.subjects import LIBRARIES, Subject, subjects
 from fused_resnet.cli.validate import Finding, Tensors
-from fused_resnet.small import chains_always
+from fused_resnet.planner.sizes import chains_always
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fused_resnet import models
-from fused_resnet.small import chains_always
+from fused_resnet.planner.sizes import chains_always
 from fused_resnet.training import Callback, EpochRecord, Trainer, data, named
 
 REQUIRED_ACCURACY = 0.97

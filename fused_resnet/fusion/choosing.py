@@ -1,4 +1,4 @@
-"""Whether a row of chains pays on an input: measured by ``small.py``, beside the operators that it stands for.
+"""Whether a row of chains pays on an input: measured by ``planner/sizes.py``, beside the operators that it stands for.
 
 Both are timed on copies of the row's tensors and on random images: the forward, and the backward where gradients are
 wanted. Nothing of the user's is touched. An answer depends on what the row is made of, its tensors' sizes (batches and
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C import _current_graph_task_id
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
-from fused_resnet import small
+from fused_resnet.planner import sizes
 
 if TYPE_CHECKING:
     from fused_resnet.fusion.lowering import ChainRow
@@ -51,7 +51,7 @@ class Like(NamedTuple):
 
 def like(x: Tensor) -> Like | None:
     """Of x; None where there is nothing to choose: chains run."""
-    if type(x) not in _OWN_TENSORS or not x.is_cpu or 0 in x.shape or not small.has_choice():
+    if type(x) not in _OWN_TENSORS or not x.is_cpu or 0 in x.shape or not sizes.has_choice():
         return None
     return Like(
         tuple(x.shape),
@@ -97,7 +97,7 @@ def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """What of a module's call says which rows pay; None: nothing is to be kept of it. One flat function: between two
     forwards of a network caches forget its code, and each function that it called would cost microseconds."""
     if (
-        not small.has_choice()
+        not sizes.has_choice()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or _comes_again()
@@ -169,12 +169,12 @@ class Choice:
     """
 
     def __init__(self) -> None:
-        self.measured: dict[Like, small.Measured] = {}
+        self.measured: dict[Like, sizes.Measured] = {}
         self.chains = self.plain = 0
 
     def __str__(self) -> str:
         """For a reader: what was measured."""
-        return "; ".join(f"{about}: {found}" for about, found in self.measured.items() if found is not small.CHAINS)
+        return "; ".join(f"{about}: {found}" for about, found in self.measured.items() if found is not sizes.CHAINS)
 
     def pays(self, row: ChainRow, given: Sequence[Tensor]) -> bool:
         """Whether the row is to run as chains when it is called with these tensors."""
@@ -187,16 +187,16 @@ class Choice:
                 return True
             if len(self.measured) >= _ANSWERS:
                 self.measured.clear()
-            twins, tie = _Twins(row, given, about), small.TIE_OF_A_STEP if about.grad else small.TIE
+            twins, tie = _Twins(row, given, about), sizes.TIE_OF_A_STEP if about.grad else sizes.TIE
             text = _signature(row, given, about)
-            found = self.measured[about] = small.faster(text, about.shape[0], twins, _CALL_S, tie)
+            found = self.measured[about] = sizes.faster(text, about.shape[0], twins, _CALL_S, tie)
         return found.pays
 
 
 def _signature(row: ChainRow, given: Sequence[Tensor], x: Like) -> str:
     """What is measured, as the planner's file names it."""
     tensors = [_tensor(t) for i, t in enumerate(given) if i not in row.images and isinstance(t, Tensor)]
-    summands = [f"{small.size(given[i].shape, given[i].dtype)}" for i in row.images[1:]]
+    summands = [f"{sizes.size(given[i].shape, given[i].dtype)}" for i in row.images[1:]]
     state = "with gradients" if x.grad else "without gradients"
     if x.autocast is not None:
         state += f", autocast {_short(x.autocast)}"
@@ -205,7 +205,7 @@ def _signature(row: ChainRow, given: Sequence[Tensor], x: Like) -> str:
     if torch.get_float32_matmul_precision() != "highest":
         state += f", products {torch.get_float32_matmul_precision()}"
     layout = f"{' nhwc' if x.channels_last else ''}{' wants' if x.wants_grad else ''}"
-    return " | ".join([row.text, " ".join(tensors), small.size(x.shape, x.dtype) + layout, *summands, state])
+    return " | ".join([row.text, " ".join(tensors), sizes.size(x.shape, x.dtype) + layout, *summands, state])
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -228,7 +228,7 @@ class _Twins:
         self.row, self.x = row, x
         self.given = given
 
-    def __call__(self, images: int) -> tuple[small.Call, small.Call]:
+    def __call__(self, images: int) -> tuple[sizes.Call, sizes.Call]:
         # the copies are made here, outside a caller's inference mode: made in it they could not learn
         tensors = [self._copy(i, t, images) for i, t in enumerate(self.given)]
         wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad] if self.x.grad else []
@@ -240,7 +240,7 @@ class _Twins:
             return t  # a momentum
         if place in self.row.images:
             last = t.is_contiguous(memory_format=torch.channels_last)
-            made = small.images((images, *t.shape[1:]), t.dtype, last)
+            made = sizes.images((images, *t.shape[1:]), t.dtype, last)
         else:
             made = t.detach().clone()
         return made.requires_grad_(t.requires_grad)

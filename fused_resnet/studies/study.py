@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fused_resnet.models import CifarResNet
-from fused_resnet.small import chains_always
+from fused_resnet.planner.sizes import chains_always
 from fused_resnet.studies.pool import Advance, side_by_side
 from fused_resnet.studies.trainings import Network, Run, Training, train
 from fused_resnet.training import ImageData, Recipe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fused_resnet.models import Bottleneck, CifarResNet, cifar_resnet
 from fused_resnet.models.cifar import Shortcut
-from fused_resnet.small import chains_always
+from fused_resnet.planner.sizes import chains_always
 from fused_resnet.studies.pool import Advance
 from fused_resnet.training import Callback, EpochRecord, History, ImageData, Recipe, Trainer
 

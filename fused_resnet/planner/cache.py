@@ -3,7 +3,7 @@
     {"format": 1, "identity": {"device": "NVIDIA H200", "torch": "2.11.0", ...},
      "choices": {"conv_stats bf16 ...": {"choice": {"backend": "cudnn", ...}, "ms": {"cudnn": 0.21, "aten": 0.34}}}}
 
-and of a CPU also whether chains pay (``small.py``): {"choice": {"chains": true}, "ms": {"chains": 2.1, "plain": 2.9}}.
+and of a CPU also whether chains pay (``sizes.py``): {"choice": {"chains": true}, "ms": {"chains": 2.1, "plain": 2.9}}.
 
 Files lie in FUSED_RESNET_CACHE, or in ``fused_resnet/`` of the user's cache folder (XDG_CACHE_HOME, ~/.cache). A file
 that is not readable as such, or was made elsewhere, is left alone with a warning. Every write reads the file again

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet import planner
 from fused_resnet.backends import forced
 from fused_resnet.locks import Lock
+from fused_resnet.planner.dispatch import cache_of, plan
 
 _always: ContextVar[bool] = ContextVar("fused_resnet_always", default=False)
 Call = Callable[[], Any]
@@ -104,7 +104,7 @@ def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE
     """
     key = torch.get_num_threads(), text
     if key not in _known:
-        if planner.plan() == "preference":
+        if plan() == "preference":
             return CHAINS
         with _measuring.held():  # threads that come at once get one answer, and none is timed beside another
             if key not in _known:
@@ -115,7 +115,7 @@ def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE
 
 
 def _kept(text: str) -> Measured | None:
-    entry = planner.cache(torch.device("cpu")).choices.get(text)
+    entry = cache_of(torch.device("cpu")).choices.get(text)
     try:
         return Measured(entry["choice"]["chains"], entry["ms"]["chains"], entry["ms"]["plain"]) if entry else None
     except (KeyError, TypeError):  # a file that somebody else wrote
@@ -126,7 +126,7 @@ def _keep(text: str, found: Measured) -> Measured:
     """What holds: another process may have been first."""
     if math.isfinite(found.ours):
         entry = {"choice": {"chains": found.pays}, "ms": {"chains": found.ours, "plain": found.plain}}
-        planner.cache(torch.device("cpu")).add(text, entry)
+        cache_of(torch.device("cpu")).add(text, entry)
     return _kept(text) or found
 
 

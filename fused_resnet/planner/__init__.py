@@ -1,0 +1,26 @@
+"""Which backend serves which primitive: chosen by preference, or measured on the device and remembered."""
+
+from __future__ import annotations
+
+from fused_resnet.planner.choice import Choice, label
+from fused_resnet.planner.dispatch import cache_of, forget, listeners, plan, planned, run
+from fused_resnet.planner.measuring import milliseconds
+from fused_resnet.planner.preference import case_of, pick, why
+from fused_resnet.planner.signatures import signature, text_of
+
+__all__ = [
+    "Choice",
+    "cache_of",
+    "case_of",
+    "forget",
+    "label",
+    "listeners",
+    "milliseconds",
+    "pick",
+    "plan",
+    "planned",
+    "run",
+    "signature",
+    "text_of",
+    "why",
+]

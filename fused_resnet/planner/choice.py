@@ -1,0 +1,73 @@
+"""A choice: who serves a primitive, in which configuration; how it is written down, named and called."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from fused_resnet.backends import load
+from fused_resnet.planner.signatures import NEEDS, WEIGHT_ONLY, with_changes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who serves a signature: a backend and the configuration that it is to use (its own to read, None: its default);
+    or, for conv_backward, one choice for the input's gradient and one for the weight's."""
+
+    backend: str
+    config: tuple[Any, ...] | None = None
+    parts: tuple[Choice, Choice] | None = None
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        if self.parts is not None:
+            return {"backend": self.backend, "parts": [part.encode() for part in self.parts]}
+        return {"backend": self.backend, "config": self.config}
+
+    @staticmethod
+    def decode(raw: dict[str, Any]) -> Choice:
+        """The inverse of ``encode``."""
+        parts = raw.get("parts")
+        both = (Choice.decode(parts[0]), Choice.decode(parts[1])) if parts is not None else None
+        return Choice(raw["backend"], _tuples(raw.get("config")), both)
+
+    def __str__(self) -> str:
+        if self.parts is not None:
+            return " + ".join(str(part) for part in self.parts)
+        return self.backend
+
+
+APART = "apart"
+
+
+def label(choice: Choice) -> str:
+    """What a choice is called among the measured times."""
+    if choice.parts is not None:
+        return "apart: " + " + ".join(label(part) for part in choice.parts)
+    return choice.backend if choice.config is None else f"{choice.backend} {choice.config}"
+
+
+def _tuples(raw: Any) -> Any:
+    return tuple(_tuples(v) for v in raw) if isinstance(raw, list | tuple) else raw
+
+
+def _configured(choice: Choice) -> AbstractContextManager[Any]:
+    if choice.config is None:
+        return nullcontext()
+    context: AbstractContextManager[Any] = load(choice.backend)[0].configured(choice.config)  # type: ignore[union-attr]
+    return context
+
+
+def call_choice(choice: Choice, primitive: str, args: tuple[Any, ...]) -> Any:
+    if choice.parts is not None:
+        for_input, for_weight = choice.parts
+        # the weight's first: the input's may overwrite ``add``
+        _, dw, *_ = call_choice(for_weight, primitive, with_changes(args, WEIGHT_ONLY))
+        dx, _, *sums = call_choice(for_input, primitive, with_changes(args, {NEEDS[1]: False}))
+        return dx, dw, *sums
+    function = getattr(load(choice.backend)[0], primitive)
+    if choice.config is None:
+        return function(*args)
+    with _configured(choice):
+        return function(*args)

@@ -1,0 +1,123 @@
+"""Every candidate for a primitive on its arguments: timed, and compared with ``aten``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fused_resnet.backends import NAMES, Case, load, vector_dtype, warn_once
+from fused_resnet.planner.choice import APART, Choice, call_choice, label
+from fused_resnet.planner.preference import refusal_of
+from fused_resnet.planner.signatures import ADD, NEEDS, WEIGHT_ONLY, signature, with_changes
+
+
+def candidates_for(primitive: str, case: Case) -> list[str]:
+    """The backends that take the case, best first."""
+    modules = [(name, load(name)[0]) for name in NAMES]
+    return [name for name, m in modules if m is not None and refusal_of(m, primitive, case) is None]
+
+
+def measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[Choice, dict[str, float]]:
+    """The fastest choice, and the milliseconds of all."""
+    found = _times(primitive, names, args)
+    ms = {label(choice): time for choice, time in found.items()}
+    if primitive == "conv_backward" and args[NEEDS[0]] and args[NEEDS[1]]:
+        for_input = _times(primitive, names, with_changes(args, {NEEDS[1]: False}))
+        for_weight = _times(primitive, names, with_changes(args, WEIGHT_ONLY))
+        parts = min(for_input, key=for_input.__getitem__), min(for_weight, key=for_weight.__getitem__)
+        apart = Choice(APART, parts=parts)
+        found[apart] = ms[label(apart)] = for_input[parts[0]] + for_weight[parts[1]]
+        for what, times in (("input", for_input), ("weight", for_weight)):
+            ms |= {f"{what}: {label(choice)}": time for choice, time in times.items()}
+    # of equals the first, which is preferred; aten is the last backend
+    return min(found, key=found.__getitem__), ms
+
+
+def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choice, float]:
+    found: dict[Choice, float] = {}
+    own = _own(primitive, args)
+    want = call_choice(Choice("aten"), primitive, _own(primitive, args)) if "aten" in names else None
+    for name in names:
+        module: Any = load(name)[0]
+        choices = [Choice(name)]
+        try:
+            if hasattr(module, "configurations"):
+                choices += [
+                    Choice(name, c) for c in module.configurations(partial(call_choice, choices[0], primitive, own))
+                ]
+            for choice in choices:
+                if want is not None and name != "aten":
+                    with _nan_filled():
+                        got = call_choice(choice, primitive, _own(primitive, args))
+                    error = _error(got, want)
+                    del got
+                    if not error <= _BOUND[args[0].dtype]:
+                        warn_once(
+                            f"{label(choice)} is not used for {signature(primitive, args)}: its result differs from "
+                            f"aten's by {error:.2g} of its norm. Please report this"
+                        )
+                        continue
+                found[choice] = milliseconds(partial(call_choice, choice, primitive, own), own[0].device)
+        except Exception as error:  # a kernel that does not compile here, or memory that does not suffice
+            if name == "aten":
+                raise
+            warn_once(f"backend {name!r} can't run {signature(primitive, args)}: {type(error).__name__}: {error}")
+    return found
+
+
+# How far a candidate's result may be from aten's, relative to its norm: far above what rounding does (the tests hold to
+# that), so that what it refuses is broken: a miscompiled kernel, a driver, a backend that was not built for this chip.
+_BOUND = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.1, torch.float16: 5e-2}
+
+
+@contextmanager
+def _nan_filled() -> Iterator[None]:
+    """Within it new memory holds NaN: what a kernel leaves out could be there already, from the candidate before it."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+def _own(primitive: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A primitive may overwrite ``add``."""
+    if primitive != "conv_backward" or args[ADD] is None:
+        return args
+    return with_changes(args, {ADD: args[ADD].clone(memory_format=torch.preserve_format)})
+
+
+def _error(got: Any, want: Any) -> float:
+    """The largest relative error of the images and weights in a result (sums may cancel to nothing); 0 without any."""
+    errors = [0.0]
+    for g, w in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        if isinstance(w, Tensor) and w.dim() == 4 and w.is_floating_point():
+            if not isinstance(g, Tensor) or g.shape != w.shape:
+                return float("inf")
+            # both may hold what is no number, in the same places
+            g, w = (t.detach().to(vector_dtype(t.dtype)) for t in (g, w))
+            same = (g == w) | (g.isnan() & w.isnan())
+            difference = torch.where(same, 0, g - w)
+            errors.append(float(difference.norm() / w.nan_to_num(0, 0, 0).norm().clamp_min(1e-20)))
+    return max(errors, key=lambda e: (e != e, e))
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a call: on a GPU by its events with the L2 cache flushed between runs, on a CPU by the clock."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        with torch.cuda.device(device):
+            median: float = do_bench(call, warmup=5, rep=20, return_mode="median")
+        return median
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.02).median * 1e3
