@@ -33,9 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_resnet import chain_backward, chain_forward, models
+from fused_resnet import models
 from fused_resnet.backends import forced_again
 from fused_resnet.backends.triton import configs, runtime
+from fused_resnet.chain import backward, forward
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARP = {"cuda": 32, "hip": 64}
@@ -133,9 +134,9 @@ class Report:
 
 
 _IMPLEMENTATIONS = {
-    "chain": chain_forward.row_forward,
-    "chain_backward": chain_backward.row_backward,
-    "chain_inference": chain_forward.inference,
+    "chain": forward.row_forward,
+    "chain_backward": backward.row_backward,
+    "chain_inference": forward.inference,
 }
 
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_resnet.backends import Case
+from fused_resnet.chain.packing import packed_forms
 from fused_resnet.freezing import Frozen
-from fused_resnet.frozen_forward import packed_forms
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.frozen_rows import FoldedUnit, FrozenRow
 from fused_resnet.fusion.report import ChainReport, UnitReport

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from fused_resnet.backends import load, warn_once
+from fused_resnet.chain.packing import values_of
 from fused_resnet.cuda_graphs import Graphs
-from fused_resnet.frozen_forward import values_of
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.frozen_rows import lower_frozen
 from fused_resnet.fusion.matcher import Matches

@@ -8,8 +8,7 @@ folded weights would not fit in 16 bits (``fold_weight``) has s*conv(h, W) + b i
 ``run_chains`` runs chains one after the other on the backends that serve them, ``plain_chains`` the same in PyTorch's
 own operators.
 
-Weights are packed for the convolutions that use them at their first use, and the packed ones live as long as the
-weight does, in a table of this module.
+Weights are packed for the convolutions that use them at their first use.
 """
 
 from __future__ import annotations
@@ -21,118 +20,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from fused_resnet import reference
 from fused_resnet.backends import Norm, aten, vector_dtype
-from fused_resnet.locks import Lock
+from fused_resnet.chain.packing import Packing, Packs, pack_once, values_of
 from fused_resnet.planner import case_of, pick, run, sizes, text_of
 from fused_resnet.reference import shortcut_input
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec
 
 # Bytes of the stem's convolution per thread that a stem with stages behind it makes at a time.
 _STEM_BYTES = 8 << 20
-# Input shapes per weight whose packed weight is remembered; the packed weights themselves are as many as the layouts
-# that oneDNN wants for them: one to three in ResNet-50.
-SHAPES = 256
-
-
-# ---------------------------------------------------------------------------------------------------- packed weights
-class _Packs:
-    """A weight's packed forms, by what asks for them: those of other values than the weight's present ones are void."""
-
-    def __init__(self, values: tuple[int, int]) -> None:
-        self.values = values
-        self.found: dict[Any, Any] = {}
-
-
-_MISSING = object()
-_packs = WeakTensorKeyDictionary()
-_packing = Lock()
-
-
-def values_of(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weight's values do: in place, or by ``.data``. Not for a tensor of inference mode."""
-    return weight.data_ptr(), weight._version
-
-
-# ``_packed``, or what packs anew: (weight, key, pack) -> the packed weight, or None.
-_Packing = Callable[[Tensor, Any, Callable[[list[Any]], Any]], Any]
-
-
-def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
-    """What ``pack`` (which is shown what there is already) made of the weight when ``key`` came first."""
-    packs, values = _packs.get(weight), values_of(weight)
-    if packs is not None and packs.values == values:
-        found = packs.found.get(key, _MISSING)  # None where there is nothing to pack
-        if found is not _MISSING:
-            return found
-    with _packing.held():
-        packs = _packs.get(weight)
-        if packs is None or packs.values != values:
-            _packs[weight] = packs = _Packs(values)
-        if key not in packs.found:
-            with torch.inference_mode(False), torch.no_grad():  # it outlives the caller's mode
-                made = pack([form for form in packs.found.values() if form is not None])
-            while len(packs.found) >= SHAPES:
-                packs.found.pop(next(iter(packs.found)))
-            packs.found[key] = made
-        return packs.found[key]
-
-
-def packed_forms(weight: Tensor) -> list[Any]:
-    """What the weight is packed into by now, each once."""
-    packs = _packs.get(weight)
-    found = packs.found.copy().values() if packs is not None and packs.values == values_of(weight) else ()
-    return list({id(form): form for form in found if form is not None}.values())
-
-
-# ---------------------------------------------------------------------------------------------------- folded weights
-def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The weight with BatchNorm's scale in it, in ``dtype``, and what of the scale stays outside of it, if anything.
-
-    A channel is not folded where its s*W, or t, is below or above the dtype's normal numbers, so that rounding loses
-    more than it does to those and to W: it keeps W and s, with which PyTorch computes.
-
-    Args:
-        weight: [K, C, R, S], any floating dtype. norm: its scale, [K], of the dtype in which to multiply.
-
-    Returns:
-        [K, C, R, S] in ``dtype``; [K] in ``vector_dtype`` of that, or None: 1 everywhere.
-    """
-    scale, limits = norm.scale, torch.finfo(dtype)
-    exact = weight.to(scale.dtype) * scale[:, None, None, None]
-    folded = exact.to(dtype)
-    if dtype != torch.float16:  # the others reach as far as what vectors are in
-        return folded, None
-
-    def size(t: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(t, dim=(1, 2, 3))
-
-    own = weight.to(dtype)
-    usual = torch.maximum(limits.eps / 2 * size(exact), scale.abs() * size(own.to(scale.dtype) - weight))
-    # t with room for a convolution that rounds before it adds it
-    good = (size(folded - exact) <= usual) & (norm.shift.abs() <= limits.max / 4)
-    if good.all():
-        return folded, None
-    return torch.where(good[:, None, None, None], folded, own), torch.where(good, 1, scale).to(vector_dtype(dtype))
-
-
-def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> bool:
-    """Whether all of the scale may be in a unit's weight. The answer is kept with the weight while nothing changes that
-    it depends on: a GPU is waited for once."""
-    if dtype != torch.float16:
-        return True
-    weight = p["weight"]
-
-    def answer(_: Any = None) -> bool:
-        return fold_weight(weight, norm, dtype)[1] is None
-
-    if any(t.is_inference() for t in p.values()):  # which may change unseen
-        return answer()
-    key = ("folds", eps, *((WeakIdRef(t), values_of(t)) for name, t in p.items() if name != "weight"))
-    found: bool = _packed(weight, key, answer)
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------- units
@@ -190,7 +87,7 @@ class _Measured(NamedTuple):
 
     def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[sizes.Call, sizes.Call]:
         x = sizes.images((images, *shape[1:]), dtype, True)
-        unit, packs = (x, self.weight, self.bias, self.conv, self.act), _Packs(values_of(self.weight))
+        unit, packs = (x, self.weight, self.bias, self.conv, self.act), Packs(values_of(self.weight))
 
         def packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
             if key not in packs.found:
@@ -208,7 +105,7 @@ class _Measured(NamedTuple):
 
 class _Backends:
     """Units on the backends that serve them; on PyTorch's own operators those that are faster so.
-    ``packed``: where packed weights are kept (``_packed``)."""
+    ``packed``: where packed weights are kept (``pack_once``)."""
 
     @staticmethod
     def unit(
@@ -222,12 +119,12 @@ class _Backends:
             residual = residual.contiguous(memory_format=torch.channels_last)
         if not _is_served(x, weight, bias, conv, act, residual):
             return _Plain.unit(x, weight, bias, conv, act, residual, owned)
-        return _Backends.serve(x, weight, bias, conv, act, residual, owned, _packed)
+        return _Backends.serve(x, weight, bias, conv, act, residual, owned, pack_once)
 
     @staticmethod
     def serve(
         x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool,
-        packed: _Packing,
+        packed: Packing,
     ) -> Tensor:  # fmt: skip
         if conv is None:
             made: Tensor = run("bn_act", x, _affine(weight, bias), act, residual, None)
@@ -245,11 +142,11 @@ class _Backends:
         """max-pool of the unit's output, in one pass where the backend has one."""
         if not _is_served(x, weight, bias, conv, act, None, pool):
             return _Plain.pooled(x, weight, bias, conv, act, pool)
-        return _Backends.serve_pooled(x, weight, bias, conv, act, pool, _packed)
+        return _Backends.serve_pooled(x, weight, bias, conv, act, pool, pack_once)
 
     @staticmethod
     def serve_pooled(
-        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec, packed: _Packing
+        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec, packed: Packing
     ) -> Tensor:
         if conv is None:
             made: Tensor = run("bn_act_max_pool", x, _affine(weight, bias), act, pool)[0]

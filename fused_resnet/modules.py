@@ -14,11 +14,12 @@ from torch.nn.modules import module as nn_module
 
 from fused_resnet import reference
 from fused_resnet.arguments import pair
-from fused_resnet.checks import autocasts
-from fused_resnet.functional import in_backward, residual_chain
+from fused_resnet.chain.call import in_backward
+from fused_resnet.chain.checks import autocasts
+from fused_resnet.chain.units import Chain, Unit
+from fused_resnet.functional import residual_chain
 from fused_resnet.patterns import norm_kind, original, same_as
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
-from fused_resnet.units import Chain, Unit
 
 # Activation modules and the name of the attribute that holds their parameter.
 ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {

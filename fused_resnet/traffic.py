@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fused_resnet import chain  # noqa: F401  (registers the operators)
+import fused_resnet.chain  # noqa: F401  (registers the operators)
 from fused_resnet.backends import BackendUnavailable, forced_again, load
-from fused_resnet.chain_backward import row_backward
-from fused_resnet.chain_forward import inference, row_forward
+from fused_resnet.chain.backward import row_backward
+from fused_resnet.chain.forward import inference, row_forward
 from fused_resnet.classes import FusedModule
 from fused_resnet.freezing import Frozen
 from fused_resnet.fusion.front import backend

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.chain import unit_shapes
+from fused_resnet.chain.operators import unit_shapes
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec
 
 ACTS: dict[str, Act] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.chain import unit_shapes
+from fused_resnet.chain.operators import unit_shapes
 from fused_resnet.spec import RowSpec
 
 # (shape, how many times as wide as the first chain's ``width``): a stage of basic blocks, of bottlenecks, and so on.

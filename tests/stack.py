@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import functional
+from fused_resnet.chain import call as chain_call
 
 State = dict[str, Tensor]
 SIZE = 48
@@ -67,7 +67,7 @@ def both(run: Callable[[nn.Module], State | None], models: tuple[nn.Module, nn.M
     plain, fused = models or pair()
     seed = torch.initial_seed()
     found = []
-    with patch.object(functional, "_row", wraps=functional._row) as rows:
+    with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
         for model in (plain, fused):
             torch.manual_seed(seed)
             returned = run(model)

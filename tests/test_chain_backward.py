@@ -13,7 +13,7 @@ from functional_cases import unit
 from torch import Tensor
 from watching import Calls, saved_tensors
 
-import fused_resnet.chain
+import fused_resnet.chain.operators
 from fused_resnet import functional
 
 ACTS, MODES, SHAPES = list(chains.ACTS), list(chains.MODES), list(chains.SHAPES)
@@ -67,7 +67,7 @@ def test_saved_for_backward(backend: str, shape: str, mode: str) -> None:
     given = {v.untyped_storage().data_ptr() for v in inputs if v is not None}
     kept = {p: v for p, v in found.items() if p not in given}
     assert kept.keys() == {v.untyped_storage().data_ptr() for v in outs[1:]}
-    sizes = fused_resnet.chain.unit_shapes(inputs[0], inputs[2:], chain.spec)
+    sizes = fused_resnet.chain.operators.unit_shapes(inputs[0], inputs[2:], chain.spec)
     images = [
         tuple(size)
         for i, (u, size) in enumerate(zip(chain.spec.all_units, sizes, strict=True))

@@ -127,7 +127,7 @@ def test_check_notices_a_broken_kernel(
 
 def test_check_notices_statistics_that_are_not_updated(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = next(iter(subjects.subjects(["plain20"])))
-    monkeypatch.setattr("fused_resnet.functional._update_running", lambda *args: None)
+    monkeypatch.setattr("fused_resnet.chain.call._update_running", lambda *args: None)
     result = check_module.check(subject, ["fp32"], CPU, 0)[0]
     assert not result.ok
     assert any("running_mean" in f.name for f in result.findings if not f.ok)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import functional
+from fused_resnet.chain import call as chain_call
 from fused_resnet.fusion import front
 
 if "fused_resnet" not in entry_points(group="torch_dynamo_backends").names:  # a source tree that is not installed
@@ -136,13 +136,13 @@ def test_chains_in_the_graph(fused: bool, checkpointed: bool) -> None:
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="fused_resnet")
     for n in (4, 5, 3):
         x = images(n)
-        with patch.object(functional, "_row", wraps=functional._row) as rows:
+        with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
             found = step(compiled, model, x)
         assert [len(call.args[1]) for call in rows.mock_calls] == [1, 2] + [2] * checkpointed
         same(found, step(plain, plain, x))
     for n in (2, 6):
         x = images(n)
-        with torch.no_grad(), patch.object(functional, "_row", wraps=functional._row) as rows:
+        with torch.no_grad(), patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
             torch.testing.assert_close(compiled.eval()(x), plain.eval()(x))
         assert sum(len(call.args[1]) for call in rows.mock_calls) == 3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # gradients, none, and a checkpoint's part
@@ -194,7 +194,7 @@ def test_others_see_the_plain_network(way: str) -> None:
         call = torch.compile(lambda x: model(x), fullgraph=True, backend=counter)
     else:
         call = torch.compile(model, fullgraph=True, backend=counter)
-    with patch.object(functional, "_row", wraps=functional._row) as rows:
+    with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
         torch.testing.assert_close(call(x), want)
     assert counter.frame_count == 1 and not rows.called
 
@@ -222,7 +222,7 @@ def test_numbers_of_modules_are_inputs() -> None:
             if m is not None:
                 setattr(network[m], name, value)
         x = images()
-        with patch.object(functional, "_row", wraps=functional._row) as rows:
+        with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
             same(step(compiled, model, x), step(plain, plain, x))
         assert [len(call.args[1][0].units) for call in rows.mock_calls] == [2]
 

@@ -74,8 +74,8 @@ def test_bench_reports_scaling(device: str, tmp_path: Path) -> None:
 def test_bench_notices_statistics_that_are_not_shared(tmp_path: Path) -> None:
     """The command fails, in words, when the backward of each process sees its own sums alone."""
     (tmp_path / "broken.py").write_text(
-        "import sys\nfrom fused_resnet import joint\nfrom fused_resnet.cli import main\n"
-        "joint.all_reduce = lambda t, group: 2 * t\n"
+        "import sys\nfrom fused_resnet.chain import sync\nfrom fused_resnet.cli import main\n"
+        "sync.all_reduce = lambda t, group: 2 * t\n"
         f"sys.exit(main({['bench', '--distributed', *TINY, '--repeats', '1']!r}))\n"
     )
     code, out, err = torchrun("broken.py", folder=tmp_path)

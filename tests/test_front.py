@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
-from fused_resnet import functional
+from fused_resnet.chain import call as chain_call
 
 
 class Layers(nn.Module):
@@ -37,7 +37,7 @@ def same_as_plain(plain: nn.Module, fused: nn.Module) -> int:
     """Output, gradients and buffers of one step are the same; returns how many chains ran."""
     x = x4()
     found = []
-    with patch.object(functional, "_row", wraps=functional._row) as rows:
+    with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
         for net in (plain, fused):
             net.zero_grad()
             given = x.clone().requires_grad_()
@@ -59,7 +59,7 @@ class Broken(Layers):
 def test_behind_a_graph_break_modules_have_their_own_names() -> None:
     """dynamo captures frames of inner modules then, and calls each one's self the root."""
     model = fr.fuse(nn.Sequential(nn.Identity(), Broken()))
-    with patch.object(functional, "_row", wraps=functional._row) as rows:
+    with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
         model(x4())
     explained = {row.name: row.chains for row in fr.explain(model).rows}
     assert explained == {"1": 2}

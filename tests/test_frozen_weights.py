@@ -13,8 +13,8 @@ import torch
 from networks import blocks, images, relative, small
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward
 from fused_resnet.backends import aten, load
+from fused_resnet.chain import packing
 from fused_resnet.spec import Act, ConvSpec
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"packs weights: backend cpu: {load('cpu')[1]}")
@@ -30,13 +30,13 @@ def test_packed_weights_are_as_many_as_layouts(monkeypatch):
         for size in range(32, 62, 6):
             frozen(torch.randn(n, 3, size, size))
     for w in weights:
-        packs = frozen_forward._packs[w]
-        assert 1 <= len(frozen_forward.packed_forms(w)) <= 4
+        packs = packing._packs[w]
+        assert 1 <= len(packing.packed_forms(w)) <= 4
         assert len(packs.found) > 4 or w.shape[1] == 3
-    monkeypatch.setattr(frozen_forward, "SHAPES", 2)
+    monkeypatch.setattr(packing, "SHAPES", 2)
     x = images(4)
     assert relative(frozen(x), model(x)) < 1e-5
-    assert all(len(frozen_forward._packs[w].found) <= 2 for w in weights)
+    assert all(len(packing._packs[w].found) <= 2 for w in weights)
 
 
 @needs_extension
@@ -76,13 +76,13 @@ def test_new_values_are_packed_again():
 @needs_extension
 def test_packed_weights_die_with_the_model():
     gc.collect()  # of earlier tests
-    before = len(frozen_forward._packs)
+    before = len(packing._packs)
     frozen = fr.freeze(small(), images())
-    assert len(frozen_forward._packs) > before
+    assert len(packing._packs) > before
     del frozen
     for _ in range(2):  # what dynamo holds for a code object goes when that is gone
         gc.collect()
-    assert len(frozen_forward._packs) <= before
+    assert len(packing._packs) <= before
 
 
 def test_threads(monkeypatch):

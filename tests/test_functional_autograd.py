@@ -277,18 +277,18 @@ def test_output_layout(backend: str, layout: str) -> None:
 
 def test_statistics_untouched_after_an_error(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure in the last kernel of a block leaves the running statistics of the first unit as they were."""
-    import fused_resnet.chain_forward
+    import fused_resnet.chain.forward
 
     case = Case(image(3, 4, 6, 6), block(), shortcut="identity")
     before = case.clone()
-    real = fused_resnet.chain_forward.run
+    real = fused_resnet.chain.forward.run
 
     def run(primitive: str, *args: Any) -> Any:
         if primitive == "bn_act":
             raise RuntimeError("out of memory")
         return real(primitive, *args)
 
-    monkeypatch.setattr(fused_resnet.chain_forward, "run", run)
+    monkeypatch.setattr(fused_resnet.chain.forward, "run", run)
     with pytest.raises(RuntimeError, match="out of memory"):
         fused(case)
     for a, b in zip(case.units, before.units, strict=True):

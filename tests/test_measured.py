@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward, functional, planner
+from fused_resnet import frozen_forward, planner
 from fused_resnet.backends import load
+from fused_resnet.chain import call as chain_call
 from fused_resnet.planner import sizes
 from fused_resnet.planner.cache import PlanCache, identity
 from fused_resnet.planner.sizes import CHAINS, Measured
@@ -273,8 +274,8 @@ def test_where_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, timed: list[
     """Where chains are asked for, where the plain model is to be seen, and where there is no CPU to measure."""
     model, x = fr.fuse(unit()), images()
     ran: list[Any] = []
-    real = functional._row
-    monkeypatch.setattr(functional, "_row", lambda *args: ran.append(args) or real(*args))
+    real = chain_call.run_row
+    monkeypatch.setattr(chain_call, "run_row", lambda *args: ran.append(args) or real(*args))
     with monkeypatch.context() as m:
         m.setenv("FUSED_RESNET_PLAN", "preference")
         model(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import functional
+from fused_resnet.chain import call as chain_call
 from fused_resnet.classes import FusedModule
 
 # What torch.onnx itself, or its TorchScript way, warns of.
@@ -78,7 +78,7 @@ def test_export_leaves_the_model_fused() -> None:
     with torch.no_grad():
         want = fused(x)
         torch.export.export(fused, (x,))
-        with patch.object(functional, "_row", wraps=functional._row) as rows:
+        with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
             assert torch.equal(fused(x), want)
     assert rows.call_count
 

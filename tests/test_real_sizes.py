@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward, functional
+from fused_resnet import frozen_forward
 from fused_resnet.backends import load
+from fused_resnet.chain import call as chain_call
 
 pytestmark = pytest.mark.slow
 SIZE = 224
@@ -166,7 +167,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, int]:
 
         monkeypatch.setattr(module, name, counting)
 
-    count("fused", functional, "_row")
+    count("fused", chain_call, "run_row")
     count("frozen", frozen_forward, "_chain")
     return counts
 

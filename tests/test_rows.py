@@ -14,7 +14,7 @@ from tolerances import assert_as_good, assert_close
 from torch import Tensor
 from watching import saved_tensors
 
-import fused_resnet.chain_backward
+import fused_resnet.chain.backward
 from fused_resnet.spec import RowSpec
 
 ops = torch.ops.fused_resnet
@@ -155,13 +155,13 @@ def test_saved_as_by_the_single_chains(backend: str, name: str) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """(primitive, whether it was told a closing that has a chain's summand) of every call in a backward."""
     calls: list[tuple[str, bool]] = []
-    real = fused_resnet.chain_backward.run
+    real = fused_resnet.chain.backward.run
 
     def run(primitive: str, *args: Any) -> Any:
         calls.append((primitive, primitive == "conv_backward" and args[10] is not None))
         return real(primitive, *args)
 
-    monkeypatch.setattr(fused_resnet.chain_backward, "run", run)
+    monkeypatch.setattr(fused_resnet.chain.backward, "run", run)
     return calls
 
 

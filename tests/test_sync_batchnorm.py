@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import joint
+from fused_resnet.chain import sync
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, RowSpec, ShortcutSpec, UnitSpec
 
 if not torch.distributed.is_available():
@@ -59,7 +59,7 @@ def test_partials_merge_into_the_statistics_of_all(dtype: torch.dtype) -> None:
         count = torch.tensor([[float(n)] for n in sizes], dtype=dtype)
         mean = torch.stack([s.mean(0) if len(s) else s.new_zeros(6) for s in sets])
         m2 = torch.stack([(s - m).square().sum(0) for s, m in zip(sets, mean, strict=True)])
-        total, joint_mean, joint_m2 = joint.merge(count, mean, m2)
+        total, joint_mean, joint_m2 = sync.merge(count, mean, m2)
         wide = y.double()
         rtol = 1e-12 if dtype == torch.float64 else 2e-6
         assert total.item() == sum(sizes)

@@ -21,8 +21,9 @@ from source_tree import ROOT
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward, planner
+from fused_resnet import planner
 from fused_resnet.backends import cpu, load
+from fused_resnet.chain import packing
 from fused_resnet.locks import Lock
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
@@ -255,7 +256,7 @@ def take(lock: Lock) -> None:
 def test_a_forked_child_finds_every_lock_free() -> None:
     """Those of the package, one made later, and one that the forking thread itself holds."""
     context = multiprocessing.get_context("fork")
-    locks = [frozen_forward._packing, planner.dispatch._choosing, cpu._timing, Lock()]
+    locks = [packing._packing, planner.dispatch._choosing, cpu._timing, Lock()]
     holding, done = threading.Event(), threading.Event()
 
     def hold() -> None:

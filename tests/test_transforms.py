@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import fused_resnet as fr
 from fused_resnet import functional
+from fused_resnet.chain import call as chain_call
 
 Call = Callable[[nn.Module, Tensor], Any]
 
@@ -128,12 +129,12 @@ def same(call: Call, plain: nn.Module, fused: nn.Module) -> None:
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
     rows = []
-    real = functional._row
+    real = chain_call.run_row
     try:
-        functional._row = lambda *a: rows.append(len(a[1])) or real(*a)
+        chain_call.run_row = lambda *a: rows.append(len(a[1])) or real(*a)
         fused(x)
     finally:
-        functional._row = real
+        chain_call.run_row = real
     assert rows == [1, 2]
 
 

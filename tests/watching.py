@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import fused_resnet.chain_backward
-from fused_resnet import functional
+import fused_resnet.chain.backward
+from fused_resnet.chain import call as chain_call
 
 
 @contextmanager
 def rows() -> Iterator[list[list[int]]]:
     """The units of each chain of each row that runs, projections included."""
     found: list[list[int]] = []
-    real = functional._row
+    real = chain_call.run_row
 
     def row(x: Tensor, chains: Any, *rest: Any) -> Tensor:
         found.append([len(chain.everyone) for chain in chains])
         return real(x, chains, *rest)
 
-    with patch.object(functional, "_row", row):
+    with patch.object(chain_call, "run_row", row):
         yield found
 
 
@@ -54,11 +54,11 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.conv_backward: list[tuple[bool, bool]] = []
-        real = fused_resnet.chain_backward.run
+        real = fused_resnet.chain.backward.run
 
         def run(primitive: str, *args: Any) -> Any:
             if primitive == "conv_backward":
                 self.conv_backward.append((args[7], args[8]))  # need_input, need_weight
             return real(primitive, *args)
 
-        monkeypatch.setattr(fused_resnet.chain_backward, "run", run)
+        monkeypatch.setattr(fused_resnet.chain.backward, "run", run)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fused_resnet import functional
-from fused_resnet.checks import autocasts
-from fused_resnet.functional import in_backward
+from fused_resnet.chain.call import in_backward
+from fused_resnet.chain.checks import autocasts
+from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.choosing import Choice, thread
 from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.fusion.table import constant
-from fused_resnet.units import Chain, Unit
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from fused_resnet.checks import DTYPES
+from fused_resnet.chain.checks import DTYPES
 from fused_resnet.fusion.table import (
     MULS,
     act_of,

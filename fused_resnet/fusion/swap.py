@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fused_resnet.backends import warn_once
-from fused_resnet.chain import transformed
+from fused_resnet.chain.operators import transformed
 from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
 from fused_resnet.fusion.choosing import inside_plain, kind_of_call
 from fused_resnet.fusion.front import Front, others_capture

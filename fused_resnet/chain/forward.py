@@ -1,4 +1,4 @@
-"""The forward of a row of chains, and inference, composed of primitives (the formulas: chain.py)."""
+"""The forward of a row of chains, and inference, composed of primitives (the formulas: operators.py)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet import joint, reference
+from fused_resnet import reference
 from fused_resnet.backends import Norm, Prologue, load, vector_dtype
-from fused_resnet.frozen_forward import fold_weight, folds
+from fused_resnet.chain import sync
+from fused_resnet.chain.folding import fold, fold_weight, folds
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, UnitSpec
 
@@ -33,14 +34,6 @@ def _channels_last(t: Tensor) -> bool:
             return False
         least = t.stride(d) * t.shape[d]
     return True
-
-
-def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Any = None) -> Norm:
-    """The unit's BatchNorm as vectors, by the backend ``vectors`` (aten)."""
-    vectors = vectors or load("aten")[0]
-    bias = p.get("bias") if "running_mean" in p else None
-    norm: Norm = vectors.bn_fold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps)
-    return norm
 
 
 # ---------------------------------------------------------------------------------------------------- forward
@@ -76,9 +69,9 @@ def _raw(x: Tensor, p: dict[str, Tensor], unit: UnitSpec, prologue: Prologue | N
 def _normalise(*raws: _Raw) -> list[tuple[Norm, list[Tensor]]]:
     """Of units that are ready together their normalisation, and the statistics to keep (``UnitSpec.n_stats``)."""
     kept = {i: raw.stats for i, raw in enumerate(raws)}
-    for group, members in joint.by_group({i: raw.unit for i, raw in enumerate(raws)}):
+    for group, members in sync.by_group({i: raw.unit for i, raw in enumerate(raws)}):
         y = raws[members[0]].y  # units that are ready together are summands, of one size
-        kept |= zip(members, joint.statistics([kept[i] for i in members], y, group), strict=True)
+        kept |= zip(members, sync.statistics([kept[i] for i in members], y, group), strict=True)
     found = []
     for (unit, p, y, _), stats in zip(raws, kept.values(), strict=True):
         wide, vectors = vector_dtype(y.dtype), pick("bn_fold", case_of(y))

@@ -15,9 +15,9 @@ Two operators, functional, traceable, with fake kernels; ``spec`` is a ``RowSpec
                                    argmax) of each chain]
     fused_resnet::chain_backward   (dout, x, residual, params, saved, spec, needs) -> one gradient per true ``needs``
 and fused_resnet::chain_inference for running statistics without gradients, where BatchNorm folds into W and b.
-Where a process group shares statistics (SyncBatchNorm), mean, var and M are those of all its processes (joint.py), and
+Where a process group shares statistics (SyncBatchNorm), mean, var and M are those of all its processes (sync.py), and
 a third tensor, M, is kept beside mean and var.
-chain_forward.py and chain_backward.py compose them of primitives.
+forward.py and backward.py compose them of primitives.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from torch.autograd import forward_ad
 
 from fused_resnet import reference
 from fused_resnet.backends import forced, forced_again, vector_dtype
-from fused_resnet.chain_backward import row_backward
-from fused_resnet.chain_forward import inference, memory_format, row_forward
+from fused_resnet.chain.backward import row_backward
+from fused_resnet.chain.forward import inference, memory_format, row_forward
 from fused_resnet.spec import ChainSpec, ConvSpec, RowSpec, UnitSpec
 
 _lib = torch.library.Library("fused_resnet", "DEF")

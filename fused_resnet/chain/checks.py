@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_resnet import joint, reference
+from fused_resnet import reference
 from fused_resnet.arguments import flag, number
 from fused_resnet.backends import vector_dtype
+from fused_resnet.chain import sync
+from fused_resnet.chain.units import Unit
 from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec
-from fused_resnet.units import Unit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BN_NAMES = ("bn_weight", "bn_bias", "running_mean", "running_var")
@@ -30,7 +31,7 @@ def check_arguments(unit: Unit, index: int) -> None:
         raise ValueError(f"running_mean: expected a tensor when training=False, got None (unit {index})")
     if unit.bias is not None and unit.weight is None:
         raise ValueError(f"bias: expected None for a unit without a convolution, got a tensor (unit {index})")
-    if unit.process_group is not None and not joint.is_group(unit.process_group):
+    if unit.process_group is not None and not sync.is_group(unit.process_group):
         raise TypeError(
             "process_group: expected a torch.distributed.ProcessGroup that this process is in, or None, "
             f"got {unit.process_group!r} (unit {index})"

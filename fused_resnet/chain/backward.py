@@ -1,4 +1,4 @@
-"""The backward of a row of chains, composed of primitives (the formulas: chain.py).
+"""The backward of a row of chains, composed of primitives (the formulas: operators.py).
 
 Chains are walked last to first. Where the gradient of a chain's input is complete, what closed the chain before it is
 passed too: the last primitive that works on that input's gradient is told (``Closing``) and returns dz instead of dout.
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet import joint, reference
+from fused_resnet import reference
 from fused_resnet.backends import Closing, DyCoefficients, Norm, Prologue, Sums, vector_dtype
-from fused_resnet.chain_forward import fold, memory_format, raw_conv, summand_of
+from fused_resnet.chain import sync
+from fused_resnet.chain.folding import fold
+from fused_resnet.chain.forward import memory_format, raw_conv, summand_of
 from fused_resnet.planner import case_of, pick, run
 from fused_resnet.spec import ChainSpec, RowSpec, UnitSpec
 
@@ -230,10 +232,10 @@ def _chain_backward(
 def _means(chain: _Chain, sums: dict[int, Sums]) -> dict[int, Sums]:
     """Of the units whose statistics a process group shares: the sums of all its processes, per value."""
     found: dict[int, Sums] = {}
-    for group, members in joint.by_group({i: chain.spec.all_units[i] for i in sums}):
+    for group, members in sync.by_group({i: chain.spec.all_units[i] for i in sums}):
         count = chain.counts[members[0]]  # units that close together are summands, of one size
         assert count is not None
-        found |= zip(members, joint.means([sums[i] for i in members], count, group), strict=True)
+        found |= zip(members, sync.means([sums[i] for i in members], count, group), strict=True)
     return found
 
 

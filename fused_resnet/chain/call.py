@@ -1,0 +1,152 @@
+"""The one way in: chains are checked, encoded and given to the operators; then running statistics are updated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet import reference
+from fused_resnet.arguments import flag, number
+from fused_resnet.chain import checks
+from fused_resnet.chain.encoding import chain_key, chain_spec, encoded
+from fused_resnet.chain.operators import transformed, unit_shapes
+from fused_resnet.chain.units import Chain, Unit
+from fused_resnet.spec import ChainSpec, PoolSpec, RowSpec, UnitSpec
+
+
+def run(
+    x: Tensor,
+    chains: Sequence[Chain],
+    residual: Tensor | None = None,
+    pool: PoolSpec | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """``residual``, ``pool`` and ``recompute`` come with one chain."""
+    checks.check_tensor("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    flag(recompute, "recompute")
+    keys, specs = [], []
+    shape = tuple(x.shape)
+    for i, chain in enumerate(chains):
+        key = chain_key(chain, shape[1], residual, pool, recompute)
+        # a constant object is opaque to the compiler's guards, so it traces the making of one
+        spec = chain_spec(*key) if torch.compiler.is_compiling() else RowSpec.decode(encoded(key)).chains[0]
+        where = f"chain {i}, " if len(chains) > 1 else ""
+        shape = checks.check_chain(x, shape, residual, chain.everyone, spec, where)
+        keys.append(key)
+        specs.append(spec)
+
+    # an empty batch has its part in statistics that other processes wait for
+    empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
+    if empty or transformed():
+        for chain, spec in zip(chains, specs, strict=True):
+            x = _plain(*_autocast(x, residual, chain.units[0]), chain.everyone, spec)
+        return x
+    # what wants no gradient is none of a row's, which keeps all that it computes; nor is what begins without a conv
+    alone = 0 if all(spec.units[0].conv is not None for spec in specs) else len(chains)
+    while alone < len(chains) and not _wants_grad(x, residual, _params([chains[alone]], [specs[alone]])):
+        alone += 1
+    for i in range(alone):
+        x = run_row(x, chains[i : i + 1], residual, keys[i : i + 1], specs[i : i + 1])
+    return x if alone == len(chains) else run_row(x, chains[alone:], residual, keys[alone:], specs[alone:])
+
+
+def run_row(
+    x: Tensor,
+    chains: Sequence[Chain],
+    residual: Tensor | None,
+    keys: Sequence[tuple[Any, ...]],
+    specs: Sequence[ChainSpec],
+) -> Tensor:
+    """One call of an operator, and what it does to running statistics."""
+    x, residual = _autocast(x, residual, chains[0].units[0])
+    params = _params(chains, specs)
+    text = encoded(*keys)
+    if len(chains) == 1 and specs[0].frozen and not _wants_grad(x, residual, params):
+        return torch.ops.fused_resnet.chain_inference(x, residual, params, text)
+    out, *kept = torch.ops.fused_resnet.chain(x, residual, params, text)
+    if in_backward():
+        return out
+    stats = kept[len(chains) - 1 :]
+    starts = [x, *kept[: len(chains) - 1]]
+    for start, chain, spec in zip(starts, chains, specs, strict=True):
+        of_chain, stats = iter(stats[spec.n_convs : spec.n_saved]), stats[spec.n_saved :]
+        for unit, s, size in zip(chain.everyone, spec.all_units, _counts(start, chain, spec), strict=True):
+            if s.batch_stats:
+                _update_running(unit, next(of_chain), next(of_chain), size if s.group is None else next(of_chain))
+    return out
+
+
+def _params(chains: Sequence[Chain], specs: Sequence[ChainSpec]) -> list[Tensor]:
+    return [
+        getattr(u, name)
+        for chain, spec in zip(chains, specs, strict=True)
+        for u, s in zip(chain.everyone, spec.all_units, strict=True)
+        for name in s.param_names
+    ]
+
+
+def _autocast(x: Tensor, residual: Tensor | None, first: Unit) -> tuple[Tensor, Tensor | None]:
+    """Inside autocast the chain works in autocast's dtype; weights stay and are rounded where they are used."""
+    if not checks.autocasts(x) or x.dtype == torch.float64:
+        return x, residual
+    dtype = torch.get_autocast_dtype(x.device.type) if first.weight is not None else x.dtype
+    return x.to(dtype), residual.to(dtype) if residual is not None else None
+
+
+def _wants_grad(x: Tensor, residual: Tensor | None, params: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *params))
+
+
+def in_backward() -> bool:
+    """Whether this forward runs inside a backward pass: a checkpointed block computed again, whose running statistics
+    have been updated when it ran first."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _counts(x: Tensor, chain: Chain, spec: ChainSpec) -> list[int]:
+    """Values per channel of each unit's y."""
+    return [n * h * w for n, _, h, w in unit_shapes(x, _params([chain], [spec]), spec)]
+
+
+@torch.no_grad()
+def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+    """running = (1 - momentum) running + momentum new, with the unbiased variance and the convolution's bias."""
+    if unit.running_mean is None or unit.running_var is None or (isinstance(count, int) and count == 0):
+        return
+    if unit.bias is not None:
+        mean = mean + unit.bias
+    momentum = number(unit.momentum, "momentum")
+    unit.running_mean.lerp_(mean.to(unit.running_mean.dtype), momentum)
+    unit.running_var.lerp_((var * (count / (count - 1))).to(unit.running_var.dtype), momentum)
+
+
+def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
+    """By PyTorch's own functions: where there is no batch or no pixel they decide what comes out and what becomes of
+    the statistics, and torch.func's transforms have rules for them."""
+
+    def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
+        if u.weight is not None and s.conv is not None:
+            h = reference.conv(
+                h,
+                {"weight": u.weight.to(h.dtype)} | ({"bias": u.bias.to(h.dtype)} if u.bias is not None else {}),
+                s.conv,
+            )
+        return F.batch_norm(h, u.running_mean, u.running_var, u.bn_weight, u.bn_bias, s.batch_stats, u.momentum, s.eps)
+
+    h = x
+    for i, (u, s) in enumerate(zip(units[: len(spec.units)], spec.units, strict=True)):
+        h = unit(h, u, s)
+        if i + 1 < len(spec.units):
+            h = reference.act(h, s.act)
+    if spec.shortcut.kind != "none":
+        summand = residual if spec.shortcut.kind == "tensor" else reference.shortcut_input(x, spec.shortcut)
+        assert summand is not None
+        h = h + (unit(summand, units[-1], spec.shortcut.unit) if spec.shortcut.unit is not None else summand)
+    h = reference.act(h, spec.units[-1].act)
+    return F.max_pool2d(h, spec.pool.kernel, spec.pool.stride, spec.pool.padding) if spec.pool is not None else h

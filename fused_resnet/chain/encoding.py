@@ -1,0 +1,93 @@
+"""A chain's hyper-parameters: as a key of plain tuples, as a spec, as the text that operators take."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from fused_resnet.arguments import number, pair
+from fused_resnet.chain import checks, sync
+from fused_resnet.chain.units import Chain, Unit
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec
+
+
+def chain_key(
+    chain: Chain, channels: int, residual: Tensor | None, pool: PoolSpec | None, recompute: bool
+) -> tuple[Any, ...]:
+    """A chain's hyper-parameters, as ``chain_spec`` takes them."""
+    projection = isinstance(chain.shortcut, Unit)
+    if projection:
+        kind = "projection"
+    elif residual is not None:
+        kind = "tensor"
+    else:
+        kind = chain.shortcut if isinstance(chain.shortcut, str) else "none"
+    weight = chain.units[-1].weight
+    return (
+        tuple(_key(u, i) for i, u in enumerate(chain.everyone)),
+        kind,
+        pair(chain.shortcut_stride, "shortcut_stride", 1),
+        _pool_key("shortcut_pool", chain.shortcut_pool),
+        (weight.shape[0] if weight is not None else channels) if kind == "pad" else 0,
+        _pool_key("max_pool", pool),
+        recompute,
+    )
+
+
+def _key(unit: Unit, index: int) -> tuple[Any, ...]:
+    """A unit's hyper-parameters, as ``_unit_spec`` takes them."""
+    checks.check_arguments(unit, index)
+    conv = None
+    if unit.weight is not None:
+        c = ConvSpec.make(
+            unit.weight.shape, unit.stride, unit.padding, unit.dilation, unit.groups, unit.bias is not None
+        )
+        conv = (c.stride, c.padding, c.dilation, c.groups, c.bias)
+    act, eps = Act.make(unit.act), number(unit.eps, "eps")
+    group = sync.name_of(unit.process_group) if unit.training else None
+    has = (unit.bn_weight is not None, unit.bn_bias is not None)
+    return conv, (act.name, act.param), eps, unit.training, *has, group
+
+
+def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
+    if pool is None:
+        return None
+    if not isinstance(pool, PoolSpec):
+        raise TypeError(f"{name}: expected a PoolSpec or None, got {pool!r}")
+    return pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
+
+
+def chain_spec(
+    keys: tuple[tuple[Any, ...], ...],
+    kind: str,
+    stride: tuple[int, int],
+    shortcut_pool: tuple[Any, ...] | None,
+    channels: int,
+    pool: tuple[Any, ...] | None,
+    recompute: bool,
+) -> ChainSpec:
+    specs = [_unit_spec(*key) for key in keys]
+    unit = specs.pop() if kind == "projection" else None
+    average, tail = (PoolSpec(*p) if p is not None else None for p in (shortcut_pool, pool))
+    shortcut = ShortcutSpec(kind, unit, average, stride, channels)  # type: ignore[arg-type]
+    return ChainSpec(tuple(specs), shortcut, tail, recompute)
+
+
+def _unit_spec(conv: tuple[Any, ...] | None, act: tuple[str, float], *rest: Any) -> UnitSpec:
+    return UnitSpec(ConvSpec(*conv) if conv is not None else None, Act(*act), *rest)
+
+
+def encoded(*keys: tuple[Any, ...]) -> str:
+    """The row's spec as operators take it; a constant of a compiled graph, so the arguments are plain tuples."""
+    return _cached_text(keys)
+
+
+# What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo.
+encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=4096)
+def _cached_text(keys: tuple[tuple[Any, ...], ...]) -> str:
+    return RowSpec(tuple(chain_spec(*key) for key in keys)).encode()

@@ -1,0 +1,65 @@
+"""Packed forms of weights: made where a weight is first used, kept as long as the weight lives and has its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fused_resnet.locks import Lock
+
+# Input shapes per weight whose packed weight is remembered; the packed weights themselves are as many as the layouts
+# that oneDNN wants for them: one to three in ResNet-50.
+SHAPES = 256
+
+
+class Packs:
+    """A weight's packed forms, by what asks for them: those of other values than the weight's present ones are void."""
+
+    def __init__(self, values: tuple[int, int]) -> None:
+        self.values = values
+        self.found: dict[Any, Any] = {}
+
+
+_MISSING = object()
+_packs = WeakTensorKeyDictionary()
+_packing = Lock()
+
+
+def values_of(weight: Tensor) -> tuple[int, int]:
+    """Changes when the weight's values do: in place, or by ``.data``. Not for a tensor of inference mode."""
+    return weight.data_ptr(), weight._version
+
+
+# ``pack_once``, or what packs anew: (weight, key, pack) -> the packed weight, or None.
+Packing = Callable[[Tensor, Any, Callable[[list[Any]], Any]], Any]
+
+
+def pack_once(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
+    """What ``pack`` (which is shown what there is already) made of the weight when ``key`` came first."""
+    packs, values = _packs.get(weight), values_of(weight)
+    if packs is not None and packs.values == values:
+        found = packs.found.get(key, _MISSING)  # None where there is nothing to pack
+        if found is not _MISSING:
+            return found
+    with _packing.held():
+        packs = _packs.get(weight)
+        if packs is None or packs.values != values:
+            _packs[weight] = packs = Packs(values)
+        if key not in packs.found:
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the caller's mode
+                made = pack([form for form in packs.found.values() if form is not None])
+            while len(packs.found) >= SHAPES:
+                packs.found.pop(next(iter(packs.found)))
+            packs.found[key] = made
+        return packs.found[key]
+
+
+def packed_forms(weight: Tensor) -> list[Any]:
+    """What the weight is packed into by now, each once."""
+    packs = _packs.get(weight)
+    found = packs.found.copy().values() if packs is not None and packs.values == values_of(weight) else ()
+    return list({id(form): form for form in found if form is not None}.values())
