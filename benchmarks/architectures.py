@@ -22,7 +22,7 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet.explanation import units_of
-from fused_resnet.patterns import looks_like_norm
+from fused_resnet.fusion.patterns import looks_like_norm
 
 RESULTS = Path(__file__).parent / "results" / "architectures.md"
 

@@ -41,7 +41,7 @@ from fused_resnet.cli.env import describe
 from fused_resnet.cli.subjects import LIBRARIES, OneTensor
 from fused_resnet.explanation import Row as ModuleRow
 from fused_resnet.explanation import units_of
-from fused_resnet.patterns import looks_like_norm
+from fused_resnet.fusion.patterns import looks_like_norm
 from fused_resnet.planner.sizes import chains_always
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,11 +15,11 @@ from fused_resnet.chain.packing import packed_forms
 from fused_resnet.freezing import Frozen
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.frozen_rows import FoldedUnit, FrozenRow
+from fused_resnet.fusion.inspection import copy_of, named_modules
+from fused_resnet.fusion.patterns import looks_like_norm, original
 from fused_resnet.fusion.report import ChainReport, UnitReport
 from fused_resnet.fusion.swap import fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
-from fused_resnet.modules import copy_of, named_modules
-from fused_resnet.patterns import looks_like_norm, original
 from fused_resnet.planner import planned, why
 
 _DIFFERS = "captured, the network differs from itself on the example"

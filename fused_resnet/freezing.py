@@ -19,9 +19,9 @@ from fused_resnet.chain.packing import values_of
 from fused_resnet.cuda_graphs import Graphs
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.frozen_rows import lower_frozen
+from fused_resnet.fusion.inspection import copy_of, graphed
 from fused_resnet.fusion.matcher import Matches
 from fused_resnet.fusion.swap import plain_here, unfuse
-from fused_resnet.modules import copy_of, graphed
 
 # How far the frozen model may be from the plain one on the example, relative to its largest value, unlooked at.
 _AGREES = 0.01

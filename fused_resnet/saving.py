@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fused_resnet import cuda_graphs, freezing
-from fused_resnet.classes import rebuild
+from fused_resnet.fusion.classes import rebuild
 
 # Of this package.
 _OWN: tuple[Any, ...] = (rebuild, cuda_graphs.Graphs, freezing.Frozen, freezing._made_again)

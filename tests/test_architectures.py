@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet.classes import FusedModule
 from fused_resnet.cli import validate
 from fused_resnet.cli.check import _all_runs, _smooth
 from fused_resnet.cli.subjects import OneTensor
 from fused_resnet.explanation import closing_norms
+from fused_resnet.fusion.classes import FusedModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import architectures  # noqa: E402

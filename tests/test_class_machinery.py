@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from traced import assert_same, images
 
 import fused_resnet as fr
-from fused_resnet.classes import FusedModule
+from fused_resnet.fusion.classes import FusedModule
 from fused_resnet.fusion.swap import why_not_fused
 
 pytestmark = pytest.mark.usefixtures("every_warning")

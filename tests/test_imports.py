@@ -17,10 +17,9 @@ TIERS = (
     {"backends"},
     {"planner"},
     {"chain"},
-    {"frozen_forward", "functional"},
-    {"classes", "modules", "patterns"},
-    {"fusion"},
-    {"cuda_graphs", "explanation", "freezing", "models", "saving"},
+    {"frozen_forward", "functional", "fusion"},
+    {"modules", "models"},
+    {"cuda_graphs", "explanation", "freezing", "saving"},
     {"measure", "traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"training"},

@@ -15,7 +15,7 @@ from torchvision_shim import torchvision
 
 import fused_resnet as fr
 from fused_resnet.chain import call as chain_call
-from fused_resnet.classes import FusedModule
+from fused_resnet.fusion.classes import FusedModule
 
 # What torch.onnx itself, or its TorchScript way, warns of.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("every_warning")]

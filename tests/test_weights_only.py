@@ -20,7 +20,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet.classes import FusedModule
+from fused_resnet.fusion.classes import FusedModule
 
 LOAD = """
 import sys, torch

@@ -57,7 +57,7 @@ def worker(rank: int, folder: str) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     import fused_resnet as fr
-    from fused_resnet.classes import FusedModule
+    from fused_resnet.fusion.classes import FusedModule
 
     warnings.simplefilter("error")  # "runs plain" would be one
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from fused_resnet.explanation import closing_norms
 from fused_resnet.freezing import freeze
-from fused_resnet.patterns import norm_kind
+from fused_resnet.fusion.patterns import norm_kind
 from fused_resnet.planner.sizes import chains_always
 
 Tensors = dict[str, Tensor]

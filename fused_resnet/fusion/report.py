@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fused_resnet.fusion.inspection import named_modules
 from fused_resnet.fusion.matcher import ChainMatch, Matches, UnitMatch
 from fused_resnet.fusion.table import value_of
-from fused_resnet.modules import named_modules
 from fused_resnet.spec import ConvSpec, PoolSpec
 
 Place = tuple[str, str]  # a module's name in the captured one, and its class's

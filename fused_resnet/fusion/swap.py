@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fused_resnet.backends import warn_once
 from fused_resnet.chain.operators import transformed
-from fused_resnet.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
 from fused_resnet.fusion.choosing import inside_plain, kind_of_call
+from fused_resnet.fusion.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
 from fused_resnet.fusion.front import Front, others_capture
+from fused_resnet.fusion.inspection import graphed, named_modules, shared_by
 from fused_resnet.fusion.lowering import lower
+from fused_resnet.fusion.patterns import METHODS, calls_itself, looks_like_norm
 from fused_resnet.fusion.sync_norm import sync_batch_norm
-from fused_resnet.modules import graphed, named_modules, shared_by
-from fused_resnet.patterns import METHODS, calls_itself, looks_like_norm
 
 
 def _fused_methods(cls: Any) -> dict[str, Any]:

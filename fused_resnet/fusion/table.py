@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fused_resnet.fusion.patterns import ACT_CALLS, ADDS
 from fused_resnet.fusion.sync_norm import sync_batch_norm
-from fused_resnet.patterns import ACT_CALLS, ADDS
 from fused_resnet.spec import ACTIVATIONS, Act
 
 Function = Callable[..., Any]
