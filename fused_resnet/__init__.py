@@ -4,10 +4,10 @@ from fused_resnet import functional, models, spec
 from fused_resnet._version import __version__
 from fused_resnet.backends import BackendUnavailable, backends, use_backend
 from fused_resnet.explanation import explain
-from fused_resnet.freezing import freeze
+from fused_resnet.frozen.freezing import freeze
+from fused_resnet.frozen.saving import safe_globals
 from fused_resnet.fusion.swap import fuse, unfuse
 from fused_resnet.modules import ConvBNAct, ResidualChain
-from fused_resnet.saving import safe_globals
 
 __all__ = [
     "BackendUnavailable",

@@ -12,9 +12,9 @@ from torch import nn
 
 from fused_resnet.backends import Case
 from fused_resnet.chain.packing import packed_forms
-from fused_resnet.freezing import Frozen
+from fused_resnet.frozen.modules import Frozen
+from fused_resnet.frozen.rows import FoldedUnit, FrozenRow
 from fused_resnet.fusion.front import Front
-from fused_resnet.fusion.frozen_rows import FoldedUnit, FrozenRow
 from fused_resnet.fusion.inspection import copy_of, named_modules
 from fused_resnet.fusion.patterns import looks_like_norm, original
 from fused_resnet.fusion.report import ChainReport, UnitReport

@@ -20,7 +20,7 @@ import fused_resnet.chain  # noqa: F401  (registers the operators)
 from fused_resnet.backends import BackendUnavailable, forced_again, load
 from fused_resnet.chain.backward import row_backward
 from fused_resnet.chain.forward import inference, row_forward
-from fused_resnet.freezing import Frozen
+from fused_resnet.frozen.modules import Frozen
 from fused_resnet.fusion.classes import FusedModule
 from fused_resnet.fusion.front import backend
 from fused_resnet.fusion.inspection import copy_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fused_resnet.freezing import Frozen
-from fused_resnet.fusion.frozen_rows import FoldedChain
+from fused_resnet.frozen.modules import Frozen
+from fused_resnet.frozen.rows import FoldedChain
 from fused_resnet.models.resnet import BasicBlock, Bottleneck, ResNet
 
 SIZE = 48

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import cuda_graphs
-from fused_resnet.cuda_graphs import Graphs
+from fused_resnet.frozen import cuda_graphs
+from fused_resnet.frozen.cuda_graphs import Graphs
 
 pytestmark = pytest.mark.usefixtures("every_warning")
 

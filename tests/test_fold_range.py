@@ -14,9 +14,9 @@ from networks import blocks, relative
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward
 from fused_resnet.backends import aten, cpu, load, use_backend
 from fused_resnet.chain.folding import fold, fold_weight
+from fused_resnet.frozen import forward as frozen_forward
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward
 from fused_resnet.backends import load
+from fused_resnet.frozen import forward as frozen_forward
 from fused_resnet.models.resnet import BasicBlock, ResNet
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 

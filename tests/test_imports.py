@@ -17,10 +17,10 @@ TIERS = (
     {"backends"},
     {"planner"},
     {"chain"},
-    {"frozen_forward", "functional", "fusion"},
+    {"functional", "fusion"},
     {"modules", "models"},
-    {"cuda_graphs", "explanation", "freezing", "saving"},
-    {"measure", "traffic"},
+    {"frozen"},
+    {"explanation", "measure", "traffic"},
     {""},  # fused_resnet/__init__.py: the public names
     {"training"},
     {"studies"},
@@ -143,7 +143,7 @@ def test_import_rule_holds() -> None:
         ),
         ({"backends/__init__.py": "from .. import planner", "planner.py": ""}, "backends imports fused_resnet.planner"),
         ({"chain.py": "def f():\n    import fused_resnet.modules", "modules.py": ""}, "which is above it"),
-        ({"spec.py": "import importlib\nimportlib.import_module('fused_resnet.freezing')"}, "which is above it"),
+        ({"spec.py": "import importlib\nimportlib.import_module('fused_resnet.frozen')"}, "which is above it"),
         ({"models/resnet.py": "import fused_resnet", "__init__.py": ""}, "models.resnet imports fused_resnet,"),
         (
             {"__init__.py": "from fused_resnet import cli", "cli/__init__.py": ""},
@@ -153,7 +153,7 @@ def test_import_rule_holds() -> None:
         ({"reference.py": "from fused_resnet.spec import Act", "spec.py": ""}, "may import torch only"),
         ({"helpers.py": ""}, "fused_resnet.helpers has no tier"),
         (
-            {"freezing.py": "from .models import resnet", "models/resnet.py": "from fused_resnet import freezing"},
+            {"modules.py": "from .models import resnet", "models/resnet.py": "from fused_resnet import modules"},
             "cycle: ",
         ),
         ({"cli/__init__.py": "from .env import run", "cli/env.py": "from . import main"}, "cycle: "),
@@ -165,14 +165,14 @@ def test_import_rule_checker_finds(sources: dict[str, str], expected: str) -> No
 
 def test_import_rule_checker_allows() -> None:
     sources = {
-        "__init__.py": "from fused_resnet import models\nfrom fused_resnet.freezing import fuse",
+        "__init__.py": "from fused_resnet import models\nfrom fused_resnet.frozen.freezing import freeze",
         "_version.py": "",
         "spec.py": "import math",
         "reference.py": "import torch\nif TYPE_CHECKING:\n    from fused_resnet.spec import Act",
         "backends/__init__.py": "from fused_resnet.spec import Act\nimport importlib\nimportlib.import_module(name)",
         "backends/cpu.py": "from fused_resnet import _C\nfrom . import Case\nfrom .aten import conv",
         "backends/aten.py": "from ..spec import Act",
-        "freezing.py": "from .models import resnet\nfrom fused_resnet.modules import Chain",
+        "frozen/freezing.py": "from ..models import resnet\nfrom fused_resnet.modules import Chain",
         "models/__init__.py": "from .resnet import resnet18",
         "models/resnet.py": "import numpy",
         "modules.py": "from fused_resnet.spec import Act",

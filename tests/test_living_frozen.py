@@ -15,7 +15,7 @@ from living import PROGRAMS, Program, World
 from test_living_models import BOUND, LIVES, image, outcome, quiet, same  # noqa: F401  (quiet: a fixture)
 
 import fused_resnet as fr
-from fused_resnet.fusion import frozen_rows
+from fused_resnet.frozen import rows as frozen_rows
 
 
 def live_frozen(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[int, int]:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward, planner
+from fused_resnet import planner
 from fused_resnet.backends import load
 from fused_resnet.chain import call as chain_call
+from fused_resnet.frozen import forward as frozen_forward
 from fused_resnet.planner import sizes
 from fused_resnet.planner.cache import PlanCache, identity
 from fused_resnet.planner.sizes import CHAINS, Measured

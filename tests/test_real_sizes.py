@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
-from fused_resnet import frozen_forward
 from fused_resnet.backends import load
 from fused_resnet.chain import call as chain_call
+from fused_resnet.frozen import forward as frozen_forward
 
 pytestmark = pytest.mark.slow
 SIZE = 224

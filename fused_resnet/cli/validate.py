@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.explanation import closing_norms
-from fused_resnet.freezing import freeze
+from fused_resnet.frozen.freezing import freeze
 from fused_resnet.fusion.patterns import norm_kind
 from fused_resnet.planner.sizes import chains_always
 

@@ -2,7 +2,7 @@
 
 On a CPU a chain saves passes over its convolutions' raw outputs and costs calls, and which of the two weighs more
 depends on sizes, dtypes, threads and the processor. So nothing here is a constant of some machine: whoever has a choice
-(``choosing.py`` for chains, ``frozen_forward.py`` for frozen units) describes it by a text and brings both ways as
+(``fusion/choosing.py`` for chains, ``frozen/forward.py`` for units) describes it by a text and brings both ways as
 calls; they are timed in turns, and the answer is kept for the process, and in the planner's file for later ones.
 FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
 

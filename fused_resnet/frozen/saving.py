@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet import cuda_graphs, freezing
+from fused_resnet.frozen import cuda_graphs, modules
 from fused_resnet.fusion.classes import rebuild
 
 # Of this package.
-_OWN: tuple[Any, ...] = (rebuild, cuda_graphs.Graphs, freezing.Frozen, freezing._made_again)
+_OWN: tuple[Any, ...] = (rebuild, cuda_graphs.Graphs, modules.Frozen, modules._made_again)
 
 
 def safe_globals(*models: nn.Module | type) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:

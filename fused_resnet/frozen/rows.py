@@ -13,7 +13,7 @@ from fused_resnet.arguments import number
 from fused_resnet.backends import vector_dtype
 from fused_resnet.chain.folding import fold, fold_weight
 from fused_resnet.chain.packing import values_of
-from fused_resnet.frozen_forward import plain_chains, run_chains
+from fused_resnet.frozen.forward import plain_chains, run_chains
 from fused_resnet.fusion.lowering import ChainCall, Places, UnitCall, finish, put_in
 from fused_resnet.fusion.matcher import Matches, RowMatch, match, storage_of
 from fused_resnet.fusion.patterns import ACT_CALLS, ADDS

@@ -1,4 +1,4 @@
-"""freeze: a copy of a model for inference, whose captured graphs run rows of chains with BatchNorm folded.
+"""Frozen: a copy of a model for inference, whose captured graphs run rows of chains with BatchNorm folded.
 
 The copy keeps its children and its forward: dynamo captures it once per kind of call, as a fused model's training
 forward, and guards all that it read. Tools that record a graph of their own see the plain network in evaluation mode.
@@ -6,7 +6,7 @@ forward, and guards all that it read. Tools that record a graph of their own see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from fused_resnet.backends import load, warn_once
 from fused_resnet.chain.packing import values_of
-from fused_resnet.cuda_graphs import Graphs
+from fused_resnet.frozen.cuda_graphs import Graphs
+from fused_resnet.frozen.rows import lower_frozen
 from fused_resnet.fusion.front import Front
-from fused_resnet.fusion.frozen_rows import lower_frozen
-from fused_resnet.fusion.inspection import copy_of, graphed
+from fused_resnet.fusion.inspection import graphed
 from fused_resnet.fusion.matcher import Matches
-from fused_resnet.fusion.swap import plain_here, unfuse
-
-# How far the frozen model may be from the plain one on the example, relative to its largest value, unlooked at.
-_AGREES = 0.01
+from fused_resnet.fusion.swap import plain_here
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +45,7 @@ class Frozen(nn.Module):
         super().__init__()
         self.__class__ = _class_for(model)
         exact = {
-            name: t.detach() for name, t in _tensors(model).items() if t.is_floating_point() and t.dtype != compute
+            name: t.detach() for name, t in tensors_of(model).items() if t.is_floating_point() and t.dtype != compute
         }
         self.model = model.eval().to(device, compute).requires_grad_(False)
         self.dtype, self.compute, self.device, self.portable = dtype, compute, device, portable
@@ -58,7 +54,7 @@ class Frozen(nn.Module):
         self.eval()
         _leave_inference_mode(self)
         # a weight that was rounded -> the values that it had then, to be folded, while it holds what they became
-        now = _tensors(self.model)
+        now = tensors_of(self.model)
         self.exact = {name: (t.to(device), now[name].clone()) for name, t in exact.items()}
 
     def front(self) -> Front:
@@ -70,12 +66,12 @@ class Frozen(nn.Module):
 
     def _lower(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Matches:
         """Puts frozen rows into a captured graph."""
-        names = {id(t): name for name, t in _tensors(self.model).items()}
+        names = {id(t): name for name, t in tensors_of(self.model).items()}
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         states = {node for node, t in zip(inputs, example_inputs, strict=True) if id(t) in names}
         exact = {
             id(t): (values_of(t), self.exact[name][0])
-            for name, t in _tensors(self.model).items()
+            for name, t in tensors_of(self.model).items()
             if name in self.exact and torch.equal(t, self.exact[name][1])
         }
 
@@ -197,7 +193,7 @@ def _made_again(cls: type[Frozen]) -> Frozen:
     return cls.__new__(cls)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -213,126 +209,3 @@ def _leave_inference_mode(model: nn.Module) -> None:
                         made = t.clone()
                         copies[t] = nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made
                     tensors[name] = copies[t]  # type: ignore[assignment]
-
-
-def freeze(
-    model: nn.Module,
-    *example: Any,
-    example_kwargs: Mapping[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-    cuda_graph: bool = False,
-    portable: bool = False,
-) -> Frozen:
-    """A copy of ``model`` for inference only: BatchNorm folded into the weights, weights prepacked for ``example``.
-
-    Args:
-        model: in any mode; it is not changed. Running statistics are used as they are now. What can't be frozen runs
-            as it was, in eval mode; ``explain`` of the result says why. Hooks are called as in the model.
-        example, example_kwargs: arguments of a call, on the device to run on. Other calls work too: each kind of call
-            is captured the first time that it comes, and packs its weights where it needs another layout of them.
-        dtype: float32, bfloat16 or float16, the dtype of the result; None keeps the parameters' dtype. A CPU without a
-            fast 16-bit matrix unit computes 16-bit models in float32 (see ``fused-resnet env``).
-        cuda_graph: start the forward as one CUDA graph per input shape (the first 8; other shapes run without one). The
-            result is a copy, the caller's own. A model that can't be recorded runs without, with a warning.
-        portable: made of PyTorch's own operators alone; in ``dtype`` on every machine.
-
-    Returns:
-        A module that takes what the model takes and returns what ``model.eval()`` would, without gradients; floating
-        inputs are converted to ``dtype``. Threads may call it at once. ``torch.export``, ``torch.onnx.export``,
-        ``torch.jit.trace`` and ``torch.compile`` take it, and see the plain network in evaluation mode.
-
-    Raises:
-        TypeError, ValueError: a model that is no nn.Module, an example without a floating tensor, a dtype that is not
-            floating, cuda_graph with an example that is not on a CUDA device.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    kwargs = dict(example_kwargs or {})
-    tensors = [t for t in tree_iter((example, kwargs)) if isinstance(t, Tensor)]
-    floating = [t for t in tensors if t.is_floating_point()]
-    if not floating:
-        raise ValueError(f"example: expected arguments with a floating-point tensor, got {len(tensors)} other tensors")
-    device = floating[0].device
-    if dtype is None:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), floating[0].dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
-    for name, value in (("cuda_graph", cuda_graph), ("portable", portable)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
-    if cuda_graph and device.type != "cuda":
-        raise ValueError(f"cuda_graph: expected an example on a CUDA device, got one on {device}")
-    compute, cpu = dtype, load("cpu")[0]
-    if device.type == "cpu" and cpu is not None and not portable:
-        compute = cpu.compute_dtype(dtype)
-    learns = [name for name, p in model.named_parameters() if p.requires_grad]
-    frozen = Frozen(unfuse(copy_of(model)), dtype, compute, device, portable)
-    _check_example(frozen, learns, example, kwargs)
-    if cuda_graph:
-        frozen.graphs = Graphs()
-        frozen(*example, **kwargs)
-    return frozen
-
-
-def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Captures the example's call, packs the weights, and compares with the plain network, whose parameters ``learns``
-    require gradients: so do the frozen one's if its forward asks. Where the plain network is nearer to the exact
-    values, as where a forward depends on what it did before, it is what runs."""
-
-    def tensors(net: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-        given = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(frozen.device.type, enabled=False):
-            return [t for t in tree_iter(net(*given[0], **given[1])) if isinstance(t, Tensor)]
-
-    plain = _learning(copy_of(frozen.model), learns)
-    got, want = tensors(frozen, frozen.compute), tensors(copy_of(plain), frozen.compute)
-    if _all_agree(got, want):
-        return
-    frozen.model = _learning(copy_of(plain), learns)
-    frozen.__dict__.pop("_fr_folded", None)
-    got = tensors(frozen, frozen.compute)
-    if _all_agree(got, want):
-        return
-    exact = plain.double()
-    for name, t in _tensors(exact).items():
-        if name in frozen.exact:
-            t.detach().copy_(frozen.exact[name][0])
-    truth = tensors(exact, torch.float64)
-    if len(got) != len(truth) or any(map(_worse, got, want, truth)):
-        warn_once("freeze: the frozen model differs from the plain one on the example, so the plain one runs")
-        frozen.differs = True
-    else:
-        frozen.model.requires_grad_(False)
-
-
-def _learning(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """The model, these parameters of which require gradients."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in names)
-    return model
-
-
-def _all_agree(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(_agree, a, b))
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two results are of one kind, and near each other."""
-    if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
-        return False
-    if not a.is_floating_point() or a.numel() == 0:
-        return True
-    a, b = a.double(), b.double()
-    finite = a.isfinite() & b.isfinite()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return False
-    size = b[finite].abs().max() if finite.any() else b.new_zeros(())
-    return bool(((a - b)[finite].abs() <= _AGREES * size).all())
-
-
-def _worse(got: Tensor, want: Tensor, truth: Tensor) -> bool:
-    """Whether the frozen result is further from the truth than twice the plain one's distance."""
-    if got.shape != truth.shape or got.is_floating_point() != truth.is_floating_point():
-        return True
-    ours, plain = (torch.linalg.vector_norm(t.double() - truth.double()).nan_to_num(torch.inf) for t in (got, want))
-    return bool(ours > 2 * plain) and not _agree(got, truth)
