@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fused_resnet import reference
-from fused_resnet.arguments import pair
+from fused_resnet.base.arguments import pair
 from fused_resnet.chain.call import in_backward
 from fused_resnet.chain.checks import autocasts
 from fused_resnet.chain.units import Chain, Unit

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from fused_resnet.arguments import flag, integer, number, pair
+from fused_resnet.base.arguments import flag, integer, number, pair
 
 # name -> (default parameter, what it is). The formulas live in csrc/bn_math.h, reference.py and backends/aten.py.
 ACTIVATIONS: dict[str, tuple[float, str]] = {

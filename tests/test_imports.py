@@ -13,7 +13,8 @@ import pytest
 from source_tree import PACKAGE, ROOT, run
 
 TIERS = (
-    {"_C", "_version", "arguments", "locks", "reference", "spec"},
+    {"_C", "_version", "base"},
+    {"reference", "spec"},
     {"backends"},
     {"planner"},
     {"chain"},
@@ -28,7 +29,7 @@ TIERS = (
     {"__main__"},
 )
 # Seen by anybody, themselves seeing torch and the standard library only.
-TORCH_ONLY = {"_version", "arguments", "reference"}
+TORCH_ONLY = {"_version", "base.arguments", "base.locks", "reference"}
 
 
 def tier(module: str) -> int | None:

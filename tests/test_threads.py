@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import fused_resnet as fr
 from fused_resnet import planner
 from fused_resnet.backends import cpu, load
+from fused_resnet.base.locks import Lock
 from fused_resnet.chain import packing
-from fused_resnet.locks import Lock
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -283,8 +283,9 @@ def test_locks_are_of_one_kind() -> None:
     makes = re.compile(
         rf"threading\.({kinds})\b|^\s*from threading\b|^\s*(import|from) (_thread|queue|concurrent)\b", re.MULTILINE
     )
-    sources = {path.name: path.read_text() for path in (ROOT / "fused_resnet").rglob("*.py")}
-    assert [name for name, source in sources.items() if makes.search(source)] == ["locks.py"]
+    package = ROOT / "fused_resnet"
+    sources = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
+    assert [name for name, source in sources.items() if makes.search(source)] == ["base/locks.py"]
 
 
 @needs_extension

@@ -12,8 +12,8 @@ from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
 from fused_resnet import functional
-from fused_resnet.arguments import pair
 from fused_resnet.backends import DyCoefficients, Norm, Prologue, allow_tf32, aten, use_backend
+from fused_resnet.base.arguments import pair
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec
 
 pytest.importorskip("triton", reason="needs Triton")

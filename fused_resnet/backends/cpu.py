@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import Case, Closing, DyCoefficients, Norm, Prologue, Sums, warn_once
-from fused_resnet.locks import Lock
+from fused_resnet.base.locks import Lock
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

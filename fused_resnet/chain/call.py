@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.arguments import flag, number
+from fused_resnet.base.arguments import flag, number
 from fused_resnet.chain import checks
 from fused_resnet.chain.encoding import chain_key, chain_spec, encoded
 from fused_resnet.chain.operators import transformed, unit_shapes

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.arguments import flag, number
 from fused_resnet.backends import vector_dtype
+from fused_resnet.base.arguments import flag, number
 from fused_resnet.chain import sync
 from fused_resnet.chain.units import Unit
 from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec

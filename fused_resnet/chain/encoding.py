@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_resnet.arguments import number, pair
+from fused_resnet.base.arguments import number, pair
 from fused_resnet.chain import checks, sync
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec

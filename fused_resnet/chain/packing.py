@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fused_resnet.locks import Lock
+from fused_resnet.base.locks import Lock
 
 # Input shapes per weight whose packed weight is remembered; the packed weights themselves are as many as the layouts
 # that oneDNN wants for them: one to three in ResNet-50.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fused_resnet.backends import warn_once
-from fused_resnet.locks import Lock
+from fused_resnet.base.locks import Lock
 
 # Shapes that get a graph; each keeps memory and takes as long as several calls to record.
 SHAPES = 8

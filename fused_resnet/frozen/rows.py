@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fused_resnet.arguments import number
 from fused_resnet.backends import vector_dtype
+from fused_resnet.base.arguments import number
 from fused_resnet.chain.folding import fold, fold_weight
 from fused_resnet.chain.packing import values_of
 from fused_resnet.frozen.forward import plain_chains, run_chains

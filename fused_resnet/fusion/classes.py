@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from fused_resnet.base.locks import Lock
 from fused_resnet.fusion.patterns import original
-from fused_resnet.locks import Lock
 
 # Kind of class -> what it overrides of the class that it is made from: name -> function.
 KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {}

@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
 
 from fused_resnet.backends import warn_lost_speed
+from fused_resnet.base.locks import wait_before_forks
 from fused_resnet.fusion.choosing import Settled
 from fused_resnet.fusion.inspection import named_modules
 from fused_resnet.fusion.lowering import lower
@@ -31,7 +32,6 @@ from fused_resnet.fusion.matcher import Matches
 from fused_resnet.fusion.patterns import METHODS, original
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
-from fused_resnet.locks import wait_before_forks
 
 log = logging.getLogger("fused_resnet")
 # Code that turns torch.compile off by replacing it means the caller's own compilations.

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.arguments import integer
+from fused_resnet.base.arguments import integer
 
 NormLayer: TypeAlias = Callable[..., nn.Module]
 ActLayer: TypeAlias = Callable[[], nn.Module]

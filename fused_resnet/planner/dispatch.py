@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fused_resnet.backends import NAMES, Case, forced, load
-from fused_resnet.locks import Lock
+from fused_resnet.base.locks import Lock
 from fused_resnet.planner.choice import Choice, call_choice, label
 from fused_resnet.planner.measuring import candidates_for, measure
 from fused_resnet.planner.preference import pick, refusal_of

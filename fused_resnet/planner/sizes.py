@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import forced
-from fused_resnet.locks import Lock
+from fused_resnet.base.locks import Lock
 from fused_resnet.planner.dispatch import cache_of, plan
 
 _always: ContextVar[bool] = ContextVar("fused_resnet_always", default=False)
