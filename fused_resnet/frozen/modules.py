@@ -19,7 +19,7 @@ from fused_resnet.frozen.cuda_graphs import Graphs
 from fused_resnet.frozen.rows import lower_frozen
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.inspection import graphed
-from fused_resnet.fusion.matcher import Matches
+from fused_resnet.fusion.matches import Matches
 from fused_resnet.fusion.swap import plain_here
 
 

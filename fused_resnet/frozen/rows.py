@@ -15,9 +15,10 @@ from fused_resnet.chain.folding import fold, fold_weight
 from fused_resnet.chain.packing import values_of
 from fused_resnet.frozen.forward import plain_chains, run_chains
 from fused_resnet.fusion.lowering import ChainCall, Places, UnitCall, finish, put_in
-from fused_resnet.fusion.matcher import Matches, RowMatch, match, storage_of
+from fused_resnet.fusion.matcher import match
+from fused_resnet.fusion.matches import Matches, RowMatch
 from fused_resnet.fusion.patterns import ACT_CALLS, ADDS
-from fused_resnet.fusion.table import MULS, constant, value_of, written
+from fused_resnet.fusion.table import MULS, constant, storage_of, value_of, written
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
 # A parameter or buffer -> the values to fold: those that it had before it was rounded to 16 bits, or its own.

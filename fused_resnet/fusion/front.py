@@ -28,7 +28,7 @@ from fused_resnet.base.locks import wait_before_forks
 from fused_resnet.fusion.choosing import Settled
 from fused_resnet.fusion.inspection import named_modules
 from fused_resnet.fusion.lowering import lower
-from fused_resnet.fusion.matcher import Matches
+from fused_resnet.fusion.matches import Matches
 from fused_resnet.fusion.patterns import METHODS, original
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm

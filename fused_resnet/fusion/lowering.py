@@ -15,7 +15,8 @@ from fused_resnet.chain.call import in_backward
 from fused_resnet.chain.checks import autocasts
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.choosing import Choice, thread
-from fused_resnet.fusion.matcher import ChainMatch, Matches, RowMatch, UnitMatch, match
+from fused_resnet.fusion.matcher import match
+from fused_resnet.fusion.matches import ChainMatch, Matches, RowMatch, UnitMatch
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.fusion.table import constant
 

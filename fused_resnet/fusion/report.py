@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fused_resnet.fusion.inspection import named_modules
-from fused_resnet.fusion.matcher import ChainMatch, Matches, UnitMatch
+from fused_resnet.fusion.matches import ChainMatch, Matches, UnitMatch
 from fused_resnet.fusion.table import value_of
 from fused_resnet.spec import ConvSpec, PoolSpec
 

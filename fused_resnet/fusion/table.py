@@ -107,6 +107,14 @@ def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return node.args  # type: ignore[return-value]
 
 
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that uses a value, once."""
+    if len(node.users) != 1 or node.op not in ("call_function", "call_method"):
+        return None
+    (user,) = node.users
+    return user if user.op != "output" and user.all_input_nodes.count(node) == 1 else None
+
+
 def value_of(node: Any) -> Tensor | None:
     """The tensor without storage that the tracer computed for a node."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
@@ -116,6 +124,15 @@ def value_of(node: Any) -> Tensor | None:
 def switches_mode(node: fx.Node) -> bool:
     """Whether gradients, autocast or inference mode are switched here."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODES
+
+
+def counts_batch(node: fx.Node) -> bool:
+    """num_batches_tracked.add_(1), whose result nobody uses."""
+    if node.op != "call_method" or node.target != "add_" or node.args[1:] != (1,) or node.users:
+        return False
+    counted = value_of(node.args[0])
+    of: Any = node.args[0]
+    return counted is not None and counted.dim() == 0 and counted.dtype == torch.int64 and len(of.users) == 1
 
 
 @lru_cache(maxsize=1024)
@@ -157,3 +174,14 @@ def _nodes(values: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(list(values), found.append)
     return found
+
+
+def storage_of(node: fx.Node) -> int | None:
+    """What two nodes share if one may be a view of the other; None where it isn't known."""
+    while "dropout" in str(getattr(node.target, "__name__", "")):
+        node = node.all_input_nodes[0]  # one that drops nothing returns its input, whatever the tracer made of it
+    value = value_of(node)
+    try:
+        return value.untyped_storage()._cdata if value is not None else None
+    except (NotImplementedError, RuntimeError):  # a tensor subclass without a storage
+        return None

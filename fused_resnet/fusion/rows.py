@@ -1,0 +1,65 @@
+"""The rows of a captured graph: chains one after the other that may run as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import fx
+
+from fused_resnet.fusion.matches import ChainMatch, RowMatch
+from fused_resnet.fusion.refusals import Refusals
+
+# The stages that belong to a frozen stem's row, by the size of their tensors in the paper's networks.
+_STEM_STAGES = 2
+
+
+def rows_of(chains: Sequence[ChainMatch], refusals: Refusals) -> Iterator[RowMatch]:
+    """The chains, those one after the other together."""
+    by_start: dict[fx.Node, list[ChainMatch]] = {}
+    for chain in chains:
+        by_start.setdefault(chain.start, []).append(chain)
+    seen: set[int] = set()
+    for chain in chains:
+        if id(chain) in seen:
+            continue
+        row = [chain]
+        while (after := _after(row, by_start, refusals)) is not None:
+            row.append(after)
+        seen.update(map(id, row))
+        yield RowMatch(row)
+
+
+def _after(
+    row: Sequence[ChainMatch], by_start: dict[fx.Node, list[ChainMatch]], refusals: Refusals
+) -> ChainMatch | None:
+    """The chain that may run in one row with those before it."""
+    end, followers = row[-1].end, by_start.get(row[-1].end, [])
+    if len(followers) != 1:
+        return None
+    (after,) = followers
+    if refusals.frozen:
+        if not _fits_row(after) or (_begins_stage(after) and _stages(row) >= _STEM_STAGES):
+            return None
+    elif not all(map(_fits_row, (*row, after))) or _begins_stage(after):
+        return None  # a stage of its own: its parameters' gradients are not to wait for those of all others
+    if not set(end.users) <= set(after.nodes):
+        return None
+    whole = [*row, after]
+    return after if refusals.disturbed(whole) is None else None
+
+
+def _begins_stage(chain: ChainMatch) -> bool:
+    return chain.shortcut in ("projection", "pad")
+
+
+def _stages(row: Sequence[ChainMatch]) -> int:
+    """How many stages of a network are in a row behind its stem; no more may come where there is no stem."""
+    stem = row[0]
+    if stem.shortcut != "none" or (len(stem.units) > 1 and stem.max_pool is None):
+        return _STEM_STAGES
+    return 0 if len(row) == 1 else 1 + sum(map(_begins_stage, row[2:]))
+
+
+def _fits_row(chain: ChainMatch) -> bool:
+    """Alone, a chain may have what a row can't have."""
+    return chain.max_pool is None and chain.shortcut != "tensor" and chain.units[0].has_conv

@@ -1,0 +1,141 @@
+"""The units of a captured graph: a norm, the convolution before it if nobody else uses its output, the activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fused_resnet.chain.checks import DTYPES
+from fused_resnet.fusion.matches import IDENTITY, UnitMatch
+from fused_resnet.fusion.table import MULS, act_of, arguments, counts_batch, kind_of, only_user, summands, value_of
+from fused_resnet.spec import Act, ConvSpec
+
+
+def units_of(nodes: Sequence[fx.Node], frozen: bool, left: dict[fx.Node, str]) -> dict[fx.Node, UnitMatch]:
+    """Last node -> unit. ``left`` gets the norms that are in none, and why."""
+    found = _Units(nodes, frozen, left)
+    return {unit.end: unit for node in nodes if (unit := found.unit(node)) is not None}
+
+
+class _Units:
+    def __init__(self, nodes: Sequence[fx.Node], frozen: bool, left: dict[fx.Node, str]) -> None:
+        self.frozen, self.left = frozen, left
+        self.counters = {m: n for n in nodes if counts_batch(n) and (m := _module(n)) is not None}
+
+    def unit(self, node: fx.Node) -> UnitMatch | None:
+        kind = kind_of(node)
+        if kind == "norm":
+            unit, reason = self._norm(node)
+            if unit is None:
+                self.left[node] = reason
+        else:
+            unit = _affine(node)
+        if unit is None:
+            return None
+        unit.act, nodes = followed_by_act(unit.end)
+        unit.nodes += nodes
+        before = unit.start
+        if kind_of(before) == "conv" and only_user(before) is unit.nodes[0] and _add_conv(unit, before):
+            return unit
+        return unit
+
+    def _norm(self, node: fx.Node) -> tuple[UnitMatch | None, str]:
+        given = arguments(node)
+        if given is None or not isinstance(given["input"], fx.Node):
+            return None, "a batch_norm with arguments of unknown names"
+        x, training = value_of(given["input"]), given["training"]
+        if x is None or x.dim() != 4:
+            return None, f"a norm of {x.dim() - 2 if x is not None else 'unknown'} dimensions"
+        if x.dtype not in DTYPES or x.layout != torch.strided:
+            return None, f"a norm of {x.dtype} values"
+        if not isinstance(training, bool) or not isinstance(given["eps"], int | float):
+            return None, "a norm whose mode or eps is computed"
+        if training and self.frozen:
+            return None, "a norm without running statistics"
+        names = {"running_mean": "running_mean", "running_var": "running_var", "weight": "bn_weight", "bias": "bn_bias"}
+        tensors = {to: given[of] for of, to in names.items() if given[of] is not None}
+        if not all(isinstance(t, fx.Node) for t in tensors.values()):
+            return None, "a norm whose parameters are constants"
+        mean = tensors.get("running_mean")
+        counter = self.counters.get(_module(node)) if training and mean is not None else None
+        options = {"training": training, "momentum": given["momentum"], "eps": given["eps"]}
+        if given.get("group") is not None:
+            options["process_group"] = given["group"]
+        return UnitMatch(given["input"], [node], node, tensors, options, counter=counter), ""
+
+
+def _affine(node: fx.Node) -> UnitMatch | None:
+    """x * scale + shift per channel, as frozen norms compute it."""
+    for product, shift in (pair for pair in (summands(node),) if pair is not None):
+        factors = product.args if product.op != "placeholder" and product.target in MULS else ()
+        if len(factors) != 2 or product.kwargs or only_user(product) is not node:
+            return None
+        x, scale = (value_of(f) for f in factors)
+        t = value_of(shift)
+        if x is None or scale is None or t is None or x.dim() != 4 or x.dtype not in DTYPES:
+            return None
+        if not (_per_channel(scale, x) and _per_channel(t, x)) or {scale.dtype, t.dtype} != {x.dtype}:
+            return None
+        start, factor = factors
+        options = {"training": False, "momentum": 0.0, "eps": 0.0}
+        tensors = {"bn_weight": factor, "bn_bias": shift}
+        return UnitMatch(start, [product, node], node, tensors, options, affine=True)  # type: ignore[arg-type]
+    return None
+
+
+def _add_conv(unit: UnitMatch, node: fx.Node) -> bool:
+    """Takes the convolution before the unit into it, if a chain can run it."""
+    given = arguments(node)
+    if given is None or not isinstance(given["input"], fx.Node) or not isinstance(given["weight"], fx.Node):
+        return False
+    x, weight = value_of(given["input"]), value_of(given["weight"])
+    if x is None or weight is None or x.dim() != 4 or weight.dim() != 4:
+        return False
+    options = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
+    try:
+        ConvSpec.make(tuple(weight.shape), **options, bias=given["bias"] is not None)
+    except (TypeError, ValueError):
+        return False
+    unit.tensors = (
+        {"weight": given["weight"]} | ({"bias": given["bias"]} if given["bias"] is not None else {}) | (unit.tensors)
+    )
+    unit.options |= options
+    unit.start = given["input"]
+    unit.nodes.insert(0, node)
+    return True
+
+
+def _through(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """Past dropouts that drop nothing: the node behind which others go on, and those passed."""
+    passed: list[fx.Node] = []
+    while (user := only_user(node)) is not None and kind_of(user) == "dropout":
+        given = arguments(user)
+        if given is None or given["training"] is not False or given["input"] is not node:
+            break
+        passed.append(user)
+        node = user
+    return node, passed
+
+
+def followed_by_act(node: fx.Node) -> tuple[Act, list[fx.Node]]:
+    """The activation behind a value that nobody else uses, and its nodes."""
+    last, passed = _through(node)
+    user = only_user(last)
+    if user is None or user.args[:1] != (last,) or (act := act_of(user)) is None:
+        return IDENTITY, passed
+    return act, [*passed, user]
+
+
+def _module(node: fx.Node) -> Any:
+    """The call of a module that a node comes from."""
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack)) if stack else None
+
+
+def _per_channel(value: torch.Tensor, x: torch.Tensor) -> bool:
+    """[1, C, 1, 1], or [C, 1, 1]"""
+    shape = (1,) * (4 - value.dim()) + tuple(value.shape)
+    return value.dim() in (3, 4) and shape == (1, x.shape[1], 1, 1)
