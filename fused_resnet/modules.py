@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fused_resnet import reference
 from fused_resnet.base.arguments import pair
-from fused_resnet.chain.call import in_backward
-from fused_resnet.chain.checks import autocasts
+from fused_resnet.chain.call import in_backward, run
 from fused_resnet.chain.units import Chain, Unit
-from fused_resnet.functional import residual_chain
 from fused_resnet.fusion.inspection import graphed, shared_by
 from fused_resnet.fusion.patterns import norm_kind, original, same_as
-from fused_resnet.spec import Act, ConvSpec, PoolSpec
+from fused_resnet.spec import Act
 
 # Activation modules and the name of the attribute that holds their parameter.
 ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
@@ -30,39 +26,26 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
     nn.ReLU6: ("relu6", ""),
     nn.Hardswish: ("hardswish", ""),
 }
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Forward, pre-forward or backward hooks of the module's own."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def act_of(module: nn.Module | Act) -> Act:
+def _act_of(module: nn.Module) -> Act:
     """The table's entry for an activation module.
 
     Raises:
         KeyError: not in the table.
     """
-    if isinstance(module, Act):
-        return module
     name, attribute = ACT_MODULES[same_as(type(module))]
     return Act(name, getattr(module, attribute)) if attribute else Act.make(name)
 
 
 @dataclass(eq=False)
-class UnitModules:
-    """The modules of one unit: ``act=None`` is the identity, an ``Act`` one that is called as a function; ``bn`` may be
-    one of ``patterns.NORMS``, its activation, if it has one, then is ``act``."""
+class _UnitModules:
+    """The modules of one unit; ``bn`` may be one of ``patterns.NORMS``, whose activation, if it has one, is ``act``."""
 
-    conv: nn.Conv2d | None
+    conv: nn.Conv2d
     bn: nn.BatchNorm2d | nn.SyncBatchNorm
-    act: nn.Module | Act | None = None
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return (m for m in (self.conv, self.bn, self.act) if isinstance(m, nn.Module))
+    act: nn.Module
 
     @property
     def channels(self) -> int:
@@ -79,35 +62,32 @@ class UnitModules:
 
     def why_not(self) -> str | None:
         """Why a chain can't run these modules as they are now, or None."""
-        for m in self:
-            if has_hooks(m):
+        conv, bn, act = self.conv, self.bn, self.act
+        for m in (conv, bn, act):
+            if any(getattr(m, hooks) for hooks in _HOOKS):
                 return f"a {type(m).__name__} has hooks"
             if "forward" in m.__dict__:
                 return f"the forward of a {type(m).__name__} was replaced"
-        conv, bn, act = self.conv, self.bn, self.act
-        if conv is not None:
-            if same_as(type(conv)) is not nn.Conv2d:
-                return f"{type(conv).__name__} in the place of Conv2d"
-            if conv.padding_mode != "zeros":
-                return f"padding_mode {conv.padding_mode!r}"
-            dilation = pair(conv.dilation, "dilation", 1)
-            if conv.padding == "same" and any(
-                d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:], strict=True)
-            ):
-                return "padding 'same' with an even kernel"
+        if same_as(type(conv)) is not nn.Conv2d:
+            return f"{type(conv).__name__} in the place of Conv2d"
+        if conv.padding_mode != "zeros":
+            return f"padding_mode {conv.padding_mode!r}"
+        dilation = pair(conv.dilation, "dilation", 1)
+        if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:])):
+            return "padding 'same' with an even kernel"
         kind = norm_kind(original(bn))
         if kind is None:
             return f"{type(bn).__name__} in the place of BatchNorm2d"
         if kind[1] and (type(bn.drop) is not nn.Identity or (act is not bn.act and type(bn.act) is not nn.Identity)):
             return f"a {type(bn).__name__} that drops, or whose activation changed"
-        if isinstance(act, nn.Module) and same_as(type(act)) not in ACT_MODULES:
+        if same_as(type(act)) not in ACT_MODULES:
             return f"activation {type(act).__name__}"
-        if conv is not None and conv.out_channels != self.channels:
+        if conv.out_channels != self.channels:
             return f"{type(bn).__name__}({self.channels}) after a convolution with {conv.out_channels} channels"
         return None
 
     def unit(self) -> Unit:
-        """The tensors and hyper-parameters as they are now, for the functional API."""
+        """The tensors and hyper-parameters as they are now."""
         conv, bn = self.conv, self.bn
         training = bn.training and not self.frozen
         averaging = training and bn.track_running_stats
@@ -117,21 +97,23 @@ class UnitModules:
                 1.0 / float(bn.num_batches_tracked + 1) if averaging and bn.num_batches_tracked is not None else 0.0
             )
         used = averaging or not training
-        unit = Unit(
+        return Unit(
+            weight=conv.weight,
             bn_weight=bn.weight,
             bn_bias=bn.bias,
             running_mean=bn.running_mean if used else None,
             running_var=bn.running_var if used else None,
-            act=act_of(self.act) if self.act is not None else None,
+            bias=conv.bias,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            act=_act_of(self.act),
             eps=bn.eps,
             momentum=momentum,
             training=training or bn.running_mean is None,
             process_group=shared_by(bn) if training else None,
         )
-        if conv is not None:
-            unit.weight, unit.bias, unit.groups = conv.weight, conv.bias, conv.groups
-            unit.stride, unit.padding, unit.dilation = conv.stride, conv.padding, conv.dilation
-        return unit
 
     def count_batch(self) -> None:
         """num_batches_tracked, after the chain has run."""
@@ -142,86 +124,22 @@ class UnitModules:
             bn.num_batches_tracked.add_(1)
 
 
-@dataclass(eq=False)
-class ChainModules:
-    """The modules of a chain, read off a block each time it runs, so that what was changed in between is seen.
+def _run(x: Tensor, units: Sequence[ConvBNAct], shortcut: ConvBNAct | str | None) -> Tensor:
+    """The modules as one chain, read off them in every call, so that what was changed in between is seen.
 
-    Args:
-        units: first to last; the last one's act comes after the add.
-        shortcut: None (plain), "identity", "pad" (option A, with ``stride``), or the projection's modules.
-        avg_pool: before the projection. max_pool: at the end (the stem), then there is no shortcut.
+    Raises:
+        RuntimeError: a chain can't run them as they are now.
     """
-
-    units: Sequence[UnitModules]
-    shortcut: UnitModules | str | None = None
-    stride: int = 1
-    avg_pool: nn.AvgPool2d | None = None
-    max_pool: nn.MaxPool2d | None = None
-
-    @property
-    def all_units(self) -> list[UnitModules]:
-        """The units and, behind them, the projection."""
-        return [*self.units, *([self.shortcut] if isinstance(self.shortcut, UnitModules) else [])]
-
-    def why_not(self) -> str | None:
-        """Why the chain can't run these modules as they are now, or None."""
-        if nn_module._has_any_global_hook():
-            return "global module hooks are registered"
-        for unit in self.all_units:
-            if reason := unit.why_not():
-                return reason
-        m, a = self.max_pool, self.avg_pool
-        if m is not None and (m.return_indices or m.ceil_mode or pair(m.dilation, "dilation", 1) != (1, 1)):
-            return "max-pool with return_indices, ceil_mode or dilation"
-        if a is not None and a.divisor_override is not None:
-            return "average pool with divisor_override"
-        return None
-
-    def avg_pool_spec(self) -> PoolSpec | None:
-        a = self.avg_pool
-        return PoolSpec.make(a.kernel_size, a.stride, a.padding, a.ceil_mode, a.count_include_pad) if a else None
-
-    def max_pool_spec(self) -> PoolSpec | None:
-        m = self.max_pool
-        return PoolSpec.make(m.kernel_size, m.stride, m.padding) if m else None
-
-    def _recompute(self, x: Tensor) -> bool:
-        """A stem's raw output is the network's largest tensor: in 32 bits memory is worth convolving again."""
-        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-        one_conv = len(self.units) == 1 and self.units[0].conv is not None
-        return self.max_pool is not None and one_conv and dtype.itemsize > 2
-
-    def block(self) -> Chain:
-        """The tensors and hyper-parameters as they are now, for the functional API."""
-        shortcut = self.shortcut.unit() if isinstance(self.shortcut, UnitModules) else self.shortcut
-        return Chain([u.unit() for u in self.units], shortcut, self.stride, self.avg_pool_spec())
-
-    def out_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Of the last unit."""
-        shape = tuple(x.shape)
-        for conv in (u.conv for u in self.units):
-            if conv is not None:
-                c = ConvSpec.make(conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups)
-                shape = (shape[0], conv.weight.shape[0], *c.out_size(shape[2:], conv.weight.shape[2:]))
-        return shape
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``residual``: a summand that somebody else made, in a chain without a shortcut."""
-        other_dtype = residual is not None and residual.dtype != x.dtype and not autocasts(x)
-        if residual is not None and (other_dtype or tuple(residual.shape) != self.out_shape(x)):
-            # a summand that the add widens, or that widens the sum: PyTorch's add
-            *before, last = self.units
-            out = ChainModules([*before, UnitModules(last.conv, last.bn)])(x) + residual
-            return reference.act(out, act_of(last.act)) if last.act is not None else out
-        block = self.block()
-        out = residual_chain(
-            x, block.units, shortcut=block.shortcut, shortcut_stride=block.shortcut_stride,
-            shortcut_pool=block.shortcut_pool, residual=residual, max_pool=self.max_pool_spec(),
-            recompute=self._recompute(x),
-        )  # fmt: skip
-        for unit in self.all_units:
-            unit.count_batch()
-        return out
+    everyone = [*units, *([shortcut] if isinstance(shortcut, ConvBNAct) else [])]
+    found = [_UnitModules(m.conv, m.bn, m.act) for m in everyone]
+    reason = "global module hooks are registered" if nn_module._has_any_global_hook() else None
+    if reason := reason or next(filter(None, (unit.why_not() for unit in found)), None):
+        raise RuntimeError(f"this module runs its children as one chain, which can't be done here: {reason}")
+    made = [unit.unit() for unit in found]
+    out = run(x, [Chain(made[: len(units)], made[-1] if isinstance(shortcut, ConvBNAct) else shortcut)])
+    for unit in found:
+        unit.count_batch()
+    return out
 
 
 class ConvBNAct(nn.Module):
@@ -265,15 +183,11 @@ class ConvBNAct(nn.Module):
         kind, attribute = next((k, v[1]) for k, v in ACT_MODULES.items() if v[0] == a.name)
         self.act = kind(**({attribute: a.param} if attribute else {}))
 
-    def modules_of_unit(self) -> UnitModules:
-        """The children as a chain's unit."""
-        return UnitModules(self.conv, self.bn, self.act)
-
     def forward(self, x: Tensor) -> Tensor:
         if graphed():
             plain: Tensor = self.act(self.bn(self.conv(x)))
             return plain
-        return _run_or_raise(ChainModules([self.modules_of_unit()]), x)
+        return _run(x, [self], None)
 
 
 class ResidualChain(nn.Module):
@@ -310,11 +224,7 @@ class ResidualChain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if graphed():
             return self._plain(x)
-        units = [u.modules_of_unit() for u in self.units]  # type: ignore[operator]
-        shortcut = self.shortcut
-        return _run_or_raise(
-            ChainModules(units, shortcut.modules_of_unit() if isinstance(shortcut, ConvBNAct) else shortcut), x
-        )
+        return _run(x, list(self.units), self.shortcut)  # type: ignore[arg-type]
 
     def _plain(self, x: Tensor) -> Tensor:
         """The block as PyTorch's modules."""
@@ -326,9 +236,3 @@ class ResidualChain(nn.Module):
         if self.shortcut is not None:
             out = out + (self.shortcut(x) if isinstance(self.shortcut, ConvBNAct) else x)
         return last.act(out)  # type: ignore[operator]
-
-
-def _run_or_raise(chain: ChainModules, x: Tensor) -> Tensor:
-    if reason := chain.why_not():
-        raise RuntimeError(f"this module runs its children as one chain, which can't be done here: {reason}")
-    return chain(x)

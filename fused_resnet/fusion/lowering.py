@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet import functional
-from fused_resnet.chain.call import in_backward
+from fused_resnet.chain.call import in_backward, run
 from fused_resnet.chain.checks import autocasts
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.choosing import Choice, thread
@@ -139,16 +138,10 @@ class ChainRow(nn.Module):
     def chained(self, *given: Tensor) -> Tensor:
         """As chains."""
         x = given[0]
-        if len(self.chains) > 1:
-            out = functional.residual_chains(x, [chain.chain(given) for chain in self.chains])
-        else:
-            (call,) = self.chains
-            chain = call.chain(given)
-            out = functional.residual_chain(
-                x, chain.units, shortcut=chain.shortcut, shortcut_stride=chain.shortcut_stride,
-                shortcut_pool=chain.shortcut_pool, max_pool=call.max_pool, recompute=self._recompute(x, call),
-                residual=given[call.residual] if call.residual is not None else None,
-            )  # fmt: skip
+        chains = [call.chain(given) for call in self.chains]
+        first = self.chains[0]  # a chain that has one of these is alone in its row
+        residual = given[first.residual] if first.residual is not None else None
+        out = run(x, chains, residual, first.max_pool, self._recompute(x, first))
         if not in_backward():
             for counter in (c for call in self.chains for c in call.counters):
                 given[counter].add_(1)
