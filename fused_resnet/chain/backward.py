@@ -146,87 +146,102 @@ def _chain_backward(
     fmt: torch.memory_format,
 ) -> _Found:
     """One chain's gradients, from ``closed``; ``before``: what closes before its input."""
-    spec, x, parts, ys, norms, *_ = chain
-    needs = spec.split(wanted)
-    vectors = pick("bn_coefficients", case_of(x))
-    grads: list[dict[str, Tensor]] = [{} for _ in spec.all_units]
-    dx: Tensor | None = None  # what has come to x so far
-    done: _Closed | None = None
-    dz, sums, _ = closed
-    means: dict[int, Sums] = {}
-    if closed.summand_sums is not None:
-        means = _means(chain, {len(spec.units) - 1: sums, len(spec.units): closed.summand_sums})
+    work = _Gradients(chain, closed, need_input, wanted, fmt)
+    shortcut = chain.spec.shortcut
+    # a projection with x itself as its input adds to what the units bring, where it writes no more than the pixels that
+    # it read
+    direct = shortcut.kind == "projection" and shortcut.pool is None
+    dx, done = work.units(work.shortcut(), None if direct else before)
+    if direct:
+        dx, *sums = work.projection(dx, before)
+        done = _Closed(dx, *sums) if before is not None else None  # type: ignore[arg-type]
+    dresidual = closed.dz if shortcut.kind == "tensor" and need_residual else None
+    return _Found(dx, done, dresidual, work.grads)
 
-    def unit_backward(
-        i: int, dz: Tensor, sums: Sums, start: Tensor, prologue: Prologue | None, need_start: bool, add: Tensor | None,
-        closing: Closing | None,
+
+class _Gradients:
+    """The steps of one chain's backward; ``grads``: what they have found, of each unit's parameters by name."""
+
+    def __init__(
+        self, chain: _Chain, closed: _Closed, need_input: bool, wanted: Sequence[bool], fmt: torch.memory_format
+    ) -> None:
+        self.chain, self.closed, self.need_input, self.fmt = chain, closed, need_input, fmt
+        self.needs = chain.spec.split(wanted)
+        self.vectors = pick("bn_coefficients", case_of(chain.x))
+        self.grads: list[dict[str, Tensor]] = [{} for _ in chain.spec.all_units]
+        self.means: dict[int, Sums] = {}
+        if closed.summand_sums is not None:
+            last = len(chain.spec.units) - 1
+            self.means = _means(chain, {last: closed.sums, last + 1: closed.summand_sums})
+
+    def shortcut(self) -> Tensor | None:
+        """What the shortcut brings to x, but for a projection of x itself."""
+        x, spec = self.chain.x, self.chain.spec
+        kind, pool = spec.shortcut.kind, spec.shortcut.pool
+        if kind == "identity" and self.need_input:
+            return self.closed.dz
+        if kind == "pad" and self.need_input:
+            return _pad_backward(self.closed.dz, x, spec)
+        if pool is None:
+            return None
+        dstart, *_ = self.projection(None, None)
+        if dstart is None:
+            return None
+        return torch.ops.aten.avg_pool2d_backward(
+            dstart.to(x.dtype), x, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, None
+        )
+
+    def units(self, dx: Tensor | None, before: Closing | None) -> tuple[Tensor | None, _Closed | None]:
+        """The units, last to first: x's gradient with ``dx``, what has come to x so far, through ``before``."""
+        (x, ys, norms), units = (self.chain.x, self.chain.ys, self.chain.norms), self.chain.spec.units
+        dz, sums, _ = self.closed
+        for i in range(len(units) - 1, 0, -1):
+            need_start = self.need_input or any(any(n.values()) for n in self.needs[:i])
+            prologue = Prologue(norms[i - 1], units[i - 1].act)
+            dstart, start_sums, _ = self.unit(i, dz, sums, ys[i - 1], prologue, need_start, None, None)
+            if not need_start:
+                return dx, None
+            assert dstart is not None and start_sums is not None
+            dz, sums = dstart, start_sums
+        conv = units[0].conv is not None
+        add, closing = (dx, before) if conv else (None, None)
+        dstart, *closed_sums = self.unit(0, dz, sums, x, None, self.need_input, add, closing)
+        if dstart is None:
+            return dx, None
+        dx = dstart if conv or dx is None else dx + dstart
+        return dx, _Closed(dx, *closed_sums) if closing is not None else None  # type: ignore[arg-type]
+
+    def projection(self, add: Tensor | None, closing: Closing | None) -> tuple[Tensor | None, Sums | None, Sums | None]:
+        """The projection's unit, with the shortcut's own input."""
+        x, closed, last = self.chain.x, self.closed, len(self.chain.ys) - 1
+        assert closed.summand_sums is not None
+        start = reference.shortcut_input(x, self.chain.spec.shortcut).contiguous(memory_format=self.fmt)
+        found = self.unit(last, closed.dz, closed.summand_sums, start, None, self.need_input, add, closing)
+        # its dbeta is the last unit's, and an operator's outputs share no memory
+        self.grads[-1]["bn_bias"] = closed.summand_sums.dz.clone()
+        return found
+
+    def unit(
+        self, i: int, dz: Tensor, sums: Sums, start: Tensor, prologue: Prologue | None, need_start: bool,
+        add: Tensor | None, closing: Closing | None,
     ) -> tuple[Tensor | None, Sums | None, Sums | None]:  # fmt: skip
         """Fills in the gradients of unit i's parameters and returns its input's."""
-        unit, p = spec.all_units[i], parts[i]
-        need_weight = needs[i].get("weight", False)
-        if i not in means and (need_start or need_weight):
-            means.update(_means(chain, {i: sums}))
-        own, coef = _unit_gradients(unit, norms[i], sums, means.get(i), ys[i], vectors)
-        grads[i] |= own
+        unit, p, y = self.chain.spec.all_units[i], self.chain.parts[i], self.chain.ys[i]
+        need_weight = self.needs[i].get("weight", False)
+        if i not in self.means and (need_start or need_weight):
+            self.means.update(_means(self.chain, {i: sums}))
+        own, coef = _unit_gradients(unit, self.chain.norms[i], sums, self.means.get(i), y, self.vectors)
+        self.grads[i] |= own
         if not (need_start or need_weight):
             return None, None, None
         if unit.conv is None:
-            return run("bn_backward", dz, ys[i], coef), None, None
+            return run("bn_backward", dz, y, coef), None, None
         dstart, dw, *sums_of_start = run(
-            "conv_backward", dz, ys[i], coef, start, prologue, p["weight"], unit.conv, need_start, need_weight, add,
-            closing,
-        )  # fmt: skip
+            "conv_backward", dz, y, coef, start, prologue, p["weight"], unit.conv, need_start, need_weight, add, closing
+        )
         if dw is not None:
-            grads[i]["weight"] = dw
+            self.grads[i]["weight"] = dw
         return dstart, *sums_of_start
-
-    def projection(add: Tensor | None, closing: Closing | None) -> tuple[Tensor | None, Sums | None, Sums | None]:
-        assert closed.summand_sums is not None
-        start = reference.shortcut_input(x, spec.shortcut).contiguous(memory_format=fmt)
-        found = unit_backward(len(ys) - 1, closed.dz, closed.summand_sums, start, None, need_input, add, closing)
-        # its dbeta is the last unit's, and an operator's outputs share no memory
-        grads[-1]["bn_bias"] = closed.summand_sums.dz.clone()
-        return found
-
-    # the shortcut; a projection with x itself as its input adds to what the units bring, where it writes no more than
-    # the pixels that it read
-    kind, pool = spec.shortcut.kind, spec.shortcut.pool
-    direct = kind == "projection" and pool is None
-    if kind == "identity" and need_input:
-        dx = dz
-    elif kind == "pad" and need_input:
-        dx = _pad_backward(dz, x, spec)
-    elif pool is not None:
-        dstart, *_ = projection(None, None)
-        if dstart is not None:
-            dx = torch.ops.aten.avg_pool2d_backward(
-                dstart.to(x.dtype), x, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad,
-                None,
-            )  # fmt: skip
-
-    # the units, last to first
-    for i in range(len(spec.units) - 1, 0, -1):
-        need_start = need_input or any(any(n.values()) for n in needs[:i])
-        prologue = Prologue(norms[i - 1], spec.units[i - 1].act)
-        dstart, start_sums, _ = unit_backward(i, dz, sums, ys[i - 1], prologue, need_start, None, None)
-        if not need_start:
-            break
-        assert dstart is not None and start_sums is not None
-        dz, sums = dstart, start_sums
-    else:
-        conv = spec.units[0].conv is not None
-        add, closing = (dx, None if direct else before) if conv else (None, None)
-        dstart, *closed_sums = unit_backward(0, dz, sums, x, None, need_input, add, closing)
-        if dstart is not None:
-            dx = dstart if conv or dx is None else dx + dstart
-            done = _Closed(dx, *closed_sums) if closing is not None else None  # type: ignore[arg-type]
-
-    if direct:
-        dx, *closed_sums = projection(dx, before)
-        done = _Closed(dx, *closed_sums) if before is not None else None  # type: ignore[arg-type]
-
-    dresidual = closed.dz if kind == "tensor" and need_residual else None
-    return _Found(dx, done, dresidual, grads)
 
 
 def _means(chain: _Chain, sums: dict[int, Sums]) -> dict[int, Sums]:

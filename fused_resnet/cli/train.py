@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -146,7 +146,7 @@ def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: 
     deviations = [*recipe.differences(paper, mine="here", theirs="in the paper's recipe"), *found.deviations]
     workers = args.workers if args.workers is not None else 0 if found.in_memory else min(_MOST_WORKERS, cores())
     with _printing(leads) as bar:
-        try:
+        with _usage_errors():
             trainer = Trainer(
                 model,
                 found,
@@ -159,19 +159,9 @@ def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: 
                 resume=args.resume,
                 checkpoint_every=args.checkpoint_every,
             )
-        except ResumeError as error:
-            raise UsageError(f"--resume: {error}") from error
-        except ValueError as error:
-            raise UsageError(str(error)) from error
         try:
             if leads:
-                variant = "plain PyTorch" if args.plain else "fused"
-                images = f"{len(found.train_x):,} training and {len(found.test_x):,} test images"
-                logger.info(
-                    "%s (%s parameters, %s) on %s: %s", args.model, f"{parameters:,}", variant, args.data, images
-                )
-                for sentence in deviations:
-                    logger.info("not as in the paper: %s", sentence)
+                _announce(args, found, parameters, deviations)
                 if args.resume and not trainer.step:
                     logger.info("nothing to resume in %s: starts from the beginning", output)
             history = trainer.run()
@@ -203,6 +193,26 @@ def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: 
         write_json(args.json, report)
     _print(report, output)
     return 0 if ok else 1
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """What a trainer refuses, as the command's own errors."""
+    try:
+        yield
+    except ResumeError as error:
+        raise UsageError(f"--resume: {error}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _announce(args: argparse.Namespace, found: ImageData, parameters: int, deviations: Sequence[str]) -> None:
+    """What is trained on what, and what is not as in the paper."""
+    variant = "plain PyTorch" if args.plain else "fused"
+    images = f"{len(found.train_x):,} training and {len(found.test_x):,} test images"
+    logger.info("%s (%s parameters, %s) on %s: %s", args.model, f"{parameters:,}", variant, args.data, images)
+    for sentence in deviations:
+        logger.info("not as in the paper: %s", sentence)
 
 
 def _print(report: dict[str, Any], output: Path) -> None:

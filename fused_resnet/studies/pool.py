@@ -76,24 +76,38 @@ def side_by_side(
                         doing.pop(pipe, None)
                         hand(pipe)
                     case "failed", error:
-                        if _out_of_memory(error):
-                            why = str(error).partition("\n")[0]
-                            raise WorkerLost(f"no memory for {doing.get(pipe)} beside {processes - 1} others: {why}")
-                        raise error
+                        raise _failure(error, doing.get(pipe), processes)
                     case None:
-                        raise WorkerLost(
-                            f"the process at work on {doing[pipe]} was ended from outside, as a system short of memory "
-                            f"does; fewer than {processes} take less"
-                            if pipe in doing
-                            else "a process ended before its work began: see above"
-                        )
+                        raise _lost(doing.get(pipe), processes)
         return [found[i] for i in range(len(tasks))]
     finally:
-        for pipe, process in started.items():
-            if process.pid is not None:
-                process.kill()
-                process.join()
-            pipe.close()
+        _end(started)
+
+
+def _end(started: dict[Connection, BaseProcess]) -> None:
+    for pipe, process in started.items():
+        if process.pid is not None:
+            process.kill()
+            process.join()
+        pipe.close()
+
+
+def _failure(error: Exception, doing: str | None, processes: int) -> Exception:
+    """What is raised for what a task raised, in one of so many processes."""
+    if not _out_of_memory(error):
+        return error
+    why = str(error).partition("\n")[0]
+    return WorkerLost(f"no memory for {doing} beside {processes - 1} others: {why}")
+
+
+def _lost(doing: str | None, processes: int) -> WorkerLost:
+    """What is raised for a process that is gone."""
+    if doing is None:
+        return WorkerLost("a process ended before its work began: see above")
+    return WorkerLost(
+        f"the process at work on {doing} was ended from outside, as a system short of memory does; "
+        f"fewer than {processes} take less"
+    )
 
 
 def _listed(names: Iterable[str]) -> str:

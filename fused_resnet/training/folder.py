@@ -77,22 +77,7 @@ def image_folder(root: str | Path, size: int = 224, test_share: float = 0.2) -> 
         raise DataError(f"there is no folder {root}")
     if not 0 < test_share < 1:
         raise DataError(f"test_share must be between 0 and 1, got {test_share}")
-    inside = _class_folders(root)
-    test_folder = next((name for name in TEST_FOLDERS if name in inside), None)
-    prefix = "train/" if "train" in inside and test_folder else ""
-    classes = _class_folders(root / prefix)
-    if len(classes) < 2:
-        expected = f"{root}/{prefix}CLASS/image.jpg with two classes at least"
-        raise DataError(f"expected {expected}, got {len(classes)} class folders")
-    train = _images(root, prefix, classes)
-    if prefix and test_folder:
-        theirs = _class_folders(root / test_folder)
-        if strangers := sorted(set(theirs) - set(classes)):
-            raise DataError(f"{root / test_folder} has classes that {root / 'train'} lacks: {', '.join(strangers)}")
-        labels = {name: i for i, name in enumerate(classes)}
-        test = [(name, labels[theirs[label]]) for name, label in _images(root, test_folder, theirs)]
-    else:
-        train, test = _held_out(train, test_share)
+    classes, train, test = _split(root, test_share)
     (train_x, train_y), (test_x, test_y) = (
         (
             ImageFiles(root, [name for name, _ in part], size),
@@ -117,3 +102,24 @@ def image_folder(root: str | Path, size: int = 224, test_share: float = 0.2) -> 
         size,
         deviations=different,
     )
+
+
+def _split(root: Path, test_share: float) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
+    """The classes, and the images to train and to test on, each with its label."""
+    inside = _class_folders(root)
+    test_folder = next((name for name in TEST_FOLDERS if name in inside), None)
+    prefix = "train/" if "train" in inside and test_folder else ""
+    classes = _class_folders(root / prefix)
+    if len(classes) < 2:
+        expected = f"{root}/{prefix}CLASS/image.jpg with two classes at least"
+        raise DataError(f"expected {expected}, got {len(classes)} class folders")
+    train = _images(root, prefix, classes)
+    if prefix and test_folder:
+        theirs = _class_folders(root / test_folder)
+        if strangers := sorted(set(theirs) - set(classes)):
+            raise DataError(f"{root / test_folder} has classes that {root / 'train'} lacks: {', '.join(strangers)}")
+        labels = {name: i for i, name in enumerate(classes)}
+        test = [(name, labels[theirs[label]]) for name, label in _images(root, test_folder, theirs)]
+    else:
+        train, test = _held_out(train, test_share)
+    return classes, train, test

@@ -84,13 +84,7 @@ class Trainer:
         self.output = Path(output) if output is not None else None
         self.distributed = dist.is_available() and dist.is_initialized()
         self.share = Share(dist.get_rank(), dist.get_world_size()) if self.distributed else Share()
-        if recipe.batch_size > len(data.train_x):
-            raise ValueError(
-                f"batch_size must be at most the number of training images, {len(data.train_x)} in {data.name}, "
-                f"got {recipe.batch_size}"
-            )
-        if recipe.batch_size % self.share.world:
-            raise ValueError(f"batch_size must be a multiple of {self.share.world} processes, got {recipe.batch_size}")
+        _check_batch_size(recipe.batch_size, data, self.share.world)
         self._identity = data.identity() if self.output else {}
         self.data = data.to(self.device)
         self.batches = Batches(self.data, recipe.batch_size, seed, recipe.augment, self.share, workers)
@@ -353,3 +347,13 @@ class Trainer:
         ]
         self.history.epochs = state["epochs"]
         checkpoint.set_rng_state(state["rng"][self.share.rank % len(state["rng"])])
+
+
+def _check_batch_size(batch_size: int, data: ImageData, processes: int) -> None:
+    if batch_size > len(data.train_x):
+        raise ValueError(
+            f"batch_size must be at most the number of training images, {len(data.train_x)} in {data.name}, "
+            f"got {batch_size}"
+        )
+    if batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of {processes} processes, got {batch_size}")

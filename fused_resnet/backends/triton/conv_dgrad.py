@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -298,14 +300,7 @@ def conv_dgrad(
     sums = [torch.empty((tiles * len(phases), g.c), dtype=torch.float32, device=x.device) for _ in range(kinds)]
     operands, act = _closing_operands(closing)
     looked_up = g.k % config.block_k == 0 and not frozen
-    places, axes, start = [], [], 0
-    for h, w in phases:
-        masked = h.masked or w.masked
-        places.append((h.constants(), w.constants(), masked, start))
-        if masked and looked_up:
-            axes.append((h.axis(g.oh), w.axis(g.ow)))
-            start += h.taps * w.taps * h.size * w.size
-    table = inside_table(tuple(axes), x.device) if axes else None
+    places, table = _places(phases, g, looked_up, x.device)
     done = sum(g.n * h.size * w.size for h, w in phases)
     taps = sum(h.taps * w.taps for h, w in phases)
     launch(
@@ -333,6 +328,20 @@ def conv_dgrad(
         writes=(done * g.c * dx.element_size(), *sums),
     )  # fmt: skip
     return dx, sums
+
+
+def _places(
+    phases: Sequence[tuple[Phase, Phase]], g: Geometry, looked_up: bool, device: torch.device
+) -> tuple[list[Any], Tensor | None]:
+    """The kernel's constants of each phase, with where its part of the table begins; the table, if there is one."""
+    places, axes, start = [], [], 0
+    for h, w in phases:
+        masked = h.masked or w.masked
+        places.append((h.constants(), w.constants(), masked, start))
+        if masked and looked_up:
+            axes.append((h.axis(g.oh), w.axis(g.ow)))
+            start += h.taps * w.taps * h.size * w.size
+    return places, inside_table(tuple(axes), device) if axes else None
 
 
 def _closing_operands(closing: Closing | None) -> tuple[list[Tensor | None], Act]:
