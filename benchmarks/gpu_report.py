@@ -79,8 +79,8 @@ def limits(run: Run) -> dict[str, Any]:
 
 def tests(run: Run) -> dict[str, Any]:
     """The tests that need a GPU, and those of the CUDA kernels, which run on one where there is one."""
-    names = ("gpu",) if run.toy else ("gpu", "cuda_kernels", "cuda_conv")
-    files = [f"tests/test_{name}.py" for name in names]
+    names = ("project/test_gpu", "backends/test_cuda_kernels", "backends/test_cuda_conv")
+    files = [f"tests/{name}.py" for name in (names[:1] if run.toy else names)]
     return _command(run, [sys.executable, "-m", "pytest", *files, "-q", "--no-header", "-rf"], timeout_s=500)
 
 
@@ -91,17 +91,17 @@ def sanitizer(run: Run) -> dict[str, Any]:
     if tool is None:
         return {"ok": True, "skipped": "compute-sanitizer is not installed here"}
     picked = "(test_small_chains and triton and (basic or bottleneck_projection or stem) and batch) or odd_channels"
-    chains = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "--no-header", "-k", picked]
+    chains = [sys.executable, "-m", "pytest", "tests/project/test_gpu.py", "-q", "--no-header", "-k", picked]
     jobs = {"triton memcheck": ("memcheck", [], chains)}
     if load("cuda")[0] is not None:
         # ours alone: what PyTorch's kernels read and write is its own affair
         ours, cases = (
             ["--kernel-name", "kernel_substring=fused_resnet"],
-            [sys.executable, "tests/cuda_cases.py", "cuda"],
+            [sys.executable, "tests/support/cuda_cases.py", "cuda"],
         )
         jobs |= {f"cuda {name}": (name, ours, cases) for name in ("memcheck", "racecheck", "initcheck")}
         picked = "test_activations or test_backward or test_misaligned"
-        tiles = [sys.executable, "-m", "pytest", "tests/test_cuda_conv.py", "-q", "--no-header", "-k", picked]
+        tiles = [sys.executable, "-m", "pytest", "tests/backends/test_cuda_conv.py", "-q", "--no-header", "-k", picked]
         jobs["cutlass memcheck"] = ("memcheck", ["--kernel-name", "kernel_substring=ConvUniversal"], tiles)
     found = {}
     for name, (which, options, command) in jobs.items():
