@@ -70,8 +70,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def captures_dropped() -> Iterator[None]:
-    """What dynamo captured in the test is dropped after it."""
+def fresh_compiler() -> Iterator[None]:
+    """Dynamo knows nothing of what other tests captured, and they nothing of what this one does."""
+    torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 

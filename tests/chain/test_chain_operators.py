@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import chains
@@ -135,13 +135,6 @@ def test_strange_strides(backend: str, view: str, size: tuple[int, int]) -> None
 
 
 # ------------------------------------------------------------------------------------------------------ torch.compile
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def block_inputs() -> tuple[Tensor, list[Unit]]:
     """A BasicBlock with a projection, conv bias and frozen middle unit: all that a traced call has to carry."""
     units = [unit(3, 4, stride=2), unit(4, 4, training=False, bias=torch.randn(4)), unit(3, 4, stride=2, act=None)]

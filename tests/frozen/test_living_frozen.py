@@ -17,7 +17,7 @@ from living import PROGRAMS, Program, World
 import fused_resnet as fr
 from fused_resnet.fusion import frozen_rows
 
-pytestmark = pytest.mark.usefixtures("one_thread", "captures_dropped")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 
 def live_frozen(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[int, int]:

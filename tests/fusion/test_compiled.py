@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 from unittest.mock import patch
@@ -26,11 +25,8 @@ if "fused_resnet" not in entry_points(group="torch_dynamo_backends").names:  # a
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
+def nothing_counted(fresh_compiler: None) -> None:
     torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Net(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor
 import fused_resnet as fr
 from fused_resnet import functional
 
-pytestmark = pytest.mark.usefixtures("one_thread", "captures_dropped")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 
 @contextmanager

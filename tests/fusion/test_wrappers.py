@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from stack import images, loss_of, network, same
+from tolerances import assert_as_good
 from torch import Tensor, nn
+
+import fused_resnet as fr
+from fused_resnet.classes import FusedModule
 
 WORLD = 2
 # what is wrapped: the whole network, each block by itself too, each stage by itself too
@@ -22,7 +27,6 @@ UNITS = {"network": (), "blocks": ("layer1.0", "layer1.1", "layer2.0", "layer3.0
 
 def trained(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     """Parameters and buffers after two clipped steps, gathered."""
-    from stack import loss_of
 
     def whole(v: Tensor) -> Tensor:
         return v.full_tensor() if hasattr(v, "full_tensor") else v
@@ -49,48 +53,37 @@ def fsdp(model: nn.Module, units: str, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
-def worker(rank: int, folder: str) -> None:
-    import any_size  # noqa: F401
-    from stack import images, network, same
-    from tolerances import assert_as_good
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-    from torch.nn.parallel import DistributedDataParallel
+def in_chains(model: nn.Module) -> None:
+    """Its calls ran chains, and every norm is in one."""
+    rows = fr.explain(model).rows
+    assert rows and all(row.fused and not row.reason for row in rows), str(fr.explain(model))
 
-    import fused_resnet as fr
-    from fused_resnet.classes import FusedModule
 
-    warnings.simplefilter("error")  # "runs plain" would be one
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    torch.manual_seed(0)
-    model = network()
-    torch.manual_seed(rank + 1)
-    batches = [images(3) for _ in range(2)]
+def check_fsdp(model: nn.Module, batches: list[Tensor], units: str) -> None:
+    """Sharded before or after ``fuse``, it learns what the plain network learns, and does so again once unfused."""
+    from torch.distributed.fsdp import FSDPModule
 
-    def in_chains(m: nn.Module) -> None:
-        """Its calls ran chains, and every norm is in one."""
-        rows = fr.explain(m).rows
-        assert rows and all(row.fused and not row.reason for row in rows), str(fr.explain(m))
+    plain = fsdp(copy.deepcopy(model), units)
+    want, later = trained(plain, batches), trained(plain, batches)
+    after = fr.fuse(fsdp(copy.deepcopy(model), units))
+    for fused in (fsdp(fr.fuse(copy.deepcopy(model)), units), after):
+        assert isinstance(fused, FSDPModule)
+        assert any(p.to_local().numel() < p.numel() for p in fused.parameters()), "nothing is sharded"
+        same(trained(fused, batches), want)
+        in_chains(fused)
+        # back to plain, sharded as before, and on
+        assert fr.unfuse(fused) is fused and isinstance(fused, FSDPModule)
+        assert not any(isinstance(m, FusedModule) for m in fused.modules())
+        fused.unshard()
+        fused.reshard()
+        same(trained(fused, batches), later)
 
-    for units in UNITS:
-        plain = fsdp(copy.deepcopy(model), units)
-        want, later = trained(plain, batches), trained(plain, batches)
-        after = fr.fuse(fsdp(copy.deepcopy(model), units))
-        for fused in (fsdp(fr.fuse(copy.deepcopy(model)), units), after):
-            assert isinstance(fused, FSDPModule)
-            assert any(p.to_local().numel() < p.numel() for p in fused.parameters()), "nothing is sharded"
-            same(trained(fused, batches), want)
-            in_chains(fused)
-            # back to plain, sharded as before, and on
-            assert fr.unfuse(fused) is fused and isinstance(fused, FSDPModule)
-            assert not any(isinstance(m, FusedModule) for m in fused.modules())
-            fused.unshard()
-            fused.reshard()
-            same(trained(fused, batches), later)
 
-    # parameters gathered in 16 bits beside running statistics in 32, which PyTorch's own norms refuse on a CPU: theirs
-    # have 16, and are only written here
+def check_mixed_precision(model: nn.Module) -> None:
+    """Parameters gathered in 16 bits beside running statistics in 32, which PyTorch's own norms refuse on a CPU: theirs
+    have 16, and are only written here."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
 
     def moved(m: nn.Module, batches: list[Tensor], **options: Any) -> Tensor:
@@ -117,6 +110,10 @@ def worker(rank: int, folder: str) -> None:
     assert all((got - want).norm() > 0 for got, _, want in draws)
     assert_as_good("movement", *zip(*draws, strict=True), torch.bfloat16)
 
+
+def check_ddp(model: nn.Module, batches: list[Tensor]) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
     want = trained(DistributedDataParallel(copy.deepcopy(model)), batches)
     for ddp in (
         DistributedDataParallel(fr.fuse(copy.deepcopy(model))),
@@ -125,6 +122,23 @@ def worker(rank: int, folder: str) -> None:
     ):
         same(trained(ddp, batches), want)
         in_chains(ddp)
+
+
+def worker(rank: int, folder: str) -> None:
+    import any_size  # noqa: F401
+
+    warnings.simplefilter("error")  # "runs plain" would be one
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    torch.manual_seed(0)
+    model = network()
+    torch.manual_seed(rank + 1)
+    batches = [images(3) for _ in range(2)]
+    for units in UNITS:
+        check_fsdp(model, batches, units)
+    check_mixed_precision(model)
+    check_ddp(model, batches)
     dist.destroy_process_group()
 
 

@@ -63,7 +63,7 @@ def test_dry_run(tmp_path: Path) -> None:
 def test_every_backend_has_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUTLASS's tiles are configurations of the cuda backend, and stand beside its other convolutions."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu_report
+    import gpu_report_page
 
     tile = planner.label(planner.Choice("cuda", ("cutlass fprop", 128, 64)))
     ms = {
@@ -75,14 +75,14 @@ def test_every_backend_has_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
         "aten": 3.0,
     }
     rows = [{"primitive": "conv_bias_act", "signature": "s", "ms": ms}, {"primitive": "bn_act", "ms": ms}]
-    assert gpu_report.convolutions(rows)[1:] == [
+    assert gpu_report_page.convolutions(rows)[1:] == [
         "| convolution, ms | aten | cuda | cutlass | triton |",
         "|---|---|---|---|---|",
         "| s | 3.0000 | 2.0000 | 1.2500 | 1.0000 |",
     ]
     parts = {"apart: cuda ('cutlass dgrad', 128, 64) + aten": 2.0, "input: cuda ('cutlass dgrad', 128, 64)": 1.0}
-    assert gpu_report.by_backend(parts) == {"apart": 2.0, "input: cutlass": 1.0}
-    assert gpu_report.convolutions([]) == []
+    assert gpu_report_page.by_backend(parts) == {"apart": 2.0, "input: cutlass": 1.0}
+    assert gpu_report_page.convolutions([]) == []
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from networks import prepared
 from torch import Tensor, nn
+from watching import rows
 
 import fused_resnet as fr
 
@@ -38,6 +40,14 @@ def assert_same(fused: nn.Module, plain: nn.Module, x: Any) -> None:
             torch.testing.assert_close(got[key], want[key], rtol=1e-7, atol=1e-9, msg=f"{key}, train={train}")
 
 
+def chains_of(model: nn.Module, x: Any) -> list[list[int]]:
+    """Of a copy, in training: the units of each chain of each row."""
+    model = copy.deepcopy(model).train()
+    with rows() as found:
+        model(x)
+    return found
+
+
 class Layers(nn.Module):
     """Two convolutions with their norms, for the forwards below."""
 
@@ -47,6 +57,25 @@ class Layers(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
         self.relu = nn.ReLU(inplace=True)
         self.scale = 1.0
+
+
+class NormAddAct(Layers):
+    """Somebody else's convolution (the weights are a product) before the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.conv1.weight * self.scale, padding=1)
+        return F.relu(self.bn1(y) + x)
+
+
+class Lists(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU()) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.more:
+            x = layer(x)
+        return self.bn1(x)
 
 
 def made(cls: type[nn.Module]) -> tuple[nn.Module, nn.Module]:

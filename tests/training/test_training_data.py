@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from cifar_files import TEST, TRAIN, pictures, write_binary, write_python
 from torch import Tensor
 
 from fused_resnet.training import DataError, ImageData, Recipe, data, named
@@ -22,30 +23,6 @@ from fused_resnet.training.augment import pad_crop_flip, random_box
 from fused_resnet.training.batches import Batches, Share, epoch_order
 from fused_resnet.training.cifar10 import CLASSES
 from fused_resnet.training.files import ImageFiles
-
-
-def pictures(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return x, torch.randint(10, (n,), generator=generator)
-
-
-TRAIN, TEST = [pictures(7, seed) for seed in range(5)], pictures(9, 5)
-
-
-def write_python(root: Path) -> None:
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-    for name, (x, y) in [(f"data_batch_{i + 1}", part) for i, part in enumerate(TRAIN)] + [("test_batch", TEST)]:
-        batch = {b"data": x.reshape(len(x), -1).numpy(), b"labels": y.tolist(), b"batch_label": b"made up"}
-        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
-
-
-def write_binary(root: Path) -> None:
-    folder = root / "cifar-10-batches-bin"
-    folder.mkdir()
-    for name, (x, y) in [(f"data_batch_{i + 1}", part) for i, part in enumerate(TRAIN)] + [("test_batch", TEST)]:
-        (folder / f"{name}.bin").write_bytes(torch.cat([y[:, None].to(torch.uint8), x.flatten(1)], 1).numpy().tobytes())
 
 
 def is_cifar(found: ImageData) -> bool:
