@@ -52,8 +52,8 @@ def conv_bn_act(
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
-        weight, bn_weight, bn_bias, running_mean, running_var, bias, stride, padding, dilation, groups, act, eps,
-            momentum, training, process_group: see ``Unit``.
+        weight, bn_weight, bn_bias, running_mean, running_var, bias: see ``Unit``.
+        stride, padding, dilation, groups, act, eps, momentum, training, process_group: see ``Unit``.
         residual: a summand of the output's shape, added before the activation.
         max_pool: ``PoolSpec.make(3, 2, 1)`` for the stem of a ResNet.
         recompute: keep x instead of the convolution's output for the backward, and convolve again there.
