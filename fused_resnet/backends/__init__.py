@@ -1,8 +1,8 @@
-"""Backends: modules that offer some of the primitives a chain is composed of, and say why when they don't.
+"""Backends: modules that implement some of the primitives of a chain, and give the reason where they refuse a case.
 
-A backend is a module with ``refuse`` and any of the functions of ``Primitives``. Every tensor is [N, C, H, W], NCHW or
-channels_last dense, per-channel vectors are [C] in ``vector_dtype``; every function returns new tensors and touches
-none of its inputs but for ``add``. The planner asks ``refuse(primitive, case)`` before it calls; a reason means no.
+A backend is a module with ``refuse`` and any of the functions of ``Primitives``. Every tensor is [N, C, H, W], dense,
+NCHW or channels_last. Per-channel vectors are [C] in ``vector_dtype``. Every function returns new tensors and changes
+none of its inputs except ``add``. The planner calls ``refuse(primitive, case)`` before a primitive; a reason means no.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
-# In the order in which the planner prefers them where it has measured nothing; "aten" takes every case on every device.
+# The planner prefers them in this order if it has measured nothing. "aten" takes every case on every device.
 NAMES = ("cuda", "cudnn", "triton", "cpu", "aten")
-# Whose kernels serve what a backend asked for by name does not have: cuDNN has no memory-bound ones.
+# Backends that serve the primitives which a backend requested by name lacks: cuDNN has no memory-bound ones.
 COMPANIONS = {"cudnn": ("triton",)}
-# Primitives on vectors of C elements: a backend that has none of its own uses aten's, by ``use_backend`` too.
+# Primitives on vectors of C elements. A backend that lacks them uses aten's, under ``use_backend`` too.
 OPTIONAL = ("bn_fold", "bn_coefficients")
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and can't serve; the message says which, what and why."""
+    """The backend requested by name can't be used; the message says which backend, for what, and why."""
 
 
 class Norm(NamedTuple):
@@ -44,15 +44,17 @@ class Norm(NamedTuple):
 
 
 class Prologue(NamedTuple):
-    """What is applied to a raw convolution output where it is loaded: act(scale*y + shift)."""
+    """Applied to a raw convolution output when it is loaded: act(scale*y + shift)."""
 
     norm: Norm
     act: Act
 
 
 class Closing(NamedTuple):
-    """What a gradient g passes on its way back into a unit, or into a chain through its add:
-    dz = g*act'(z), z = scale*y + shift [+ summand, or + summand_norm of it]."""
+    """The step of the backward that takes a gradient g into a unit, or into a chain through its add.
+
+    dz = g*act'(z), z = scale*y + shift [+ summand, or + summand_norm of it].
+    """
 
     y: Tensor
     norm: Norm
@@ -62,7 +64,7 @@ class Closing(NamedTuple):
 
     @staticmethod
     def before(x: Tensor, prologue: Prologue | None, closing: Closing | None) -> Closing | None:
-        """What closes before a convolution's input x: with a prologue the unit whose raw output x is."""
+        """The closing before a convolution's input x. With a prologue it is that of the unit whose raw output x is."""
         return closing if prologue is None else Closing(x, *prologue)
 
 
@@ -83,7 +85,7 @@ class Sums(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What a primitive is to be applied to, as far as backends decide by it."""
+    """The properties of a call by which backends decide whether they take it."""
 
     device: str
     dtype: torch.dtype
@@ -93,10 +95,10 @@ class Case(NamedTuple):
 
 
 class Primitives(Protocol):
-    """The functions a backend may offer (DESIGN: names follow ATen)."""
+    """The functions that a backend may offer. Names follow ATen."""
 
     def refuse(self, primitive: str, case: Case) -> str | None:
-        """Why this case is not taken, or None."""
+        """The reason why this case is refused, or None."""
 
     def conv_bias_act(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
@@ -125,10 +127,10 @@ class Primitives(Protocol):
         residual: Tensor | None = None,
         residual_norm: Norm | None = None,
     ) -> tuple[Tensor, Sums, Sums | None]:
-        """dz = dout*act'(z), its sums with y, and with the residual when that has a norm of its own."""
+        """dz = dout*act'(z), its sums with y, and its sums with the residual if that has a norm of its own."""
 
     def bn_backward(self, dz: Tensor, y: Tensor, coef: DyCoefficients) -> Tensor:
-        """dy where no convolution of ours comes before."""
+        """dy, for a unit whose convolution is not part of the chain."""
 
     def conv_backward(
         self,
@@ -144,19 +146,22 @@ class Primitives(Protocol):
         add: Tensor | None,
         closing: Closing | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
-        """dy formed from (dz, y); the input's gradient and dW. With a prologue, x is the previous unit's raw y and the
-        input's gradient is that unit's dz = da*act'(z), with its sums. Without, ``add`` (the gradient that another path
-        brings to x) is added to it, and may be overwritten by the result unless it is dz itself; then, where x is what
-        ``closing`` made, the result is dz = (da + add)*act'(z), with the sums that ``bn_act_backward`` returns. A
-        backend that can't do this in one pass calls its own ``bn_act_backward``."""
+        """The gradient of the input and dW. dy is formed from (dz, y).
+
+        With a prologue, x is the previous unit's raw y. The input's gradient is then that unit's dz = da*act'(z), with
+        its sums. Without a prologue, ``add`` (the gradient of x from another path) is added to it; the result may
+        overwrite ``add`` unless that is dz itself. If ``closing`` made x, the result is dz = (da + add)*act'(z), with
+        the sums that ``bn_act_backward`` returns. A backend that can't do this in one pass calls its own
+        ``bn_act_backward``.
+        """
 
     def bn_act_max_pool(self, y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
-        """max-pool of act(scale*y + shift), and the place of each maximum in its window (uint8, row-major)."""
+        """max-pool of act(scale*y + shift), and each maximum's position in its window (uint8, row-major)."""
 
     def bn_act_max_pool_backward(
         self, dout: Tensor, argmax: Tensor, y: Tensor, norm: Norm, act: Act, pool: PoolSpec
     ) -> tuple[Tensor, Sums]:
-        """dz = act'(z) * (dout put back where the maxima were), and its sums with y."""
+        """dz = act'(z) * (dout at the positions of the maxima, else 0), and its sums with y."""
 
     def bn_fold(
         self,
@@ -169,22 +174,22 @@ class Primitives(Protocol):
     ) -> Norm:
         """BatchNorm as vectors, in ``vector_dtype`` of the mean's: scale = weight*rstd, shift = bias - center*scale.
 
-        A convolution's bias never touches y: with running statistics it comes off the mean instead."""
+        A convolution's bias is never added to y. With running statistics it is subtracted from the mean instead."""
 
     def bn_coefficients(self, norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
         """dgamma = rstd*sums.dz_y, and A, B, C of dy over ``count`` values per channel; None: frozen."""
 
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics and per-channel vectors: float32, or float64 for float64 tensors."""
+    """The dtype of statistics and per-channel vectors: float32, or float64 for float64 tensors."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def allow_tf32(dtype: torch.dtype) -> bool:
     """Whether float32 convolutions may round their operands to tf32, by PyTorch's own setting.
 
-    ``torch.backends.cudnn.allow_tf32`` shows in this newer setting, while reading the old one raises after the
-    newer has been used.
+    This newer setting reflects ``torch.backends.cudnn.allow_tf32``. Reading the old one raises after the newer one has
+    been used.
     """
     if dtype != torch.float32:
         return False
@@ -194,9 +199,9 @@ def allow_tf32(dtype: torch.dtype) -> bool:
 
 @lru_cache
 def load(name: str, to_run: bool = True) -> tuple[ModuleType | None, str]:
-    """The backend's module and "ok", or None and the reason. Imports nothing before it is asked.
+    """The backend's module and "ok", or None and the reason. The module is imported at its first use.
 
-    ``to_run=False``: also where its kernels can't run; meta tensors need none.
+    ``to_run=False``: returns the module even if its kernels can't run here; meta tensors need no kernels.
     """
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -211,7 +216,7 @@ def load(name: str, to_run: bool = True) -> tuple[ModuleType | None, str]:
 
 
 def backends() -> dict[str, str]:
-    """Every backend and "ok" or the reason why it can't be used here, best first.
+    """Every backend with "ok" or the reason why it can't be used here, in order of preference.
 
     Example:
         >>> fused_resnet.backends()
@@ -224,22 +229,22 @@ _forced: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=Non
 
 
 def forced() -> str | None:
-    """The backend that ``use_backend`` asks for, if any."""
+    """The backend that ``use_backend`` requests, or None."""
     return _forced.get()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within this context every primitive runs on the named backend, and what it can't take is an error.
+    """Within this context every primitive runs on the named backend; a case that it can't take is an error.
 
-    Calls nest; a context holds for the current thread (and the backward passes that start in it).
+    Contexts nest. A context holds for the current thread, and for the backward passes that start in it.
 
     Args:
         name: "cuda", "cudnn", "triton", "cpu" or "aten".
 
     Raises:
-        ValueError: an unknown name. BackendUnavailable: the backend can't be used here, or (later, at the call)
-            refuses a case; the message says why.
+        ValueError: the name is unknown. BackendUnavailable: the backend can't be used here, or (later, at the call)
+            it refuses a case; the message says why.
     """
     module, reason = load(name)
     if module is None:
@@ -250,7 +255,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def forced_again(name: str | None) -> Iterator[None]:
-    """What ``use_backend`` asked for when the forward ran, for its backward, which may run on another thread."""
+    """Requests again what ``use_backend`` requested in the forward: the backward may run on another thread."""
     token = _forced.set(name)
     try:
         yield
@@ -259,7 +264,7 @@ def forced_again(name: str | None) -> Iterator[None]:
 
 
 def warn_lost_speed(message: str, stacklevel: int = 3) -> None:
-    """A warning, as often as Python's filters show it; FUSED_RESNET_QUIET=1 silences it."""
+    """Warns, as often as Python's filters show it. FUSED_RESNET_QUIET=1 silences it."""
     if os.environ.get("FUSED_RESNET_QUIET") != "1":
         warnings.warn(message, UserWarning, stacklevel=stacklevel)
 

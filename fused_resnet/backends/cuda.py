@@ -1,7 +1,7 @@
 """The compiled CUDA backend: csrc/cuda, NHWC, NVIDIA sm_80 and up; no warm-up, no compiler at run time.
 
-The memory-bound primitives are kernels of ours, convolutions are PyTorch's (cuDNN) between them; where CUTLASS's were
-built in and the planner has found one of them faster, CUTLASS's.
+The memory-bound primitives are our kernels. The convolutions between them are PyTorch's (cuDNN), or CUTLASS's if these
+are built in and the planner has measured them to be faster.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fused_resnet.spec import Act, PoolSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.fused_resnet_cuda
-# Set by tests that have compiled the kernels for a CPU (tests/cuda_build.py).
+# Tests that compile the kernels for a CPU set this (tests/cuda_build.py).
 ON_CPU = False
 
 
 def _built() -> bool:
-    """Whether the compiled extension has the operators' CUDA part."""
+    """Whether the compiled extension contains the CUDA operators."""
     found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::bn_act", "CUDA")
     return found
 
