@@ -1,7 +1,7 @@
-"""freeze: a copy of a model for inference, whose captured graphs run rows of chains with BatchNorm folded.
+"""freeze: makes a copy of a model for inference. Its captured graphs run rows of chains with BatchNorm folded.
 
-The copy keeps its children and its forward: dynamo captures it once per kind of call, as a fused model's training
-forward, and guards all that it read. Tools that record a graph of their own see the plain network in evaluation mode.
+The copy keeps its children and its forward. Dynamo captures it once per kind of call, like the forward of a fused
+model, and guards all that it read. Tools that record a graph of their own see the plain network in evaluation mode.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fused_resnet.fusion.matcher import Matches
 from fused_resnet.fusion.swap import plain_here, unfuse
 from fused_resnet.modules import copy_of, graphed
 
-# How far the frozen model may be from the plain one on the example, relative to its largest value, unlooked at.
+# A frozen model within this distance of the plain one on the example, relative to its largest value, is accepted.
 _AGREES = 0.01
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a front captures: the model's hooks are part of it."""
+    """The function that a front captures. It calls the model, so the model's hooks are captured too."""
     return model(*args, **kwargs)
 
 
 class Frozen(nn.Module):
-    """What ``freeze`` returns: the model's arguments -> its output, without gradients.
+    """A frozen model, as ``freeze`` returns it: maps the model's arguments to its output, without gradients.
 
     Several threads may call it at once.
 
     Attributes:
-        model: the copy, in evaluation mode, its tensors in ``compute``; they may be changed.
-        differs: whether its captured forward was not the plain network's, so that the latter runs.
+        model: the copy, in evaluation mode, with tensors of dtype ``compute``; they may be changed.
+        differs: whether the captured forward differs from the plain network's, so that the plain one runs.
         graphs: the CUDA graphs of its forward, or None.
     """
 
@@ -57,12 +57,12 @@ class Frozen(nn.Module):
         self.graphs: Graphs | None = None
         self.eval()
         _leave_inference_mode(self)
-        # a weight that was rounded -> the values that it had then, to be folded, while it holds what they became
+        # name of a rounded weight -> (its exact values, which are folded; its rounded ones, to notice a change)
         now = _tensors(self.model)
         self.exact = {name: (t.to(device), now[name].clone()) for name, t in exact.items()}
 
     def front(self) -> Front:
-        """Of this process; never copied or pickled."""
+        """The front of this process. It is never copied or pickled."""
         front: Front | None = self.__dict__.get("_fr_front")
         if front is None or front.module() is not self.model:
             self.__dict__["_fr_front"] = front = Front(self.model, _call, self._lower)
@@ -94,17 +94,17 @@ class Frozen(nn.Module):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Tensors may have been loaded to another device."""
+        """Sets the device again: tensors may have been loaded to another one."""
         super().__setstate__(state)
         self.__class__ = _class_for(self.model)
         _leave_inference_mode(self)
         self.device = next((t.device for t in (*self.parameters(), *self.buffers())), self.device)
 
     def train(self, mode: bool = True) -> Frozen:
-        """Only ``eval()``.
+        """Supports only ``eval()``.
 
         Raises:
-            RuntimeError: asked to train; freeze copies the model, so train that and freeze again.
+            RuntimeError: ``mode`` is True. freeze copies the model: train the original and freeze again.
         """
         if mode:
             raise RuntimeError("train: this model is frozen for inference; train the one it was made from")
@@ -112,7 +112,7 @@ class Frozen(nn.Module):
         return self
 
     def __prepare_scriptable__(self) -> Any:
-        """What ``torch.jit.script`` asks for.
+        """``torch.jit.script`` calls this.
 
         Raises:
             TypeError: always.
@@ -120,10 +120,10 @@ class Frozen(nn.Module):
         raise TypeError("torch.jit.script: a frozen model can't be; torch.jit.trace can")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        """Another device, or other memory: graphs of the present one are void.
+        """Moves the tensors and drops what was captured: graphs hold the present memory.
 
         Raises:
-            RuntimeError: another dtype, which freeze alone can give.
+            RuntimeError: ``fn`` changes the dtype, which only freeze can do.
         """
         probe = fn(torch.empty(0, dtype=self.compute, device=self.device))
         if probe.dtype != self.compute:
@@ -154,7 +154,7 @@ class Frozen(nn.Module):
             return self._run(*args, **kwargs)
 
     def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """By the network as it is."""
+        """Runs the plain network."""
         if torch.is_autocast_enabled(self.device.type):
             with torch.autocast(self.device.type, enabled=False):
                 return self._plainly(args, kwargs)
@@ -165,13 +165,13 @@ class Frozen(nn.Module):
         return self._cast(self.front().run(self.model, self._cast_inputs(args), self._cast_inputs(kwargs)))
 
     def _cast_inputs(self, given: Any) -> Any:
-        """Floating tensors in the dtype to compute in."""
+        """Casts floating tensors to the dtype of the computation."""
         if all(not isinstance(t, Tensor) or t.dtype == self.compute for t in tree_iter(given)):
             return given
         return tree_map_only(Tensor, lambda t: t.to(self.compute) if t.is_floating_point() else t, given)
 
     def _cast(self, out: Any) -> Any:
-        """What was computed in another dtype than was asked for."""
+        """Casts results to the dtype that ``freeze`` was called with."""
         if self.dtype == self.compute:
             return out
         return tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.dtype == self.compute else t, out)
@@ -183,7 +183,7 @@ class Frozen(nn.Module):
 
 
 def _class_for(model: nn.Module) -> type[Frozen]:
-    """A subclass of ``Frozen`` with the signature of the model's own forward, as exporters ask for it."""
+    """A subclass of ``Frozen`` with the signature of the model's forward, which exporters need."""
 
     @wraps(type(model).forward)
     def forward(self: Frozen, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +193,7 @@ def _class_for(model: nn.Module) -> type[Frozen]:
 
 
 def _made_again(cls: type[Frozen]) -> Frozen:
-    """Copies and files: the state sets the class."""
+    """Makes the object for copies and files; setting its state sets its class."""
     return cls.__new__(cls)
 
 
@@ -202,9 +202,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _leave_inference_mode(model: nn.Module) -> None:
-    """Puts ordinary copies in the place of tensors made in inference mode. PyTorch counts no changes of those, so a
-    weight packed from one could be out of date."""
-    copies: dict[Tensor, Tensor] = {}  # tied tensors stay tied
+    """Replaces tensors that were made in inference mode by ordinary copies.
+
+    PyTorch does not count changes of inference tensors, so a weight packed from one could be out of date.
+    """
+    copies: dict[Tensor, Tensor] = {}  # keeps tied tensors tied
     with torch.inference_mode(False), torch.no_grad():
         for tensors in (table for m in model.modules() for table in (m._parameters, m._buffers)):
             for name, t in tensors.items():
@@ -227,23 +229,24 @@ def freeze(
 
     Args:
         model: in any mode; it is not changed. Running statistics are used as they are now. What can't be frozen runs
-            as it was, in eval mode; ``explain`` of the result says why. Hooks are called as in the model.
-        example, example_kwargs: arguments of a call, on the device to run on. Other calls work too: each kind of call
-            is captured the first time that it comes, and packs its weights where it needs another layout of them.
+            plain, in eval mode; ``explain`` of the result says why. Hooks are called as in the model.
+        example, example_kwargs: arguments of a call, on the device of the frozen model. Other calls work too: each kind
+            of call is captured when it first comes, and packs its weights if it needs them in another layout.
         dtype: float32, bfloat16 or float16, the dtype of the result; None keeps the parameters' dtype. A CPU without a
             fast 16-bit matrix unit computes 16-bit models in float32 (see ``fused-resnet env``).
         cuda_graph: start the forward as one CUDA graph per input shape (the first 8; other shapes run without one). The
-            result is a copy, the caller's own. A model that can't be recorded runs without, with a warning.
-        portable: made of PyTorch's own operators alone; in ``dtype`` on every machine.
+            result is a copy that the caller owns. A model that can't be recorded runs without a graph, with a warning.
+        portable: use only PyTorch's own operators, in ``dtype`` on every machine.
 
     Returns:
-        A module that takes what the model takes and returns what ``model.eval()`` would, without gradients; floating
-        inputs are converted to ``dtype``. Threads may call it at once. ``torch.export``, ``torch.onnx.export``,
-        ``torch.jit.trace`` and ``torch.compile`` take it, and see the plain network in evaluation mode.
+        A module that takes the model's arguments and returns the result of ``model.eval()``, without gradients.
+        Floating inputs are converted to ``dtype``. Several threads may call it at once. ``torch.export``,
+        ``torch.onnx.export``, ``torch.jit.trace`` and ``torch.compile`` take it, and see the plain network in
+        evaluation mode.
 
     Raises:
-        TypeError, ValueError: a model that is no nn.Module, an example without a floating tensor, a dtype that is not
-            floating, cuda_graph with an example that is not on a CUDA device.
+        TypeError, ValueError: the model is not an nn.Module, the example has no floating tensor, the dtype is not
+            floating, or cuda_graph is set and the example is not on a CUDA device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -275,9 +278,12 @@ def freeze(
 
 
 def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Captures the example's call, packs the weights, and compares with the plain network, whose parameters ``learns``
-    require gradients: so do the frozen one's if its forward asks. Where the plain network is nearer to the exact
-    values, as where a forward depends on what it did before, it is what runs."""
+    """Captures the example's call, packs the weights, and compares the result with the plain network's.
+
+    The parameters ``learns`` of the plain network require gradients. If the results differ, the frozen
+    model's parameters get them too, in case its forward asks. If the plain network is nearer to the exact values (say
+    because a forward depends on earlier calls), the plain network runs.
+    """
 
     def tensors(net: nn.Module, dtype: torch.dtype) -> list[Tensor]:
         given = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
@@ -306,7 +312,7 @@ def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...],
 
 
 def _learning(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """The model, these parameters of which require gradients."""
+    """The model with exactly these parameters requiring gradients."""
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     return model
@@ -317,7 +323,7 @@ def _all_agree(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two results are of one kind, and near each other."""
+    """Whether two results have the same shape and kind and are near each other."""
     if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
         return False
     if not a.is_floating_point() or a.numel() == 0:
@@ -331,7 +337,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 def _worse(got: Tensor, want: Tensor, truth: Tensor) -> bool:
-    """Whether the frozen result is further from the truth than twice the plain one's distance."""
+    """Whether the frozen result is more than twice as far from the truth as the plain one."""
     if got.shape != truth.shape or got.is_floating_point() != truth.is_floating_point():
         return True
     ours, plain = (torch.linalg.vector_norm(t.double() - truth.double()).nan_to_num(torch.inf) for t in (got, want))

@@ -1,15 +1,15 @@
-"""Frozen chains: BatchNorm is in the weights, each unit is a convolution with bias, residual and act behind it.
+"""Frozen chains. BatchNorm is folded into the weights; each unit is a convolution followed by bias, residual and act.
 
     h_i = act_i(conv(h_{i-1}, W_i) + b_i),  h_0 = x        out = act_k(conv(h_{k-1}, W_k) + b_k + shortcut(x))
 
-where a first unit without a convolution has W*h + b, per channel, and the summand may be somebody else's. A unit whose
-folded weights would not fit in 16 bits (``fold_weight``) has s*conv(h, W) + b instead, s in a pass of its own.
+A first unit without a convolution computes W*h + b per channel. The summand may be a given tensor. A unit whose folded
+weights would not fit in 16 bits (``fold_weight``) computes s*conv(h, W) + b instead, with s in a separate pass.
 
-``run_chains`` runs chains one after the other on the backends that serve them, ``plain_chains`` the same in PyTorch's
-own operators.
+``run_chains`` runs chains one after the other on the backends that serve them. ``plain_chains`` does the same with
+PyTorch's own operators.
 
-Weights are packed for the convolutions that use them at their first use, and the packed ones live as long as the
-weight does, in a table of this module.
+The first use of a weight packs it for its convolution. A table of this module keeps the packed weight as long as the
+weight lives.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from fused_resnet.planner import case_of, pick, run, text_of
 from fused_resnet.reference import shortcut_input
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec
 
-# Bytes of the stem's convolution per thread that a stem with stages behind it makes at a time.
+# A stem with stages behind it makes at most this many bytes of its convolution's output per thread at a time.
 _STEM_BYTES = 8 << 20
-# Input shapes per weight whose packed weight is remembered; the packed weights themselves are as many as the layouts
-# that oneDNN wants for them: one to three in ResNet-50.
+# Input shapes per weight whose packed weight is remembered. There are only as many packed weights as layouts that
+# oneDNN chooses: one to three in ResNet-50.
 SHAPES = 256
 
 
 # ---------------------------------------------------------------------------------------------------- packed weights
 class _Packs:
-    """A weight's packed forms, by what asks for them: those of other values than the weight's present ones are void."""
+    """A weight's packed forms by key. They are void if the weight's values have changed since."""
 
     def __init__(self, values: tuple[int, int]) -> None:
         self.values = values
@@ -52,19 +52,19 @@ _packing = Lock()
 
 
 def values_of(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weight's values do: in place, or by ``.data``. Not for a tensor of inference mode."""
+    """A key that changes with the weight's values (in place, or by ``.data``). Not for a tensor of inference mode."""
     return weight.data_ptr(), weight._version
 
 
-# ``_packed``, or what packs anew: (weight, key, pack) -> the packed weight, or None.
+# ``_packed``, or a function that packs again: (weight, key, pack) -> the packed weight, or None.
 _Packing = Callable[[Tensor, Any, Callable[[list[Any]], Any]], Any]
 
 
 def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
-    """What ``pack`` (which is shown what there is already) made of the weight when ``key`` came first."""
+    """The packed weight for ``key``; the first call makes it with ``pack``, which is given the forms that exist."""
     packs, values = _packs.get(weight), values_of(weight)
     if packs is not None and packs.values == values:
-        found = packs.found.get(key, _MISSING)  # None where there is nothing to pack
+        found = packs.found.get(key, _MISSING)  # None: there is nothing to pack
         if found is not _MISSING:
             return found
     with _packing.held():
@@ -72,7 +72,7 @@ def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
         if packs is None or packs.values != values:
             _packs[weight] = packs = _Packs(values)
         if key not in packs.found:
-            with torch.inference_mode(False), torch.no_grad():  # it outlives the caller's mode
+            with torch.inference_mode(False), torch.no_grad():  # the packed weight outlives the caller's mode
                 made = pack([form for form in packs.found.values() if form is not None])
             while len(packs.found) >= SHAPES:
                 packs.found.pop(next(iter(packs.found)))
@@ -81,7 +81,7 @@ def _packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
 
 
 def packed_forms(weight: Tensor) -> list[Any]:
-    """What the weight is packed into by now, each once."""
+    """The packed forms of the weight so far, each once."""
     packs = _packs.get(weight)
     found = packs.found.copy().values() if packs is not None and packs.values == values_of(weight) else ()
     return list({id(form): form for form in found if form is not None}.values())
@@ -89,13 +89,13 @@ def packed_forms(weight: Tensor) -> list[Any]:
 
 # ---------------------------------------------------------------------------------------------------- folded weights
 def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The weight with BatchNorm's scale in it, in ``dtype``, and what of the scale stays outside of it, if anything.
+    """The weight times BatchNorm's scale, in ``dtype``, and the part of the scale that stays outside, if any.
 
-    A channel is not folded where its s*W, or t, is below or above the dtype's normal numbers, so that rounding loses
-    more than it does to those and to W: it keeps W and s, with which PyTorch computes.
+    A channel is not folded if its s*W or t lies below or above the dtype's normal numbers: rounding would then lose
+    more than it loses for normal numbers and for W. Such a channel keeps W and s, with which PyTorch computes.
 
     Args:
-        weight: [K, C, R, S], any floating dtype. norm: its scale, [K], of the dtype in which to multiply.
+        weight: [K, C, R, S], any floating dtype. norm: its scale is [K], of the dtype in which to multiply.
 
     Returns:
         [K, C, R, S] in ``dtype``; [K] in ``vector_dtype`` of that, or None: 1 everywhere.
@@ -103,7 +103,7 @@ def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor,
     scale, limits = norm.scale, torch.finfo(dtype)
     exact = weight.to(scale.dtype) * scale[:, None, None, None]
     folded = exact.to(dtype)
-    if dtype != torch.float16:  # the others reach as far as what vectors are in
+    if dtype != torch.float16:  # the other dtypes have the range of the vectors' dtype
         return folded, None
 
     def size(t: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor,
 
     own = weight.to(dtype)
     usual = torch.maximum(limits.eps / 2 * size(exact), scale.abs() * size(own.to(scale.dtype) - weight))
-    # t with room for a convolution that rounds before it adds it
+    # t leaves room for a convolution that rounds before it adds t
     good = (size(folded - exact) <= usual) & (norm.shift.abs() <= limits.max / 4)
     if good.all():
         return folded, None
@@ -119,8 +119,10 @@ def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> bool:
-    """Whether all of the scale may be in a unit's weight. The answer is kept with the weight while nothing changes that
-    it depends on: a GPU is waited for once."""
+    """Whether all of the scale can be folded into a unit's weight.
+
+    The answer is kept with the weight until a tensor that it depends on changes, so it waits for a GPU only once.
+    """
     if dtype != torch.float16:
         return True
     weight = p["weight"]
@@ -128,7 +130,7 @@ def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> b
     def answer(_: Any = None) -> bool:
         return fold_weight(weight, norm, dtype)[1] is None
 
-    if any(t.is_inference() for t in p.values()):  # which may change unseen
+    if any(t.is_inference() for t in p.values()):  # their changes can't be noticed
         return answer()
     key = ("folds", eps, *((WeakIdRef(t), values_of(t)) for name, t in p.items() if name != "weight"))
     found: bool = _packed(weight, key, answer)
@@ -137,7 +139,7 @@ def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> b
 
 # ---------------------------------------------------------------------------------------------------- units
 def _affine(scale: Tensor, shift: Tensor) -> Norm:
-    """scale*y + shift; inference reads neither a mean nor a deviation."""
+    """scale*y + shift as a ``Norm``. Inference reads neither its center nor its rstd."""
     return Norm(scale, shift, shift, shift)
 
 
@@ -147,18 +149,20 @@ def _out_shape(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> tuple[int, .
     return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
 
 
-# Whether a unit runs on the backend that serves it, by what was asked; and how many answers are kept.
+# key -> whether a unit runs on the backend that serves it; and the number of answers that are kept.
 _served: dict[Any, bool] = {}
 _ASKED = 4096
-# What one timed call of a unit should take: networks have some ten to a hundred of them.
+# Seconds that one timed call of a unit should take: networks have some ten to a hundred units.
 _CALL_S = 0.008
 
 
 def _is_served(
     x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, pool: Any = None
 ) -> bool:
-    """Whether a unit, with the max-pool behind it, is to run on the backend that serves it: on a CPU where that is
-    faster than PyTorch's own operators, which start sooner."""
+    """Whether a unit, with its max-pool, runs on the backend that serves it.
+
+    On a CPU it does if that is faster than PyTorch's own operators, which have less overhead per call.
+    """
     if not x.is_cpu or not small.has_choice():
         return True
     key = (x.shape, x.dtype, weight.shape, conv, act, residual is None, pool, torch.get_num_threads())
@@ -173,7 +177,7 @@ def _is_served(
 
 
 class _Measured(NamedTuple):
-    """A unit, to be timed on random images with packed weights of its own."""
+    """A unit for the timing, with random images and its own packed weights."""
 
     weight: Tensor
     bias: Tensor
@@ -207,17 +211,19 @@ class _Measured(NamedTuple):
 
 
 class _Backends:
-    """Units on the backends that serve them; on PyTorch's own operators those that are faster so.
-    ``packed``: where packed weights are kept (``_packed``)."""
+    """Runs units on the backends that serve them, or on PyTorch's own operators if these are faster.
+
+    ``packed``: the function that keeps packed weights (``_packed``).
+    """
 
     @staticmethod
     def unit(
         x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
     ) -> Tensor:
-        """``owned``: nobody else holds the residual, its memory may be reused."""
+        """``owned``: nothing else uses the residual, so its memory may be reused."""
         if residual is not None:
             if residual.dtype != x.dtype or tuple(residual.shape) != _out_shape(x, weight, conv):
-                # a summand that the add widens, or that widens the sum: PyTorch's add
+                # the add converts or broadcasts a summand, so it is PyTorch's add
                 return reference.act(_Backends.unit(x, weight, bias, conv, Act("identity"), None, True) + residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
         if not _is_served(x, weight, bias, conv, act, residual):
@@ -242,7 +248,7 @@ class _Backends:
 
     @staticmethod
     def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
-        """max-pool of the unit's output, in one pass where the backend has one."""
+        """max-pool of the unit's output, in one pass if the backend has such a pass."""
         if not _is_served(x, weight, bias, conv, act, None, pool):
             return _Plain.pooled(x, weight, bias, conv, act, pool)
         return _Backends.serve_pooled(x, weight, bias, conv, act, pool, _packed)
@@ -268,7 +274,7 @@ class _Backends:
 
 
 class _Plain:
-    """Units of PyTorch's own operators."""
+    """Runs units on PyTorch's own operators."""
 
     @staticmethod
     def unit(
@@ -286,7 +292,7 @@ class _Plain:
 
 # ---------------------------------------------------------------------------------------------------- chains
 class _Unit(NamedTuple):
-    """A unit's tensors, and what is done with them."""
+    """A unit's spec and tensors."""
 
     weight: Tensor
     bias: Tensor
@@ -308,7 +314,7 @@ def _split(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[list[_
 
 
 def _begun(x: Tensor, unit: _Unit, ways: Any) -> tuple[Any, ...]:
-    """What is left to do, for ``ways.unit``: all, or what is behind the convolution of a unit with a scale."""
+    """The arguments of ``ways.unit``: the whole unit, or the part after the convolution of a unit with a scale."""
     weight, bias, scale, conv, act = unit
     if scale is None:
         return x, weight, bias, conv, act
@@ -318,13 +324,13 @@ def _begun(x: Tensor, unit: _Unit, ways: Any) -> tuple[Any, ...]:
 def _chain(
     x: Tensor, units: Sequence[_Unit], chain: ChainSpec, residual: Tensor | None, owned: bool, ways: Any
 ) -> Tensor:
-    """``residual``: somebody else's; ``owned``: nobody else holds x, its memory may be reused."""
+    """``residual``: the given summand. ``owned``: nothing else uses x, so its memory may be reused."""
     kind = chain.shortcut.kind
     *before, last = units[: len(chain.units)]
     h = x
     for unit in before:
         h = ways.unit(*_begun(h, unit, ways), None, True)
-    if chain.pool is not None:  # a chain that a pool closes has no shortcut
+    if chain.pool is not None:  # a chain closed by a pool has no shortcut
         pooled: Tensor = ways.pooled(*_begun(h, last, ways), chain.pool)
         return pooled
     if kind not in ("none", "tensor"):
@@ -348,23 +354,23 @@ def _chains(
 def run_chains(
     x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
 ) -> Tensor:
-    """The chains on the backends that serve them.
+    """Runs the chains on the backends that serve them.
 
-    On a CPU a stem and the stages behind it take a few images at a time: these tensors are the network's largest, and
-    whole they would be new memory from the system in every call.
+    On a CPU a stem and the stages after it take a few images at a time. Their tensors are the network's largest: for
+    the whole batch every call would get new memory from the system for them.
 
     Args:
         x: [N, C, H, W]. params: for each unit of each chain (projection last) the weight with BatchNorm folded in,
-            channels_last, x's dtype, or [C] in ``vector_dtype`` where there is no convolution; the bias; the scale, if
+            channels_last, x's dtype, or [C] in ``vector_dtype`` if there is no convolution; the bias; the scale, if
             it is not in the weight (``scaled``): [out_channels] in ``vector_dtype``.
-        chains: any number, each with the output of the one before.
+        chains: any number; each takes the output of the one before.
         residual: the summand of a first chain whose shortcut is "tensor".
 
     Returns:
         The last one's output, channels_last, x's dtype.
 
     Raises:
-        ValueError: x has other channels than the first weight.
+        ValueError: x does not have the channels of the first weight.
     """
     conv = chains[0].units[0].conv
     channels = params[0].shape[0] if conv is None else params[0].shape[1] * conv.groups
@@ -372,7 +378,7 @@ def run_chains(
         raise ValueError(f"x: expected {channels} channels, got shape {tuple(x.shape)}")
     if x.numel() == 0:
         return plain_chains(x, params, chains, residual)
-    # a model's own operations may hand over a slice: packed weights expect dense tensors
+    # a model's own operations may pass a slice, but packed weights expect dense tensors
     x = x.contiguous(memory_format=torch.channels_last)
     parts = _parts(x, params, chains) if x.device.type == "cpu" else 1
     if parts <= 1:
@@ -381,7 +387,7 @@ def run_chains(
 
 
 def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> int:
-    """In how many parts a batch is to pass, one unless the first chain is a stem with others behind it."""
+    """The number of parts in which a batch passes: one, unless the first chain is a stem with others after it."""
     stem = chains[0]
     if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
         return 1
@@ -396,5 +402,5 @@ def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> 
 def plain_chains(
     x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
 ) -> Tensor:
-    """``run_chains`` in PyTorch's own operators, for runtimes that have no others."""
+    """``run_chains`` with PyTorch's own operators, for runtimes that have no others."""
     return _chains(x, params, chains, residual, _Plain)

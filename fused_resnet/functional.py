@@ -1,7 +1,7 @@
 """The stateless API: chains of conv -> BatchNorm -> act on tensors you hold.
 
-Everything here validates its arguments before any kernel starts and leaves every tensor as it was when it refuses.
-Running statistics are updated in place, as ``torch.nn.functional.batch_norm`` does, after the kernels have run.
+All functions validate their arguments before any kernel starts. If they refuse, every tensor stays as it was. After the
+kernels they update running statistics in place, as ``torch.nn.functional.batch_norm`` does.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def conv_bn_act(
         stride, padding, dilation, groups, act, eps, momentum, training, process_group: see ``Unit``.
         residual: a summand of the output's shape, added before the activation.
         max_pool: ``PoolSpec.make(3, 2, 1)`` for the stem of a ResNet.
-        recompute: keep x instead of the convolution's output for the backward, and convolve again there.
+        recompute: save x instead of the convolution's output for the backward, which convolves again.
 
     Returns:
         [N, out_channels, oH, oW], x's dtype (autocast's inside autocast), x's layout.
@@ -89,7 +89,7 @@ def bn_act(
     eps: float = 1e-5,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """act(batch_norm(x) [+ residual]), for an x that somebody else's convolution made.
+    """act(batch_norm(x) [+ residual]), for an x from a convolution outside this package.
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
@@ -130,8 +130,8 @@ def residual_chain(
             a ``Unit`` without activation, the projection of options B and C; None for a plain block.
         shortcut_pool: an average pool before the projection (ResNet-D).
         residual: a summand of the output's shape instead of a shortcut (then ``shortcut=None``).
-        max_pool: behind a chain without a summand, as in a stem: ``PoolSpec.make(3, 2, 1)``.
-        recompute: the first convolution's output is not kept for the backward but computed again there.
+        max_pool: a max-pool after a chain without a summand, as in a stem: ``PoolSpec.make(3, 2, 1)``.
+        recompute: the backward computes the first convolution's output again instead of saving it.
 
     Returns:
         [N, out_channels of the last unit, oH, oW], x's dtype (autocast's inside autocast), x's layout.
@@ -151,8 +151,8 @@ def residual_chain(
 def residual_chains(x: Tensor, chains: Sequence[Chain]) -> Tensor:
     """Residual blocks in a row, a stage of a network: ``residual_chain`` of each, on the output of the one before.
 
-    The same numbers as one call each, with less traffic in the backward: the gradient between two blocks passes the add
-    and the activation that it meets where it is made.
+    The numbers are those of one call per block. The backward has less traffic: the kernel that computes the gradient
+    between two blocks also takes it through the add and the activation there.
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
@@ -182,7 +182,7 @@ def _run(
     pool: PoolSpec | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """``residual``, ``pool`` and ``recompute`` come with one chain."""
+    """Checks and runs the chains. ``residual``, ``pool`` and ``recompute`` are only for a single chain."""
     checks.check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
@@ -191,20 +191,21 @@ def _run(
     shape = tuple(x.shape)
     for i, chain in enumerate(chains):
         plan = _plan(chain, shape[1], residual, pool, recompute)
-        # a constant object is opaque to the compiler's guards, so it traces the making of one
+        # the compiler's guards can't handle a constant object, so it traces the making of one
         spec = _chain_spec(*plan) if torch.compiler.is_compiling() else RowSpec.decode(_text(plan)).chains[0]
         where = f"chain {i}, " if len(chains) > 1 else ""
         shape = checks.check_chain(x, shape, residual, chain.everyone, spec, where)
         plans.append(plan)
         specs.append(spec)
 
-    # an empty batch has its part in statistics that other processes wait for
+    # with a process group an empty batch still takes part in the statistics, for which the others wait
     empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
     if empty or fused_resnet.chain.transformed():
         for chain, spec in zip(chains, specs, strict=True):
             x = _plain(*_autocast(x, residual, chain.units[0]), chain.everyone, spec)
         return x
-    # what wants no gradient is none of a row's, which keeps all that it computes; nor is what begins without a conv
+    # Chains whose input and parameters need no gradient run outside the row, because a row saves every intermediate.
+    # Without a convolution at the start of each chain there is no row.
     alone = 0 if all(spec.units[0].conv is not None for spec in specs) else len(chains)
     while alone < len(chains) and not _wants_grad(x, residual, _params([chains[alone]], [specs[alone]])):
         alone += 1
@@ -220,7 +221,7 @@ def _row(
     plans: Sequence[tuple[Any, ...]],
     specs: Sequence[ChainSpec],
 ) -> Tensor:
-    """One call of an operator, and what it does to running statistics."""
+    """Calls one operator, and updates the running statistics."""
     x, residual = _autocast(x, residual, chains[0].units[0])
     params = _params(chains, specs)
     text = _text(*plans)
@@ -251,7 +252,7 @@ def _params(chains: Sequence[Chain], specs: Sequence[ChainSpec]) -> list[Tensor]
 def _plan(
     chain: Chain, channels: int, residual: Tensor | None, pool: PoolSpec | None, recompute: bool
 ) -> tuple[Any, ...]:
-    """A chain's hyper-parameters, as ``_chain_spec`` takes them."""
+    """A chain's hyper-parameters, the arguments of ``_chain_spec``."""
     projection = isinstance(chain.shortcut, Unit)
     if projection:
         kind = "projection"
@@ -288,7 +289,7 @@ def _chain_spec(
 
 
 def _text(*plans: tuple[Any, ...]) -> str:
-    """The row's spec as operators take it; a constant of a compiled graph, so the arguments are plain tuples."""
+    """The row's spec as text, for operators. It is a constant of a compiled graph, so ``plans`` are plain tuples."""
     return _cached_text(plans)
 
 
@@ -301,12 +302,12 @@ def _unit_spec(conv: tuple[Any, ...] | None, act: tuple[str, float], *rest: Any)
     return UnitSpec(ConvSpec(*conv) if conv is not None else None, Act(*act), *rest)
 
 
-# What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo.
+# Like torch.compiler.assume_constant_result, but without importing all of torch._dynamo.
 _text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _key(unit: Unit, index: int) -> tuple[Any, ...]:
-    """A unit's hyper-parameters, as ``_unit_spec`` takes them."""
+    """A unit's hyper-parameters, the arguments of ``_unit_spec``."""
     checks.check_arguments(unit, index)
     conv = None
     if unit.weight is not None:
@@ -329,7 +330,7 @@ def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
 
 
 def _autocast(x: Tensor, residual: Tensor | None, first: Unit) -> tuple[Tensor, Tensor | None]:
-    """Inside autocast the chain works in autocast's dtype; weights stay and are rounded where they are used."""
+    """Casts x and residual to autocast's dtype inside autocast. Weights stay; kernels round them on use."""
     if not checks.autocasts(x) or x.dtype == torch.float64:
         return x, residual
     dtype = torch.get_autocast_dtype(x.device.type) if first.weight is not None else x.dtype
@@ -341,13 +342,15 @@ def _wants_grad(x: Tensor, residual: Tensor | None, params: Sequence[Tensor]) ->
 
 
 def in_backward() -> bool:
-    """Whether this forward runs inside a backward pass: a checkpointed block computed again, whose running statistics
-    have been updated when it ran first."""
+    """Whether this forward runs inside a backward pass.
+
+    Then it is a checkpoint's recomputation, and the first forward has updated the running statistics.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _counts(x: Tensor, chain: Chain, spec: ChainSpec) -> list[int]:
-    """Values per channel of each unit's y."""
+    """The number of values per channel of each unit's y."""
     return [n * h * w for n, _, h, w in fused_resnet.chain.unit_shapes(x, _params([chain], [spec]), spec)]
 
 
@@ -364,8 +367,10 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int | Tensor) 
 
 
 def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
-    """By PyTorch's own functions: where there is no batch or no pixel they decide what comes out and what becomes of
-    the statistics, and torch.func's transforms have rules for them."""
+    """Runs a chain by PyTorch's own functions.
+
+    For an empty batch or image they define the result and the statistics. torch.func's transforms have rules for them.
+    """
 
     def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
         if u.weight is not None and s.conv is not None:

@@ -1,4 +1,4 @@
-"""Chains of nn.Modules: running statistics live here, in the BatchNorm2d children, under PyTorch's names."""
+"""Chains of nn.Modules. The BatchNorm2d children hold the running statistics, under PyTorch's names."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
 
 
 def graphed() -> bool:
-    """Whether a tool records what runs: dynamo, ``torch.jit.trace``, ``torch.export``, either way of
-    ``torch.onnx.export``. Modules run their own forwards then: the graph is the plain model's."""
+    """Whether a tool records a graph: dynamo, ``torch.jit.trace``, ``torch.export``, either way of
+    ``torch.onnx.export``.
+
+    Modules then run their own forwards, so that the graph is the plain model's.
+    """
     return torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
@@ -43,24 +46,27 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Forward, pre-forward or backward hooks of the module's own."""
+    """Whether the module has forward, pre-forward or backward hooks."""
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every place in the model, by its name, and the module there; parents first, and once more what stands in several.
-    As ``named_modules(remove_duplicate=False)``, for modules that have an ``__eq__`` of their own, or no hash, too."""
+    """Every (name, module) in the model, parents first. A module in several places appears once per place.
+
+    This is ``named_modules(remove_duplicate=False)``, but it also works for modules with their own ``__eq__`` or
+    without a hash.
+    """
     rest: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
     while rest:
         name, m, above = rest.pop()
         yield name, m
-        if id(m) not in above:  # or it holds itself
+        if id(m) not in above:  # otherwise the module contains itself
             children = [(k, child) for k, child in m._modules.items() if child is not None]
             rest += [(f"{name}.{k}".lstrip("."), child, (*above, id(m))) for k, child in reversed(children)]
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Each module of the model once, with its first name; parents first."""
+    """Each module of the model once, with its first name, parents first."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, m in places(model):
         found.setdefault(id(m), (name, m))
@@ -68,8 +74,10 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
-    """The process group whose processes share this norm's statistics in training: that of a SyncBatchNorm, where there
-    is one and this process is not alone in it."""
+    """The process group that shares this norm's statistics in training.
+
+    It is a SyncBatchNorm's group; None if there is no group, or if this process is alone in it.
+    """
     if original(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
         return None
     given: Any = bn.process_group
@@ -78,8 +86,7 @@ def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy`` without a history of its tensors (a ScriptModule's copy has one else), but for process groups,
-    of which there is one each."""
+    """``copy.deepcopy`` without autograd history, which a ScriptModule's copy would have. Process groups are shared."""
     groups = [m.process_group for _, m in named_modules(model) if isinstance(m, nn.SyncBatchNorm)]
     with torch.no_grad():
         return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
@@ -89,7 +96,7 @@ def act_of(module: nn.Module | Act) -> Act:
     """The table's entry for an activation module.
 
     Raises:
-        KeyError: not in the table.
+        KeyError: the module is not in the table.
     """
     if isinstance(module, Act):
         return module
@@ -99,8 +106,11 @@ def act_of(module: nn.Module | Act) -> Act:
 
 @dataclass(eq=False)
 class UnitModules:
-    """The modules of one unit: ``act=None`` is the identity, an ``Act`` one that is called as a function; ``bn`` may be
-    one of ``patterns.NORMS``, its activation, if it has one, then is ``act``."""
+    """The modules of one unit.
+
+    ``act=None`` is the identity; an ``Act`` is an activation that is called as a function. ``bn`` may be one of
+    ``patterns.NORMS``; if it has an activation, that is ``act``.
+    """
 
     conv: nn.Conv2d | None
     bn: nn.BatchNorm2d | nn.SyncBatchNorm
@@ -111,19 +121,19 @@ class UnitModules:
 
     @property
     def channels(self) -> int:
-        """Of the unit's output."""
+        """The number of channels of the unit's output."""
         bn = self.bn
         known = (t for t in (bn.weight, bn.running_mean) if t is not None)
         return int(next((t.shape[0] for t in known), 0)) or bn.num_features
 
     @property
     def frozen(self) -> bool:
-        """The norm never uses a batch's statistics, whatever its mode."""
+        """Whether the norm never uses a batch's statistics, in any mode."""
         kind = norm_kind(original(self.bn))
         return kind is not None and kind[0]
 
     def why_not(self) -> str | None:
-        """Why a chain can't run these modules as they are now, or None."""
+        """The reason why a chain can't run these modules as they are now, or None."""
         for m in self:
             if has_hooks(m):
                 return f"a {type(m).__name__} has hooks"
@@ -179,7 +189,7 @@ class UnitModules:
         return unit
 
     def count_batch(self) -> None:
-        """num_batches_tracked, after the chain has run."""
+        """Counts num_batches_tracked, after the chain has run."""
         bn = self.bn
         if self.frozen or not (bn.training and bn.track_running_stats):
             return
@@ -189,12 +199,12 @@ class UnitModules:
 
 @dataclass(eq=False)
 class ChainModules:
-    """The modules of a chain, read off a block each time it runs, so that what was changed in between is seen.
+    """The modules of a chain. They are read from a block each time that it runs, so that changes are seen.
 
     Args:
         units: first to last; the last one's act comes after the add.
         shortcut: None (plain), "identity", "pad" (option A, with ``stride``), or the projection's modules.
-        avg_pool: before the projection. max_pool: at the end (the stem), then there is no shortcut.
+        avg_pool: the pool before the projection. max_pool: the pool at the end (a stem); then there is no shortcut.
     """
 
     units: Sequence[UnitModules]
@@ -205,11 +215,11 @@ class ChainModules:
 
     @property
     def all_units(self) -> list[UnitModules]:
-        """The units and, behind them, the projection."""
+        """The units, followed by the projection."""
         return [*self.units, *([self.shortcut] if isinstance(self.shortcut, UnitModules) else [])]
 
     def why_not(self) -> str | None:
-        """Why the chain can't run these modules as they are now, or None."""
+        """The reason why the chain can't run these modules as they are now, or None."""
         if nn_module._has_any_global_hook():
             return "global module hooks are registered"
         for unit in self.all_units:
@@ -231,7 +241,7 @@ class ChainModules:
         return PoolSpec.make(m.kernel_size, m.stride, m.padding) if m else None
 
     def _recompute(self, x: Tensor) -> bool:
-        """A stem's raw output is the network's largest tensor: in 32 bits memory is worth convolving again."""
+        """Whether to convolve again in the backward: for a stem in 32 bits, whose raw output is the largest tensor."""
         dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
         one_conv = len(self.units) == 1 and self.units[0].conv is not None
         return self.max_pool is not None and one_conv and dtype.itemsize > 2
@@ -242,7 +252,7 @@ class ChainModules:
         return Chain([u.unit() for u in self.units], shortcut, self.stride, self.avg_pool_spec())
 
     def out_shape(self, x: Tensor) -> tuple[int, ...]:
-        """Of the last unit."""
+        """The number of channels of the last unit."""
         shape = tuple(x.shape)
         for conv in (u.conv for u in self.units):
             if conv is not None:
@@ -251,10 +261,10 @@ class ChainModules:
         return shape
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``residual``: a summand that somebody else made, in a chain without a shortcut."""
+        """Runs the chain. ``residual``: a given summand, for a chain without a shortcut."""
         other_dtype = residual is not None and residual.dtype != x.dtype and not autocasts(x)
         if residual is not None and (other_dtype or tuple(residual.shape) != self.out_shape(x)):
-            # a summand that the add widens, or that widens the sum: PyTorch's add
+            # the add converts or broadcasts a summand, so it is PyTorch's add
             *before, last = self.units
             out = ChainModules([*before, UnitModules(last.conv, last.bn)])(x) + residual
             return reference.act(out, act_of(last.act)) if last.act is not None else out
@@ -325,7 +335,7 @@ class ResidualChain(nn.Module):
     """A residual block of any number of units: act(unit_k(... unit_1(x)) + shortcut(x)).
 
     Args:
-        units: the ``ConvBNAct`` in a row; the last one's act is applied after the add.
+        units: the ``ConvBNAct``s in order; the last one's act is applied after the add.
         shortcut: "identity", None (a plain block) or a ``ConvBNAct`` with ``act=None``, the projection.
 
     Shape: [N, C, H, W] -> [N, out_channels of the last unit, oH, oW]; dtype and layout of the input.
@@ -362,7 +372,7 @@ class ResidualChain(nn.Module):
         )
 
     def _plain(self, x: Tensor) -> Tensor:
-        """The block as PyTorch's modules."""
+        """Runs the block by PyTorch's modules."""
         *before, last = self.units
         h = x
         for unit in before:

@@ -1,11 +1,12 @@
-"""Which backend serves which primitive: chosen by preference, or measured on the device and remembered.
+"""Chooses the backend of each primitive: by preference, or by measuring on the device.
 
-``run(primitive, *args)`` is how a chain calls a primitive. Where nothing is measured the choice is the first of
+A chain calls a primitive by ``run(primitive, *args)``. If nothing is measured, the choice is the first of
 ``backends.NAMES`` that is available and takes the case. On a GPU each new signature (shapes, dtype, hyper-parameters;
-the batch rounded up to a power of two) is measured once: every backend that takes it, with every configuration that it
-offers, beside ``aten``, caches flushed between runs; a convolution's backward also as two calls, input and weight
-apart. What gives other numbers than ``aten`` on these arguments is dropped with a warning. The fastest is kept in a
-file (``plan_cache``), so it is the same in every later process. ``use_backend`` overrides all of this.
+the batch rounded up to a power of two) is measured once. The candidates are all backends that take it, with all their
+configurations, beside ``aten``. Caches are flushed between runs. A convolution's backward is also measured as two
+calls, one for the input and one for the weight. A candidate whose numbers differ from those of ``aten`` on these
+arguments is dropped with a warning. The fastest is kept in a file (``plan_cache``), so later processes choose the same.
+``use_backend`` overrides all of this.
 
 FUSED_RESNET_PLAN: "auto" (measure on GPUs; the default), "measure" (on CPUs too), "preference" (never).
 """
@@ -45,23 +46,23 @@ from fused_resnet.spec import Act, ConvSpec, PoolSpec
 if TYPE_CHECKING:
     from fused_resnet.plan_cache import PlanCache
 
-# Where a primitive's convolution and weight stand among its arguments.
+# The positions of a primitive's convolution and weight among its arguments.
 _CONV = {"conv_bias_act": (3, 1), "conv_stats": (2, 1), "conv_backward": (6, 5)}
-# conv_backward's: need_input, need_weight, add, closing
+# The positions of conv_backward's need_input, need_weight, add, closing.
 _NEEDS, _ADD, _CLOSING = (7, 8), 9, 10
 _WEIGHT_ONLY = {_NEEDS[0]: False, _ADD: None, _CLOSING: None}
 
 
 # ---------------------------------------------------------------------------------------------------- by preference
 def case_of(x: Tensor, conv: ConvSpec | None = None, weight: Tensor | None = None) -> Case:
-    """What backends decide by, read off the tensors."""
+    """The case of a call, from its tensors."""
     kernel = (weight.shape[2], weight.shape[3]) if weight is not None else (1, 1)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return Case(x.device.type, x.dtype, channels_last, conv, kernel)
 
 
 def pick(primitive: str, case: Case) -> Any:
-    """The backend module that serves this primitive here, by preference.
+    """The backend module that serves this primitive by preference.
 
     Raises:
         BackendUnavailable: ``use_backend`` asks for one that refuses the case.
@@ -70,7 +71,7 @@ def pick(primitive: str, case: Case) -> Any:
 
 
 def why(primitive: str, case: Case) -> tuple[str, dict[str, str]]:
-    """The name of the backend that serves, and the reasons of those that were preferred and don't."""
+    """The name of the backend that serves, and the reasons of preferred backends that refuse."""
     module, reasons = _pick(primitive, case, forced())
     return _name(module), reasons
 
@@ -90,7 +91,7 @@ def _order(primitive: str, only: str | None) -> tuple[str, ...]:
 def _pick(primitive: str, case: Case, only: str | None) -> tuple[Any, dict[str, str]]:
     reasons: dict[str, str] = {}
     for name in _order(primitive, only):
-        # a backend that is asked for by name may plan for meta tensors where it can't run
+        # a backend requested by name may count meta tensors even if it can't run here
         module, reason = load(name, to_run=case.device != "meta" or only is None)
         if module is not None:
             refusal = _refusal(module, primitive, case)
@@ -111,15 +112,17 @@ def _refusal(module: Any, primitive: str, case: Case) -> str | None:
 # ---------------------------------------------------------------------------------------------------- choices
 @dataclass(frozen=True)
 class Choice:
-    """Who serves a signature: a backend and the configuration that it is to use (its own to read, None: its default);
-    or, for conv_backward, one choice for the input's gradient and one for the weight's."""
+    """The choice for a signature: a backend and its configuration (which only the backend reads; None: its default).
+
+    For conv_backward it may be one choice for the input's gradient and one for the weight's.
+    """
 
     backend: str
     config: tuple[Any, ...] | None = None
     parts: tuple[Choice, Choice] | None = None
 
     def encode(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The choice as a value for JSON."""
         if self.parts is not None:
             return {"backend": self.backend, "parts": [part.encode() for part in self.parts]}
         return {"backend": self.backend, "config": self.config}
@@ -154,7 +157,7 @@ def _configured(choice: Choice) -> AbstractContextManager[Any]:
 def _call(choice: Choice, primitive: str, args: tuple[Any, ...]) -> Any:
     if choice.parts is not None:
         for_input, for_weight = choice.parts
-        # the weight's first: the input's may overwrite ``add``
+        # the weight's gradient first: the input's may overwrite ``add``
         _, dw, *_ = _call(for_weight, primitive, _with(args, _WEIGHT_ONLY))
         dx, _, *sums = _call(for_input, primitive, _with(args, {_NEEDS[1]: False}))
         return dx, dw, *sums
@@ -170,7 +173,7 @@ def _with(args: tuple[Any, ...], changes: dict[int, Any]) -> tuple[Any, ...]:
 
 
 _choosing = Lock()
-# key of the arguments -> choice; and what ``explain`` reads: (primitive, conv, weight's shape or channels) -> entry
+# key of the arguments -> choice; and for ``explain``: (primitive, conv, weight's shape or channels) -> entry
 _known: dict[Any, Choice] = {}
 _entries: dict[Any, dict[str, Any]] = {}
 # Called with (primitive, args, {"choice": ..., "ms": ...}) after each measurement, for reports.
@@ -178,7 +181,7 @@ listeners: list[Callable[[str, tuple[Any, ...], dict[str, Any]], None]] = []
 
 
 def run(primitive: str, *args: Any) -> Any:
-    """Calls the primitive on the backend that serves these arguments (``Primitives`` tells them).
+    """Calls the primitive on the backend that serves these arguments (see ``Primitives``).
 
     Raises:
         BackendUnavailable: ``use_backend`` asks for one that refuses the case.
@@ -189,16 +192,16 @@ def run(primitive: str, *args: Any) -> Any:
     key = _key(primitive, args)
     choice = _known.get(key)
     if choice is None:
-        with _choosing.held():  # threads that come at once get one choice, and none is timed beside another
+        with _choosing.held():  # concurrent threads get one choice, and their timings do not overlap
             choice = _choose(primitive, args)
-        if choice is None:  # not now: by preference, and measured at a later call
+        if choice is None:  # it can't be measured now: by preference, and a later call measures
             return getattr(pick(primitive, _case(primitive, args)), primitive)(*args)
         _known[key] = choice
     return _call(choice, primitive, args)
 
 
 def plan() -> str:
-    """FUSED_RESNET_PLAN (ValueError where it is none of the three that there are)."""
+    """FUSED_RESNET_PLAN (ValueError if it has another value than the three allowed)."""
     wish = os.environ.get("FUSED_RESNET_PLAN", "auto")
     if wish not in ("auto", "measure", "preference"):
         raise ValueError(f"FUSED_RESNET_PLAN: expected auto, measure or preference, got {wish!r}")
@@ -217,17 +220,17 @@ def _case(primitive: str, args: tuple[Any, ...]) -> Case:
 
 
 def _key(primitive: str, args: tuple[Any, ...]) -> Any:
-    """What a choice is known by in this process."""
+    """The key of a choice in this process."""
     return (primitive, args[0].device, _tf32(primitive, args[0]), *map(_part, args))
 
 
 def _tf32(primitive: str, x: Tensor) -> bool:
-    """Whether float32 products are tf32: another kernel, other times."""
+    """Whether float32 products run in tf32, with another kernel and other times."""
     return primitive in _CONV and x.device.type == "cuda" and allow_tf32(x.dtype)
 
 
 def _part(a: Any) -> Any:
-    """What of an argument a measurement depends on, hashable."""
+    """The hashable properties of an argument on which a measurement depends."""
     if isinstance(a, Tensor):
         return a.shape, a.dtype, a.is_contiguous()
     if isinstance(a, Prologue):
@@ -244,12 +247,12 @@ def _part(a: Any) -> Any:
 
 
 def signature(primitive: str, args: tuple[Any, ...]) -> str:
-    """What was measured, as the cache file names it; batches are rounded up to a power of two."""
+    """The key of a measurement in the cache file. Batches are rounded up to a power of two."""
     return " ".join([primitive, *(text_of(a) for a in args), *(["tf32"] if _tf32(primitive, args[0]) else [])])
 
 
 def text_of(a: Any) -> str:
-    """An argument of a primitive, as signatures name it."""
+    """The text of a primitive's argument in a signature."""
     if isinstance(a, Tensor):
         shape = list(a.shape)
         if a.dim() == 4 and shape[0] > 0:
@@ -277,19 +280,19 @@ def text_of(a: Any) -> str:
 
 
 def cache(device: torch.device) -> PlanCache:
-    """The plan of a device; of a CPU, one for each number of threads."""
+    """The cache of a device; a CPU has one per number of threads."""
     return _cache(device, torch.get_num_threads() if device.type == "cpu" else 0)
 
 
 @lru_cache
 def _cache(device: torch.device, threads: int) -> PlanCache:
-    from fused_resnet.plan_cache import PlanCache, identity  # not before something is measured
+    from fused_resnet.plan_cache import PlanCache, identity  # imported only when something is measured
 
     return PlanCache(identity(device))
 
 
 def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
-    """From the cache, or measured now; None where that can't be: nothing to measure, or a CUDA graph is captured."""
+    """The choice from the cache, or measured now. None: nothing to measure, or a CUDA graph is being captured."""
     x, case = args[0], _case(primitive, args)
     device: torch.device = x.device
     text = signature(primitive, args)
@@ -312,7 +315,7 @@ def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
 
 
 def _usable(choice: Choice, primitive: str, case: Case) -> bool:
-    """A cache outlives what it was measured with: the backend it names may be gone."""
+    """Whether a cached choice can be used: its backend may be gone since."""
     if choice.parts is not None:
         return all(_usable(part, primitive, case) for part in choice.parts)
     module = load(choice.backend)[0] if choice.backend in NAMES else None
@@ -320,8 +323,10 @@ def _usable(choice: Choice, primitive: str, case: Case) -> bool:
 
 
 def planned(primitive: str, conv: ConvSpec | None, shape: Any) -> str | None:
-    """What serves a convolution's weight shape (or, without one, a number of channels) by the last measurement that
-    this process looked up: the choice, its time and that of aten; None where nothing was measured."""
+    """The choice for a convolution's weight shape (or a number of channels), its time and aten's.
+
+    They are from the last measurement that this process looked up; None if nothing was measured.
+    """
     entry = _entries.get((primitive, conv, shape))
     if entry is None:
         return None
@@ -330,7 +335,7 @@ def planned(primitive: str, conv: ConvSpec | None, shape: Any) -> str | None:
 
 
 def forget() -> None:
-    """Drops what this process knows, so that the next call reads the cache file again."""
+    """Drops this process's choices, so that the next call reads the cache file again."""
     _known.clear()
     _entries.clear()
     _cache.cache_clear()
@@ -338,13 +343,13 @@ def forget() -> None:
 
 # ---------------------------------------------------------------------------------------------------- measuring
 def _candidates(primitive: str, case: Case) -> list[str]:
-    """The backends that take the case, best first."""
+    """The backends that take the case, in order of preference."""
     modules = [(name, load(name)[0]) for name in NAMES]
     return [name for name, m in modules if m is not None and _refusal(m, primitive, case) is None]
 
 
 def _measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[Choice, dict[str, float]]:
-    """The fastest choice, and the milliseconds of all."""
+    """The fastest choice, and the milliseconds of all candidates."""
     found = _times(primitive, names, args)
     ms = {label(choice): time for choice, time in found.items()}
     if primitive == "conv_backward" and args[_NEEDS[0]] and args[_NEEDS[1]]:
@@ -355,12 +360,12 @@ def _measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[C
         found[apart] = ms[label(apart)] = for_input[parts[0]] + for_weight[parts[1]]
         for what, times in (("input", for_input), ("weight", for_weight)):
             ms |= {f"{what}: {label(choice)}": time for choice, time in times.items()}
-    # of equals the first, which is preferred; aten is the last backend
+    # among equals the first, which is preferred; aten is the last backend
     return min(found, key=found.__getitem__), ms
 
 
 def label(choice: Choice) -> str:
-    """What a choice is called among the measured times."""
+    """The name of a choice among the measured times."""
     if choice.parts is not None:
         return "apart: " + " + ".join(label(part) for part in choice.parts)
     return choice.backend if choice.config is None else f"{choice.backend} {choice.config}"
@@ -389,21 +394,22 @@ def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choi
                         )
                         continue
                 found[choice] = milliseconds(partial(_call, choice, primitive, own), own[0].device)
-        except Exception as error:  # a kernel that does not compile here, or memory that does not suffice
+        except Exception as error:  # the kernel does not compile here, or memory does not suffice
             if name == "aten":
                 raise
             warn_once(f"backend {name!r} can't run {signature(primitive, args)}: {type(error).__name__}: {error}")
     return found
 
 
-# How far a candidate's result may be from aten's, relative to its norm: far above what rounding does (the tests hold to
-# that), so that what it refuses is broken: a miscompiled kernel, a driver, a backend that was not built for this chip.
+# The largest distance of a candidate's result from aten's, relative to its norm. It is far above rounding (which the
+# tests check), so a refused candidate is broken: a miscompiled kernel, a driver, a backend that was not built for this
+# chip.
 _BOUND = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.1, torch.float16: 5e-2}
 
 
 @contextmanager
 def _nan_filled() -> Iterator[None]:
-    """Within it new memory holds NaN: what a kernel leaves out could be there already, from the candidate before it."""
+    """New memory holds NaN within this context: memory of the previous candidate may already hold the right values."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:
@@ -413,20 +419,20 @@ def _nan_filled() -> Iterator[None]:
 
 
 def _own(primitive: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A primitive may overwrite ``add``."""
+    """A copy of ``add`` for each call, because a primitive may overwrite it."""
     if primitive != "conv_backward" or args[_ADD] is None:
         return args
     return _with(args, {_ADD: args[_ADD].clone(memory_format=torch.preserve_format)})
 
 
 def _error(got: Any, want: Any) -> float:
-    """The largest relative error of the images and weights in a result (sums may cancel to nothing); 0 without any."""
+    """The largest relative error of a result's images and weights, or 0. Sums may cancel, so they don't count."""
     errors = [0.0]
     for g, w in zip(tree_leaves(got), tree_leaves(want), strict=True):
         if isinstance(w, Tensor) and w.dim() == 4 and w.is_floating_point():
             if not isinstance(g, Tensor) or g.shape != w.shape:
                 return float("inf")
-            # both may hold what is no number, in the same places
+            # both may hold NaN or Inf in the same places
             g, w = (t.detach().to(vector_dtype(t.dtype)) for t in (g, w))
             same = (g == w) | (g.isnan() & w.isnan())
             difference = torch.where(same, 0, g - w)
@@ -435,7 +441,7 @@ def _error(got: Any, want: Any) -> float:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call: on a GPU by its events with the L2 cache flushed between runs, on a CPU by the clock."""
+    """The median time of a call: on a GPU by events, with the L2 cache flushed between runs; on a CPU by the clock."""
     if device.type == "cuda":
         from triton.testing import do_bench
 

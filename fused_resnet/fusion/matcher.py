@@ -1,12 +1,14 @@
-"""Chains and rows in a captured graph: conv -> norm -> act units, what closes them, and why others are left.
+"""Finds chains and rows in a captured graph, and says why the other norms are in none.
 
-unit     a norm, the convolution before it if nobody else uses its output, the activation behind it likewise
-chain    units one after the other; closed by an add, whose other summand is a shortcut or another tensor, and its
-         activation; or by a max-pool; or by nothing
-row      chains one after the other, each one's output used by the next one alone
+unit     a norm; the convolution before it, if only the norm uses its output; the activation after it, if only that uses
+         the norm's output
+chain    units one after the other; closed by an add and its activation, where the add's other summand is a shortcut or
+         another tensor; or closed by a max-pool; or by nothing
+row      chains one after the other, where only the next chain uses a chain's output
 
-The graph is dynamo's: torch functions, each node with the tensor that the tracer computed (``example_value``). A chain
-runs where its last node stood, so nothing between its first and last node may write what it reads.
+The graph is dynamo's. It consists of torch functions, and each node has the tensor that the tracer computed
+(``example_value``). A chain runs at the place of its last node, so no node between its first and its last may write a
+tensor that the chain reads.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from fused_resnet.fusion.table import (
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 IDENTITY = Act("identity")
-# The stages that belong to a frozen stem's row, by the size of their tensors in the paper's networks.
+# The number of stages in a frozen stem's row, chosen by the size of their tensors in the paper's networks.
 _STEM_STAGES = 2
 
 
@@ -41,10 +43,11 @@ class UnitMatch:
     """The nodes of a unit.
 
     Attributes:
-        start: the node that it reads. nodes: its own, first to last. norm: the BatchNorm's, which names the unit.
+        start: the node that the unit reads. nodes: its nodes, first to last. norm: the BatchNorm's node; it identifies
+            the unit.
         tensors: field of ``units.Unit`` -> node. options: field -> constant; ``momentum`` may be a node.
-        counter: the node that counts the batch, and is part of the unit.
-        affine: scale and shift are given ([1, C, 1, 1]) instead of statistics.
+        counter: the node that counts the batch; it belongs to the unit.
+        affine: scale and shift ([1, C, 1, 1]) are given instead of statistics.
     """
 
     start: fx.Node
@@ -67,7 +70,7 @@ class UnitMatch:
 
 @dataclass(eq=False)
 class ChainMatch:
-    """A chain: ``nodes`` are all that it stands for; ``residual``: the summand of the shortcut "tensor"."""
+    """A chain. ``nodes``: all nodes that it replaces. ``residual``: the summand of the shortcut "tensor"."""
 
     units: list[UnitMatch]
     nodes: list[fx.Node]
@@ -77,7 +80,7 @@ class ChainMatch:
     stride: tuple[int, int] = (1, 1)
     avg_pool: PoolSpec | None = None
     max_pool: PoolSpec | None = None
-    act: Act = IDENTITY  # behind the add, or the last unit's
+    act: Act = IDENTITY  # after the add, or the last unit's
 
     @property
     def start(self) -> fx.Node:
@@ -94,7 +97,7 @@ class ChainMatch:
 
 @dataclass(eq=False)
 class RowMatch:
-    """Chains that run as one; ``choice``: whether they do, once the row is lowered."""
+    """Chains that run as one. ``choice``: set when the row is lowered; it decides whether they do."""
 
     chains: list[ChainMatch]
     choice: Any = None
@@ -110,7 +113,7 @@ class RowMatch:
 
 @dataclass
 class Matches:
-    """Attributes: rows: in the graph's order. left: norm -> why it is in none. norms: how many there are."""
+    """Attributes: rows: in the graph's order. left: norm -> why it is in no row. norms: the number of norms."""
 
     rows: list[RowMatch] = field(default_factory=list)
     left: dict[fx.Node, str] = field(default_factory=dict)
@@ -118,10 +121,10 @@ class Matches:
 
 
 def match(graph: fx.Graph, frozen: bool = False) -> Matches:
-    """The rows of a graph of torch functions, as dynamo hands it to a backend.
+    """Finds the rows of a graph of torch functions, as dynamo gives it to a backend.
 
     Args:
-        frozen: nothing is kept for a backward, and norms of batch statistics are left.
+        frozen: for inference: nothing is kept for a backward, and norms with batch statistics are left out.
     """
     return _Matcher(graph, frozen).matches
 
@@ -146,14 +149,14 @@ class _Matcher:
 
     # ------------------------------------------------------------------------------------------------ nodes
     def _only_user(self, node: fx.Node) -> fx.Node | None:
-        """The one node that uses a value, once."""
+        """The node that uses a value, if there is only one and it uses the value once."""
         if len(node.users) != 1 or node.op not in ("call_function", "call_method"):
             return None
         (user,) = node.users
         return user if user.op != "output" and user.all_input_nodes.count(node) == 1 else None
 
     def _through(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-        """Past dropouts that drop nothing: the node behind which others go on, and those passed."""
+        """Skips dropouts that drop nothing: returns the node after which the graph continues, and the skipped nodes."""
         passed: list[fx.Node] = []
         while (user := self._only_user(node)) is not None and kind_of(user) == "dropout":
             given = arguments(user)
@@ -164,7 +167,7 @@ class _Matcher:
         return node, passed
 
     def _followed_by_act(self, node: fx.Node) -> tuple[Act, list[fx.Node]]:
-        """The activation behind a value that nobody else uses, and its nodes."""
+        """The activation after a value, if nothing else uses the value, and the activation's nodes."""
         last, passed = self._through(node)
         user = self._only_user(last)
         if user is None or user.args[:1] != (last,) or (act := act_of(user)) is None:
@@ -214,7 +217,7 @@ class _Matcher:
         return UnitMatch(given["input"], [node], node, tensors, options, counter=counter), ""
 
     def _affine(self, node: fx.Node) -> UnitMatch | None:
-        """x * scale + shift per channel, as frozen norms compute it."""
+        """A unit from x * scale + shift per channel, as frozen norms compute it."""
         for product, shift in (pair for pair in (summands(node),) if pair is not None):
             factors = product.args if product.op != "placeholder" and product.target in MULS else ()
             if len(factors) != 2 or product.kwargs or self._only_user(product) is not node:
@@ -232,7 +235,7 @@ class _Matcher:
         return None
 
     def _add_conv(self, unit: UnitMatch, node: fx.Node) -> bool:
-        """Takes the convolution before the unit into it, if a chain can run it."""
+        """Adds the convolution before the unit to it, if a chain can run the convolution."""
         given = arguments(node)
         if given is None or not isinstance(given["input"], fx.Node) or not isinstance(given["weight"], fx.Node):
             return False
@@ -256,7 +259,7 @@ class _Matcher:
 
     # ------------------------------------------------------------------------------------------------ chains
     def _back(self, last: UnitMatch) -> list[UnitMatch]:
-        """The units one after the other that end with ``last``."""
+        """The longest sequence of units that ends with ``last``."""
         row = [last]
         while row[0].has_conv:
             before = self.units.get(row[0].start)
@@ -266,13 +269,13 @@ class _Matcher:
         return row
 
     def _closed(self) -> Iterator[ChainMatch]:
-        """Chains that an add closes."""
+        """The chains that an add closes."""
         for add in self.nodes:
             both = summands(add)
             if both is None:
                 continue
             found = [c for pair in (both, both[::-1]) if (c := self._residual(add, *pair)) is not None]
-            # a shortcut from the chain's own input before another tensor, the longer one, the later one
+            # prefers a shortcut from the chain's own input to another tensor, then the longer chain, then the later one
             found.sort(key=lambda c: (c.shortcut == "tensor", -len(c.units), -self.order[c.nodes[0]]))
             for chain in found:
                 if self._accepted(chain):
@@ -280,13 +283,13 @@ class _Matcher:
                     break
 
     def _residual(self, add: fx.Node, branch: fx.Node, other: fx.Node) -> ChainMatch | None:
-        """The chain that ends with ``branch`` and is closed by ``add``."""
+        """The chain that ends with ``branch`` and that ``add`` closes."""
         origin, passed = self._dropped(branch)
         last = self.units.get(origin)
         if last is None or last.act.name != "identity" or last.end in self.taken or self._only_user(branch) is not add:
             return None
         if other in written(add) and not self._alone(other, add):
-            return None  # x += branch(x) changes what others hold
+            return None  # x += branch(x) changes a tensor that others hold
         if not self._same_sum(add, branch, other):
             return None
         row = self._back(last)
@@ -297,13 +300,13 @@ class _Matcher:
         return chain
 
     def _alone(self, node: fx.Node, user: fx.Node) -> bool:
-        """Whether nobody but ``user``, which writes into a value, has it or a view of it."""
+        """Whether only ``user``, which writes into a value, uses the value or a view of it."""
         storage = storage_of(node)
         shared = [n for n in self.nodes[: self.order[user]] if n is not node and storage_of(n) == storage]
         return storage is not None and self._only_user(node) is user and not shared
 
     def _dropped(self, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-        """Back past dropouts that drop nothing."""
+        """Skips dropouts that drop nothing, backwards."""
         passed: list[fx.Node] = []
         while kind_of(node) == "dropout" and (given := arguments(node)) and given["training"] is False:
             passed.insert(0, node)
@@ -311,7 +314,7 @@ class _Matcher:
         return node, passed
 
     def _same_sum(self, add: fx.Node, branch: fx.Node, other: fx.Node) -> bool:
-        """Neither summand is widened or repeated by the add."""
+        """Whether the add neither converts nor broadcasts a summand."""
         values = [value_of(n) for n in (add, branch, other)]
         if any(v is None for v in values):
             return False
@@ -319,7 +322,7 @@ class _Matcher:
         return all(v.shape == shape and v.dtype == dtype for v in values)  # type: ignore[union-attr]
 
     def _shortcut(self, chain: ChainMatch, other: fx.Node, add: fx.Node) -> list[fx.Node]:
-        """Says in ``chain`` how ``other`` comes of its input; returns the nodes on the way."""
+        """Sets the shortcut of ``chain`` to the one that computes ``other``. Returns the shortcut's nodes."""
         if other is chain.start:
             chain.shortcut = "identity"
             return []
@@ -347,7 +350,7 @@ class _Matcher:
         return _pool(*window, given["ceil_mode"], given["count_include_pad"])
 
     def _zero_pad(self, node: fx.Node, chain: ChainMatch) -> tuple[int, int] | None:
-        """The stride of option A's shortcut: every stride-th pixel, zero channels behind."""
+        """The stride of option A's shortcut: every stride-th pixel, and zero channels appended."""
         given = arguments(node) if kind_of(node) == "pad" else None
         strided: Any = given["input"] if given is not None else None
         if given is None or given["mode"] != "constant" or given["value"] not in (None, 0, 0.0):
@@ -368,7 +371,7 @@ class _Matcher:
         return (steps[2], steps[3]) if whole and behind and all(type(s) is int for s in steps) else None
 
     def _open(self) -> Iterator[ChainMatch]:
-        """Chains that nothing closes, or a max-pool."""
+        """The chains that a max-pool closes, or nothing."""
         for unit in reversed(list(self.units.values())):
             if unit.end in self.taken or unit.nodes[0] in self.taken:
                 continue
@@ -388,7 +391,7 @@ class _Matcher:
                 yield chain
 
     def _accepted(self, chain: ChainMatch) -> bool:
-        """Takes the chain's nodes, if it can run where its last node stands."""
+        """Takes the chain's nodes, if the chain can run at the place of its last node."""
         if self.taken.intersection(chain.nodes):
             return False
         if reason := self._why_not(chain):
@@ -406,40 +409,40 @@ class _Matcher:
         dtypes = {v.dtype for n in chain.nodes if (v := value_of(n)) is not None}
         x = value_of(chain.start)
         if len(dtypes) > 1 or x is None or (x.dtype not in dtypes and not chain.units[0].has_conv):
-            return "its dtype changes inside"
+            return "its dtype changes inside the chain"
         if self.frozen:
             return self._disturbed([chain])
-        # PyTorch keeps weights as well, but no biases
+        # PyTorch saves weights for the backward too, but no biases
         biases = [
             unit.tensors[name] for unit in chain.all_units for name in ("bias", "bn_bias") if name in unit.tensors
         ]
         kept = {storage_of(n) for n in (chain.start, chain.residual, *biases) if n is not None}
         if any(i > self.order[chain.end] and kept & set(map(storage_of, changed)) for i, changed in self.writes):
-            return "what it keeps for its backward is changed in place behind its end"
+            return "a tensor that its backward needs is changed in place after it"
         return self._disturbed([chain])
 
     def _disturbed(self, chains: Sequence[ChainMatch]) -> str | None:
-        """Why the chains' nodes can't all run where the last one stands, or None."""
+        """The reason why the chains' nodes can't all run at the place of the last one, or None."""
         nodes = [n for chain in chains for n in chain.nodes]
         inside, reads = set(nodes), _reads(chains)
         first, last = min(self.order[n] for n in nodes), max(self.order[n] for n in nodes)
         if any(first < i < last for i in self.switches):
-            return "gradients or autocast are switched inside"
+            return "gradients or autocast are switched on or off inside the chain"
         storages = {storage_of(n) for n in reads}
         for i, changed in self.writes:
             if first < i < last and self.nodes[i] not in inside and not counts_batch(self.nodes[i]):
                 if any(storage_of(n) is None or storage_of(n) in storages for n in changed):
-                    return "what it reads is changed in place before its end"
+                    return "a tensor that it reads is changed in place before its last operator"
         updated = {storage_of(n) for n in _updates(chains)}
         for node in self.nodes[first:last]:
             if node not in inside and any(storage_of(n) in updated for n in node.all_input_nodes):
-                return "its running statistics are used before its end"
+                return "its running statistics are used before its last operator"
         late = max((self.order[n] for n in reads), default=0)
-        return "it reads what is computed behind its end" if late > last else None
+        return "it reads a tensor that is computed after its last operator" if late > last else None
 
     # ------------------------------------------------------------------------------------------------ rows
     def _rows(self, chains: Sequence[ChainMatch]) -> Iterator[RowMatch]:
-        """The chains, those one after the other together."""
+        """Groups chains that follow one another into rows."""
         by_start: dict[fx.Node, list[ChainMatch]] = {}
         for chain in chains:
             by_start.setdefault(chain.start, []).append(chain)
@@ -454,7 +457,7 @@ class _Matcher:
             yield RowMatch(row)
 
     def _after(self, row: Sequence[ChainMatch], by_start: dict[fx.Node, list[ChainMatch]]) -> ChainMatch | None:
-        """The chain that may run in one row with those before it."""
+        """The chain that may run in one row with the chains before it."""
         end, followers = row[-1].end, by_start.get(row[-1].end, [])
         if len(followers) != 1:
             return None
@@ -463,7 +466,7 @@ class _Matcher:
             if not _fits_row(after) or (_begins_stage(after) and _stages(row) >= _STEM_STAGES):
                 return None
         elif not all(map(_fits_row, (*row, after))) or _begins_stage(after):
-            return None  # a stage of its own: its parameters' gradients are not to wait for those of all others
+            return None  # a stage is a row of its own: its parameters' gradients must not wait for all other stages
         if not set(end.users) <= set(after.nodes):
             return None
         whole = [*row, after]
@@ -475,7 +478,7 @@ def _begins_stage(chain: ChainMatch) -> bool:
 
 
 def _stages(row: Sequence[ChainMatch]) -> int:
-    """How many stages of a network are in a row behind its stem; no more may come where there is no stem."""
+    """The number of stages in a row after its stem. Without a stem it is the maximum, so that no stage is added."""
     stem = row[0]
     if stem.shortcut != "none" or (len(stem.units) > 1 and stem.max_pool is None):
         return _STEM_STAGES
@@ -483,25 +486,25 @@ def _stages(row: Sequence[ChainMatch]) -> int:
 
 
 def _fits_row(chain: ChainMatch) -> bool:
-    """Alone, a chain may have what a row can't have."""
+    """Whether a chain has nothing that is only allowed outside rows."""
     return chain.max_pool is None and chain.shortcut != "tensor" and chain.units[0].has_conv
 
 
 def _reads(chains: Sequence[ChainMatch]) -> set[fx.Node]:
-    """All values that chains take from outside."""
+    """All values that the chains read from outside."""
     tensors = {t for chain in chains for unit in chain.all_units for t in unit.tensors.values()}
     computed = {m for c in chains for u in c.all_units if isinstance(m := u.options["momentum"], fx.Node)}
     return tensors | computed | {chains[0].start} | {c.residual for c in chains if c.residual is not None}
 
 
 def _updates(chains: Sequence[ChainMatch]) -> list[fx.Node]:
-    """The running statistics that chains change."""
+    """The running statistics that the chains change."""
     units = [unit for chain in chains for unit in chain.all_units if unit.options["training"]]
     return [u.tensors[name] for u in units for name in ("running_mean", "running_var") if name in u.tensors]
 
 
 def _with(chain: ChainMatch, node: Any) -> ChainMatch:
-    """A chain that ends with one more node."""
+    """The chain with one more node at its end."""
     return replace(chain, nodes=[*chain.nodes, node])
 
 
@@ -513,13 +516,13 @@ def _pool(*window: Any) -> PoolSpec | None:
 
 
 def _module(node: fx.Node) -> Any:
-    """The call of a module that a node comes from."""
+    """The call of the module that a node comes from."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack)) if stack else None
 
 
 def counts_batch(node: fx.Node) -> bool:
-    """num_batches_tracked.add_(1), whose result nobody uses."""
+    """Whether a node is num_batches_tracked.add_(1) and nothing uses its result."""
     if node.op != "call_method" or node.target != "add_" or node.args[1:] != (1,) or node.users:
         return False
     counted = value_of(node.args[0])
@@ -528,15 +531,15 @@ def counts_batch(node: fx.Node) -> bool:
 
 
 def _per_channel(value: torch.Tensor, x: torch.Tensor) -> bool:
-    """[1, C, 1, 1], or [C, 1, 1]"""
+    """Whether the shape is [1, C, 1, 1] or [C, 1, 1]."""
     shape = (1,) * (4 - value.dim()) + tuple(value.shape)
     return value.dim() in (3, 4) and shape == (1, x.shape[1], 1, 1)
 
 
 def storage_of(node: fx.Node) -> int | None:
-    """What two nodes share if one may be a view of the other; None where it isn't known."""
+    """The storage of a node's tensor, which a view shares with its base; None if it is unknown."""
     while "dropout" in str(getattr(node.target, "__name__", "")):
-        node = node.all_input_nodes[0]  # one that drops nothing returns its input, whatever the tracer made of it
+        node = node.all_input_nodes[0]  # one that drops nothing returns its input, unlike in the tracer
     value = value_of(node)
     try:
         return value.untyped_storage()._cdata if value is not None else None
