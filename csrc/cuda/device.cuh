@@ -66,7 +66,7 @@ FR_LANES_OPERATOR(+)
 FR_LANES_OPERATOR(-)
 FR_LANES_OPERATOR(*)
 #undef FR_LANES_OPERATOR
-// splat's argument type
+// bn_math.h's splat adds a scalar to zeros
 template <class A, int V>
 FR_INLINE Lanes<A, V> operator+(const Lanes<A, V>&, A b) {
     Lanes<A, V> to;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void store(T* to, const Lanes<Wide<T>, V>& value) {
     *reinterpret_cast<Word<T, V>*>(to) = word;
 }
 
-// Channels c .. c+V-1 of a vector; zeros for a null vector. Loaded once per thread, element by element, at any address.
+// Channels c .. c+V-1 of a vector; zeros if it is null or shorter. Loads elements one by one, once, at any address.
 template <class A, int V>
 __device__ __forceinline__ Lanes<A, V> vector(const void* from, int64_t c, int64_t channels) {
     Lanes<A, V> to{};

@@ -56,7 +56,7 @@ Act act_of(int64_t index) {
 
 namespace {
 
-// As large as `like` but for its images.
+// An uninitialised NHWC tensor like `like`, with another height and width.
 Tensor empty_nhwc(const Tensor& like, int64_t height, int64_t width, at::ScalarType dtype) {
     return ops::empty_nhwc({like.size(0), like.size(1), height, width}, like.options().dtype(dtype));
 }
