@@ -4,7 +4,7 @@
 //     z = s y + t (+ residual)         a = act(z)         dz = g act'(z)
 //     dy = A dz + B (y - mu) + C       (count, mean, M2) of two halves, merged by Chan's formula
 //     s, t of z and A, B, C of dy from BatchNorm's statistics, weights and sums
-// act and act' send NaN and the kinks where ATen's operators send them (relu, threshold_backward, hardtanh_backward ...).
+// act and act' send NaN and the kinks where ATen's operators do (relu, threshold_backward, hardtanh_backward ...).
 #pragma once
 
 #include <cmath>

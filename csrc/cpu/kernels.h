@@ -73,7 +73,7 @@ struct Table {
     void (*bn_act_backward)(const Args&, int64_t begin, int64_t end);
     // dy = A dz + B (y - center) + C to out; bytes: dz, y read, dy written
     void (*bn_backward)(const Args&, int64_t begin, int64_t end);
-    // mean and M2 of blocks [begin, end) to sums[0], sums[1]; y (y_type) is first rounded into out (other_type) if given
+    // mean and M2 of blocks [begin, end) to sums[0], sums[1]. If out (other_type) is given, y is first rounded into it
     void (*moments)(const Args&, int64_t begin, int64_t end);
     // out = max over windows of act(z), and its position; bytes: y read, out and one byte per output written
     void (*bn_act_max_pool)(const Args&, const Pool&, int64_t begin, int64_t end);
@@ -89,7 +89,8 @@ struct Table {
     // out = max-pool(act(conv(y) + shift)), rows [begin, end) of N*oH, in float; bytes: y read, out written.
     // scratch: kernel rows of the padded image, and as many rows of the convolution's output as a window of the pool
     void (*stem)(const Args&, const Direct&, const Pool&, float* scratch, int64_t begin, int64_t end);
-    // out = act(y W + shift (+ residual)), a 1x1 convolution, pixels [begin, end), in float; bytes: y (+ residual) read, out written
+    // out = act(y W + shift (+ residual)), a 1x1 convolution, pixels [begin, end), in float; bytes: y (+ residual) read,
+    // out written
     void (*pointwise)(const Args&, const Direct&, int64_t begin, int64_t end);
     const char* name;
     int registers;  // the number of 64-byte vectors that the instruction set's registers hold

@@ -37,7 +37,8 @@ struct Pass {
     const void* grad = nullptr;  // dout or dz
     void* out = nullptr;         // out, dz or dy
     const void* coef[3] = {};    // A, B, C of dy; B null where BatchNorm is frozen
-    // [partials, channels] each, one row per block: mean and M2, or sum dz, sum dz (y - center), sum dz (residual - its center)
+    // [partials, channels] each, one row per block: mean and M2, or sum dz, sum dz (y - center), sum dz (residual -
+    // its center)
     void* partials[3] = {};
 };
 

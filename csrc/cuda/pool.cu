@@ -22,9 +22,10 @@ __device__ __forceinline__ void pixels(int images, int height, int width, int64_
     }
 }
 
-// out = max over (i, j) of act(s y + t), argmax = i * width of the window + j of the first maximum; a NaN wins, padding never.
-// Tile: TX groups of channels (tile.cuh) x whole rows of outputs. Traffic: y read once from memory (overlapping windows meet
-// in L1 and L2), out and one byte per output written. Source: the comparison is that of ATen's max_pool2d.
+// out = max over (i, j) of act(s y + t), argmax = i * width of the window + j of the first maximum. A NaN wins, padding
+// never.
+// Tile: TX groups of channels (tile.cuh) x whole rows of outputs. Traffic: y read once from memory (overlapping windows
+// meet in L1 and L2), out and one byte per output written. Source: the comparison is that of ATen's max_pool2d.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, resident<T>(kResident))
     bn_act_max_pool_kernel(const Pass a, const Pool q, const int64_t each) {
