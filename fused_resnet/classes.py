@@ -62,7 +62,7 @@ class FusedModule:
         Raises:
             TypeError: always.
         """
-        raise TypeError("torch.jit.script: TorchScript can't hold chains; fused_resnet.unfuse(model), then script it")
+        raise TypeError("torch.jit.script: TorchScript can't hold chains; call fused_resnet.unfuse(model) first")
 
 
 # ---------------------------------------------------------------------------------------------------- classes

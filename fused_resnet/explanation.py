@@ -109,7 +109,7 @@ def _fronts(model: nn.Module) -> list[tuple[str, Front]]:
 def _captures(fronts: Sequence[tuple[str, Front]]) -> Iterator[str]:
     for name, front in fronts:
         if front.calls:
-            plain = f", {front.without} of them by no graph: dynamo says why" if front.without else ""
+            plain = f", {front.without} of them without a graph: dynamo's log says why" if front.without else ""
             graphs, calls = _times(len(front.graphs), "graph"), _times(front.calls, "call")
             yield f"captured: {name or '(model)'}, {graphs}, {calls}{plain}"
 
@@ -249,7 +249,7 @@ def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
     if conv is None:
         case = Case(w.device.type, row.dtype, True)
         return planned("bn_act", None, w.shape[0]) or why("bn_act", case)[0]
-    behind = ", its scale behind it: folded it would leave the dtype's range" if unit.spec.scaled else ""
+    behind = ", its scale in a separate pass: folded, it would leave the dtype's range" if unit.spec.scaled else ""
     if measured := planned("conv_bias_act", conv, tuple(w.shape)):
         return measured + behind
     backend = why("conv_bias_act", Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]

@@ -117,7 +117,7 @@ class Frozen(nn.Module):
         Raises:
             TypeError: always.
         """
-        raise TypeError("torch.jit.script: a frozen model can't be; torch.jit.trace can")
+        raise TypeError("torch.jit.script: it can't compile a frozen model; use torch.jit.trace")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
         """Moves the tensors and drops what was captured: graphs hold the present memory.

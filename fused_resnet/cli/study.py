@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     # on a GPU trainings would share the device; on a CPU each has a core
     processes = args.processes or (min(torch.get_num_threads(), cores()) if device.type == "cpu" else 1)
     if preset.keep and not args.resume and (output / "runs").exists():
-        raise UsageError(f"--output {output} holds trainings: --resume goes on with them; or name another folder")
+        raise UsageError(f"--output {output} holds trainings: --resume continues them; or name another folder")
     environment: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),

@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains. Returns 0 if the losses stay finite, 1 if the training diverged."""
     output = Path(args.output)
     if (output / checkpoint.NAME).exists() and not args.resume:
-        raise UsageError(f"--output {output} holds a checkpoint: --resume goes on with it; or name another folder")
+        raise UsageError(f"--output {output} holds a checkpoint: --resume continues from it; or name another folder")
     with _processes(args.device) as (device, rank):
         return _train(args, output, device, rank == 0)
 

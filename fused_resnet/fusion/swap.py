@@ -208,7 +208,7 @@ def fuse(model: nn.Module) -> nn.Module:
                 set_class(m, fused_class(type(m), "fused"))
             m.__dict__["_fr_fused"] = found = True
     if not found:
-        warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
+        warn_once(f"fuse: nothing in this {type(model).__name__} could be fused: print(fused_resnet.explain(model))")
     return model
 
 

@@ -83,10 +83,10 @@ def side_by_side(
                         raise error
                     case None:
                         raise WorkerLost(
-                            f"the process at work on {doing[pipe]} was ended from outside, as a system short of memory "
-                            f"does; fewer than {processes} take less"
+                            f"the process at work on {doing[pipe]} was killed from outside, probably because the system ran "
+                            f"out of memory; fewer processes than {processes} need less"
                             if pipe in doing
-                            else "a process ended before its work began: see above"
+                            else "a process ended before it began its work: see above"
                         )
         return [found[i] for i in range(len(tasks))]
     finally:

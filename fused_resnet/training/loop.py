@@ -254,7 +254,7 @@ class Trainer:
             totals += torch.stack((loss.double(), (out.argmax(1) != y).sum().double(), images))
         loss, wrong, images = self._sum(totals).tolist()
         if not images:
-            raise ValueError(f"{self.data.name}: not one test image can be read")
+            raise ValueError(f"{self.data.name}: none of the test images can be read")
         return loss / images, wrong / images
 
     def _finish(self, epoch: int) -> None:
