@@ -83,8 +83,8 @@ def side_by_side(
                         raise error
                     case None:
                         raise WorkerLost(
-                            f"the process at work on {doing[pipe]} was killed from outside, probably because the system ran "
-                            f"out of memory; fewer processes than {processes} need less"
+                            f"the process at work on {doing[pipe]} was killed from outside, probably for lack of "
+                            f"memory; fewer processes than {processes} need less"
                             if pipe in doing
                             else "a process ended before it began its work: see above"
                         )
