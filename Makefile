@@ -29,10 +29,12 @@ REQUIREMENTS ?= requirements-dev.txt requirements-nodeps.txt
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# What clang-format checks.
+CXX_FILES = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Directories are listed too: their time changes when a file comes or goes.
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
 
-.PHONY: help bench test lint codegen gpu-report wheel clean
+.PHONY: help bench test lint format docs codegen gpu-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -41,7 +43,9 @@ help:
 	@echo "make codegen     compile every Triton and CUDA kernel for three GPUs each and read the machine code; needs no GPU"
 	@echo "make gpu-report  on a GPU: tests, sanitizer, kernels and networks; writes gpu-report/ (ARGS=--dry-run: on a CPU)"
 	@echo "make wheel   build a wheel for this machine's torch into dist/"
-	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make lint    ruff check, ruff format --check, mypy, clang-format --dry-run, make docs"
+	@echo "make format  ruff format and clang-format, in place"
+	@echo "make docs    build the site of docs/ into site/; a link that leads nowhere is an error"
 	@echo "make clean   remove what was built and measured; the environment $(VENV) stays"
 
 bench: $(VENV)/.installed
@@ -62,13 +66,22 @@ gpu-report: $(VENV)/.installed
 wheel: $(VENV)/.requirements
 	$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist $(ARGS) .
 
-lint: $(VENV)/.requirements
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fused_resnet
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# No --quiet: it hides warnings from mkdocs.yml's strict, too. PATH: ruff formats the reference's signatures.
+docs: $(VENV)/.requirements
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
 
 clean:
-	rm -rf build dist *.egg-info bench-report study-report fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist site *.egg-info bench-report study-report fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed
 

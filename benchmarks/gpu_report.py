@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         run = Run(torch.device("cpu"), args.output, ["resnet20"], 2, 32, 0.0)
     else:
-        torch.backends.cudnn.benchmark = True  # plain PyTorch at its best: the shapes never change
+        torch.backends.cudnn.benchmark = True  # plain PyTorch at its fastest: the shapes never change
         names = args.models.split(",")
         run = Run(
             torch.device("cuda"), args.output, names, args.batch_size, 224, args.compile_minutes, args.max_autotune

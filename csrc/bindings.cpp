@@ -1,4 +1,4 @@
-// Schemas of the compiled primitives, and the Python module that loading them takes. No logic.
+// Schemas of the compiled primitives, and the Python module that loads them. No logic.
 #include <torch/library.h>
 #include <torch/headeronly/version.h>
 #include <pybind11/pybind11.h>
@@ -11,8 +11,8 @@
 #ifdef FUSED_RESNET_WITH_CUDA
 #include "cuda/ops.h"
 #endif
-// Macros whose values setup.py gives: FUSED_RESNET_CUDA_ARCHS, the GPUs that the CUDA part is compiled for, as in
-// TORCH_CUDA_ARCH_LIST; FUSED_RESNET_CUTLASS, CUTLASS's version, where its convolutions are part of the build.
+// setup.py sets these macros. FUSED_RESNET_CUDA_ARCHS: the GPUs that the CUDA part is compiled for, as in
+// TORCH_CUDA_ARCH_LIST. FUSED_RESNET_CUTLASS: CUTLASS's version, if its convolutions are part of the build.
 #define FR_QUOTED(text) #text
 #define FR_TEXT(macro) FR_QUOTED(macro)
 
@@ -64,7 +64,7 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "float act_param, int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> Tensor");
 }
 
-// Defined in every build, so that they read alike everywhere; implemented where csrc/cuda is compiled.
+// Defined in every build, so that schemas are the same everywhere; implemented only if csrc/cuda is compiled.
 TORCH_LIBRARY(fused_resnet_cuda, m) {
     m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
     m.def(

@@ -1,10 +1,10 @@
 // Every formula of a chain, once, for a scalar or a vector of lanes, on host and device.
 //
-// T is float, double, or a GCC vector of either: arithmetic, comparisons and ?: mean the same for all of them.
+// T is float, double, or a GCC vector of either: arithmetic, comparisons and ?: have the same meaning for all.
 //     z = s y + t (+ residual)         a = act(z)         dz = g act'(z)
-//     dy = A dz + B (y - mu) + C       (count, mean, M2) of two halves merged by Chan's formula
+//     dy = A dz + B (y - mu) + C       (count, mean, M2) of two halves, merged by Chan's formula
 //     s, t of z and A, B, C of dy from BatchNorm's statistics, weights and sums
-// act and act' send NaN and the kinks where ATen's operators send them (relu, threshold_backward, hardtanh_backward ...).
+// act and act' send NaN and the kinks where ATen's operators do (relu, threshold_backward, hardtanh_backward ...).
 #pragma once
 
 #include <cmath>
@@ -30,7 +30,7 @@ FR_INLINE float splat<float>(double x) { return static_cast<float>(x); }
 template <>
 FR_INLINE double splat<double>(double x) { return x; }
 
-// exp; vector types bring a specialisation of their own.
+// exp; vector types have their own specialisations.
 template <class T>
 struct Exponential;
 template <>
@@ -53,7 +53,7 @@ struct SquareRoot<double> {
     static FR_INLINE double of(double x) { return ::sqrt(x); }
 };
 
-// w times the sigmoid of z, by one division: a rounding less than by the sigmoid.
+// w times the sigmoid of z with one division: one rounding less than a product with the sigmoid.
 template <class T>
 FR_INLINE T times_sigmoid(T w, T z) {
     return w / (splat<T>(1) + Exponential<T>::of(-z));
@@ -115,8 +115,8 @@ FR_INLINE T bn_backward(T dz, T y, T center, T a, T b, T c) {
     return a * dz + b * (y - center) + c;
 }
 
-// z = s y + t of BatchNorm: r = 1/sqrt(var + eps), s = gamma r, t = beta - center s. A convolution's bias never touches y:
-// it comes off the mean instead, center = mean - bias.
+// z = s y + t of BatchNorm: r = 1/sqrt(var + eps), s = gamma r, t = beta - center s. A convolution's bias is never
+// added to y. It is subtracted from the mean instead: center = mean - bias.
 template <class T>
 struct Fold {
     T scale, shift, center, rstd;

@@ -1,4 +1,4 @@
-// Which windows of a pool cover a place, on host and device.
+// The windows of a pool that cover a position, on host and device.
 #pragma once
 
 #include "bn_math.h"

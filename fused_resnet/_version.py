@@ -1,3 +1,3 @@
-"""The one place of the version: packaging reads it from here without importing anything."""
+"""The version. Packaging reads it from this file without importing anything."""
 
 __version__ = "0.1.0"

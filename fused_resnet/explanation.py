@@ -1,4 +1,4 @@
-"""explain: what became of each block of a model, and why."""
+"""explain: says for each block of a model whether it is fused, and why."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _NOT_CAPTURED = "no call of it was captured; TORCH_LOGS=graph_breaks says what d
 
 @dataclass(frozen=True)
 class Row:
-    """One module: its name in the model, class, whether it runs as chains, why not, and primitive -> backend (of a
-    frozen model: convolution -> backend, and what its weight is packed for).
+    """One module: its name in the model, its class, whether it runs as chains, why not, and primitive -> backend.
+
+    For a frozen model it has convolution -> backend and what the weight is packed for instead.
 
     Attributes:
-        chains: how many, where it is fused. reason: why it runs plain, or what of a fused one does.
-        statistics: over which processes its SyncBatchNorms take theirs. ran: how often its chains ran.
-        measured: for each kind of input, how long its row takes as chains and by PyTorch's operators, on a CPU.
+        chains: the number of its chains, if it is fused. reason: why it runs plain, or which part of it does.
+        statistics: the processes over which its SyncBatchNorms take statistics. ran: how often its chains ran.
+        measured: for each kind of input, the times of its row as chains and with PyTorch's operators, on a CPU.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found; prints as a table.
+    """The result of ``explain``; prints as a table.
 
     Attributes:
-        rows: of the modules. captures: of each module that dynamo captures by itself, how often it did and was called.
+        rows: one per module. captures: for each module that dynamo captures on its own, the numbers of captures and
+            calls.
     """
 
     rows: list[Row]
@@ -75,18 +77,18 @@ class Explanation:
 
 
 def explain(model: nn.Module, *example: Any) -> Explanation:
-    """What the captured graphs of a fused model say of each of its blocks: which chains run, which backend serves which
-    primitive, over which processes a SyncBatchNorm takes its statistics, and which norms run plain, and why.
+    """Says for each block of a fused model what runs, from its captured graphs.
 
-    Nothing is known before the first call, for it is the call that is captured: then ``example`` helps.
-
-    Of a frozen model each convolution: which backend serves it, and what its weight has been packed for by now.
+    It lists the chains that run, the backend of each primitive, the processes over which a SyncBatchNorm takes its
+    statistics, and the norms that run plain, with the reason. Before the first call nothing is captured, so nothing is
+    known: then pass ``example``. For a frozen model it lists for each convolution its backend, and what its weight is
+    packed for so far.
 
     Args:
-        model: fused, frozen, or neither. example: inputs; a fused copy of the model is called with them, once.
+        model: fused, frozen, or neither. example: inputs; a fused copy of the model is called with them once.
 
     Raises:
-        TypeError: not an nn.Module.
+        TypeError: ``model`` is not an nn.Module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -100,14 +102,14 @@ def explain(model: nn.Module, *example: Any) -> Explanation:
 
 
 def _fronts(model: nn.Module) -> list[tuple[str, Front]]:
-    """Of the fused modules that were captured by themselves, with their names."""
+    """The fronts of the fused modules that were captured on their own, with the modules' names."""
     return [(n, f) for n, m in named_modules(model) for f in m.__dict__.get("_fr_fronts", {}).values()]
 
 
 def _captures(fronts: Sequence[tuple[str, Front]]) -> Iterator[str]:
     for name, front in fronts:
         if front.calls:
-            plain = f", {front.without} of them by no graph: dynamo says why" if front.without else ""
+            plain = f", {front.without} of them without a graph: dynamo's log says why" if front.without else ""
             graphs, calls = _times(len(front.graphs), "graph"), _times(front.calls, "call")
             yield f"captured: {name or '(model)'}, {graphs}, {calls}{plain}"
 
@@ -124,7 +126,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
     blocks: dict[str, list[ChainReport]] = {}
     for chain in chains:
         blocks.setdefault(chain.owner[0], []).append(chain)
-    plain: dict[str, dict[str, None]] = {}  # a module's name -> why norms of it run plain
+    plain: dict[str, dict[str, None]] = {}  # a module's name -> the reasons why its norms run plain
     for name in norms.keys() - taken:
         reason = left.get(name) or _unseen(model, name, fronts)
         plain.setdefault(name.rpartition(".")[0], {})[reason] = None
@@ -148,18 +150,18 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 
 def units_of(model: nn.Module) -> list[UnitReport]:
-    """The units of the chains that a fused model ran, with its own names of their norms."""
+    """The units of the chains that a fused model ran, with the model's names of their norms."""
     return [unit for chain in _captured(model)[0] if _ran(chain) for unit in chain.units]
 
 
 def _ran(chain: ChainReport) -> bool:
-    """Whether it ran as a chain, or never had the choice."""
+    """Whether it ran as a chain, or had no choice."""
     return bool(chain.choice.chains) or not chain.choice.plain
 
 
 def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]:
-    """The chains of the latest graphs, with the model's names; norms that are left, and why; how many fronts were
-    called."""
+    """The chains of the latest graphs, with the model's names; the norms outside chains, and why; the number of fronts
+    that were called."""
     return _merged(_fronts(model))
 
 
@@ -167,7 +169,7 @@ def _merged(fronts: Sequence[tuple[str, Front]]) -> tuple[list[ChainReport], dic
     chains: list[ChainReport] = []
     left: dict[str, str] = {}
     for name, front in fronts:
-        for graph in reversed([graph for graph in front.graphs if graph.ran]):  # dynamo may drop what it has captured
+        for graph in reversed([graph for graph in front.graphs if graph.ran]):  # dynamo may drop graphs
             known = {u.norm[0] for c in chains for u in c.units} | left.keys()
             for chain in graph.chains:
                 here = chain.inside(name)
@@ -181,7 +183,7 @@ def _merged(fronts: Sequence[tuple[str, Front]]) -> tuple[list[ChainReport], dic
 
 
 def closing_norms(model: nn.Module, *example: Any) -> set[str]:
-    """The names of the norms in front of residual adds: a fused copy of the model is called with the example."""
+    """The names of the norms before residual adds. Calls a fused copy of the model with the example."""
     model = fuse(copy_of(model)).train()
     with torch.no_grad():
         model(*example)
@@ -190,7 +192,7 @@ def closing_norms(model: nn.Module, *example: Any) -> set[str]:
 
 
 def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
-    """Why a norm is in no captured graph."""
+    """The reason why a norm is in no captured graph."""
     path = norm.split(".")
     around = [model.get_submodule(".".join(path[:i])) for i in range(len(path))]
     around = [m for m in around if not isinstance(m, nn.ModuleList | nn.ModuleDict)]
@@ -224,7 +226,7 @@ def _frozen_rows(model: Frozen) -> Iterator[Row]:
 
 
 def _serving_frozen(chains: Sequence[ChainReport]) -> dict[str, str]:
-    """Convolution, or norm without one -> what serves it."""
+    """Convolution, or a norm without one -> the backend that serves it."""
     served = {}
     for number, chain in enumerate(chains, 1):
         row: FrozenRow = chain.choice
@@ -247,7 +249,7 @@ def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
     if conv is None:
         case = Case(w.device.type, row.dtype, True)
         return planned("bn_act", None, w.shape[0]) or why("bn_act", case)[0]
-    behind = ", its scale behind it: folded it would leave the dtype's range" if unit.spec.scaled else ""
+    behind = ", its scale in a separate pass: folded, it would leave the dtype's range" if unit.spec.scaled else ""
     if measured := planned("conv_bias_act", conv, tuple(w.shape)):
         return measured + behind
     backend = why("conv_bias_act", Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
@@ -256,13 +258,13 @@ def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
 
 
 def _closed_by(chains: Sequence[ChainReport]) -> dict[str, str]:
-    """Blocks whose closing backward is done by the block after them in a row -> that block's name."""
+    """Blocks whose closing backward runs in the next block of their row -> that block's name."""
     pairs = zip(chains, chains[1:], strict=False)
     return {one.owner[0]: after.owner[0] for one, after in pairs if one.row == after.row}
 
 
 def _shared(chains: Sequence[ChainReport], norms: dict[str, nn.Module]) -> str:
-    """Over which processes the chains' SyncBatchNorms take their statistics."""
+    """The processes over which the chains' SyncBatchNorms take their statistics."""
     units = [unit for chain in chains for unit in chain.units]
     sizes = sorted({dist.get_world_size(group_named(unit.group)) for unit in units if unit.group is not None})
     if sizes:

@@ -1,7 +1,7 @@
 """The stateless API: chains of conv -> BatchNorm -> act on tensors you hold.
 
-Everything here validates its arguments before any kernel starts and leaves every tensor as it was when it refuses.
-Running statistics are updated in place, as ``torch.nn.functional.batch_norm`` does, after the kernels have run.
+All functions validate their arguments before any kernel starts. If they refuse, every tensor stays as it was. After the
+kernels they update running statistics in place, as ``torch.nn.functional.batch_norm`` does.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def conv_bn_act(
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
-        weight, bn_weight, bn_bias, running_mean, running_var, bias, stride, padding, dilation, groups, act, eps,
-            momentum, training, process_group: see ``Unit``.
+        weight, bn_weight, bn_bias, running_mean, running_var, bias: see ``Unit``.
+        stride, padding, dilation, groups, act, eps, momentum, training, process_group: see ``Unit``.
         residual: a summand of the output's shape, added before the activation.
         max_pool: ``PoolSpec.make(3, 2, 1)`` for the stem of a ResNet.
-        recompute: keep x instead of the convolution's output for the backward, and convolve again there.
+        recompute: save x instead of the convolution's output for the backward, which convolves again.
 
     Returns:
         [N, out_channels, oH, oW], x's dtype (autocast's inside autocast), x's layout.
@@ -85,7 +85,7 @@ def bn_act(
     eps: float = 1e-5,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """act(batch_norm(x) [+ residual]), for an x that somebody else's convolution made.
+    """act(batch_norm(x) [+ residual]), for an x from a convolution outside this package.
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
@@ -126,8 +126,8 @@ def residual_chain(
             a ``Unit`` without activation, the projection of options B and C; None for a plain block.
         shortcut_pool: an average pool before the projection (ResNet-D).
         residual: a summand of the output's shape instead of a shortcut (then ``shortcut=None``).
-        max_pool: behind a chain without a summand, as in a stem: ``PoolSpec.make(3, 2, 1)``.
-        recompute: the first convolution's output is not kept for the backward but computed again there.
+        max_pool: a max-pool after a chain without a summand, as in a stem: ``PoolSpec.make(3, 2, 1)``.
+        recompute: the backward computes the first convolution's output again instead of saving it.
 
     Returns:
         [N, out_channels of the last unit, oH, oW], x's dtype (autocast's inside autocast), x's layout.
@@ -147,8 +147,8 @@ def residual_chain(
 def residual_chains(x: Tensor, chains: Sequence[Chain]) -> Tensor:
     """Residual blocks in a row, a stage of a network: ``residual_chain`` of each, on the output of the one before.
 
-    The same numbers as one call each, with less traffic in the backward: the gradient between two blocks passes the add
-    and the activation that it meets where it is made.
+    The numbers are those of one call per block. The backward has less traffic: the kernel that computes the gradient
+    between two blocks also takes it through the add and the activation there.
 
     Args:
         x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.

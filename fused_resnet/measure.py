@@ -1,4 +1,4 @@
-"""How anything is measured: seconds, bytes saved for the backward pass, peak memory; and the quantiles of many."""
+"""Measures seconds, bytes saved for the backward pass and peak memory, and computes quantiles."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ QUANTILES = {"median": 0.5, "p20": 0.2, "p80": 0.8}
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile, interpolated linearly."""
+    """The median, 20th and 80th percentile, interpolated linearly."""
     values = torch.tensor(samples, dtype=torch.float64)
     return {name: float(torch.quantile(values, q)) for name, q in QUANTILES.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- time
 def seconds(step: Step, device: torch.device, calls: int = 1) -> float:
-    """Seconds per call, of ``calls`` in a row; a GPU is timed by its own events."""
+    """Seconds per call over ``calls`` calls in a row. A GPU is timed by its own events."""
     if device.type == "cuda":
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -48,21 +48,22 @@ def interleaved(
     sample_s: float = 0.1,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Times every step once per round, each round starting with another one, so that a slow spell of the machine and
-    what the step before left in the caches fall on all of them alike.
+    """Times every step once per round. Each round starts with another step.
+
+    So a slow phase of the machine, and the caches that the previous step leaves, affect all steps alike.
 
     Args:
-        repeats: the fewest and the most rounds. budget_s: between the two, no round starts after so many seconds.
-        sample_s: a quicker step is called as often as fills this time. tick: called after each round.
+        repeats: the fewest and the most rounds. budget_s: after the fewest, no round starts after this many seconds.
+        sample_s: a quicker step is called as often as fits into this time. tick: called after each round.
 
     Returns:
-        Seconds per call of each round, by name, in order of the rounds.
+        Name -> seconds per call, one value per round.
     """
     names = list(steps)
     calls = {}
     for name, step in steps.items():
         once = seconds(step, device)
-        if once < sample_s:  # the first was slower than the others: allocations, weights packed, kernels chosen
+        if once < sample_s:  # time it again: the first call also allocated, packed weights and chose kernels
             once = seconds(step, device)
         calls[name] = max(1, round(sample_s / max(once, 1e-6)))
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -78,19 +79,19 @@ def interleaved(
 
 
 def ratios(base: Sequence[float], other: Sequence[float]) -> list[float]:
-    """How many times faster ``other`` is than ``base``, round by round."""
+    """The factors by which ``other`` is faster than ``base``, one per round."""
     return [b / o for b, o in zip(base, other, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- memory
 def saved_bytes(forward: Step, without: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of ``forward()``: distinct storages, each whole and once.
+    """Bytes that autograd keeps for the backward pass of ``forward()``: each distinct storage counts once and whole.
 
     Args:
-        forward: returns what backward would start from. without: parameters and buffers, which exist anyway.
+        forward: returns the tensor that backward starts from. without: parameters and buffers, which exist anyway.
     """
     ignored = {t.untyped_storage().data_ptr() for t in without}
-    kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address comes twice
+    kept: dict[int, torch.UntypedStorage] = {}  # keeps storages alive, so that no address is used again
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -112,8 +113,11 @@ def _resident(key: str) -> int:
 
 
 def peak_bytes(step: Step, device: torch.device) -> int | None:
-    """How far memory rises above where it is, while ``step`` runs: the caching allocator's on a GPU, the process's
-    resident pages under Linux; None where the system does not tell."""
+    """The rise of memory while ``step`` runs.
+
+    On a GPU it is the caching allocator's memory, under Linux the process's resident pages. None: the system does not
+    provide it.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -123,7 +127,7 @@ def peak_bytes(step: Step, device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # free pages that the C library keeps would hide what the step needs
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise free pages that the C library keeps would hide the step's need
         with open("/proc/self/clear_refs", "w") as clear:
             clear.write("5")  # the peak starts again from now
         before = _resident("VmRSS")

@@ -1,4 +1,4 @@
-"""Chains of nn.Modules: running statistics live here, in the BatchNorm2d children, under PyTorch's names."""
+"""Chains of nn.Modules. The BatchNorm2d children hold the running statistics, under PyTorch's names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _act_of(module: nn.Module) -> Act:
     """The table's entry for an activation module.
 
     Raises:
-        KeyError: not in the table.
+        KeyError: the module is not in the table.
     """
     name, attribute = ACT_MODULES[same_as(type(module))]
     return Act(name, getattr(module, attribute)) if attribute else Act.make(name)
@@ -41,7 +41,7 @@ def _act_of(module: nn.Module) -> Act:
 
 @dataclass(eq=False)
 class _UnitModules:
-    """The modules of one unit; ``bn`` may be one of ``patterns.NORMS``, whose activation, if it has one, is ``act``."""
+    """The modules of one unit. ``bn`` may be one of ``patterns.NORMS``; if it has an activation, that is ``act``."""
 
     conv: nn.Conv2d
     bn: nn.BatchNorm2d | nn.SyncBatchNorm
@@ -49,19 +49,19 @@ class _UnitModules:
 
     @property
     def channels(self) -> int:
-        """Of the unit's output."""
+        """The number of channels of the unit's output."""
         bn = self.bn
         known = (t for t in (bn.weight, bn.running_mean) if t is not None)
         return int(next((t.shape[0] for t in known), 0)) or bn.num_features
 
     @property
     def frozen(self) -> bool:
-        """The norm never uses a batch's statistics, whatever its mode."""
+        """Whether the norm never uses a batch's statistics, in any mode."""
         kind = norm_kind(original(self.bn))
         return kind is not None and kind[0]
 
     def why_not(self) -> str | None:
-        """Why a chain can't run these modules as they are now, or None."""
+        """The reason why a chain can't run these modules as they are now, or None."""
         conv, bn, act = self.conv, self.bn, self.act
         for m in (conv, bn, act):
             if any(getattr(m, hooks) for hooks in _HOOKS):
@@ -87,7 +87,7 @@ class _UnitModules:
         return None
 
     def unit(self) -> Unit:
-        """The tensors and hyper-parameters as they are now."""
+        """The tensors and hyper-parameters as they are now, for the functional API."""
         conv, bn = self.conv, self.bn
         training = bn.training and not self.frozen
         averaging = training and bn.track_running_stats
@@ -116,7 +116,7 @@ class _UnitModules:
         )
 
     def count_batch(self) -> None:
-        """num_batches_tracked, after the chain has run."""
+        """Counts num_batches_tracked, after the chain has run."""
         bn = self.bn
         if self.frozen or not (bn.training and bn.track_running_stats):
             return
@@ -125,10 +125,10 @@ class _UnitModules:
 
 
 def _run(x: Tensor, units: Sequence[ConvBNAct], shortcut: ConvBNAct | str | None) -> Tensor:
-    """The modules as one chain, read off them in every call, so that what was changed in between is seen.
+    """Runs the modules as one chain. They are read in each call, so that changes are seen.
 
     Raises:
-        RuntimeError: a chain can't run them as they are now.
+        RuntimeError: a chain can't run the modules as they are now.
     """
     everyone = [*units, *([shortcut] if isinstance(shortcut, ConvBNAct) else [])]
     found = [_UnitModules(m.conv, m.bn, m.act) for m in everyone]
@@ -194,7 +194,7 @@ class ResidualChain(nn.Module):
     """A residual block of any number of units: act(unit_k(... unit_1(x)) + shortcut(x)).
 
     Args:
-        units: the ``ConvBNAct`` in a row; the last one's act is applied after the add.
+        units: the ``ConvBNAct``s in order; the last one's act is applied after the add.
         shortcut: "identity", None (a plain block) or a ``ConvBNAct`` with ``act=None``, the projection.
 
     Shape: [N, C, H, W] -> [N, out_channels of the last unit, oH, oW]; dtype and layout of the input.
@@ -227,7 +227,7 @@ class ResidualChain(nn.Module):
         return _run(x, list(self.units), self.shortcut)  # type: ignore[arg-type]
 
     def _plain(self, x: Tensor) -> Tensor:
-        """The block as PyTorch's modules."""
+        """Runs the block by PyTorch's modules."""
         *before, last = self.units
         h = x
         for unit in before:

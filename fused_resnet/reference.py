@@ -1,6 +1,6 @@
-"""The truth in plain PyTorch: every formula of a chain, readable beside the paper (arXiv 1512.03385), nothing fast.
+"""The reference in plain PyTorch: every formula of a chain, readable beside the paper (arXiv 1512.03385), not fast.
 
-Everything is differentiable by autograd, so the gradients of these functions are the truth too. Imports torch only.
+Autograd differentiates all of it, so the gradients of these functions are the reference too. Imports only torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fused_resnet.spec import Act, ChainSpec, ConvSpec, RowSpec, ShortcutSpec, UnitSpec
 
-# The table of activations: act(z, parameter), PyTorch's own functions.
+# The table of activations: act(z, parameter) by PyTorch's own functions.
 ACT: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, p: z,
     "relu": lambda z, p: F.relu(z),
@@ -29,7 +29,7 @@ ACT: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class ChainResult(NamedTuple):
-    """out, and per unit (projection last) the batch's mean and biased variance, or None where running ones served."""
+    """out, and per unit (projection last) the batch's mean and biased variance; None if running ones were used."""
 
     out: Tensor
     stats: list[tuple[Tensor, Tensor] | None]
@@ -46,7 +46,7 @@ def conv(x: Tensor, p: dict[str, Tensor], c: ConvSpec) -> Tensor:
 
 
 class _JointSum(torch.autograd.Function):
-    """The sum over the processes of a group; so is its gradient, which is that of the sum of all their losses."""
+    """The sum over the processes of a group. Its gradient is summed too: it is that of the sum of all their losses."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, group: str) -> Tensor:
@@ -59,14 +59,14 @@ class _JointSum(torch.autograd.Function):
 
 
 def all_reduce(t: Tensor, group: str) -> Tensor:
-    """The sum of every process's ``t``, the same bits on all of them."""
+    """The sum of every process's ``t``, with the same bits in all processes."""
     c10d = torch.ops._c10d_functional
     found: Tensor = c10d.wait_tensor(c10d.all_reduce(t.contiguous(), "sum", group))
     return found
 
 
 def batch_stats(y: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance per channel over N, H, W, and over the processes of a group (given by its name)."""
+    """Mean and biased variance per channel over N, H, W and over the processes of a group (given by name)."""
 
     def total(t: Tensor) -> Tensor:
         return t if group is None else _JointSum.apply(t, group)
@@ -77,7 +77,7 @@ def batch_stats(y: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
 
 
 def normalise(y: Tensor, p: dict[str, Tensor], unit: UnitSpec) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """z = gamma * (y - mean) / sqrt(var + eps) + beta, and the statistics when they are this batch's."""
+    """z = gamma * (y - mean) / sqrt(var + eps) + beta, and the statistics if they are this batch's."""
     stats = batch_stats(y, unit.group) if unit.batch_stats else None
     mean, var = stats if stats is not None else (p["running_mean"], p["running_var"])
     z = (y - mean[:, None, None]) / torch.sqrt(var + unit.eps)[:, None, None]
@@ -89,7 +89,7 @@ def normalise(y: Tensor, p: dict[str, Tensor], unit: UnitSpec) -> tuple[Tensor, 
 
 
 def shortcut_input(x: Tensor, shortcut: ShortcutSpec) -> Tensor:
-    """What a shortcut without parameters makes of x: option A's strided, zero-padded x, or ResNet-D's average pool."""
+    """x after a shortcut without parameters: option A's strided, zero-padded x, or ResNet-D's average pool."""
     if shortcut.kind == "pad":
         x = x[:, :, :: shortcut.stride[0], :: shortcut.stride[1]]
         return F.pad(x, (0, 0, 0, 0, 0, shortcut.channels - x.shape[1]))
@@ -103,7 +103,8 @@ def chain(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: Ch
     """The whole chain: a_i = act_i(BN_i(conv_i(a_{i-1}))), out = act(BN_k(...) + shortcut(x)), then the max-pool.
 
     Args:
-        x: [N, C, H, W], any layout. residual: the summand of a "tensor" shortcut. params: as ``spec.split`` takes them.
+        x: [N, C, H, W], any layout. residual: the summand of a "tensor" shortcut. params: the flat list for
+        ``spec.split``.
     """
     parts = spec.split(params)
     stats = []
@@ -127,7 +128,7 @@ def chain(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: Ch
 
 
 def row(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: RowSpec) -> ChainResult:
-    """Chains one after the other; the statistics of all units, in order."""
+    """Runs chains one after the other. Returns the statistics of all units in order."""
     stats = []
     for chain_spec, p in zip(spec.chains, spec.split(params), strict=True):
         x, more = chain(x, residual, p, chain_spec)

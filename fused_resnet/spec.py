@@ -1,7 +1,8 @@
-"""What a chain is, in frozen dataclasses: the vocabulary every other module speaks.
+"""Describes chains in frozen dataclasses, which all other modules use.
 
 A *unit* is conv -> BatchNorm -> activation; a *chain* is k units, an optional shortcut and a closing add + activation.
-Specs hold no tensors and no sizes: hashable, comparable, they travel through ``torch.library`` operators as text.
+Specs hold no tensors and no sizes. They are hashable and comparable, and pass through ``torch.library`` operators as
+text.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from fused_resnet.base.arguments import flag, integer, number, pair
 
-# name -> (default parameter, what it is). The formulas live in csrc/bn_math.h, reference.py and backends/aten.py.
+# name -> (default parameter, its meaning). The formulas are in csrc/bn_math.h, reference.py and backends/aten.py.
 ACTIVATIONS: dict[str, tuple[float, str]] = {
     "identity": (0.0, ""),
     "relu": (0.0, ""),
@@ -26,14 +27,14 @@ ACTIVATIONS: dict[str, tuple[float, str]] = {
     "hardswish": (0.0, ""),
 }
 _INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
-# Shortcut kinds. "identity": the chain's own x; "tensor": a tensor somebody else made; "projection": conv + BN of x;
+# Shortcut kinds. "identity": the chain's own x; "tensor": a given tensor; "projection": conv + BN of x;
 # "pad": option A of the paper, x strided with zero channels appended.
 SHORTCUTS = ("none", "identity", "tensor", "projection", "pad")
 PARAM_NAMES = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 
 
 def _keep(spec: Any, name: str, value: Any) -> None:
-    """A frozen spec's field as it was normalised; torch.compile can't trace the setting, which most often isn't due."""
+    """Sets a frozen spec's field to its normalised value, only if it differs: torch.compile can't trace the setting."""
     if getattr(spec, name) is not value:
         object.__setattr__(spec, name, value)
 
@@ -43,7 +44,7 @@ class Act:
     """An activation of the table and its parameter (negative_slope of leaky_relu, alpha of elu).
 
     Raises:
-        ValueError: a name that is not in ``ACTIVATIONS``. TypeError: a parameter that is no number.
+        ValueError: the name is not in ``ACTIVATIONS``. TypeError: the parameter is not a number.
     """
 
     name: str = "relu"
@@ -56,12 +57,12 @@ class Act:
 
     @property
     def index(self) -> int:
-        """Its place in ``ACTIVATIONS``, by which csrc knows it."""
+        """Its index in ``ACTIVATIONS``, which csrc uses."""
         return _INDEX[self.name]
 
     @staticmethod
     def make(act: str | tuple[str, float] | Act | None) -> Act:
-        """``"relu"``, ``("leaky_relu", 0.2)``, ``None`` (identity) or an ``Act``."""
+        """Makes an ``Act`` from ``"relu"``, ``("leaky_relu", 0.2)``, ``None`` (identity) or an ``Act``."""
         if isinstance(act, Act):
             return act
         if act is None:
@@ -75,7 +76,7 @@ class Act:
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The hyper-parameters of a 2-d convolution as ``torch.nn.functional.conv2d`` takes them, zero padding only."""
+    """The hyper-parameters of a 2-d convolution, as in ``torch.nn.functional.conv2d``, with zero padding only."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -140,7 +141,7 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """A pooling window as ``torch.nn.MaxPool2d`` / ``AvgPool2d`` take it; the counting flags are AvgPool2d's."""
+    """A pooling window, as in ``torch.nn.MaxPool2d`` and ``AvgPool2d``. The counting flags are AvgPool2d's."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
@@ -175,14 +176,14 @@ class PoolSpec:
 class UnitSpec:
     """conv -> BatchNorm -> act: ``z = s*y + t``, ``a = act(z)``, ``s = gamma/sqrt(var + eps)``, ``t = beta - mean*s``.
 
-    ``conv=None``: somebody else's convolution came before, y is the chain's input. ``batch_stats``: mean and var are
+    ``conv=None``: the convolution is outside the chain, and y is the chain's input. ``batch_stats``: mean and var are
     this batch's (training); otherwise the running ones (frozen or eval). ``bn_weight=False``: gamma = 1;
     ``bn_bias=False``: beta = 0. ``group``: the name of the process group that shares this batch's statistics; None:
-    they are this process's own. ``scaled``, of a frozen unit: s is not in its weight, but a tensor of its own.
+    they are this process's own. ``scaled``, in a frozen model: s is not folded into the weight but a separate tensor.
     """
 
     conv: ConvSpec | None
-    act: Act  # no default: torch.compile of 2.11 takes literals alone
+    act: Act  # no default: torch.compile of 2.11 supports only literals
     eps: float = 1e-5
     batch_stats: bool = True
     bn_weight: bool = True
@@ -199,12 +200,12 @@ class UnitSpec:
 
     @property
     def n_stats(self) -> int:
-        """What is kept of this batch's statistics: mean and variance and, over a process group, the count."""
+        """The number of this batch's statistics that are kept: mean, variance and, over a process group, the count."""
         return (2 + (self.group is not None)) * self.batch_stats
 
     @property
     def param_names(self) -> tuple[str, ...]:
-        """The tensors this unit needs, in the order in which operators take them (``PARAM_NAMES``)."""
+        """The names of the unit's tensors, in the order of the operators' arguments (``PARAM_NAMES``)."""
         conv, running = self.conv, not self.batch_stats
         has = (conv is not None, conv is not None and conv.bias, self.bn_weight, self.bn_bias, running, running)
         return tuple(name for name, there in zip(PARAM_NAMES, has, strict=True) if there)
@@ -212,8 +213,11 @@ class UnitSpec:
 
 @dataclass(frozen=True)
 class ShortcutSpec:
-    """The second summand of the closing add. ``unit`` (its act is the identity) and ``pool`` (ResNet-D's average pool
-    before the projection) belong to "projection"; ``stride`` and ``channels`` (of the sum) to "pad", option A."""
+    """The second summand of the closing add.
+
+    ``unit`` (its act is the identity) and ``pool`` (ResNet-D's average pool before the projection) belong to
+    "projection". ``stride`` and ``channels`` (of the sum) belong to "pad", option A.
+    """
 
     kind: Literal["none", "identity", "tensor", "projection", "pad"] = "none"
     unit: UnitSpec | None = None
@@ -242,9 +246,12 @@ class ShortcutSpec:
 
 @dataclass(frozen=True)
 class ChainSpec:
-    """A chain: ``units``, a ``shortcut``, the closing activation (that of the last unit, applied after the add) and,
-    for the stem, a max-pool after it. ``recompute``: the first convolution's output is not kept for the backward but
-    computed again there (cheap for the stem, whose output is the network's largest tensor)."""
+    """A chain: ``units``, a ``shortcut``, the closing activation and, for the stem, a max-pool after it.
+
+    The closing activation is that of the last unit, applied after the add. ``recompute``: the backward computes the
+    first convolution's output again instead of saving it (cheap for the stem, whose output is the network's largest
+    tensor).
+    """
 
     units: tuple[UnitSpec, ...]
     shortcut: ShortcutSpec
@@ -262,23 +269,23 @@ class ChainSpec:
         if self.pool is not None and self.pool.ceil_mode:
             raise ValueError("max_pool: expected ceil_mode=False, got True")
         if self.pool is not None and self.pool.kernel[0] * self.pool.kernel[1] > 256:
-            # the place of a maximum in its window is kept as a byte
+            # the position of a maximum in its window is kept as a byte
             raise ValueError(f"max_pool: expected a window of at most 256 values, got {self.pool.kernel}")
         if self.recompute and self.units[0].conv is None:
             raise ValueError("recompute: the first unit has no conv to compute again")
 
     @property
     def all_units(self) -> tuple[UnitSpec, ...]:
-        """The units and, behind them, the projection shortcut's."""
+        """The units, followed by the projection shortcut's."""
         return self.units + ((self.shortcut.unit,) if self.shortcut.unit is not None else ())
 
     @property
     def frozen(self) -> bool:
-        """No unit uses this batch's statistics: with no gradient wanted, BatchNorm folds into the convolutions."""
+        """Whether no unit uses batch statistics. Without gradients BatchNorm then folds into the convolutions."""
         return not any(unit.batch_stats for unit in self.all_units)
 
     def split(self, params: Sequence[Any]) -> list[dict[str, Any]]:
-        """The flat list an operator took, as one {name: tensor} per unit of ``all_units``."""
+        """Splits an operator's flat list of tensors into one {name: tensor} per unit of ``all_units``."""
         it = iter(params)
         return [{name: next(it) for name in unit.param_names} for unit in self.all_units]
 
@@ -288,23 +295,25 @@ class ChainSpec:
 
     @property
     def n_convs(self) -> int:
-        """Convolutions whose raw outputs are kept for the backward."""
+        """The number of convolutions whose raw outputs are kept for the backward."""
         return sum(unit.conv is not None for unit in self.all_units) - int(self.recompute)
 
     @property
     def n_saved(self) -> int:
-        """What the chain's forward returns beside its output: raw convolution outputs, statistics, a pool's places."""
+        """The number of tensors that the forward returns beside its output: raw outputs, statistics, pool positions."""
         return self.n_convs + sum(unit.n_stats for unit in self.all_units) + (self.pool is not None)
 
     def encode(self) -> str:
-        """A row of this chain alone, as text."""
+        """A row of only this chain, as text."""
         return RowSpec((self,)).encode()
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """Chains in a row, each one's output the next one's input: what an operator is told. Most rows are of one chain; in
-    a longer one every chain begins with a convolution and brings its summand itself."""
+    """Chains in a row: the output of each is the input of the next. An operator takes one row.
+
+    Most rows have one chain. In a longer row every chain begins with a convolution and computes its own summand.
+    """
 
     chains: tuple[ChainSpec, ...]
 
@@ -325,12 +334,12 @@ class RowSpec:
         return sum(chain.n_params for chain in self.chains)
 
     def split(self, values: Sequence[Any]) -> list[Sequence[Any]]:
-        """One value per parameter of the row, as one list per chain."""
+        """Splits values, one per parameter of the row, into one list per chain."""
         it = iter(values)
         return [[next(it) for _ in range(chain.n_params)] for chain in self.chains]
 
     def encode(self) -> str:
-        """This spec as text (JSON), the form in which operators take it."""
+        """The spec as text (JSON), which operators take."""
         return _encode(self)
 
     @staticmethod

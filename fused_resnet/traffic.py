@@ -1,8 +1,8 @@
-"""What a network reads and writes on a GPU, counted without one.
+"""Counts the bytes that a network reads and writes on a GPU, without a GPU.
 
-The network is walked on tensors without memory; each of its chains is then executed by the code that executes it on a
-GPU, on meta tensors, where kernels are not started but written down with the bytes they read and write. PyTorch's own
-operators, between the chains and inside them, are counted too, as often as they run.
+First the network runs on tensors without memory. Then each of its chains runs on meta tensors, by the same code as on a
+GPU. There kernels are not started but recorded with the bytes that they read and write. PyTorch's own operators,
+between the chains and inside them, are counted too, each time that they run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CHAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.fused_resnet.chain_backward.default: row_backward,
     torch.ops.fused_resnet.chain_inference.default: inference,
 }
-# Operators that read nothing of the tensors they are given, and those that neither read nor write.
+# Operators that read none of their tensors, and operators that neither read nor write.
 _FILL = ("zeros", "ones", "full", "fill", "zero", "new_zeros", "new_ones", "new_full")
 _FREE = ("empty", "empty_strided", "new_empty", "new_empty_strided", "as_strided_", "_unsafe_view", "lift_fresh")
 
@@ -45,14 +45,14 @@ def network_traffic(
     dtype: torch.dtype = torch.bfloat16,
     training: bool = True,
 ) -> Traffic:
-    """The launches of one step of a network and the bytes that each reads and writes, by the Triton backend's plan.
+    """The launches of one step of a network and the bytes that each reads and writes, with the Triton backend.
 
-    A training step is forward and backward (of the sum of the outputs; no optimizer), inside autocast where the
-    parameters have another dtype. Bytes are those of distinct elements: what a kernel reads twice comes from a cache.
+    A training step is forward and backward (of the sum of the outputs, without an optimizer). It runs inside autocast
+    if the parameters have another dtype. Each distinct element counts once: a second read comes from a cache.
 
     Args:
-        model: a fused network, or what ``freeze`` returned, on the CPU or a GPU. Left as it is.
-        batch, size: of the input [batch, 3, size, size] (or size as (height, width)), channels_last, in ``dtype``.
+        model: a fused or frozen network, on the CPU or a GPU. It is not changed.
+        batch, size: the input is [batch, 3, size, size] (or size as (height, width)), channels_last, in ``dtype``.
         dtype: float32, bfloat16 or float16.
         training: forward and backward with batch statistics, or the forward alone in eval mode without gradients.
 
@@ -82,7 +82,7 @@ def network_traffic(
         frozen = Frozen(copied, dtype, dtype, meta, portable=False)
         with traffic() as record, forced_again("triton"), torch.no_grad():
             call = partial(frozen.front().run, frozen.model, (x,), {})
-            call()  # captured, and its weights folded
+            call()  # captures the forward and folds the weights
             record.launches.clear()
             with _Count(record.launches):
                 call()
@@ -104,7 +104,7 @@ def _input(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
 
 
 def _walk(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, training: bool, steps: list[Any]) -> None:
-    """Runs a copy of the model without memory; ``steps`` becomes its operators and its chains' arguments, in order."""
+    """Runs a copy of the model without memory. ``steps`` gets its operators and its chains' arguments, in order."""
     from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
     parameter = next(model.parameters())
@@ -122,12 +122,12 @@ def _walk(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, training: 
 
 
 def _has_chains(model: nn.Module) -> bool:
-    """A fused module runs plain where its operators are counted: it is compiled for that."""
+    """Whether the model has fused modules. They run plain under a counting mode, so the model is compiled first."""
     return any(isinstance(m, FusedModule) for m in model.modules())
 
 
 class _Shape:
-    """What there is to know of a tensor without memory."""
+    """The description of a tensor without its memory."""
 
     def __init__(self, t: Tensor) -> None:
         self.sizes, self.strides, self.dtype = tuple(t.shape), t.stride(), t.dtype
@@ -137,7 +137,7 @@ class _Shape:
 
 
 class _Count(TorchDispatchMode):
-    """Writes down every operator as a launch, and a chain's as what it is called with."""
+    """Records every operator as a launch, and a chain's operator as its arguments."""
 
     def __init__(self, steps: list[Any]) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class _Count(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """What runs is the compiled graph."""
+        """True: the compiled graph runs under this mode, which counts the graph's operators."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,7 +159,7 @@ class _Count(TorchDispatchMode):
 
 
 def _launch(func: Any, args: Any, kwargs: Any, out: Any) -> Launch | None:
-    """What an operator moves, None where that is nothing."""
+    """The launch of an operator; None if it moves no bytes."""
     from fused_resnet.backends.triton.runtime import Launch
 
     name = func._schema.name.split("::")[-1].removesuffix("_like")
@@ -173,5 +173,5 @@ def _launch(func: Any, args: Any, kwargs: Any, out: Any) -> Launch | None:
 
 
 def _bytes(t: Tensor) -> int:
-    """An expanded tensor has fewer than its sizes say."""
+    """The bytes of a tensor. An expanded tensor has fewer than its sizes say."""
     return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())

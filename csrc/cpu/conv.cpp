@@ -1,24 +1,25 @@
-// Convolutions between their BatchNorms. 1x1 convolutions of channels_last tensors are matrix products taken a slice of
-// rows at a time, so that what is applied to their operands and results stays in cache; the others are ATen's (oneDNN)
-// between passes of their own.
+// Convolutions between their BatchNorms. 1x1 convolutions of channels_last tensors are matrix products. They run a
+// slice of rows at a time, so that the passes over their operands and results find these in cache. The other
+// convolutions are ATen's (oneDNN), with separate passes before and after them.
 #include "ops.h"
 
 namespace fused_resnet::cpu {
 
 namespace {
 
-// Rows per slice: about kSlice bytes of both operands, a multiple of the reductions' chunk.
+// Bytes of both operands per slice of rows. The number of rows is a multiple of the reductions' chunk.
 constexpr int64_t kSlice = 16 << 20;
-// Bytes of Winograd's transforms per slice of tiles, tiles per thread from which each has slices of its own, and the
-// channels from which the algorithm pays.
+// Bytes of Winograd's transforms per slice of tiles; with at least this many tiles per thread each thread has its own
+// slices; with at least this many channels the algorithm pays.
 constexpr int64_t kWinogradSlice = 2 << 20;
 constexpr int64_t kWinogradTiles = 32;
 constexpr int64_t kWinogradChannels = 64;
-// Pixels of all images from which the transformed weights, larger than the weights, repay being read (in inference) or
-// made in every step. Three basic blocks of 256 channels on one thread took, of the time with oneDNN's convolutions, frozen
-// 2.3 at 16 pixels and 1.3 at 64, in training 1.5 and 1.3; at 256 pixels 0.6 and 0.95 of plain PyTorch's.
+// The transformed weights are larger than the weights. With at least this many pixels over all images it pays to read
+// them (in inference), or to make them in every step (in training). Three basic blocks of 256 channels on one thread
+// took these multiples of the time with oneDNN's convolutions: frozen 2.3 at 16 pixels and 1.3 at 64, in training 1.5
+// and 1.3. At 256 pixels they took 0.6 and 0.95 of plain PyTorch's time.
 constexpr int64_t kWinogradPixels = 128, kWinogradPixelsInTraining = 256;
-// Output pixels from which tiles of 4x4 repay the larger transform of weights that change with every step.
+// With at least this many output pixels, tiles of 4x4 pay for their larger transform of weights that change every step.
 constexpr int64_t kLargeTiles = 4096;
 
 int64_t slice_rows(int64_t channels, int64_t element_size) {
@@ -34,7 +35,7 @@ bool is_gemm(const Tensor& x, const Tensor& weight, IntList stride, IntList padd
 // [M, C], the same memory as a channels_last [N, C, H, W]
 Tensor rows_of(const Tensor& t) { return t.permute({0, 2, 3, 1}).view({-1, t.size(1)}); }
 
-// Some rows of a channels_last tensor as a kernel sees them.
+// Some rows of a channels_last tensor, as a kernel takes them.
 struct Rows {
     const Tensor& t;
     int64_t first;
@@ -53,7 +54,8 @@ Args prologue_args(const Tensor& x, at::TensorList prologue, int64_t act, double
     return a;
 }
 
-// Rows [first, first + n) of act(s x + t), or of x in another dtype, in `scratch`; x's own rows where nothing is to be done.
+// Rows [first, first + n) of act(s x + t), or of x in another dtype, in `scratch`; x's own rows if there is nothing to
+// do.
 Tensor operand(const Tensor& x, const Tensor& x2d, Args& pre, bool prologue, Tensor& scratch, at::ScalarType compute,
                int64_t first, int64_t n) {
     if (!prologue && x.scalar_type() == compute) return x2d.narrow(0, first, n);
@@ -172,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
     return {dx, dw, partials.sum(0), partials.sum(1)};
 }
 
-// 3x3, stride 1, channels_last, wide enough that four ninths of the multiplications outweigh the transforms.
+// 3x3, stride 1, channels_last, and so wide that four ninths of the multiplications outweigh the transforms.
 bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
                  int64_t pixels = kWinogradPixelsInTraining) {
     return weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && stride[0] == 1 && stride[1] == 1 &&
@@ -192,9 +194,9 @@ Tensor winograd_weight(const Tensor& weight, bool flip, int tile) {
     return u;
 }
 
-// out = conv3x3(input as `in` sees it), by products with u [(tile + 2)^2, C, K]; what `post` says is applied to the result.
-// Each thread takes slices of tiles from the input's transform to the output's; too few tiles, and it takes some of the
-// products of all of them, or the weights would be read once per thread.
+// out = conv3x3(the input that `in` describes), by products with u [(tile + 2)^2, C, K]; `post` describes the epilogue.
+// Each thread takes slices of tiles from the input's transform to the output's. With too few tiles, each thread takes
+// some of the products of all tiles instead; otherwise every thread would read the weights.
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
     const int64_t products = u.size(0), C = u.size(1), K = u.size(2);
     const int tile = products == 36 ? 4 : 2;
@@ -205,9 +207,9 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
     q.padding = padding;
     const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w, threads = at::get_num_threads();
     const int64_t takers = tiles >= kWinogradTiles * threads ? threads : 1;
-    // so many that the weights are not read more often than the transforms
+    // so many tiles that the weights are not read more often than the transforms
     const int64_t most = std::max(kWinogradSlice / (4 * products * (C + K)), C * K / (C + K));
-    // a multiple of the takers, so that all have the same to do
+    // a multiple of the takers, so that all have the same amount of work
     const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers, slice = (tiles + slices - 1) / slices;
     const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
     const Tensor v = at::empty({takers, products * slice * C}, options), m = at::empty({takers, products * slice * K}, options);
@@ -222,7 +224,7 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
                 const Tensor left = v[i].narrow(0, 0, products * part.count * C), right = m[i].narrow(0, 0, products * part.count * K);
                 Tensor product = right.view({products, part.count, K});
                 float *left_data = left.mutable_data_ptr<float>(), *right_data = right.mutable_data_ptr<float>();
-                // where there are several takers these loops run in the taker's thread
+                // with several takers these loops run in the taker's thread
                 parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, part, left_data, b, e); });
                 at::bmm_out(product, left.view({products, part.count, C}), u);
                 parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_output(post, part, right_data, b, e); });
@@ -241,13 +243,13 @@ Args raw_args(const Tensor& t) {
     return a;
 }
 
-// What a 3x3 convolution of x at stride 1 is written to.
+// The output tensor of a 3x3 convolution of x at stride 1.
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding) {
     return at::empty({x.size(0), channels, x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2},
                      x.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
-// To write act(. (+ residual)) to y.
+// The Args that write act(. (+ residual)) to y.
 Args epilogue_args(const Tensor& y, int64_t act, double act_param, const OptTensor& residual) {
     Args a = raw_args(y);
     a.out = y.data_ptr();
@@ -325,7 +327,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     const bool one = stride[0] == 1 && stride[1] == 1;
     if (gemm && is_gemm(x, weight, stride, padding, groups) && (one || !epilogue)) {
         if (one) return gemm_backward(dz, y, coef, x, prologue, act, act_param, weight, need_input, need_weight, add, compute);
-        // only the pixels that were taken have a gradient
+        // only the pixels that the convolution read have a gradient
         auto [some, dw, s0, s1] = gemm_backward(dz, y, coef, strided(x, stride), {}, act, act_param, weight, need_input,
                                                 need_weight, std::nullopt, compute);
         if (!need_input) return {Tensor(), dw, s0, s1};
@@ -340,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     auto [da, dw, _] = at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false,
                                                 {0, 0}, groups, {need_input && !fast, need_weight, false});
     if (fast) {
-        // the gradient of a convolution is the convolution with the kernel turned, padded by 2 - padding
+        // the gradient of a convolution is the convolution with the turned kernel, padded by 2 - padding
         da = empty_like(x, compute);
         Args post = raw_args(da);
         post.out = da.data_ptr();
@@ -350,7 +352,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ", compute);
     da = da.contiguous(format_of(x));
     if (!epilogue) return {add ? da.add_(*add) : da, dw, Tensor(), Tensor()};
-    // dz of the unit before, in the place of da
+    // dz of the unit before replaces da
     Args back{};
     back.layout = View::of(x).layout;
     back.y_type = dtype_of(x.scalar_type());

@@ -1,26 +1,26 @@
-// Convolutions summed up in registers, channels_last, in inference: a stem with the max-pool behind it, the convolution's
-// output never in memory (its rows go round in a buffer of as many as a window of the pool has); and 1x1 convolutions
-// with bias, residual and activation.
+// Convolutions whose sums stay in registers, channels_last, for inference. A stem with its max-pool never writes the
+// convolution's output to memory: its rows go round in a buffer of as many rows as a window of the pool. The others are
+// 1x1 convolutions with bias, residual and activation.
 #pragma once
 
 #include "vectors_impl.h"
 
 namespace {
 
-// Vectors of output channels times output pixels: the sums that stay in registers.
+// Vectors of output channels, and output pixels: their product is the number of sums in registers.
 constexpr int kDirectVectors = FR_WIDE_REGISTERS >= 32 ? 2 : 1, kDirectPixels = FR_WIDE_REGISTERS >= 32 ? 14 : 4;
 
-// f(0) ... f(N - 1) with constants, so that arrays indexed by them are registers: a loop is unrolled too late for that.
+// f(0) ... f(N - 1) with constants, so that arrays indexed by them are registers. A loop would be unrolled too late.
 template <int N, class F>
 FR_INLINE void unrolled(F f) {
     if constexpr (N > 1) unrolled<N - 1>(f);
     f(std::integral_constant<int, N - 1>{});
 }
 
-// Pixels for which a 1x1 convolution's inputs stay in cache while all output channels are made.
+// A 1x1 convolution's inputs of this many pixels stay in cache while all output channels are computed.
 constexpr int64_t kPointwiseRows = 8 * kDirectPixels;
 
-// body(P, at) for pixels [at, at + P) until all of [begin, end) are covered, one at a time where they are too few.
+// body(P, at) for pixels [at, at + P) until all of [begin, end) are covered; the last few one at a time.
 template <class Body>
 FR_INLINE void for_pixels(int64_t begin, int64_t end, Body body) {
     int64_t at = begin;
@@ -28,8 +28,8 @@ FR_INLINE void for_pixels(int64_t begin, int64_t end, Body body) {
     for (; at < end; at++) body(std::integral_constant<int, 1>{}, at);
 }
 
-// P pixels of output channels [k, k + 16 V): a pixel's patch is `rows` runs of `run` values, `row` apart, the next pixel's
-// starts `step` further. w: [rows, run, kDirectBlock].
+// P pixels of output channels [k, k + 16 V). A pixel's patch is `rows` runs of `run` values, `row` apart; the next
+// pixel's patch starts `step` further. w: [rows, run, kDirectBlock].
 template <int P, int V, class K>
 FR_INLINE void direct_pixels(const float* x, int64_t rows, int64_t row, int64_t run, int64_t step, const float* w, const float* bias,
                              const float* residual, float* out, int64_t channels, const K& act, F32 p) {
@@ -45,7 +45,7 @@ FR_INLINE void direct_pixels(const float* x, int64_t rows, int64_t row, int64_t 
             F32 here[V];
             unrolled<V>([&](auto v) __attribute__((always_inline)) { here[v] = load<F32>(w + 16 * v, 16); });
             unrolled<P>([&](auto i) __attribute__((always_inline)) {
-                const F32 value = x[i * step + j] - F32{};  // minus 0 is nothing, plus 0 is an addition
+                const F32 value = x[i * step + j] - F32{};  // the compiler drops - 0, but not + 0
                 unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = sum[i][v] + value * here[v]; });
             });
         }
@@ -116,7 +116,7 @@ template <class K>
 void stem_impl(const Args& a, const Direct& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
     const int64_t C = q.out_channels, size = q.out_width * C, window = pool.kernel[0];
     float* ring = scratch + q.kernel[0] * (q.width + 2 * q.padding[1]) * q.channels;
-    int64_t next = 0, last_image = -1;  // rows of this image below `next` that a window may want are in the ring
+    int64_t next = 0, last_image = -1;  // the ring has this image's rows below `next` that a window may need
     for (int64_t r = begin; r < end; r++) {
         const int64_t image = r / pool.out_height, ph = r % pool.out_height, top = ph * pool.stride[0] - pool.padding[0];
         const int64_t first = top < 0 ? 0 : top, last = top + window < q.out_height ? top + window : q.out_height;

@@ -1,4 +1,4 @@
-// Which instruction set's table is used: the best one this machine runs, at most FUSED_RESNET_CPU_ISA.
+// Chooses the instruction set's table: the best that this machine runs, at most FUSED_RESNET_CPU_ISA.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

@@ -1,4 +1,4 @@
-// fork() beside threads that draw random numbers.
+// fork() while other threads draw random numbers.
 #include <ATen/CPUGeneratorImpl.h>
 
 #ifndef _WIN32
@@ -11,9 +11,9 @@ std::mutex& generator_mutex() {
     return generator.mutex();
 }
 
-// A child has the thread that forked and no other. If another thread held the mutex of the default generator, the
-// child would wait for it for ever at its first use, and dynamo reads the generator's state whenever it captures.
-// So the thread that forks holds the mutex across the fork. Source: POSIX, pthread_atfork, RATIONALE.
+// A child has only the thread that forked. If another thread held the mutex of the default generator, the child would
+// wait for it for ever at its first use, and dynamo reads the generator's state whenever it captures. So the thread
+// that forks holds the mutex during the fork. Source: POSIX, pthread_atfork, RATIONALE.
 [[maybe_unused]] const int registered = pthread_atfork([] { generator_mutex().lock(); }, [] { generator_mutex().unlock(); },
                                       [] { generator_mutex().unlock(); });
 

@@ -1,13 +1,13 @@
-// The CPU kernels on raw pointers: one table of functions per instruction set, chosen when the library is first used.
+// The CPU kernels on raw pointers: one table of functions per instruction set. The library's first use chooses a table.
 //
-// A tensor [N, C, H, W] is seen as `blocks` runs of memory. channels_last: a block is a row of C values (a pixel).
+// Kernels see a tensor [N, C, H, W] as `blocks` runs of memory. channels_last: a block is a row of C values (a pixel).
 // NCHW: a block is a plane of H*W values of one channel. Every function works on blocks [begin, end); the callers split
 // the range over threads. Per-channel vectors are float (double for double tensors).
 #pragma once
 
 #include <cstdint>
 
-// the vectors are never passed through a call that isn't inlined, so their ABI doesn't matter
+// every call that passes these vectors is inlined, so their ABI doesn't matter
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #include "../bn_math.h"
@@ -44,14 +44,14 @@ struct Args {
     void* sums[3] = {};           // [chunks or blocks, C]: sum dz, sum dz (y - center), sum dz (residual - its center)
 };
 
-// A max-pool behind bn_act, and the image it slides over; `begin` and `end` count rows of images (N*oH, or N*H back).
+// A max-pool after bn_act, and its image. `begin` and `end` count rows of images (N*oH; N*H in the backward).
 struct Pool {
     int64_t height, width, out_height, out_width;
     int64_t kernel[2], stride[2], padding[2];
-    uint8_t* argmax;  // place in the window, row-major
+    uint8_t* argmax;  // position in the window, row-major
 };
 
-// A 3x3, stride-1 convolution as Winograd's F(MxM, 3x3): tiles of (M+2)^2 inputs make MxM outputs by (M+2)^2 matrix products.
+// A 3x3, stride-1 convolution by Winograd's F(MxM, 3x3): (M+2)^2 matrix products turn (M+2)^2 inputs into MxM outputs.
 struct Winograd {
     int tile;  // M: 2 or 4
     int64_t height, width, out_height, out_width, tiles_h, tiles_w, padding;
@@ -73,9 +73,9 @@ struct Table {
     void (*bn_act_backward)(const Args&, int64_t begin, int64_t end);
     // dy = A dz + B (y - center) + C to out; bytes: dz, y read, dy written
     void (*bn_backward)(const Args&, int64_t begin, int64_t end);
-    // mean and M2 of blocks [begin, end) to sums[0], sums[1]; y (y_type) is first rounded into out (other_type) if given
+    // mean and M2 of blocks [begin, end) to sums[0], sums[1]. If out (other_type) is given, y is first rounded into it
     void (*moments)(const Args&, int64_t begin, int64_t end);
-    // out = max over windows of act(z), and where; bytes: y read, out and one byte per output written
+    // out = max over windows of act(z), and its position; bytes: y read, out and one byte per output written
     void (*bn_act_max_pool)(const Args&, const Pool&, int64_t begin, int64_t end);
     // dz = act'(z) * (grad of the windows whose maximum is here), and sums; bytes: y, grad, argmax read, dz written
     void (*bn_act_max_pool_backward)(const Args&, const Pool&, int64_t begin, int64_t end);
@@ -87,12 +87,13 @@ struct Table {
     void (*winograd_weight)(int tile, const float* weight, float* u, int64_t out_channels, int64_t channels, bool flip, int64_t begin,
                             int64_t end);
     // out = max-pool(act(conv(y) + shift)), rows [begin, end) of N*oH, in float; bytes: y read, out written.
-    // scratch: kernel rows of the padded image, and as many rows of the convolution's output as the pool's window has
+    // scratch: kernel rows of the padded image, and as many rows of the convolution's output as a window of the pool
     void (*stem)(const Args&, const Direct&, const Pool&, float* scratch, int64_t begin, int64_t end);
-    // out = act(y W + shift (+ residual)), a 1x1 convolution, pixels [begin, end), in float; bytes: y (+ residual) read, out written
+    // out = act(y W + shift (+ residual)), a 1x1 convolution, pixels [begin, end), in float; bytes: y (+ residual) read,
+    // out written
     void (*pointwise)(const Args&, const Direct&, int64_t begin, int64_t end);
     const char* name;
-    int registers;  // how many 64-byte vectors the instruction set holds
+    int registers;  // the number of 64-byte vectors that the instruction set's registers hold
 };
 
 extern const Table table_default, table_avx2, table_avx512;

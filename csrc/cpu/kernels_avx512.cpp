@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")  // from here on, and so never for the standard library
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")  // after the includes: not for the standard library
 #define FR_WIDE_REGISTERS 32  // 64-byte vectors that the instruction set holds
 #include "kernels_impl.h"
 

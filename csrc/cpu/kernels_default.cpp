@@ -1,4 +1,4 @@
-// The kernels for any machine the compiler's default target runs on.
+// The kernels for the compiler's default target, which every machine runs.
 #include <cmath>
 #include <cstdint>
 #include <type_traits>

@@ -1,4 +1,4 @@
-// The kernels, written once; compiled by one file per instruction set.
+// The kernels, written once and compiled by one file per instruction set.
 #pragma once
 
 #include "vectors_impl.h"
@@ -50,16 +50,16 @@ void bn_backward_impl(const Args& a, int64_t begin, int64_t end) {
                   n);
         });
     };
-    // dz has y's type (a block's closing gradient), or that in which convolutions are computed
+    // dz has y's type (a block's closing gradient), or the type in which convolutions are computed
     if (a.grad_type == a.y_type) with(static_cast<const T*>(a.grad));
     else with(static_cast<const typename Lanes<T>::scalar*>(a.grad));
 }
 
-// Rows are taken in tiles, so that a channel's sums stay in registers for a while and the rows in L1.
+// Kernels take rows in tiles, so that a channel's sums stay in registers and the rows in L1.
 constexpr int64_t kTile = 16;
 
 // Calls tile(channel, n, offset, count, stride) for runs of `count` vectors `stride` elements apart in one channel
-// group; flush is up to the caller.
+// group. The caller flushes.
 template <int L, class Body>
 FR_INLINE void tiles(const Layout& layout, int64_t begin, int64_t end, Body body) {
     const int64_t C = layout.channels;
@@ -122,7 +122,7 @@ void bn_act_backward_impl(const Args& a, int64_t begin, int64_t end) {
     });
 }
 
-// y in T, rounded to O when it is to be stored. Two passes over a tile that stays in L1, tiles merged by Chan.
+// y in T, rounded to O if it is stored. Two passes over a tile that stays in L1; tiles are merged by Chan's formula.
 template <class T, class O>
 void moments_impl(const Args& a, int64_t begin, int64_t end) {
     using V = typename Lanes<T>::vector;
@@ -201,7 +201,7 @@ FR_INLINE void by_types(DType y, DType other, F f) {
     f(Tag<_Float16>{}, Tag<_Float16>{});
 }
 
-// identity and relu get loops of their own; the others are told apart inside the loop, where the exp costs more.
+// identity and relu have separate loops. The other activations are chosen inside the loop, where their exp costs more.
 template <Act A>
 struct Fixed {
     FR_INLINE explicit Fixed(Act) {}

@@ -30,7 +30,7 @@ Partials::Partials(const View& view, int kinds, at::ScalarType dtype)
 }
 
 void Partials::aim(Args& args, int64_t i) const {
-    // planes write sums[block] of a [N, C] table themselves
+    // with planes, kernels write sums[block] of a [N, C] table
     for (int64_t k = 0; k < data.size(0); k++) args.sums[k] = bytes(data, (k * chunks() + (planes ? 0 : i)) * data.size(2));
 }
 

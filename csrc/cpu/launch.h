@@ -1,4 +1,4 @@
-// From tensors to kernels: checks, layouts, the split over threads, partial sums and their merge. Used by ops.cpp, conv.cpp.
+// From tensors to kernels: checks, layouts, the split over threads, partial sums and their merge.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -25,10 +25,10 @@ inline DType dtype_of(at::ScalarType t) {
         default: TORCH_CHECK(false, "expected float32, bfloat16, float16 or float64, got ", t);
     }
 }
-// Statistics and per-channel vectors.
+// The dtype of statistics and per-channel vectors.
 inline at::ScalarType wide(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// channels_last unless the tensor is NCHW and not both at once (1x1 images: rows; one channel: planes).
+// channels_last, unless the tensor is NCHW only. If it is both: rows for 1x1 images, planes for one channel.
 inline at::MemoryFormat format_of(const Tensor& t) {
     const bool rows = t.is_contiguous(at::MemoryFormat::ChannelsLast), planes = t.is_contiguous();
     TORCH_CHECK(rows || planes, "expected a dense NCHW or channels_last tensor");
@@ -58,15 +58,15 @@ Tensor empty_like(const Tensor& t, at::ScalarType dtype);
 void set_norm(Affine& to, at::TensorList norm, const Tensor& y);
 Act act_of(int64_t index);
 
-// at::parallel_for, for a body that works on raw memory. Its other threads have none of the caller's thread-local state
-// (inference mode, grad mode, dispatch keys), so the body calls no ATen operator and makes no tensor.
+// at::parallel_for for a body that works on raw memory. The other threads lack the caller's thread-local state
+// (inference mode, grad mode, dispatch keys), so the body must call no ATen operator and make no tensor.
 template <class Body>
 void parallel(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     at::parallel_for(begin, end, grain, body);
 }
 
-// As `parallel`, for a body that calls ATen operators: every thread runs it in the caller's thread-local state.
-// Taking and setting that state costs about a microsecond per thread.
+// Like `parallel`, for a body that calls ATen operators: every thread runs it with the caller's thread-local state.
+// Setting that state costs about a microsecond per thread.
 template <class Body>
 void parallel_aten(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     const at::ThreadLocalState state;
@@ -76,7 +76,7 @@ void parallel_aten(int64_t begin, int64_t end, int64_t grain, const Body& body) 
     });
 }
 
-// Fixed chunks, whatever the number of threads, so that the bits depend on the shape alone.
+// Chunks do not depend on the number of threads, so the bits depend only on the shape.
 constexpr int64_t kChunkRows = 128;
 
 // Sums (or moments) of ranges of rows or planes, and their merge into vectors.
@@ -89,7 +89,7 @@ struct Partials {
     // Runs `kernel` on chunk `i` with its sums set.
     void aim(Args& args, int64_t i) const;
     Tensor sum(int kind) const { return data[kind].sum(0); }
-    // mean and biased variance, every chunk's count known
+    // mean and biased variance; every chunk's count is known
     std::pair<Tensor, Tensor> moments(int64_t plane) const;
 };
 

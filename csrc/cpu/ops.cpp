@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Ten
                                                    const OptTensor& bias, const OptTensor& conv_bias, double eps) {
     const at::ScalarType dtype = wide(mean);
     const int64_t C = mean.numel();
-    // a convolution's bias, a checkpoint's weights: of any dtype
+    // a convolution's bias and a checkpoint's weights may have any dtype
     const auto given = [&](const OptTensor& t) { return t ? t->to(dtype).contiguous() : Tensor(); };
     const Tensor in[5] = {given(mean), given(var), given(weight), given(bias), given(conv_bias)};
     const char* names[5] = {"mean", "var", "weight", "bias", "conv_bias"};
@@ -170,8 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Ten
         for (int i = 0; i < 4; i++) to[i] = out[i].mutable_data_ptr<T>();
         const auto at = [&](int i, int64_t c, T other) { return from[i] ? from[i][c] : other; };
         for (int64_t c = 0; c < C; c++) {
-            // In double: an error here is that of every pixel of a channel, and no mean over pixels takes it out. The shift
-            // belongs to the scale as it is rounded, so that y = center still makes the bias.
+            // In double: an error here affects every pixel of a channel, and no mean over pixels reduces it. The shift
+            // is computed with the rounded scale, so that y = center still gives the bias.
             const Fold<double> f = fused_resnet::bn_fold<double>(from[0][c], from[1][c], at(2, c, 1), 0, at(4, c, 0), eps);
             to[0][c] = T(f.scale), to[2][c] = T(f.center), to[3][c] = T(f.rstd);
             to[1][c] = T(affine<double>(-f.center, to[0][c], at(3, c, 0)));

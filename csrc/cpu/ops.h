@@ -37,19 +37,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
                                                          bool need_input, bool need_weight, const OptTensor& add,
                                                          at::ScalarType compute, bool gemm);
 
-// Inference with weights as they are: act(norm(conv(x)) (+ residual)).
+// Inference without folding: act(norm(conv(x)) (+ residual)).
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
                    at::TensorList norm, int64_t act, double act_param, const OptTensor& residual, at::ScalarType compute, bool gemm);
 
-// Inference by Winograd: the outputs per side of a tile (0: not to be used), the transformed weights, and act(conv(x) + bias (+ residual)).
+// Inference by Winograd: the outputs per side of a tile (0: not used), the transformed weights, and
+// act(conv(x) + bias (+ residual)).
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                       int64_t groups);
 Tensor winograd_prepack(const Tensor& weight, int64_t tile);
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual);
 
-// Inference by convolutions of our own: whether to be used, the weight packed for them, max-pool(act(conv(x) + bias)) of a
-// stem, and out = act(x W + bias (+ residual)) of a 1x1 convolution, where out may be the residual.
+// Inference by our own convolutions: whether they are used, the packed weight, max-pool(act(conv(x) + bias)) of a stem,
+// and out = act(x W + bias (+ residual)) of a 1x1 convolution, where out may be the residual.
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel);
 bool pointwise_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups);
 Tensor direct_prepack(const Tensor& weight);

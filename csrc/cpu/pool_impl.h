@@ -1,4 +1,4 @@
-// The stem's tail: bn_act and the max-pool behind it, forward and backward.
+// The stem's tail: bn_act and the max-pool after it, forward and backward.
 #pragma once
 
 #include "../pool_math.h"
@@ -10,7 +10,7 @@ typedef uint8_t U8x16 __attribute__((vector_size(16)));
 typedef uint8_t U8x8 __attribute__((vector_size(8)));
 typedef int64_t I64 __attribute__((vector_size(64)));
 
-// One vector of a tensor's channels (channels_last), or one value of a plane (NCHW), and the places of maxima beside it.
+// One vector of a tensor's channels (channels_last) or one value of a plane (NCHW), and the positions of its maxima.
 template <class V>
 struct Place;
 template <class V, class P, class B, int N>
@@ -93,7 +93,7 @@ FR_INLINE void pool_rows(const Args& a, const Pool& q, int64_t begin, int64_t en
                     for (int64_t j = left < 0 ? -left : 0; j < q.kernel[1] && left + j < q.width; j++) {
                         const int64_t from = pixel(a.layout, image, top + i, left + j, q.height, q.width) + c;
                         const V v = k.forward(affine(Q::load_from(y + from, n), s, t), p);
-                        // as ATen: a NaN takes the place, and the first pixel does when all are -inf
+                        // as in ATen: a NaN wins, and the first pixel wins if all are -inf
                         const auto take = (v > best) | (v != v) | (place < Q::every(0));
                         best = take ? v : best;
                         place = take ? Q::every(i * q.kernel[1] + j) : place;
@@ -105,7 +105,7 @@ FR_INLINE void pool_rows(const Args& a, const Pool& q, int64_t begin, int64_t en
     }
 }
 
-// Gathers instead of scattering: a pixel asks every window that covers it. sums[..][C] is this range's.
+// Gathers instead of scattering: a pixel reads every window that covers it. sums[..][C] are this range's sums.
 template <class V, class T, class G, class K>
 FR_INLINE void pool_rows_backward(const Args& a, const Pool& q, int64_t begin, int64_t end) {
     using Q = Place<V>;

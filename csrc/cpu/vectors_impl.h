@@ -1,5 +1,6 @@
-// 64-byte vectors of the compiler's own: element types in memory, lanes in float or double, exp. Included after a file's
-// `#pragma GCC target`; includes no header of the standard library, whose code, compiled here, could be linked elsewhere.
+// 64-byte vectors of the compiler: element types in memory, lanes in float or double, exp. Files include this after
+// their `#pragma GCC target`. It includes no standard header: code compiled here for that target could be linked
+// elsewhere.
 #pragma once
 
 #include "kernels.h"
@@ -53,7 +54,7 @@ struct bf16 {
 };
 
 template <class T>
-struct Lanes {  // of a tensor's element type: the vector it is computed in
+struct Lanes {  // an element type's vector for computation
     using vector = F32;
     using scalar = float;
 };
@@ -73,7 +74,7 @@ FR_INLINE U16 narrow(F32 v, bf16) {  // to nearest, ties to even; NaN stays NaN
 }
 FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_convertvector(v, F16); }
 
-// Part of a vector of floats; AVX-512 does it in one instruction, memcpy of a length that is not known in a call.
+// Part of a vector of floats. AVX-512 has one instruction for it; memcpy of a variable length would be a call.
 FR_INLINE F32 load_part(const float* p, int n) {
 #if FR_WIDE_REGISTERS >= 32
     return __builtin_ia32_loadups512_mask(p, F32{}, uint16_t((1u << n) - 1));
@@ -91,7 +92,7 @@ FR_INLINE void store_part(float* p, F32 v, int n) {
 #endif
 }
 
-// n of the vector's lanes from p, the others 0.
+// n lanes from p, the others 0.
 template <class V, class T>
 FR_INLINE V load(const T* p, int n) {
     constexpr int lanes = sizeof(V) / sizeof(V{}[0]);

@@ -1,7 +1,7 @@
 // Winograd's F(MxM, 3x3), M = 2 or 4: the transforms of input, output and weight around (M+2)^2 matrix products.
-// Source: Lavin & Gray, Fast Algorithms for Convolutional Neural Networks (arXiv 1509.09308), section 4.1. The points of
-// F(4x4, 3x3) are 0, +-a, +-b with a = sqrt(1/2), b = sqrt(2), not the usual 1 and 2: half the mean error, a quarter of the
-// largest.
+// Source: Lavin & Gray, Fast Algorithms for Convolutional Neural Networks (arXiv 1509.09308), section 4.1. The points
+// of F(4x4, 3x3) are 0, +-a, +-b with a = sqrt(1/2), b = sqrt(2), not the usual 1 and 2: this halves the mean error
+// and quarters the largest.
 #pragma once
 
 #include "vectors_impl.h"

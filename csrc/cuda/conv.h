@@ -1,9 +1,9 @@
-// The convolutions of the CUDA part: problems, refusals and launchers. No torch header, so that nvcc alone compiles
-// what implements them; the glue checks tensors and allocates. None needs scratch memory.
+// The convolutions of the CUDA part: problems, refusals and launchers. There is no torch header, so nvcc alone compiles
+// the implementations. conv_ops.cpp checks tensors and allocates. No convolution needs scratch memory.
 //
-// Tensors are dense NHWC (x [N,H,W,C], y [N,P,Q,K]) and KRSC (w [K,R,S,C]), 16-byte aligned, without groups. To each
-// launcher belongs a `*_why_not`: why a case can't be taken (a sentence for a user), or nullptr. The launcher itself
-// returns cudaErrorNotSupported for a refused case, or what CUDA says.
+// Tensors are dense NHWC (x [N,H,W,C], y [N,P,Q,K]) and KRSC (w [K,R,S,C]), 16-byte aligned, without groups. Each
+// launcher has a `*_why_not`, which returns why it can't take a case (a sentence for a user), or nullptr. The launcher
+// returns cudaErrorNotSupported for a refused case, otherwise CUDA's status.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,13 +29,13 @@ struct ConvProblem {
 };
 
 // A block of threads computes a tile of m rows (pixels; wgrad: output channels) by n columns (channels). The `*_tiles`
-// functions write those that are compiled for a type, at most kConvTiles, and return how many.
+// functions write the tiles that are compiled for a type, at most kConvTiles, and return their number.
 struct ConvTile {
     int m, n;
 };
 constexpr int kConvTiles = 4;
 
-// y = act(conv(x, w) + bias [+ residual]), in float32 until y is rounded: inference. sm_90a, conv_sm90.cuh.
+// Inference: y = act(conv(x, w) + bias [+ residual]), in float32 until y is rounded. sm_90a, conv_sm90.cuh.
 struct ConvInference {
     const void *x, *w;
     const float* bias;     // [K], or nullptr: none
@@ -65,9 +65,9 @@ int conv_wgrad_sm90_tiles(ConvType, ConvTile*);
 const char* conv_wgrad_sm90_why_not(const ConvProblem&);
 cudaError_t conv_wgrad_sm90(const ConvProblem&, ConvTile, const ConvWgrad&, cudaStream_t);
 
-// y = conv(act(scale x + shift), w), without a prologue where scale is nullptr, and per tile of pixels and per channel
-// the mean of y and M2, its squared deviations about that mean: [tiles, K], of conv_train_sm90_rows() pixels each, the
-// last of fewer; to be merged by Chan's formula. sm_90a, conv_train_sm90.cu.
+// y = conv(act(scale x + shift), w); scale nullptr: no prologue. Also, per tile of pixels and per channel, the mean of
+// y and M2, the sum of squared deviations from that mean: [tiles, K], to be merged by Chan's formula. A tile has
+// conv_train_sm90_rows() pixels, the last one fewer. sm_90a, conv_train_sm90.cu.
 struct ConvTrain {
     const void *x, *w;
     const float *scale, *shift;  // [C], both or none, 16-byte aligned

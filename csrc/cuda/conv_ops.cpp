@@ -1,5 +1,5 @@
-// The convolutions of conv.h on tensors. What CUTLASS can't take is c10::NotImplementedError, so that a caller may go on
-// with PyTorch's; what nobody could take is an error.
+// The convolutions of conv.h on tensors. A case that CUTLASS can't take raises c10::NotImplementedError, so that the
+// caller may use PyTorch's convolution. An invalid case raises another error.
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -28,7 +28,7 @@ const Kind& kind_of(std::string_view name) {
     TORCH_CHECK(false, "kind: expected fprop, dgrad or wgrad, got ", name);
 }
 
-// The convolution of x [N, C, H, W] by a weight [K, C / groups, R, S], as far as sizes tell, and why CUTLASS can't
+// The convolution of x [N, C, H, W] by a weight [K, C / groups, R, S] from its sizes, and the reason why CUTLASS can't
 // compute it, or null.
 struct Sized {
     ConvProblem problem;
@@ -79,7 +79,7 @@ ConvTile tile_of(IntList tile, const ConvProblem& g, const Kind& kind) {
     TORCH_CHECK(false, "tile: expected one of conv_tiles, got ", tile);
 }
 
-// TMA reads from multiples of 16 bytes; what begins elsewhere is copied.
+// TMA reads from multiples of 16 bytes. A tensor that begins elsewhere is copied.
 Tensor aligned(const Tensor& t) {
     return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone();
 }

@@ -1,4 +1,4 @@
-// Which of the sm_90 convolutions of CUTLASS takes what; they are compiled in conv_sm90_*.cu.
+// Chooses among CUTLASS's sm_90 convolutions, which conv_sm90_*.cu compile.
 #include "conv_sm90.h"
 
 namespace fused_resnet::cuda {
@@ -14,7 +14,7 @@ struct Instance {
     cudaError_t (*run)(const ConvProblem&, const Tensors&, cudaStream_t);
 };
 
-// For each type the largest tile first.
+// For each type, the largest tile first.
 constexpr Instance<ConvInference> kFprop[] = {
     {ConvType::bf16, {128, 128}, fprop_sm90<bfloat16_t, 128, 128>},
     {ConvType::bf16, {128, 64}, fprop_sm90<bfloat16_t, 128, 64>},
@@ -55,7 +55,7 @@ cudaError_t run(const Instance<Tensors> (&instances)[Count], const char* why_not
     return cudaErrorNotSupported;
 }
 
-// What TMA's im2col can't express: see CU_TENSOR_MAP's limits for tensors of four axes.
+// The cases that TMA's im2col can't express: see CU_TENSOR_MAP's limits for tensors of four axes.
 const char* refused(const ConvProblem& g) {
     const int align = 16 / g.itemsize();
     if (g.c % align != 0 || g.k % align != 0)

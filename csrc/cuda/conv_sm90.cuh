@@ -1,27 +1,27 @@
 // The three convolutions of CUTLASS 3.x on sm_90a, one template:
 //     fprop  y[n, p, q, k] = act(bias[k] + residual[n, p, q, k] + sum over (r, s, c) of
 //                                x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c] * w[k, r, s, c])
-//     dgrad  dx = the gradient of the same sum by x [+ add]
-//     wgrad  dw = the gradient of the same sum by w, float32
+//     dgrad  dx = the gradient of the same sum with respect to x [+ add]
+//     wgrad  dw = the gradient of the same sum with respect to w, float32
 //
-// Tile: M rows by N columns by 128 bytes of the sum, one consumer warp group, one operand by TMA im2col and the other
-// by plain TMA, both read from shared memory by wgmma, as many stages as fit; up to three blocks per processor for the
-// small tiles. Epilogue of fprop: a visitor tree, (acc + bias) + beta * residual, then act; beta is 0 without a
-// residual, which then is not loaded; dgrad adds likewise.
+// Tile: M rows by N columns by 128 bytes of the sum, with one consumer warp group. TMA im2col loads one operand, plain
+// TMA the other. wgmma reads both from shared memory. There are as many stages as fit, and up to three blocks per
+// processor for the small tiles. Epilogue of fprop: a visitor tree, (acc + bias) + beta * residual, then act. Without a
+// residual beta is 0 and nothing is loaded. dgrad adds in the same way.
 // Traffic: the operands once (from L2 for all but the first tile of a row or column), the result once, residual or add
-// once where there is one.
+// once, if given.
 // Source: CUTLASS 3.x, implicit GEMM for sm_90 and example 76; Chetlur et al. 2014, arXiv 1410.0759.
 //
 // To be measured on a GPU: correctness against the reference first; each tile against cuDNN on ResNet-50's layers; the
 // runtime switch over act (192 registers instead of 160) against a compiled one; stages against blocks per processor;
-// from how many tiles on wgrad, which does not split its sum, is worth choosing.
+// and the number of tiles above which wgrad, which does not split its sum, pays.
 #pragma once
 
 #ifndef NDEBUG
 #error "compile with -DNDEBUG: with CUTLASS's assertions ptxas serializes every wgmma"
 #endif
 
-#include <cute/tensor.hpp>  // these two before the others, which do not include all that they use
+#include <cute/tensor.hpp>  // these two first: the others do not include all that they use
 #include <cutlass/kernel_hardware_info.hpp>
 
 #include <cutlass/conv/collective/collective_builder.hpp>
@@ -43,7 +43,7 @@ struct ActArguments {
     float param;
 };
 
-// act chosen at run time: eight compiled ones would be eight times the build.
+// act is chosen at run time: compiling all eight would make the build eight times as long.
 template <class Fragment>
 struct RuntimeAct {
     using Arguments = ActArguments;
@@ -107,8 +107,8 @@ struct ConvSm90 {
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
         cutlass::epilogue::collective::EpilogueTileAuto, float, float, Out, OutLayout, kOutAlign, Out, OutLayout,
         kOutAlign, cutlass::epilogue::TmaWarpSpecialized, decltype(fusion())>::CollectiveOp;
-    // Blocks are not persistent: where registers allow it, one computes while another stores. Each has its part of the
-    // shared memory, less what CUDA takes for a block.
+    // Blocks are not persistent: if registers allow it, one computes while another stores. Each has its part of the
+    // shared memory, minus CUDA's own part per block.
     static constexpr int kBlocks = M * N <= 64 * 64 ? 3 : M * N <= 128 * 64 ? 2 : 1;
     static constexpr int kMemory = cutlass::gemm::collective::detail::sm90_smem_capacity_bytes;
     static constexpr int kOwn = kBlocks == 1 ? kMemory : kMemory / kBlocks - 1024;
@@ -121,7 +121,7 @@ struct ConvSm90 {
     using Device = cutlass::conv::device::ConvUniversalAdapter<
         cutlass::conv::kernel::ConvUniversal<Shape, Mainloop, Epilogue>>;
 
-    // a, b: the operands in CUTLASS' order. c: what is added, or nullptr.
+    // a, b: the operands in CUTLASS's order. c: the summand, or nullptr.
     static cudaError_t run(const ConvProblem& g, const void* a, const void* b, const void* c, void* d,
                            const typename Epilogue::FusionCallbacks::Arguments& fused, cudaStream_t stream) {
         const Shape shape(cutlass::conv::Mode::kCrossCorrelation, {g.n, g.h, g.w, g.c}, {g.k, g.r, g.s, g.c},
@@ -129,7 +129,7 @@ struct ConvSm90 {
         typename Device::Arguments args{};
         args.problem_shape = shape;
         args.mainloop = {static_cast<const T*>(a), static_cast<const T*>(b)};
-        // a tensor map can't be made of no address; with beta = 0 nothing is read through it
+        // a tensor map needs an address; with beta = 0 nothing is read through it
         args.epilogue.ptr_C = static_cast<const Out*>(c ? c : d);
         args.epilogue.ptr_D = static_cast<Out*>(d);
         if constexpr (kWgrad) {

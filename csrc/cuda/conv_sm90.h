@@ -1,5 +1,5 @@
-// What the files of the sm_90 convolutions share: each compiles a few instances of one template (CUTLASS takes most of
-// a minute for one), conv_sm90.cu chooses among them.
+// Shared by the files of the sm_90 convolutions. Each file compiles a few instances of one template (CUTLASS takes most
+// of a minute for one); conv_sm90.cu chooses among them.
 #pragma once
 
 #include "conv.h"
@@ -11,7 +11,7 @@ struct half_t;
 
 namespace fused_resnet::cuda {
 
-// CUTLASS tells that a launch failed, not why; CUDA may know.
+// CUTLASS reports that a launch failed, but not why; CUDA may report the reason.
 inline cudaError_t launch_error() {
     const cudaError_t status = cudaGetLastError();
     return status == cudaSuccess ? cudaErrorUnknown : status;

@@ -1,5 +1,5 @@
-// Where everything lies in conv_train_sm90.cu: tiles, windows, swizzled shared memory, register fragments, stages of
-// the pipeline, statistics. Host and device: tests/backends/test_cuda_conv_train.py runs the kernel's source on a CPU.
+// The layouts of conv_train_sm90.cu: tiles, windows, swizzled shared memory, register fragments, stages of the
+// pipeline, statistics. Host and device: tests/backends/test_cuda_conv_train.py runs the kernel's source on a CPU.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ constexpr int kParts = 4;          // of a tile's rows, in the statistics
 constexpr int kPartRows = kBlockM / kParts;
 constexpr int kMaxTaps = 32;       // bits of a row's mask
 
-// Shared memory, every part aligned to 1024 bytes but the last three:
+// Shared memory. Every part is aligned to 1024 bytes, except the last three:
 //     stages x [A: 128 rows of 64 channels | B: BlockN rows of 64 channels]   as TMA writes them, 128-byte swizzle
 //     BlockN / 64 slabs of y: 128 rows of 64 channels                         as TMA reads them, 128-byte swizzle
 //     stages x [scale | shift], parts x [mean | M2] of BlockN columns, barriers
@@ -38,21 +38,20 @@ struct Smem {
 // Offset of 16-byte chunk `chunk` of row `row`: bits 4-6 of an address are XORed with bits 7-9.
 FR_INLINE int swizzled(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row & 7)) << 4); }
 
-// ldmatrix.x4 and stmatrix.x4 move a 16x16 block, registers ordered as wgmma orders its fragments when lane l points at
-// row l % 16, 16-byte chunk l / 16. Register r then holds row lane / 4 + 8 (r % 2), columns 2 (lane % 4) + 8 (r / 2) +
+// ldmatrix.x4 and stmatrix.x4 move a 16x16 block. Registers have the order of wgmma's fragments if lane l points at row
+// l % 16, 16-byte chunk l / 16. Register r then holds row lane / 4 + 8 (r % 2), columns 2 (lane % 4) + 8 (r / 2) +
 // {0, 1}.
 FR_INLINE int matrix_row(int lane) { return lane & 15; }
 FR_INLINE int matrix_chunk(int lane) { return lane >> 4; }
 FR_INLINE int fragment_row(int lane, int reg) { return (lane >> 2) + 8 * (reg & 1); }
 FR_INLINE int fragment_column(int lane, int reg) { return 2 * (lane & 3) + 8 * (reg >> 1); }
-// First of the two accumulators that register r of the 16-column block `block` of y is made of.
+// The first of the two accumulators in register r of the 16-column block `block` of y.
 FR_INLINE int accumulator(int block, int reg) { return 8 * block + 4 * (reg >> 1) + 2 * (reg & 1); }
-// First row, in the tile, of the 16 rows of a consumer's warp (0 to 7 over both groups): wgmma gives warp i of a group
-// rows 16 i to 16 i + 15 of its 64.
+// The first row, in the tile, of the 16 rows of a consumer warp (0 to 7 over both groups): wgmma gives warp i of a
+// group rows 16 i to 16 i + 15 of its 64.
 FR_INLINE int warp_row(int warp) { return 16 * warp; }
 
-// y [N*P*Q, K] in tiles, the channels' tiles of the same pixels next to each other: x then comes from L2 for all but
-// one.
+// y [N*P*Q, K] in tiles. The channels' tiles of the same pixels are neighbours, so all but one read x from L2.
 struct Tiles {
     int count_m, count_n, block_n;
     static FR_INLINE Tiles of(int m, int k, int block_n) {
@@ -63,7 +62,7 @@ struct Tiles {
     FR_INLINE int n(int tile) const { return tile % count_n; }
 };
 
-// Which pixels of x a pixel m of y is made of: image(m), row top(m) + down(tap), column left(m) + right(tap).
+// The pixels of x that a pixel m of y depends on: image(m), row top(m) + down(tap), column left(m) + right(tap).
 struct Window {
     int h, w, p, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
     FR_INLINE int count() const { return r * s; }
@@ -72,10 +71,10 @@ struct Window {
     FR_INLINE int left(int m) const { return m % q * stride_w - pad_w; }
     FR_INLINE int down(int tap) const { return tap / s * dil_h; }
     FR_INLINE int right(int tap) const { return tap % s * dil_w; }
-    // Where y is as large as x, a tap is all of x moved by a number of pixels: pixel m + shift(tap), if inside.
+    // If y is as large as x, a tap is x moved by a constant number of pixels: pixel m + shift(tap), if inside.
     FR_INLINE bool flat() const { return stride_h == 1 && stride_w == 1 && p == h && q == w; }
     FR_INLINE int shift(int tap) const { return (down(tap) - pad_h) * w + right(tap) - pad_w; }
-    // Bit `tap` is set where that pixel lies in the image.
+    // Bit `tap` is set if that pixel lies in the image.
     FR_INLINE uint32_t inside(int m) const {
         uint32_t mask = 0;
         for (int tap = 0; tap < count(); ++tap) {
@@ -86,8 +85,8 @@ struct Window {
     }
 };
 
-// A place in the ring of stages. Consumers wait for the phase of parity `phase` of a full barrier, the producer for
-// the phase of the other parity of an empty one: on fresh barriers its first round passes.
+// A position in the ring of stages. Consumers wait for the phase of parity `phase` of a full barrier. The producer
+// waits for the other parity of an empty barrier: with fresh barriers its first round does not wait.
 template <int Stages>
 struct Cursor {
     int stage = 0;
@@ -168,8 +167,8 @@ FR_INLINE uint32_t normalised(uint32_t pair, Float2 scale, Float2 shift) {
     return T::pack({act<A>(affine(x.x, scale.x, shift.x), 0.0f), act<A>(affine(x.y, scale.y, shift.y), 0.0f)});
 }
 
-// Statistics: part `part` of a tile's rows, two neighbouring columns, of y as it is stored; the mean, then M2 about it.
-// `slab` is the slab of y in shared memory that the columns lie in, `rows` how many of the tile's rows exist.
+// Statistics of y as it is stored, for part `part` of a tile's rows and two neighbouring columns: the mean, then M2
+// about it. `slab` is the columns' slab of y in shared memory; `rows` is the number of the tile's rows that exist.
 struct Moments2 {
     Moments<float, float> x, y;
 };
@@ -198,8 +197,8 @@ FR_INLINE Moments2 part_moments(const char* slab, int part, int column, int rows
     }
     return m;
 }
-// Which part and which column (within BlockN) consumer `thread` takes in round `round` of BlockN / 128 (at least 1):
-// a warp reads 64 neighbouring columns of a row, 128 bytes, without a bank conflict.
+// The part and the column (within BlockN) of consumer `thread` in round `round` of BlockN / 128 (at least 1): a warp
+// reads 64 neighbouring columns of a row, 128 bytes, without a bank conflict.
 template <int BlockN>
 struct Statistics {
     static constexpr int kPairs = kParts * BlockN / 2, kRounds = (kPairs + kConsumers - 1) / kConsumers;

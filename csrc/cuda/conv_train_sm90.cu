@@ -2,36 +2,37 @@
 // a = act(scale[c] * x + shift[c]), or x; outside of the image a is 0.   m = (n, p, q)
 // mean[t, k], M2[t, k] of y over the 128 pixels of tile t.
 //
-// Where y is as large as x (1x1, and 3x3 with stride 1) the tap (r, s) of all pixels is x moved by a constant number of
-// rows of its matrix [N*H*W, C], by plain TMA; elsewhere TMA's im2col walks over the pixels. Either way what falls
-// outside of the image is zeroed by a mask AFTER the prologue: act(shift) is not 0.
+// If y is as large as x (1x1, and 3x3 with stride 1), the tap (r, s) of all pixels is x moved by a constant number of
+// rows of its matrix [N*H*W, C], and plain TMA loads it. Otherwise TMA's im2col iterates over the pixels. In both cases
+// a mask zeroes pixels outside the image AFTER the prologue, because act(shift) is not 0.
 //
-// Tile: 128 pixels by 64, 128 or 256 channels, 64 channels of the sum per step, one block of threads per processor,
-// which takes tile after tile. Three warp groups: a producer, whose one thread asks TMA for x, w, scale and shift, as
-// many stages ahead as shared memory holds, and two consumers, each with 64 of the pixels: ldmatrix, prologue in
-// registers, wgmma with A in registers, B in shared memory. Four wgmma of 16 channels are on their way at any time: one
-// group per slice, so that the prologue of a slice runs while the three before it multiply. Epilogue: y as 16 bit
-// through shared memory, from where TMA stores it and from where the statistics are computed, in two passes: the mean,
-// then M2 about it; four parts of 32 rows, merged by Chan's formula in a fixed order.
+// Tile: 128 pixels by 64, 128 or 256 channels, 64 channels of the sum per step. There is one block of threads per
+// processor, which takes tile after tile. It has three warp groups. One thread of the producer asks TMA for x, w, scale
+// and shift, as many stages ahead as fit into shared memory. Two consumers take 64 of the pixels each: ldmatrix,
+// prologue in registers, wgmma with A in registers and B in shared memory. Four wgmma of 16 channels are in flight at
+// any time, one group per slice, so that the prologue of a slice runs while the three slices before it multiply.
+// Epilogue: y is written in 16 bits to shared memory. TMA stores it from there, and the statistics are computed from
+// there in two passes: the mean, then M2 about it, in four parts of 32 rows that are merged by Chan's formula in a
+// fixed order.
 //
-// full[stage]: 1 arrival (the producer's, which also announces the bytes); completed by TMA.
-// empty[stage]: 8 arrivals, one of each consumer warp, when its wgmma of the stage are done.
-// Named barrier 1, the 256 consumers: staging free | y staged | parts of the statistics written.
+// full[stage]: 1 arrival (the producer's, which also announces the bytes). TMA completes it.
+// empty[stage]: 8 arrivals, one per consumer warp, when its wgmma of the stage are done.
+// Named barrier 1, for the 256 consumers: staging is free | y is staged | parts of the statistics are written.
 //
 // Traffic: x once (R*S times from L2), w from L2, y once, 8 bytes per channel and 128 pixels of statistics.
 // Source: the warp-specialised persistent GEMM of CUTLASS 3.x, its coordinates of im2col; Chan, Golub, LeVeque 1979.
 //
-// Not CUTLASS's own prologue (2.x, fprop with scale, bias and relu): it computes in float16 with float16 coefficients,
-// whose error passes twice plain float16's as soon as |mean| is a few deviations, takes bfloat16's bits for float16's,
-// and marks padding by a NaN.
+// This is not CUTLASS's own prologue (2.x, fprop with scale, bias and relu). That one computes in float16 with float16
+// coefficients, so its error exceeds twice plain float16's if |mean| is a few deviations. It reads bfloat16's bits as
+// float16's, and it marks padding by a NaN.
 //
-// It has never run on a GPU, and no backend lists it. What is known: it compiles to what it should
-// (tests/backends/test_cuda_conv_codegen.py), and its source computes the right thing on a model of these instructions
-// that does each of them as late as it may (tests/backends/test_cuda_conv_train.py). To be measured first: y and
-// statistics against the reference under compute-sanitizer (memcheck, racecheck, synccheck), im2col with stride 2 in
-// particular; then time against the Triton kernel and cuDNN on ResNet-50's layers, per BLOCK_N; then whether the two
-// consumers should take a tile each (the epilogue of one beneath the products of the other), and a cluster that shares
-// w by multicast.
+// This kernel has never run on a GPU, and no backend lists it. Two things are known. It compiles to the expected
+// instructions (tests/backends/test_cuda_conv_codegen.py). Its source computes the right result on a model of these
+// instructions in which each takes effect as late as it may (tests/backends/test_cuda_conv_train.py). To be measured
+// first: y and statistics against the reference under compute-sanitizer (memcheck, racecheck, synccheck), im2col with
+// stride 2 in particular. Then its time against the Triton kernel and cuDNN on ResNet-50's layers, per BLOCK_N. Then
+// whether the two consumers should take a tile each (one's epilogue during the other's products), and a cluster that
+// shares w by multicast.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -109,7 +110,7 @@ __device__ __forceinline__ void consume(const Args& args, const CUtensorMap& y, 
     constexpr int kBarrierId = 1;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread / 32;
     const Tiles tiles = Tiles::of(args.m, args.k, BlockN);
-    const int matrix = warp_row(warp) + matrix_row(lane);  // the row that this lane points ldmatrix and stmatrix at
+    const int matrix = warp_row(warp) + matrix_row(lane);  // this lane's row for ldmatrix and stmatrix
     char* out = smem + S::kOutAt;
     float* means = reinterpret_cast<float*>(smem + S::kMomentsAt);
     float* m2s = means + kParts * BlockN;
@@ -131,7 +132,7 @@ __device__ __forceinline__ void consume(const Args& args, const CUtensorMap& y, 
                 sm90::barrier_wait(full + at.stage, at.phase);
 #pragma unroll
                 for (int j = 0; j < kBlockK / kStepK; ++j) {
-                    // slice j of the step before has been multiplied: its registers are free
+                    // the products of slice j of the step before are done: its registers are free
                     sm90::wgmma_wait<kBlockK / kStepK - 1>();
                     sm90::ldmatrix(a[j], a_at + swizzled(matrix, 2 * j + matrix_chunk(lane)));
                     prologue<P, T>(a[j], norm + j * kStepK, lane, inside0 >> tap & 1, inside1 >> tap & 1);
@@ -140,7 +141,7 @@ __device__ __forceinline__ void consume(const Args& args, const CUtensorMap& y, 
                     sm90::Wgmma<BlockN>::template run<std::is_same_v<T, BF16>>(acc, a[j], b + 2 * j, accumulate);
                     sm90::wgmma_commit();
                 }
-                // since the last wait none of the step before is left
+                // the last wait has completed all products of the step before
                 if (previous >= 0 && lane == 0) sm90::barrier_arrive(empty + previous);
                 previous = at.stage;
             }
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using S = Smem<BlockN>;
     extern __shared__ __align__(1024) char smem[];
-    if (sm90::shared_address(smem) % 1024 != 0) __trap();  // the swizzle counts on it
+    if (sm90::shared_address(smem) % 1024 != 0) __trap();  // the swizzle requires it
     uint64_t* full = reinterpret_cast<uint64_t*>(smem + S::kBarriersAt);
     uint64_t* empty = full + S::kStages;
     if (threadIdx.x == 0) {
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// A function of the driver, through the runtime: nothing links to the driver's library.
+// A function of the driver, obtained through the runtime, so that nothing links to the driver's library.
 template <class Function>
 Function driver(const char* name) {
     void* f = nullptr;
@@ -230,7 +231,7 @@ Function driver(const char* name) {
     return reinterpret_cast<Function>(result == cudaDriverEntryPointSuccess ? f : nullptr);
 }
 
-// The tensor maps: 16-bit values in boxes of 64 columns, each written with the swizzle of 128 bytes.
+// The tensor maps: 16-bit values in boxes of 64 columns, with the 128-byte swizzle.
 constexpr auto kInterleave = CU_TENSOR_MAP_INTERLEAVE_NONE;
 constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
 constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
@@ -251,7 +252,7 @@ bool matrix_map(CUtensorMap* map, ConvType type, const void* at, int64_t rows, i
                   kPromotion, kOutside) == CUDA_SUCCESS;
 }
 
-// [N, H, W, C], boxes of kBlockM pixels, which begin at -pad and end where the last window does.
+// [N, H, W, C], boxes of kBlockM pixels. Pixels begin at -pad and end with the last window.
 bool image_map(CUtensorMap* map, const ConvProblem& g, const void* at) {
     static const auto encode = driver<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
     const auto wide = [](int v) { return static_cast<cuuint64_t>(v); };
@@ -313,7 +314,7 @@ const char* conv_train_sm90_why_not(const ConvProblem& g, Act act) {
     if (g.k % 8 != 0) return "the sm_90 training convolution takes output channels that are a multiple of 8";
     if (act != Act::identity && act != Act::relu)
         return "the sm_90 training convolution's prologue takes the activations identity and relu";
-    // coordinates of TMA are 32 bits wide, and a tile may begin a few rows before or after x
+    // TMA's coordinates have 32 bits, and a tile may begin a few rows before or after x
     const int64_t limit = int64_t{1} << 30;
     if (g.c < 1 || g.k < 1) return "the sm_90 training convolution takes at least one channel";
     if (g.n < 1 || g.p() < 1 || g.q() < 1 || g.pixels() > limit || int64_t{g.n} * g.h * g.w > limit)

@@ -1,4 +1,4 @@
-// NCHW <-> NHWC, and what this build can run on.
+// NCHW <-> NHWC, and the check of whether this build runs on the device.
 #include "device.cuh"
 
 namespace fused_resnet::cuda {
@@ -8,8 +8,8 @@ namespace {
 constexpr int kSide = 32, kHeight = kThreads / kSide;
 
 // out[n][column][row] = in[n][row][column].
-// Tile: 32 x 32 elements through shared memory, padded by one so that no bank is asked twice; both sides are read and
-// written in runs of 32 elements (64 bytes of 16-bit ones). Traffic: each element read and written once.
+// Tile: 32 x 32 elements through shared memory, padded by one to avoid bank conflicts. Reads and writes are runs of 32
+// elements (64 bytes of 16-bit ones). Traffic: each element read and written once.
 // Source: Ruetsch and Micikevicius, Optimizing Matrix Transpose in CUDA, 2009.
 template <class W>
 __global__ void __launch_bounds__(kThreads)

@@ -1,4 +1,4 @@
-// What every kernel here is made of: vectors of lanes, 16-byte accesses, and how a kernel is started.
+// The parts of every kernel here: vectors of lanes, 16-byte accesses, and the launch.
 //
 // The same source runs on a CPU: without nvcc, cuda_on_cpu.h (tests/support/cuda_on_cpu) stands in for CUDA's headers.
 #pragma once
@@ -23,7 +23,7 @@
 namespace fused_resnet::cuda {
 
 #ifdef __CUDACC__
-// A kernel on a grid; an empty one is no error.
+// Starts a kernel on a grid. An empty grid is not an error.
 template <class... P, class... A>
 Status launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t shared, Stream stream, const A&... args) {
     if (grid.x == 0 || grid.y == 0) return nullptr;
@@ -44,11 +44,11 @@ inline int processors() {
 constexpr int kThreads = 128;
 
 // ------------------------------------------------------------------------------------------------ lanes
-// In what a T is computed.
+// The type in which a T is computed.
 template <class T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// V values of neighbouring channels, with the arithmetic that bn_math.h asks of a T.
+// V values of neighbouring channels, with the arithmetic that bn_math.h needs.
 template <class A, int V>
 struct Lanes {
     A v[V];
@@ -66,7 +66,7 @@ FR_LANES_OPERATOR(+)
 FR_LANES_OPERATOR(-)
 FR_LANES_OPERATOR(*)
 #undef FR_LANES_OPERATOR
-// what splat is made of
+// bn_math.h's splat adds a scalar to zeros
 template <class A, int V>
 FR_INLINE Lanes<A, V> operator+(const Lanes<A, V>&, A b) {
     Lanes<A, V> to;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void store(T* to, const Lanes<Wide<T>, V>& value) {
     *reinterpret_cast<Word<T, V>*>(to) = word;
 }
 
-// Channels c .. c+V-1 of a vector, zeros where there is none: once per thread, one element at a time, at any address.
+// Channels c .. c+V-1 of a vector; zeros if it is null or shorter. Loads elements one by one, once, at any address.
 template <class A, int V>
 __device__ __forceinline__ Lanes<A, V> vector(const void* from, int64_t c, int64_t channels) {
     Lanes<A, V> to{};
@@ -168,7 +168,7 @@ Status with_type(DType dtype, Body body) {
 
 inline int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Elements per access: 16 bytes of them where every row of every tensor starts at a multiple of 16, else one.
+// Elements per access: 16 bytes if every row of every tensor starts at a multiple of 16, otherwise one element.
 inline int lanes_of(DType dtype, int64_t channels, std::initializer_list<const void*> tensors) {
     const int lanes = 16 / bytes_of(dtype);
     bool aligned = channels % lanes == 0;
@@ -186,8 +186,8 @@ Status with_lanes(DType dtype, int lanes, Body body) {
     });
 }
 
-// body(integral_constant of act): the same for all threads, so a branch costs next to nothing beside memory, and one
-// kernel serves all activations.
+// body(integral_constant of act). act is the same for all threads, so the branch costs almost nothing beside memory,
+// and one kernel serves all activations.
 template <class Body>
 __device__ __forceinline__ void with_act(Act act, Body body) {
     switch (act) {

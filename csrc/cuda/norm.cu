@@ -5,10 +5,11 @@ namespace fused_resnet::cuda {
 
 namespace {
 
-// What is added before the activation: nothing, a tensor, a tensor with a norm of its own.
+// The summand before the activation: none, a tensor, or a tensor with its own norm.
 enum class Add : int { none, tensor, normalised };
 
-// Blocks per multiprocessor: of a pass, and of a reduction, which keeps sums in registers too; fewer with a residual's norm.
+// Blocks per multiprocessor of a pass and of a reduction, which also keeps sums in registers; fewer with a residual's
+// norm.
 constexpr int kResident = 6, kReductionResident = 4;
 template <class T, Add ADD>
 constexpr int fewer(int blocks) {
@@ -22,7 +23,7 @@ struct Vectors {
         : scale(vector<A, V>(norm.scale, c, channels)), shift(vector<A, V>(norm.shift, c, channels)) {}
 };
 
-// z = s y + t [+ r, or + s_d r + t_d]: one expression for forward and backward, so that both see the same sign.
+// z = s y + t [+ r, or + s_d r + t_d]. Forward and backward use this one expression, so both see the same sign.
 template <Add ADD, class A, int V>
 __device__ __forceinline__ Lanes<A, V> closing(const Lanes<A, V>& y, const Lanes<A, V>& r, const Vectors<A, V>& norm,
                                                const Vectors<A, V>& r_norm) {
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, fewer<T, ADD>(kReductionResident))
     if constexpr (ADD == Add::normalised) sum_rows(shared, total_r, a.partials[2], a.channels);
 }
 
-// dy = A dz + B (y - mu) + C, frozen BatchNorm: A dz.
+// dy = A dz + B (y - mu) + C; with frozen BatchNorm A dz.
 // Tile: tile.cuh. Traffic: dz (and y) read once, dy written once: 3 (2) elements of T per element.
 template <class T, int V, bool FROZEN>
 __global__ void __launch_bounds__(kThreads, resident<T>(kResident - 1)) bn_backward_kernel(const Pass a, const int64_t each) {

@@ -22,7 +22,7 @@ DType dtype_of(const char* name, const Tensor& t) {
         default: TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64, got ", t.scalar_type());
     }
 }
-// Statistics and per-channel vectors.
+// The dtype of statistics and per-channel vectors.
 at::ScalarType wide(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 }  // namespace
@@ -56,12 +56,12 @@ Act act_of(int64_t index) {
 
 namespace {
 
-// As large as `like` but for its images.
+// An uninitialised NHWC tensor like `like`, with another height and width.
 Tensor empty_nhwc(const Tensor& like, int64_t height, int64_t width, at::ScalarType dtype) {
     return ops::empty_nhwc({like.size(0), like.size(1), height, width}, like.options().dtype(dtype));
 }
 
-// A vector of y's channels in the wide dtype.
+// A vector of y's channels, in the wide dtype.
 const void* vector(const char* name, const Tensor& v, int64_t channels, at::ScalarType dtype, const at::Device& device) {
     TORCH_CHECK(v.dim() == 1 && v.size(0) == channels && v.scalar_type() == dtype && v.is_contiguous() && v.device() == device, name,
                 ": expected contiguous vectors of ", channels, " values in ", dtype, " on ", device, ", got ", v.sizes(), " in ",
@@ -99,7 +99,7 @@ Pool pool_of(const Tensor& y, int64_t out_height, int64_t out_width, uint8_t* ar
     return q;
 }
 
-// Uninitialised vectors of `channels`, the first `count` of them; an operator's results share no memory.
+// Uninitialised vectors of `channels`, the first `count` of them. An operator's results must not share memory.
 template <size_t N>
 struct Vectors {
     Tensor tensors[N];
@@ -122,7 +122,7 @@ Tensor partials_of(Pass& a, int kinds, int64_t rows, const Tensor& y) {
     return partials;
 }
 
-// Their sums; the third is empty where there are two kinds.
+// The partial results' sums. The third is empty if there are two kinds.
 Vectors<3> merged(const Pass& a, const Tensor& partials, Stream stream, const char* name) {
     const int kinds = int(partials.size(0));
     Vectors<3> to(a.channels, partials.options(), kinds);
@@ -256,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Ten
     const c10::DeviceGuard guard(mean.device());
     const at::ScalarType dtype = wide(mean);
     const int64_t channels = mean.numel();
-    // a convolution's bias, a checkpoint's weights: of any dtype
+    // a convolution's bias and a checkpoint's weights may have any dtype
     const auto given = [&](const OptTensor& t) { return t ? t->to(dtype).contiguous() : Tensor(); };
     const Tensor in[5] = {given(mean), given(var), given(weight), given(bias), given(conv_bias)};
     const char* names[5] = {"mean", "var", "weight", "bias", "conv_bias"};

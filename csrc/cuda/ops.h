@@ -18,7 +18,7 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 using IntList = at::IntArrayRef;
 
-// The device's current stream, torch's.
+// torch's current stream of the device.
 Stream current_stream(const at::Device& device);
 
 namespace ops {
@@ -43,7 +43,7 @@ Tensor channels_last(const Tensor& t);
 Tensor contiguous(const Tensor& t);
 
 #ifdef FUSED_RESNET_CUTLASS
-// conv_ops.cpp. `kind`: fprop, dgrad or wgrad; `tile`: one of conv_tiles, which come as m, n, m, n, ...
+// In conv_ops.cpp. `kind`: fprop, dgrad or wgrad. `tile`: one of conv_tiles, which is a list m, n, m, n, ...
 std::optional<std::string> conv_why_not(std::string_view kind, const Tensor& x, const Tensor& weight, IntList stride,
                                         IntList padding, IntList dilation, int64_t groups);
 std::vector<int64_t> conv_tiles(std::string_view kind, const Tensor& x);
@@ -56,7 +56,7 @@ Tensor conv_backward_weight(const Tensor& dy, const Tensor& x, IntList kernel, I
                             IntList dilation, int64_t groups, IntList tile);
 #endif
 
-// What torch.ops.fused_resnet_cuda runs for tensors of one dispatch key.
+// Registers the functions of torch.ops.fused_resnet_cuda for tensors of one dispatch key.
 inline void implement(torch::Library& m) {
     m.impl("bn_stats", bn_stats);
     m.impl("bn_act", bn_act);

@@ -6,15 +6,15 @@ namespace fused_resnet::cuda {
 
 namespace {
 
-// Blocks per multiprocessor; a pixel's windows are loads enough in flight.
+// Blocks per multiprocessor. A pixel's windows keep enough loads in flight.
 constexpr int kResident = 6, kBackwardResident = 4;
 
-// Calls body(n, h, w, pixel) for the pixels of this block's rows of images; a row's columns are spread over threadIdx.y,
-// so that what depends on the row alone is computed once per row.
+// Calls body(n, h, w, pixel) for the pixels of this block's rows of images. A row's columns are spread over
+// threadIdx.y, so that values which depend only on the row are computed once per row.
 template <class Row, class Body>
 __device__ __forceinline__ void pixels(int images, int height, int width, int64_t each, Row row, Body body) {
     const int64_t first = blockIdx.y * each, all = int64_t(images) * height, end = all < first + each ? all : first + each;
-    // ops.cpp sees to it that rows of images count in 32 bits
+    // ops.cpp checks that the number of rows of images fits into 32 bits
     for (unsigned at = unsigned(first); at < unsigned(end); at++) {
         const int64_t n = at / unsigned(height);
         const auto about = row(int(at % unsigned(height)));
@@ -22,9 +22,10 @@ __device__ __forceinline__ void pixels(int images, int height, int width, int64_
     }
 }
 
-// out = max over (i, j) of act(s y + t), argmax = i * width of the window + j of the first maximum; a NaN wins, padding never.
-// Tile: TX groups of channels (tile.cuh) x whole rows of outputs. Traffic: y read once from memory (overlapping windows meet
-// in L1 and L2), out and one byte per output written. Source: the comparison is that of ATen's max_pool2d.
+// out = max over (i, j) of act(s y + t), argmax = i * width of the window + j of the first maximum. A NaN wins, padding
+// never.
+// Tile: TX groups of channels (tile.cuh) x whole rows of outputs. Traffic: y read once from memory (overlapping windows
+// meet in L1 and L2), out and one byte per output written. Source: the comparison is that of ATen's max_pool2d.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, resident<T>(kResident))
     bn_act_max_pool_kernel(const Pass a, const Pool q, const int64_t each) {
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, resident<T>(kResident))
                     const Lanes<A, V> v = activate(a.act, z, A(a.act_param));
 #pragma unroll
                     for (int k = 0; k < V; k++)
-                        // the first pixel takes the place even where it is -inf
+                        // the first pixel wins even if it is -inf
                         if (place[k] < 0 || v[k] > best[k] || v[k] != v[k]) best[k] = v[k], place[k] = i * q.kernel[1] + j;
                 }
             store<T, V>(out + pixel * a.channels, best);
@@ -63,8 +64,9 @@ __global__ void __launch_bounds__(kThreads, resident<T>(kResident))
 }
 
 // dz = act'(z) times the sum of grad over the windows whose maximum this pixel is; per block sum dz, sum dz (y - mu).
-// Tile: TX groups of channels x whole rows of pixels; a pixel asks the windows that cover it, so nothing is scattered and
-// no atomic is needed. Traffic: y read once, grad and argmax read once from memory (a pixel's windows meet in L1), dz written.
+// Tile: TX groups of channels x whole rows of pixels. A pixel reads the windows that cover it, so nothing is scattered
+// and no atomics are needed. Traffic: y read once, grad and argmax read once from memory (a pixel's windows meet in
+// L1), dz written once.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, resident<T>(kBackwardResident))
     bn_act_max_pool_backward_kernel(const Pass a, const Pool q, const int64_t each) {
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, resident<T>(kBackwardResident))
     sum_rows(shared, total_y, a.partials[1], a.channels);
 }
 
-// V bytes of argmax per access, too.
+// V bytes of argmax per access too.
 int lanes_of(const Pass& a, const Pool& q) {
     const int lanes = cuda::lanes_of(a.dtype, a.channels, {a.y, a.grad, a.out});
     return reinterpret_cast<uintptr_t>(q.argmax) % lanes == 0 ? lanes : 1;

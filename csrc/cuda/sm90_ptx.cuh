@@ -1,5 +1,4 @@
-// The few instructions of sm_90a that conv_train_sm90.cu is made of, one function each, named as in NVIDIA's PTX
-// manual.
+// The instructions of sm_90a that conv_train_sm90.cu uses, one function each, named as in NVIDIA's PTX manual.
 #pragma once
 
 #include <cuda.h>
@@ -28,7 +27,7 @@ __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// Returns once the phase of this parity is complete.
+// Returns when the phase of this parity is complete.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{ .reg .pred done;\n"
@@ -47,7 +46,7 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 __device__ __forceinline__ void prefetch(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
-// A box of a matrix into shared memory; what lies outside is 0. x counts columns, y rows, both may be negative.
+// Loads a box of a matrix into shared memory; elements outside are 0. x counts columns, y rows; both may be negative.
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap& map, int x, int y, uint64_t* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -55,8 +54,8 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap& map, int x
         "l"(&map), "r"(x), "r"(y), "r"(shared_address(barrier))
         : "memory");
 }
-// Pixels of a tensor [N, H, W, C] one after the other, from the one at (n, h, w) on, w and h in the steps and within
-// the bounds of the map; of each the pixel (down, right) further is loaded, 0 outside of the image.
+// Iterates over the pixels of a tensor [N, H, W, C] from (n, h, w) on, with the map's steps of w and h and within its
+// bounds. For each it loads the pixel that lies (down, right) further, or 0 outside the image.
 __device__ __forceinline__ void tma_load_im2col(void* to, const CUtensorMap& map, int c, int w, int h, int n, int right,
                                                 int down, uint64_t* barrier) {
     asm volatile(
@@ -66,7 +65,7 @@ __device__ __forceinline__ void tma_load_im2col(void* to, const CUtensorMap& map
         "h"(static_cast<uint16_t>(down))
         : "memory");
 }
-// `bytes`, a multiple of 16, from one place to the other, both aligned to 16.
+// Copies `bytes`, a multiple of 16, between addresses aligned to 16.
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -74,16 +73,16 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
         "l"(from), "r"(bytes), "r"(shared_address(barrier))
         : "memory");
 }
-// A box of a matrix out of shared memory; what lies outside is not written.
+// Stores a box of a matrix from shared memory; elements outside are not written.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, int x, int y, const void* from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(x),
                  "r"(y), "r"(shared_address(from))
                  : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Returns once TMA has read all that this thread asked it to store.
+// Returns when TMA has read everything that this thread asked it to store.
 __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-// Ordinary writes to shared memory become visible to TMA.
+// Makes ordinary writes to shared memory visible to TMA.
 __device__ __forceinline__ void fence_to_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Matrices of 16 x 16 16-bit values
@@ -117,16 +116,17 @@ template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
-// Keeps the compiler from moving what it computes from accumulators to before the wait above this call.
+// Keeps the compiler from moving computations on accumulators before the wait above this call.
 template <int N>
 __device__ __forceinline__ void pin(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
-// Descriptor of a matrix of N rows of 64 16-bit values, 128-byte swizzle: its address, then groups of eight rows 1024
-// bytes apart, all counted in 16 bytes, and the code of the swizzle. 16 values further along the rows: + 2.
+// The descriptor of a matrix of N rows of 64 16-bit values with the 128-byte swizzle: its address, the distance of
+// groups of eight rows (1024 bytes), both in units of 16 bytes, and the code of the swizzle. 16 values further along
+// the rows is + 2.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
-    constexpr uint64_t one = 1;  // where rows are swizzled the first of the two distances does not count
+    constexpr uint64_t one = 1;  // for swizzled rows the first of the two distances is ignored
     return static_cast<uint64_t>(address >> 4 & 0x3fff) | one << 16 | (one * 1024 >> 4) << 32 | one << 62;
 }
 

@@ -1,4 +1,4 @@
-// Statistics per channel, the merge of what blocks leave, and the vectors made of them.
+// Statistics per channel, the merge of the blocks' partial results, and the vectors computed from them.
 #include "tile.cuh"
 
 namespace fused_resnet::cuda {
@@ -6,7 +6,7 @@ namespace fused_resnet::cuda {
 namespace {
 
 constexpr int kResident = 8;
-// The merge: few channels, many rows, so a block is narrow and high.
+// The merge has few channels and many rows, so a block is narrow and high.
 constexpr int kMergeX = 4, kMergeY = kThreads / kMergeX;
 
 // Rows y, y + pitch, ... below `rows`.
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.y != 0 || c >= channels) return;
     for (unsigned at = t + kMergeX; at < kThreads; at += kMergeX)
         mine.merge({shared[at], shared[kThreads + at], shared[2 * kThreads + at]});
-    // of nothing both are NaN, as PyTorch's
+    // without rows both are NaN, as in PyTorch
     mean[c] = mine.count > 0 ? mine.mean : mine.m2 / mine.count;
     var[c] = mine.m2 / mine.count;
 }
@@ -138,7 +138,7 @@ int lanes_of(const Pass& a) { return cuda::lanes_of(a.dtype, a.channels, {a.y});
 
 Tile stats_tile(const Pass& a) { return tile_of(a.rows, a.channels, lanes_of(a), kResident); }
 
-// The kernels on vectors know float and double.
+// The kernels on vectors take float and double.
 template <class Body>
 Status with_wide(DType dtype, Body body) {
     return dtype == DType::f64 ? body(Type<double>{}) : body(Type<float>{});

@@ -1,4 +1,4 @@
-// The one place that asks torch for a CUDA stream; all else of csrc/cuda compiles against a CPU build of torch too.
+// Only this file asks torch for a CUDA stream; the rest of csrc/cuda also compiles against a CPU build of torch.
 #include <c10/cuda/CUDAStream.h>
 
 #include "ops.h"

@@ -1,7 +1,7 @@
-// How a pass over [rows, channels] is split: a thread keeps its channels and walks down the rows.
+// The split of a pass over [rows, channels]: a thread keeps its channels and iterates over the rows.
 //
-// A block is TX groups of V channels wide (a power of two, 16 at most: 256 contiguous bytes) and 128/TX rows high; it
-// walks over `each` rows. blockIdx.x counts channel tiles, so that blocks that run side by side share rows.
+// A block is TX groups of V channels wide (a power of two, 16 at most: 256 contiguous bytes) and 128/TX rows high. It
+// iterates over `each` rows. blockIdx.x counts channel tiles, so that blocks that run side by side share rows.
 #pragma once
 
 #include "device.cuh"
@@ -10,10 +10,10 @@ namespace fused_resnet::cuda {
 
 constexpr int kWidest = 16;
 
-// Rows that a thread loads before it uses the first: 32 bytes of each operand in flight per thread keep the memory of
-// these chips busy with 12 to 24 warps per multiprocessor; single elements need more.
+// The rows that a thread loads before it uses the first. 32 bytes of each operand in flight per thread keep the memory
+// of these chips busy with 12 to 24 warps per multiprocessor. Single elements need more rows.
 FR_INLINE constexpr int unroll_of(int lanes) { return lanes > 1 ? 2 : 4; }
-// Blocks that a kernel's registers leave room for on a multiprocessor (of 64 Ki): fewer where f64 takes two each.
+// The blocks that fit on a multiprocessor with a kernel's registers (of 64 Ki): fewer with f64, which takes two each.
 template <class T>
 constexpr int resident(int blocks) {
     return sizeof(T) == 8 ? 2 : blocks;
@@ -27,7 +27,8 @@ struct Tile {
 
 inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many blocks share a channel tile where there are `across` of them: `most` per multiprocessor in all, as a grid takes.
+// The blocks that share a channel tile if there are `across` tiles: `most` per multiprocessor in all, within a grid's
+// limits.
 inline int64_t blocks_down(int64_t across, int most) {
     const int64_t blocks = int64_t(most) * processors() / (across > 0 ? across : 1);
     return blocks < 1 ? 1 : blocks > 65535 ? 65535 : blocks;
@@ -44,13 +45,14 @@ inline Tile tile_of(int64_t rows, int64_t channels, int lanes, int most) {
     return {dim3(unsigned(across), unsigned(cdiv(rows, each))), dim3(tx, ty), each};
 }
 
-// The first of this thread's channels.
+// This thread's first channel.
 template <int V>
 __device__ __forceinline__ int64_t first_channel() {
     return (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
 }
 
-// Calls get(u, row) for up to U rows, then use(u, row) for the same: U loads of each operand are in flight at once.
+// Calls get(u, row) for up to U rows, then use(u, row) for the same rows: U loads of each operand are in flight at
+// once.
 template <int U, class Get, class Use>
 __device__ __forceinline__ void walk(int64_t rows, int64_t each, Get get, Use use) {
     const int64_t first = blockIdx.y * each, end = rows < first + each ? rows : first + each, step = blockDim.y;
@@ -64,13 +66,13 @@ __device__ __forceinline__ void walk(int64_t rows, int64_t each, Get get, Use us
     }
 }
 
-// Shared memory that `kinds` quantities of a block take.
+// The shared memory of `kinds` quantities of a block.
 template <class A>
 size_t shared_bytes(int kinds, int lanes) {
     return sizeof(A) * kinds * lanes * kThreads;
 }
 
-// Puts V values of this thread where `column` finds them.
+// Writes V values of this thread to the place that `column` reads.
 template <class A, int V>
 __device__ __forceinline__ void spread(A* shared, const Lanes<A, V>& value) {
 #pragma unroll

@@ -1,6 +1,6 @@
-"""The registry of backends: which there are, whether they can be used here, and which one was asked for by name.
+"""The registry of backends: their names, whether they can be used here, and which one is requested by name.
 
-What a backend offers is in ``primitives``; its names are handed on here.
+``primitives`` defines the functions and types of a backend; this module re-exports its names.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ __all__ = [
     "warn_once",
 ]
 
-# In the order in which the planner prefers them where it has measured nothing; "aten" takes every case on every device.
+# The planner prefers them in this order if it has measured nothing. "aten" takes every case on every device.
 NAMES = ("cuda", "cudnn", "triton", "cpu", "aten")
-# Whose kernels serve what a backend asked for by name does not have: cuDNN has no memory-bound ones.
+# Backends that serve the primitives which a backend requested by name lacks: cuDNN has no memory-bound ones.
 COMPANIONS = {"cudnn": ("triton",)}
-# Primitives on vectors of C elements: a backend that has none of its own uses aten's, by ``use_backend`` too.
+# Primitives on vectors of C elements. A backend that lacks them uses aten's, under ``use_backend`` too.
 OPTIONAL = ("bn_fold", "bn_coefficients")
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and can't serve; the message says which, what and why."""
+    """The backend requested by name can't be used; the message says which backend, for what, and why."""
 
 
 @lru_cache
 def load(name: str, to_run: bool = True) -> tuple[ModuleType | None, str]:
-    """The backend's module and "ok", or None and the reason. Imports nothing before it is asked.
+    """The backend's module and "ok", or None and the reason. The module is imported at its first use.
 
-    ``to_run=False``: also where its kernels can't run; meta tensors need none.
+    ``to_run=False``: returns the module even if its kernels can't run here; meta tensors need no kernels.
     """
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -80,7 +80,7 @@ def load(name: str, to_run: bool = True) -> tuple[ModuleType | None, str]:
 
 
 def backends() -> dict[str, str]:
-    """Every backend and "ok" or the reason why it can't be used here, best first.
+    """Every backend with "ok" or the reason why it can't be used here, in order of preference.
 
     Example:
         >>> fused_resnet.backends()
@@ -93,22 +93,22 @@ _forced: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=Non
 
 
 def forced() -> str | None:
-    """The backend that ``use_backend`` asks for, if any."""
+    """The backend that ``use_backend`` requests, or None."""
     return _forced.get()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within this context every primitive runs on the named backend, and what it can't take is an error.
+    """Within this context every primitive runs on the named backend; a case that it can't take is an error.
 
-    Calls nest; a context holds for the current thread (and the backward passes that start in it).
+    Contexts nest. A context holds for the current thread, and for the backward passes that start in it.
 
     Args:
         name: "cuda", "cudnn", "triton", "cpu" or "aten".
 
     Raises:
-        ValueError: an unknown name. BackendUnavailable: the backend can't be used here, or (later, at the call)
-            refuses a case; the message says why.
+        ValueError: the name is unknown. BackendUnavailable: the backend can't be used here, or (later, at the call)
+            it refuses a case; the message says why.
     """
     module, reason = load(name)
     if module is None:
@@ -119,7 +119,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def forced_again(name: str | None) -> Iterator[None]:
-    """What ``use_backend`` asked for when the forward ran, for its backward, which may run on another thread."""
+    """Requests again what ``use_backend`` requested in the forward: the backward may run on another thread."""
     token = _forced.set(name)
     try:
         yield
@@ -128,7 +128,7 @@ def forced_again(name: str | None) -> Iterator[None]:
 
 
 def warn_lost_speed(message: str, stacklevel: int = 3) -> None:
-    """A warning, as often as Python's filters show it; FUSED_RESNET_QUIET=1 silences it."""
+    """Warns, as often as Python's filters show it. FUSED_RESNET_QUIET=1 silences it."""
     if os.environ.get("FUSED_RESNET_QUIET") != "1":
         warnings.warn(message, UserWarning, stacklevel=stacklevel)
 

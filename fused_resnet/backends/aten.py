@@ -17,7 +17,7 @@ from fused_resnet.reference import ACT
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 _aten = torch.ops.aten
-# act'(z)*g, ATen's own backward operators, which send NaN and the kinks where PyTorch sends them.
+# act'(z)*g by ATen's own backward operators: NaN and the kinks go where PyTorch sends them.
 _ACT_BACKWARD: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "identity": lambda g, z, p: g,
     "relu": lambda g, z, p: _aten.threshold_backward(g, z, 0),
@@ -32,12 +32,12 @@ _DIMS = (0, 2, 3)
 
 
 def unavailable() -> str | None:
-    """Always there."""
+    """None: it is always available."""
     return None
 
 
 def refuse(primitive: str, case: Case) -> str | None:
-    """Takes everything."""
+    """None: it takes every case."""
     return None
 
 
@@ -83,7 +83,7 @@ def conv_stats(
 
 
 def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``Primitives.bn_stats``: two passes, so that |mean| >> std loses nothing."""
+    """See ``Primitives.bn_stats``. Two passes, so that |mean| >> std loses no precision."""
     wide = _wide(y)
     mean = wide.mean(_DIMS)
     return mean, (wide - _c(mean)).square().mean(_DIMS)
@@ -103,7 +103,7 @@ def bn_act_backward(
     dz = _ACT_BACKWARD[act.name](_wide(dout), _z(y, norm, residual, residual_norm), act.param)
     with_residual = _sums(dz, residual, residual_norm) if residual is not None and residual_norm is not None else None
     new = dz.to(dout.dtype)
-    # of the identity it is dout itself, which a later primitive must not find in its ``add``
+    # for the identity this is dout itself; a later primitive might overwrite it as its ``add``
     return new.clone() if new is dout else new, _sums(dz, y, norm), with_residual
 
 
@@ -158,7 +158,7 @@ def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Te
     """See ``Primitives.bn_act_max_pool``."""
     a = bn_act(y, norm, act)
     out, index = F.max_pool2d(a, pool.kernel, pool.stride, pool.padding, return_indices=True)
-    # from PyTorch's index into the H*W plane to the place in the window
+    # PyTorch's index is into the H*W plane; ours is the position in the window
     row, col = index // a.shape[3], index % a.shape[3]
     top = torch.arange(out.shape[2], device=y.device)[:, None] * pool.stride[0] - pool.padding[0]
     left = torch.arange(out.shape[3], device=y.device) * pool.stride[1] - pool.padding[1]
@@ -183,7 +183,7 @@ def bn_act_max_pool_backward(
 def bn_fold(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, conv_bias: Tensor | None, eps: float
 ) -> Norm:
-    """See ``Primitives.bn_fold``: in float64, for a rounding error here is every pixel's of a channel."""
+    """See ``Primitives.bn_fold``. In float64, because a rounding error here affects every pixel of a channel."""
     wide = vector_dtype(mean.dtype)
     exact = torch.float64 if mean.device.type != "mps" else wide
     center = mean.to(exact)

@@ -1,7 +1,7 @@
 """The compiled CPU backend: csrc/cpu, loops over csrc/bn_math.h between oneDNN's convolutions.
 
-16-bit convolutions are computed in float32 on a CPU whose 16-bit convolutions are slower (one without a fast 16-bit
-matrix unit); what is kept between units stays 16-bit.
+On a CPU without a fast 16-bit matrix unit, 16-bit convolutions are slower than float32 ones, so they are computed in
+float32. The tensors between units stay 16-bit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fused_resnet.base.locks import Lock
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# oneDNN's names of dtypes that not every CPU computes in
+# oneDNN's names of the dtypes that only some CPUs compute in
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# oneDNN's names of the activations that its convolutions apply themselves: (name, scalars)
+# oneDNN's names of the activations that its convolutions can apply: (name, scalars)
 _POST_OPS = {
     "identity": ("none", ()),
     "relu": ("relu", ()),
@@ -64,9 +64,9 @@ def refuse(primitive: str, case: Case) -> str | None:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which convolutions of ``dtype`` are computed here.
 
-    float32 for 16-bit tensors where a float32 convolution is faster, as on a CPU without a 16-bit matrix unit: one
-    convolution is timed in both, once per process. FUSED_RESNET_CPU_COMPUTE=float32 or native decides instead, but for
-    a dtype that oneDNN can't compute in here.
+    For 16-bit tensors this is float32 if a float32 convolution is faster, as on a CPU without a 16-bit matrix unit. One
+    convolution is timed in both dtypes, once per process. FUSED_RESNET_CPU_COMPUTE=float32 or native overrides the
+    timing, except for a dtype that oneDNN can't compute in here.
     """
     wish = os.environ.get("FUSED_RESNET_CPU_COMPUTE", "auto")
     if wish not in ("auto", "float32", "native"):
@@ -78,7 +78,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
         return torch.float32
     if wish == "native":
         return dtype
-    with _timing.held():  # threads that come at once get one answer, and none is timed beside another
+    with _timing.held():  # concurrent threads get one answer, and their timings do not overlap
         return _faster(dtype)
 
 
@@ -91,7 +91,7 @@ def _faster(dtype: torch.dtype) -> torch.dtype:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """The best of five 3x3 convolutions of 128 channels at 28x28."""
+    """The time of the fastest of five 3x3 convolutions of 128 channels at 28x28."""
     with torch.no_grad():
         x = torch.ones(2, 128, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
         w = torch.ones(128, 128, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
@@ -104,7 +104,7 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def _gemm() -> bool:
-    """Whether a 1x1 convolution may be a matrix product: not where the user lets products lose precision."""
+    """Whether a 1x1 convolution may run as a matrix product: not if the user lets products lose precision."""
     return torch.get_float32_matmul_precision() == "highest"
 
 
@@ -126,15 +126,17 @@ def _coef(c: DyCoefficients) -> list[Tensor]:
 
 # ---------------------------------------------------------------------------------------------------- primitives
 class Packed(NamedTuple):
-    """A weight in the layout of the convolution that will use it: oneDNN's, Winograd's or our own for 1x1."""
+    """A weight in the layout of the convolution that uses it: oneDNN's, Winograd's or our own for 1x1."""
 
     weight: Tensor
     kind: Literal["onednn", "winograd", "pointwise"]
 
 
 def prepack(weight: Tensor, conv: ConvSpec, x: Tensor, known: Sequence[Any] = ()) -> Packed | None:
-    """The weight packed for inputs like x, one of ``known`` (packed earlier, for others) if it is packed like that;
-    None for float64, which is not packed."""
+    """The weight packed for inputs like x; None for float64, which is not packed.
+
+    If one of ``known`` (packed earlier, for other inputs) has the same layout, that one is returned.
+    """
     if weight.dtype == torch.float64:
         return None
     where = (conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -156,8 +158,11 @@ def prepack(weight: Tensor, conv: ConvSpec, x: Tensor, known: Sequence[Any] = ()
 
 
 def _layout(packed: Tensor) -> bytes:
-    """oneDNN's description of a tensor: int ndims, int64 dims[12], int data_type, 4 bytes of padding that nobody wrote,
-    and the rest. Were it another one in a later version, equal layouts would look different and be kept twice."""
+    """oneDNN's description of a tensor's layout, without its uninitialised bytes.
+
+    It is int ndims, int64 dims[12], int data_type, 4 bytes of uninitialised padding, and the rest. If a later version
+    has another structure, equal layouts compare as different, and weights are kept twice.
+    """
     description = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy(force=True).tobytes()
     return bytes(description[:108] + description[112:])
 
@@ -171,9 +176,10 @@ def conv_bias_act(
     residual: Tensor | None,
     inplace: bool = False,
 ) -> Tensor:
-    """See ``Primitives.conv_bias_act``: bias, add and act are oneDNN's post-ops, or Winograd's output transform.
+    """See ``Primitives.conv_bias_act``. Bias, add and act are oneDNN's post-ops, or part of Winograd's output
+    transform.
 
-    ``weight`` may be packed, for this or another input; with ``inplace`` the result may take the residual's memory.
+    ``weight`` may be packed, for this or another input. With ``inplace`` the result may overwrite the residual.
     """
     if not isinstance(weight, Packed):
         if x.dtype == torch.float64:
@@ -196,10 +202,10 @@ def conv_bias_act(
         return y
     compute = compute_dtype(x.dtype)
     name, scalars = _POST_OPS.get(act.name, ("none", ()))
-    # oneDNN's relu makes 0 of NaN: good enough for a frozen model (docs/limits.md says so), not for one in training
+    # oneDNN's relu turns NaN into 0: acceptable for a frozen model (docs/limits.md says so), not in training
     exact = packed is not weight and act.name != "identity"
     if exact or act.name not in _POST_OPS or (residual is not None and act.name not in ("identity", "relu")):
-        # what oneDNN can't do behind its convolution is done in a pass of its own
+        # a separate pass does what oneDNN's post-ops can't
         one = torch.ones_like(bias)
         y = conv_bias_act(x, packed, bias, conv, Act("identity"), None)
         out = _ops.bn_act(y, [one, torch.zeros_like(one)], *_act(act), residual, [], y.dtype)
@@ -225,8 +231,11 @@ def conv_bias_act(
 
 
 def conv_bn_act(x: Tensor, weight: Tensor, norm: Norm, conv: ConvSpec, act: Act, residual: Tensor | None) -> Tensor:
-    """A unit in inference that is not frozen, act(norm(conv(x, W)) [+ residual]): folding and packing weights that may
-    be others in the next call costs more than the one pass, over an output still in cache, that it saves."""
+    """A unit in inference that is not frozen: act(norm(conv(x, W)) [+ residual]).
+
+    The norm is not folded into W, because W may change before the next call. Folding and packing it would cost more
+    than the pass that they save, over an output still in cache.
+    """
     out: Tensor = _ops.conv_bn_act(
         x, weight, conv.stride, conv.padding, conv.dilation, conv.groups, _pair(norm), *_act(act), residual,
         compute_dtype(x.dtype), _gemm(),
@@ -235,7 +244,7 @@ def conv_bn_act(x: Tensor, weight: Tensor, norm: Norm, conv: ConvSpec, act: Act,
 
 
 def prepack_stem(weight: Tensor, conv: ConvSpec, x: Tensor, pool: PoolSpec) -> Tensor | None:
-    """The weight packed for ``conv_bias_act_max_pool``; None where a pass for the pool of its own is faster."""
+    """The weight packed for ``conv_bias_act_max_pool``; None if a separate pass for the pool is faster."""
     if not _ops.stem_suits(x, weight, conv.dilation, conv.groups, pool.kernel):
         return None
     packed: Tensor = _ops.direct_prepack(weight)
@@ -243,7 +252,7 @@ def prepack_stem(weight: Tensor, conv: ConvSpec, x: Tensor, pool: PoolSpec) -> T
 
 
 def conv_bias_act_max_pool(x: Tensor, packed: Tensor, bias: Tensor, conv: ConvSpec, act: Act, pool: PoolSpec) -> Tensor:
-    """A stem in inference, max-pool(act(conv(x, W) + b)), the convolution's output never in memory.
+    """A stem in inference: max-pool(act(conv(x, W) + b)). The convolution's output is never written to memory.
 
     ``packed``: from ``prepack_stem`` for an input like x.
     """

@@ -1,5 +1,7 @@
-"""PyTorch's own convolutions between Triton's memory-bound passes; the memory-bound primitives themselves are the
-triton backend's."""
+"""PyTorch's own convolutions between Triton's memory-bound passes.
+
+The triton backend serves the memory-bound primitives.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ conv_backward = _convolutions.conv_backward
 
 
 def unavailable() -> str | None:
-    """Where Triton's kernels can't run, neither can the passes."""
+    """The reason why Triton's kernels can't run, or None: the passes are Triton's."""
     return triton.unavailable()
 
 
 def refuse(primitive: str, case: Case) -> str | None:
-    """What the passes can't take; convolutions of any kind are taken."""
+    """The reason why the passes refuse the case, or None. Every convolution is taken."""
     if case.device == "cpu" and not (INTERPRET and forced() == "cudnn"):
         return "on a CPU only in Triton's interpreter (TRITON_INTERPRET=1) and by use_backend('cudnn')"
     return triton.refuse_pass(case)

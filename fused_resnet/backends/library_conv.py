@@ -1,9 +1,8 @@
-"""PyTorch's own convolutions (cuDNN, MIOpen) between memory-bound passes of ours: what a convolution's prologue and
-epilogue would do happens in passes before and after it.
+"""PyTorch's own convolutions (cuDNN, MIOpen) between our memory-bound passes.
 
-The strongest rival of a fused convolution wherever the library's is faster than ours by more than those passes cost.
-One composition for every backend that has the passes; one that has plain convolutions too overrides ``convolution``
-and ``gradients``.
+Passes before and after a convolution do the work of its prologue and epilogue. This beats a fused convolution wherever
+the library's convolution is faster than ours by more than the passes cost. All backends that have the passes share this
+composition. A backend that also has plain convolutions overrides ``convolution`` and ``gradients``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _IDENTITY = Act("identity")
 
 
 class Convolutions:
-    """``conv_bias_act``, ``conv_stats`` and ``conv_backward`` of ``Primitives``, of channels_last tensors.
+    """``conv_bias_act``, ``conv_stats`` and ``conv_backward`` of ``Primitives``, for channels_last tensors.
 
     Args:
         passes: a module with ``bn_act``, ``bn_act_backward``, ``bn_backward`` and ``bn_stats``.
@@ -64,7 +63,7 @@ class Convolutions:
         closing: Closing | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
         """See ``Primitives.conv_backward``."""
-        # the input's values matter to the weight's gradient only
+        # only the weight's gradient needs the input's values
         a = x if prologue is None or not need_weight else self.passes.bn_act(x, *prologue)
         dy = self.passes.bn_backward(dz, y, coef)
         spare = add is not None and not add.is_set_to(dz)
@@ -96,8 +95,10 @@ class Convolutions:
         add: Tensor | None,
         spare: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of a plain convolution, as ``needs`` says: the input's gradient + add, and the weight's, in x's dtype or
-        wider. ``spare``: add may be overwritten."""
+        """The gradients of a plain convolution that ``needs`` names: the input's + add, and the weight's.
+
+        Their dtype is x's or wider. ``spare``: add may be overwritten.
+        """
         dx, dw, _ = torch.ops.aten.convolution_backward(
             dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, (*needs, False)
         )
@@ -107,5 +108,5 @@ class Convolutions:
 
 
 def as_operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight as a convolution of channels_last tensors takes it."""
+    """The weight in the layout that a convolution of channels_last tensors takes."""
     return weight.to(dtype, memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""What a backend offers: the primitives a chain is composed of, and the tensors and vectors that they take.
+"""Backends implement some of the primitives of a chain, and give the reason where they refuse a case.
 
-A backend is a module with ``refuse`` and any of the functions of ``Primitives``. Every tensor is [N, C, H, W], NCHW or
-channels_last dense, per-channel vectors are [C] in ``vector_dtype``; every function returns new tensors and touches
-none of its inputs but for ``add``. The planner asks ``refuse(primitive, case)`` before it calls; a reason means no.
+A backend is a module with ``refuse`` and any of the functions of ``Primitives``. Every tensor is [N, C, H, W], dense,
+NCHW or channels_last. Per-channel vectors are [C] in ``vector_dtype``. Every function returns new tensors and changes
+none of its inputs except ``add``. The planner calls ``refuse(primitive, case)`` before a primitive; a reason means no.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ class Norm(NamedTuple):
 
 
 class Prologue(NamedTuple):
-    """What is applied to a raw convolution output where it is loaded: act(scale*y + shift)."""
+    """Applied to a raw convolution output when it is loaded: act(scale*y + shift)."""
 
     norm: Norm
     act: Act
 
 
 class Closing(NamedTuple):
-    """What a gradient g passes on its way back into a unit, or into a chain through its add:
-    dz = g*act'(z), z = scale*y + shift [+ summand, or + summand_norm of it]."""
+    """The step of the backward that takes a gradient g into a unit, or into a chain through its add.
+
+    dz = g*act'(z), z = scale*y + shift [+ summand, or + summand_norm of it].
+    """
 
     y: Tensor
     norm: Norm
@@ -43,7 +45,7 @@ class Closing(NamedTuple):
 
     @staticmethod
     def before(x: Tensor, prologue: Prologue | None, closing: Closing | None) -> Closing | None:
-        """What closes before a convolution's input x: with a prologue the unit whose raw output x is."""
+        """The closing before a convolution's input x. With a prologue it is that of the unit whose raw output x is."""
         return closing if prologue is None else Closing(x, *prologue)
 
 
@@ -64,7 +66,7 @@ class Sums(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What a primitive is to be applied to, as far as backends decide by it."""
+    """The properties of a call by which backends decide whether they take it."""
 
     device: str
     dtype: torch.dtype
@@ -74,10 +76,10 @@ class Case(NamedTuple):
 
 
 class Primitives(Protocol):
-    """The functions a backend may offer (DESIGN: names follow ATen)."""
+    """The functions that a backend may offer. Names follow ATen."""
 
     def refuse(self, primitive: str, case: Case) -> str | None:
-        """Why this case is not taken, or None."""
+        """The reason why this case is refused, or None."""
 
     def conv_bias_act(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
@@ -106,10 +108,10 @@ class Primitives(Protocol):
         residual: Tensor | None = None,
         residual_norm: Norm | None = None,
     ) -> tuple[Tensor, Sums, Sums | None]:
-        """dz = dout*act'(z), its sums with y, and with the residual when that has a norm of its own."""
+        """dz = dout*act'(z), its sums with y, and its sums with the residual if that has a norm of its own."""
 
     def bn_backward(self, dz: Tensor, y: Tensor, coef: DyCoefficients) -> Tensor:
-        """dy where no convolution of ours comes before."""
+        """dy, for a unit whose convolution is not part of the chain."""
 
     def conv_backward(
         self,
@@ -125,19 +127,22 @@ class Primitives(Protocol):
         add: Tensor | None,
         closing: Closing | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
-        """dy formed from (dz, y); the input's gradient and dW. With a prologue, x is the previous unit's raw y and the
-        input's gradient is that unit's dz = da*act'(z), with its sums. Without, ``add`` (the gradient that another path
-        brings to x) is added to it, and may be overwritten by the result unless it is dz itself; then, where x is what
-        ``closing`` made, the result is dz = (da + add)*act'(z), with the sums that ``bn_act_backward`` returns. A
-        backend that can't do this in one pass calls its own ``bn_act_backward``."""
+        """The gradient of the input and dW. dy is formed from (dz, y).
+
+        With a prologue, x is the previous unit's raw y. The input's gradient is then that unit's dz = da*act'(z), with
+        its sums. Without a prologue, ``add`` (the gradient of x from another path) is added to it; the result may
+        overwrite ``add`` unless that is dz itself. If ``closing`` made x, the result is dz = (da + add)*act'(z), with
+        the sums that ``bn_act_backward`` returns. A backend that can't do this in one pass calls its own
+        ``bn_act_backward``.
+        """
 
     def bn_act_max_pool(self, y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
-        """max-pool of act(scale*y + shift), and the place of each maximum in its window (uint8, row-major)."""
+        """max-pool of act(scale*y + shift), and each maximum's position in its window (uint8, row-major)."""
 
     def bn_act_max_pool_backward(
         self, dout: Tensor, argmax: Tensor, y: Tensor, norm: Norm, act: Act, pool: PoolSpec
     ) -> tuple[Tensor, Sums]:
-        """dz = act'(z) * (dout put back where the maxima were), and its sums with y."""
+        """dz = act'(z) * (dout at the positions of the maxima, else 0), and its sums with y."""
 
     def bn_fold(
         self,
@@ -150,22 +155,22 @@ class Primitives(Protocol):
     ) -> Norm:
         """BatchNorm as vectors, in ``vector_dtype`` of the mean's: scale = weight*rstd, shift = bias - center*scale.
 
-        A convolution's bias never touches y: with running statistics it comes off the mean instead."""
+        A convolution's bias is never added to y. With running statistics it is subtracted from the mean instead."""
 
     def bn_coefficients(self, norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
         """dgamma = rstd*sums.dz_y, and A, B, C of dy over ``count`` values per channel; None: frozen."""
 
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics and per-channel vectors: float32, or float64 for float64 tensors."""
+    """The dtype of statistics and per-channel vectors: float32, or float64 for float64 tensors."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def allow_tf32(dtype: torch.dtype) -> bool:
     """Whether float32 convolutions may round their operands to tf32, by PyTorch's own setting.
 
-    ``torch.backends.cudnn.allow_tf32`` shows in this newer setting, while reading the old one raises after the
-    newer has been used.
+    This newer setting reflects ``torch.backends.cudnn.allow_tf32``. Reading the old one raises after the newer one has
+    been used.
     """
     if dtype != torch.float32:
         return False

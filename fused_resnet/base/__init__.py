@@ -1,1 +1,1 @@
-"""What the package rests on, itself resting on torch alone: arguments as callers give them, and locks."""
+"""Arguments of callers, and locks. The rest of the package uses this folder, which imports only torch."""

@@ -1,5 +1,8 @@
-"""Hyper-parameters as callers give them, made Python's own numbers, with which alone the package works: what PyTorch
-takes for an int, a float or a pair of ints is taken here, and what it refuses is refused, by the argument's name."""
+"""Converts callers' hyper-parameters to Python's own numbers, the only ones that the package works with.
+
+These functions accept what PyTorch accepts for an int, a float or a pair of ints. They refuse what PyTorch refuses,
+with a message that names the argument.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from torch import Tensor
 
 
 def _numpy_scalar(value: object, kinds: str) -> bool:
-    """Whether it is a number of numpy's, of one of the ``kinds`` (numpy's letters). Numpy is not imported for it."""
+    """Whether the value is a NumPy number of one of the ``kinds`` (NumPy's letters). Does not import NumPy."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.generic) and value.dtype.kind in kinds
 
 
 def number(value: Any, name: str) -> float:
-    """``value`` as a float: a number of Python's or numpy's (a bool too), or a tensor without dimensions or gradient.
+    """``value`` as a float. It may be a number of Python or NumPy (or a bool), or a 0-d tensor without a gradient.
 
     Raises:
-        TypeError: something else. ValueError: no float64 holds it.
+        TypeError: another type. ValueError: no float64 holds the value.
     """
     if type(value) is float or isinstance(value, torch.SymFloat):  # a tracer's: 1 / num_batches_tracked
         return value  # type: ignore[return-value]
@@ -36,10 +39,11 @@ def number(value: Any, name: str) -> float:
 
 
 def integer(value: Any, name: str, expected: str = "an int") -> int:
-    """``value`` as an int: what Python takes as an index (numpy's integers, tensors of one integer), but no bool.
+    """``value`` as an int. It may be what Python takes as an index (a NumPy integer, a tensor of one integer), but no
+    bool.
 
     Raises:
-        TypeError: something else.
+        TypeError: another type.
     """
     if type(value) is int:
         return value
@@ -52,12 +56,13 @@ def integer(value: Any, name: str, expected: str = "an int") -> int:
 
 
 def pair(value: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]:
-    """``value`` as (height, width), both at least ``minimum``; one integer, alone or in a list or tuple, is both.
+    """``value`` as (height, width), both at least ``minimum``. One integer, alone or in a list or tuple, stands for
+    both.
 
     Raises:
-        TypeError: not an int or two ints. ValueError: below ``minimum`` or not two values.
+        TypeError: it is not an int or two ints. ValueError: it is below ``minimum`` or does not have two values.
     """
-    if type(value) is tuple and len(value) == 2:  # soon told, most often
+    if type(value) is tuple and len(value) == 2:  # the most frequent case, decided quickly
         h, w = value
         if type(h) is int and type(w) is int and h >= minimum and w >= minimum:
             return value
@@ -76,10 +81,10 @@ def pair(value: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]
 
 
 def flag(value: Any, name: str) -> bool:
-    """``value``, a bool of Python's.
+    """``value``, which must be a Python bool.
 
     Raises:
-        TypeError: something else.
+        TypeError: another type.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {value!r}")

@@ -1,8 +1,9 @@
-"""A lock that a forked child finds free: what every lock of the package is.
+"""The lock that the whole package uses. A forked child finds it free.
 
-A child has the thread that forked and no other. A lock that another thread held stays locked in it for ever, so the
-child gets new ones. What such a lock guards must be whole between any two of the holder's statements: a child may begin
-in the middle, and do again what was begun. Source: Python's ``logging``, which does so for its handlers' locks.
+A child has only the thread that forked. A lock that another thread held would stay locked in it for ever, so the child
+gets new locks. The data that such a lock guards must be consistent between any two of the holder's statements: a child
+may start from the middle and do the work again. Source: Python's ``logging``, which does the same for its handlers'
+locks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 
 class Lock:
-    """``with lock.held(): ...``; the thread that holds it may take it again."""
+    """A lock for ``with lock.held(): ...``. The thread that holds it may take it again."""
 
     def __init__(self) -> None:
         self._renew()
@@ -28,7 +29,7 @@ class Lock:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Within this context no other thread of the process holds the lock."""
-        with self._lock:  # in a child forked in here, the parent's lock, which this thread does hold
+        with self._lock:  # a child forked inside this block has the parent's lock, which this thread holds
             yield
 
 
@@ -45,6 +46,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def wait_before_forks(lock: Any) -> None:
-    """Lets a fork wait until no other thread holds the lock of another package, whose state a child needs whole."""
+    """Makes a fork wait until no other thread holds another package's lock: the child needs its state whole."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)

@@ -1,7 +1,7 @@
 """The backward of a row of chains, composed of primitives (the formulas: operators.py).
 
-Chains are walked last to first. Where the gradient of a chain's input is complete, what closed the chain before it is
-passed too: the last primitive that works on that input's gradient is told (``Closing``) and returns dz instead of dout.
+The chains run last to first. The last primitive that works on the gradient of a chain's input also takes it through the
+closing of the chain before: it gets a ``Closing`` and returns dz instead of dout.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from fused_resnet.spec import ChainSpec, RowSpec, UnitSpec
 
 
 class _Chain(NamedTuple):
-    """A chain as its backward finds it: its input, and of each unit (projection last) the parameters, the raw output
-    (x where there was no convolution), the normalisation and how many values of all processes it is about, where that
-    is not y's own number; what the add took; the pool's places."""
+    """A chain's values from its forward.
+
+    Its input; for each unit (projection last) the parameters, the raw output (x if there was no convolution), the
+    normalisation, and the number of values over all processes if that differs from y's own; the add's summand; the
+    pool's positions.
+    """
 
     spec: ChainSpec
     x: Tensor
@@ -37,14 +40,14 @@ class _Chain(NamedTuple):
 
     @property
     def closing(self) -> Closing:
-        """The last unit with the shortcut and the activation after the add."""
+        """The closing: the last unit with the shortcut and the activation after the add."""
         k = len(self.spec.units)
         norm = self.norms[k] if self.spec.shortcut.unit is not None else None
         return Closing(self.ys[k - 1], self.norms[k - 1], self.spec.units[-1].act, self.summand, norm)
 
 
 class _Closed(NamedTuple):
-    """dz behind a chain's (or a unit's) closing, its sums with y and, where that has a norm, with the summand."""
+    """dz after a chain's (or a unit's) closing, its sums with y and, if the summand has a norm, with the summand."""
 
     dz: Tensor
     sums: Sums
@@ -52,8 +55,10 @@ class _Closed(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What one chain's backward yields: the gradients of x (through the closing before it: ``closed``), of the residual
-    and of each unit's parameters by name."""
+    """The results of one chain's backward: the gradients of x, of the residual, and of each unit's parameters by name.
+
+    The gradient of x has passed the closing before x (``closed``).
+    """
 
     dx: Tensor | None
     closed: _Closed | None
@@ -108,7 +113,7 @@ def _recall(
     spec: ChainSpec,
     fmt: torch.memory_format,
 ) -> _Chain:
-    """A chain as in its forward."""
+    """Rebuilds a chain's values from its forward."""
     it = iter(saved)
     ys: list[Tensor] = []
     for i, (unit, p) in enumerate(zip(spec.all_units, parts, strict=True)):
@@ -129,7 +134,7 @@ def _recall(
 
 
 def _close(dout: Tensor, chain: _Chain) -> _Closed:
-    """Through the add and the last activation of the row (and a stem's max-pool), in a pass of its own."""
+    """The pass through the row's last add and activation (and a stem's max-pool)."""
     if chain.spec.pool is None:
         return _Closed(*run("bn_act_backward", dout, *chain.closing))
     y, norm, act, *_ = chain.closing
@@ -145,11 +150,11 @@ def _chain_backward(
     wanted: Sequence[bool],
     fmt: torch.memory_format,
 ) -> _Found:
-    """One chain's gradients, from ``closed``; ``before``: what closes before its input."""
+    """One chain's gradients from ``closed``. ``before``: the closing before its input."""
     work = _Gradients(chain, closed, need_input, wanted, fmt)
     shortcut = chain.spec.shortcut
-    # a projection with x itself as its input adds to what the units bring, where it writes no more than the pixels that
-    # it read
+    # a projection of x itself runs after the units and adds to their gradient: then it writes only the pixels that it
+    # reads
     direct = shortcut.kind == "projection" and shortcut.pool is None
     dx, done = work.units(work.shortcut(), None if direct else before)
     if direct:
@@ -160,7 +165,7 @@ def _chain_backward(
 
 
 class _Gradients:
-    """The steps of one chain's backward; ``grads``: what they have found, of each unit's parameters by name."""
+    """The steps of one chain's backward. ``grads``: the gradients so far, per unit, by the parameter's name."""
 
     def __init__(
         self, chain: _Chain, closed: _Closed, need_input: bool, wanted: Sequence[bool], fmt: torch.memory_format
@@ -175,7 +180,7 @@ class _Gradients:
             self.means = _means(chain, {last: closed.sums, last + 1: closed.summand_sums})
 
     def shortcut(self) -> Tensor | None:
-        """What the shortcut brings to x, but for a projection of x itself."""
+        """The gradient of x through the shortcut; None for a projection of x itself, which runs after the units."""
         x, spec = self.chain.x, self.chain.spec
         kind, pool = spec.shortcut.kind, spec.shortcut.pool
         if kind == "identity" and self.need_input:
@@ -192,7 +197,7 @@ class _Gradients:
         )
 
     def units(self, dx: Tensor | None, before: Closing | None) -> tuple[Tensor | None, _Closed | None]:
-        """The units, last to first: x's gradient with ``dx``, what has come to x so far, through ``before``."""
+        """Runs the units, last to first. Adds their gradient of x to ``dx``, and takes the sum through ``before``."""
         (x, ys, norms), units = (self.chain.x, self.chain.ys, self.chain.norms), self.chain.spec.units
         dz, sums, _ = self.closed
         for i in range(len(units) - 1, 0, -1):
@@ -212,12 +217,12 @@ class _Gradients:
         return dx, _Closed(dx, *closed_sums) if closing is not None else None  # type: ignore[arg-type]
 
     def projection(self, add: Tensor | None, closing: Closing | None) -> tuple[Tensor | None, Sums | None, Sums | None]:
-        """The projection's unit, with the shortcut's own input."""
+        """Runs the projection's unit, whose input is the shortcut's."""
         x, closed, last = self.chain.x, self.closed, len(self.chain.ys) - 1
         assert closed.summand_sums is not None
         start = reference.shortcut_input(x, self.chain.spec.shortcut).contiguous(memory_format=self.fmt)
         found = self.unit(last, closed.dz, closed.summand_sums, start, None, self.need_input, add, closing)
-        # its dbeta is the last unit's, and an operator's outputs share no memory
+        # dbeta is the last unit's, copied because an operator's outputs must not share memory
         self.grads[-1]["bn_bias"] = closed.summand_sums.dz.clone()
         return found
 
@@ -225,7 +230,7 @@ class _Gradients:
         self, i: int, dz: Tensor, sums: Sums, start: Tensor, prologue: Prologue | None, need_start: bool,
         add: Tensor | None, closing: Closing | None,
     ) -> tuple[Tensor | None, Sums | None, Sums | None]:  # fmt: skip
-        """Fills in the gradients of unit i's parameters and returns its input's."""
+        """Sets the gradients of unit i's parameters and returns the gradient of its input."""
         unit, p, y = self.chain.spec.all_units[i], self.chain.parts[i], self.chain.ys[i]
         need_weight = self.needs[i].get("weight", False)
         if i not in self.means and (need_start or need_weight):
@@ -245,10 +250,10 @@ class _Gradients:
 
 
 def _means(chain: _Chain, sums: dict[int, Sums]) -> dict[int, Sums]:
-    """Of the units whose statistics a process group shares: the sums of all its processes, per value."""
+    """The sums over all processes of a group, divided by the count, for the units that share statistics over it."""
     found: dict[int, Sums] = {}
     for group, members in sync.by_group({i: chain.spec.all_units[i] for i in sums}):
-        count = chain.counts[members[0]]  # units that close together are summands, of one size
+        count = chain.counts[members[0]]  # units that close together are summands of one size
         assert count is not None
         found |= zip(members, sync.means([sums[i] for i in members], count, group), strict=True)
     return found
@@ -257,8 +262,10 @@ def _means(chain: _Chain, sums: dict[int, Sums]) -> dict[int, Sums]:
 def _unit_gradients(
     unit: UnitSpec, norm: Norm, sums: Sums, means: Sums | None, y: Tensor, vectors: Any
 ) -> tuple[dict[str, Tensor], DyCoefficients]:
-    """dgamma, dbeta (and the convolution bias's) from this process's sums, by name; A, B, C of dy, from ``means``
-    where a process group shares statistics: the gradient of all its processes' losses."""
+    """dgamma, dbeta (and the convolution bias's gradient) by name, from this process's sums; and A, B, C of dy.
+
+    If a process group shares statistics, A, B and C come from ``means``: dy is the gradient of all processes' losses.
+    """
     alone = unit.batch_stats and unit.group is None
     dgamma, coef = vectors.bn_coefficients(norm, sums, y.numel() // y.shape[1] if alone else None)
     if means is not None:
@@ -271,14 +278,14 @@ def _unit_gradients(
 
 
 def _pad_backward(dz: Tensor, x: Tensor, spec: ChainSpec) -> Tensor:
-    """Option A: the gradient of x's own channels, back at the pixels that were taken."""
+    """Option A: the gradient of x's own channels at the pixels that the shortcut read."""
     dx = torch.zeros_like(x, dtype=dz.dtype)
     dx[:, :, :: spec.shortcut.stride[0], :: spec.shortcut.stride[1]] = dz[:, : x.shape[1]]
     return dx
 
 
 def _like(g: Tensor | None, t: Tensor) -> Tensor:
-    """The gradient in its tensor's dtype and strides (autograd would otherwise copy it later), zero where none came."""
+    """The gradient in its tensor's dtype and strides (otherwise autograd would copy it later); 0 if there is none."""
     if g is None:
         return torch.zeros_like(t)
     g = g.to(t.dtype)

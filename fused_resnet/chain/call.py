@@ -1,4 +1,4 @@
-"""The one way in: chains are checked, encoded and given to the operators; then running statistics are updated."""
+"""``run``: checks and encodes chains, calls the operators, then updates the running statistics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(
     pool: PoolSpec | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """``residual``, ``pool`` and ``recompute`` come with one chain."""
+    """Checks and runs the chains. ``residual``, ``pool`` and ``recompute`` are only for a single chain."""
     checks.check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
@@ -34,20 +34,21 @@ def run(
     shape = tuple(x.shape)
     for i, chain in enumerate(chains):
         key = chain_key(chain, shape[1], residual, pool, recompute)
-        # a constant object is opaque to the compiler's guards, so it traces the making of one
+        # the compiler's guards can't handle a constant object, so it traces the making of one
         spec = chain_spec(*key) if torch.compiler.is_compiling() else RowSpec.decode(encoded(key)).chains[0]
         where = f"chain {i}, " if len(chains) > 1 else ""
         shape = checks.check_chain(x, shape, residual, chain.everyone, spec, where)
         keys.append(key)
         specs.append(spec)
 
-    # an empty batch has its part in statistics that other processes wait for
+    # with a process group an empty batch still takes part in the statistics, for which the others wait
     empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
     if empty or transformed():
         for chain, spec in zip(chains, specs, strict=True):
             x = _plain(*_autocast(x, residual, chain.units[0]), chain.everyone, spec)
         return x
-    # what wants no gradient is none of a row's, which keeps all that it computes; nor is what begins without a conv
+    # Chains whose input and parameters need no gradient run outside the row, because a row saves every intermediate.
+    # Without a convolution at the start of each chain there is no row.
     alone = 0 if all(spec.units[0].conv is not None for spec in specs) else len(chains)
     while alone < len(chains) and not _wants_grad(x, residual, _params([chains[alone]], [specs[alone]])):
         alone += 1
@@ -63,7 +64,7 @@ def run_row(
     keys: Sequence[tuple[Any, ...]],
     specs: Sequence[ChainSpec],
 ) -> Tensor:
-    """One call of an operator, and what it does to running statistics."""
+    """Calls one operator, and updates the running statistics."""
     x, residual = _autocast(x, residual, chains[0].units[0])
     params = _params(chains, specs)
     text = encoded(*keys)
@@ -92,7 +93,7 @@ def _params(chains: Sequence[Chain], specs: Sequence[ChainSpec]) -> list[Tensor]
 
 
 def _autocast(x: Tensor, residual: Tensor | None, first: Unit) -> tuple[Tensor, Tensor | None]:
-    """Inside autocast the chain works in autocast's dtype; weights stay and are rounded where they are used."""
+    """Casts x and residual to autocast's dtype inside autocast. Weights stay; kernels round them on use."""
     if not checks.autocasts(x) or x.dtype == torch.float64:
         return x, residual
     dtype = torch.get_autocast_dtype(x.device.type) if first.weight is not None else x.dtype
@@ -104,13 +105,15 @@ def _wants_grad(x: Tensor, residual: Tensor | None, params: Sequence[Tensor]) ->
 
 
 def in_backward() -> bool:
-    """Whether this forward runs inside a backward pass: a checkpointed block computed again, whose running statistics
-    have been updated when it ran first."""
+    """Whether this forward runs inside a backward pass.
+
+    Then it is a checkpoint's recomputation, and the first forward has updated the running statistics.
+    """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _counts(x: Tensor, chain: Chain, spec: ChainSpec) -> list[int]:
-    """Values per channel of each unit's y."""
+    """The number of values per channel of each unit's y."""
     return [n * h * w for n, _, h, w in unit_shapes(x, _params([chain], [spec]), spec)]
 
 
@@ -127,8 +130,10 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int | Tensor) 
 
 
 def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
-    """By PyTorch's own functions: where there is no batch or no pixel they decide what comes out and what becomes of
-    the statistics, and torch.func's transforms have rules for them."""
+    """Runs a chain by PyTorch's own functions.
+
+    For an empty batch or image they define the result and the statistics. torch.func's transforms have rules for them.
+    """
 
     def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
         if u.weight is not None and s.conv is not None:

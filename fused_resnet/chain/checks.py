@@ -1,4 +1,4 @@
-"""What is wrong with a chain's arguments, said before any kernel starts: argument, what came, what was expected."""
+"""Checks a chain's arguments before any kernel starts. Messages name the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BN_NAMES = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
 def check_arguments(unit: Unit, index: int) -> None:
-    """What can be told of a unit's arguments before its input is seen."""
+    """Checks the arguments of a unit that do not depend on its input."""
     for name in ("weight", "bias", *BN_NAMES):
         value = getattr(unit, name)
         if value is not None:
@@ -41,9 +41,9 @@ def check_arguments(unit: Unit, index: int) -> None:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for x's device (which may be one that has none)."""
+    """Whether autocast is on for x's device. Some devices have no autocast."""
     kind = x.device.type
-    # torch.compile of 2.11 can't ask, and compiles for devices that have it
+    # torch.compile of 2.11 can't trace the question, and compiles only for devices with autocast
     available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
     return kind != "meta" and available and torch.is_autocast_enabled(kind)
 
@@ -68,8 +68,10 @@ def check_chain(
     spec: ChainSpec,
     where: str = "",
 ) -> tuple[int, ...]:
-    """Shapes, dtypes and devices, unit by unit, of a chain whose input has the shape ``start`` and is otherwise like x;
-    ``where`` it stands. Returns its output's shape."""
+    """Checks the shapes, dtypes and devices of a chain unit by unit. Returns the shape of its output.
+
+    The chain's input has the shape ``start`` and is otherwise like x. ``where``: the chain's place, for messages.
+    """
     autocast = autocasts(x)
     shape = start
     for i, (unit, s) in enumerate(zip(units[: len(spec.units)], spec.units, strict=True)):
@@ -117,7 +119,7 @@ def _check_sum(name: str, got: tuple[int, ...], want: tuple[int, ...]) -> None:
 def _check_unit(
     where: str, x: Tensor, shape: tuple[int, ...], unit: Unit, s: UnitSpec, autocast: bool
 ) -> tuple[int, ...]:
-    """Raises what is wrong with this unit's tensors; returns its output's shape."""
+    """Checks a unit's tensors. Returns the shape of its output."""
     if unit.weight is not None and s.conv is not None:
         w = unit.weight
         if shape[1] != w.shape[1] * s.conv.groups:

@@ -1,4 +1,4 @@
-"""A chain's hyper-parameters: as a key of plain tuples, as a spec, as the text that operators take."""
+"""Encodes a chain's hyper-parameters: as a key of plain tuples, as a spec, as the text that operators take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, Short
 def chain_key(
     chain: Chain, channels: int, residual: Tensor | None, pool: PoolSpec | None, recompute: bool
 ) -> tuple[Any, ...]:
-    """A chain's hyper-parameters, as ``chain_spec`` takes them."""
+    """A chain's hyper-parameters, the arguments of ``chain_spec``."""
     projection = isinstance(chain.shortcut, Unit)
     if projection:
         kind = "projection"
@@ -37,7 +37,7 @@ def chain_key(
 
 
 def _key(unit: Unit, index: int) -> tuple[Any, ...]:
-    """A unit's hyper-parameters, as ``_unit_spec`` takes them."""
+    """A unit's hyper-parameters, the arguments of ``_unit_spec``."""
     checks.check_arguments(unit, index)
     conv = None
     if unit.weight is not None:
@@ -80,11 +80,11 @@ def _unit_spec(conv: tuple[Any, ...] | None, act: tuple[str, float], *rest: Any)
 
 
 def encoded(*keys: tuple[Any, ...]) -> str:
-    """The row's spec as operators take it; a constant of a compiled graph, so the arguments are plain tuples."""
+    """The row's spec as text, for operators. It is a constant of a compiled graph, so ``plans`` are plain tuples."""
     return _cached_text(keys)
 
 
-# What torch.compiler.assume_constant_result does, without its import of all of torch._dynamo.
+# Like torch.compiler.assume_constant_result, but without importing all of torch._dynamo.
 encoded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

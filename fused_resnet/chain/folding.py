@@ -1,4 +1,4 @@
-"""BatchNorm as vectors, and folded into a convolution's weight."""
+"""Computes BatchNorm as vectors, and folds them into a convolution's weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_resnet.chain.packing import pack_once, values_of
 
 
 def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Any = None) -> Norm:
-    """The unit's BatchNorm as vectors, by the backend ``vectors`` (aten)."""
+    """The unit's BatchNorm as vectors, computed by the backend ``vectors`` (aten)."""
     vectors = vectors or load("aten")[0]
     bias = p.get("bias") if "running_mean" in p else None
     norm: Norm = vectors.bn_fold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps)
@@ -21,13 +21,13 @@ def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torc
 
 
 def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The weight with BatchNorm's scale in it, in ``dtype``, and what of the scale stays outside of it, if anything.
+    """The weight times BatchNorm's scale, in ``dtype``, and the part of the scale that stays outside, if any.
 
-    A channel is not folded where its s*W, or t, is below or above the dtype's normal numbers, so that rounding loses
-    more than it does to those and to W: it keeps W and s, with which PyTorch computes.
+    A channel is not folded if its s*W or t lies below or above the dtype's normal numbers: rounding would then lose
+    more than it loses for normal numbers and for W. Such a channel keeps W and s, with which PyTorch computes.
 
     Args:
-        weight: [K, C, R, S], any floating dtype. norm: its scale, [K], of the dtype in which to multiply.
+        weight: [K, C, R, S], any floating dtype. norm: its scale is [K], of the dtype in which to multiply.
 
     Returns:
         [K, C, R, S] in ``dtype``; [K] in ``vector_dtype`` of that, or None: 1 everywhere.
@@ -35,7 +35,7 @@ def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor,
     scale, limits = norm.scale, torch.finfo(dtype)
     exact = weight.to(scale.dtype) * scale[:, None, None, None]
     folded = exact.to(dtype)
-    if dtype != torch.float16:  # the others reach as far as what vectors are in
+    if dtype != torch.float16:  # the other dtypes have the range of the vectors' dtype
         return folded, None
 
     def size(t: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor,
 
     own = weight.to(dtype)
     usual = torch.maximum(limits.eps / 2 * size(exact), scale.abs() * size(own.to(scale.dtype) - weight))
-    # t with room for a convolution that rounds before it adds it
+    # t leaves room for a convolution that rounds before it adds t
     good = (size(folded - exact) <= usual) & (norm.shift.abs() <= limits.max / 4)
     if good.all():
         return folded, None
@@ -51,8 +51,10 @@ def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> bool:
-    """Whether all of the scale may be in a unit's weight. The answer is kept with the weight while nothing changes that
-    it depends on: a GPU is waited for once."""
+    """Whether all of the scale can be folded into a unit's weight.
+
+    The answer is kept with the weight until a tensor that it depends on changes, so it waits for a GPU only once.
+    """
     if dtype != torch.float16:
         return True
     weight = p["weight"]
@@ -60,7 +62,7 @@ def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> b
     def answer(_: Any = None) -> bool:
         return fold_weight(weight, norm, dtype)[1] is None
 
-    if any(t.is_inference() for t in p.values()):  # which may change unseen
+    if any(t.is_inference() for t in p.values()):  # their changes can't be noticed
         return answer()
     key = ("folds", eps, *((WeakIdRef(t), values_of(t)) for name, t in p.items() if name != "weight"))
     found: bool = pack_once(weight, key, answer)

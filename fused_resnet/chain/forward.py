@@ -18,14 +18,14 @@ from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, UnitS
 
 # ---------------------------------------------------------------------------------------------------- small pieces
 def memory_format(x: Tensor, params: Sequence[Tensor]) -> torch.memory_format:
-    """The layout in which a chain works: channels_last as soon as x or a weight is, as PyTorch's convolutions."""
+    """The layout in which a chain works: channels_last if x or a weight is, as in PyTorch's convolutions."""
     if any(_channels_last(t) for t in (x, *params) if t.dim() == 4):
         return torch.channels_last
     return torch.contiguous_format
 
 
 def _channels_last(t: Tensor) -> bool:
-    """ATen's suggest_memory_format: by strides, which tell the layout where sizes of 1 make a tensor dense in both."""
+    """ATen's suggest_memory_format. It decides by strides if sizes of 1 make a tensor dense in both layouts."""
     if t.stride(1) == 0:
         return False
     least = 0
@@ -41,12 +41,12 @@ def raw_conv(
     x: Tensor, p: dict[str, Tensor], conv: ConvSpec, prologue: Prologue | None, stats: bool, fmt: torch.memory_format
 ) -> tuple[Tensor, Any, Any]:
     y, mean, var = run("conv_stats", x, p["weight"], conv, prologue, stats)
-    # a copy only where sizes of 1 leave a convolution another layout than the chain's
+    # copies only if sizes of 1 give a convolution another layout than the chain's
     return y.contiguous(memory_format=fmt), mean, var
 
 
 class _Raw(NamedTuple):
-    """A unit that has convolved: y and, when this batch's are used, [mean, var] of what this process has of it."""
+    """A unit after its convolution: y and, if batch statistics are used, [mean, var] of this process's part."""
 
     unit: UnitSpec
     p: dict[str, Tensor]
@@ -61,16 +61,16 @@ def _raw(x: Tensor, p: dict[str, Tensor], unit: UnitSpec, prologue: Prologue | N
         y = x
         mean, var = run("bn_stats", x) if unit.batch_stats else (None, None)
     stats = [mean, var] if unit.batch_stats else []
-    if y.numel() == 0:  # the mean of nothing is no number, which would spread over the other processes' statistics
+    if y.numel() == 0:  # the mean of no values is NaN, which would spread to the other processes' statistics
         stats = [torch.zeros_like(s) for s in stats]
     return _Raw(unit, p, y, stats)
 
 
 def _normalise(*raws: _Raw) -> list[tuple[Norm, list[Tensor]]]:
-    """Of units that are ready together their normalisation, and the statistics to keep (``UnitSpec.n_stats``)."""
+    """The normalisation of units that are ready together, and the statistics to keep (``UnitSpec.n_stats``)."""
     kept = {i: raw.stats for i, raw in enumerate(raws)}
     for group, members in sync.by_group({i: raw.unit for i, raw in enumerate(raws)}):
-        y = raws[members[0]].y  # units that are ready together are summands, of one size
+        y = raws[members[0]].y  # units that are ready together are summands of one size
         kept |= zip(members, sync.statistics([kept[i] for i in members], y, group), strict=True)
     found = []
     for (unit, p, y, _), stats in zip(raws, kept.values(), strict=True):
@@ -127,7 +127,7 @@ def _forward(
 
 
 def summand_of(x: Tensor, residual: Tensor | None, spec: ChainSpec, fmt: torch.memory_format) -> Tensor | None:
-    """The tensor that the shortcut starts from: x, x averaged or strided and padded, or somebody else's."""
+    """The input of the shortcut: x, x averaged, x strided and padded, or a given tensor."""
     if spec.shortcut.kind == "none":
         return None
     summand = residual if spec.shortcut.kind == "tensor" else reference.shortcut_input(x, spec.shortcut)
@@ -136,8 +136,11 @@ def summand_of(x: Tensor, residual: Tensor | None, spec: ChainSpec, fmt: torch.m
 
 
 def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> Tensor:
-    """The operator fused_resnet::chain_inference, for one chain: BatchNorm with running statistics folded into the
-    convolutions, conv(x, s W) + t, or applied to what they return, and in a closing max-pool."""
+    """The operator fused_resnet::chain_inference, for one chain.
+
+    BatchNorm with running statistics is folded into the convolutions, conv(x, s W) + t, or applied to their outputs, or
+    applied in a closing max-pool.
+    """
     (spec,) = RowSpec.decode(text).chains
     fmt = memory_format(x, params)
     x = x.contiguous(memory_format=fmt)
@@ -159,7 +162,7 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
             weight, scale = fold_weight(p["weight"], norm, h.dtype)
             y = raw_conv(h, p | {"weight": weight}, u.conv, None, False, fmt)[0]
             out = run("bn_act", y, norm if scale is None else norm._replace(scale=scale), act, summand, None)
-        return out.contiguous(memory_format=fmt)  # as in raw_conv: the layout that the fake kernel promises
+        return out.contiguous(memory_format=fmt)  # the layout that the fake kernel promises, as in raw_conv
 
     summand = summand_of(x, residual, spec, fmt)
     if spec.shortcut.unit is not None:
@@ -172,18 +175,18 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
     if spec.pool is None:
         h = unit(h, p, last, last.act, summand)
     else:
-        # the pool normalises what it loads: nothing to fold into W, and no tensor of places as wide as PyTorch's
+        # the pool normalises on load: nothing is folded into W, and positions are bytes, not PyTorch's int64
         raw = _raw(h, p, last, None, fmt)
         ((norm, _),) = _normalise(raw)
         h = _max_pool(raw.y, norm, last.act, spec.pool)
-    # an operator's output may be none of its inputs
+    # an operator must not return one of its inputs
     return h.clone() if h is x or h is residual else h
 
 
 def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:
     backend = pick("bn_act_max_pool", case_of(y))
     aten: Any = load("aten")[0]
-    if backend is aten:  # which would work out the places as well, in operators of their own
+    if backend is aten:  # aten would compute the positions too, in separate operators
         a = aten.bn_act(y, norm, act)
         return torch.nn.functional.max_pool2d(a, pool.kernel, pool.stride, pool.padding)
     out: Tensor = backend.bn_act_max_pool(y, norm, act, pool)[0]

@@ -1,23 +1,21 @@
-"""The operators that PyTorch sees: chains in a row, their backward, inference.
+"""The operators that PyTorch sees: a row of chains, its backward, inference.
 
     forward    y_i = conv(act(s_{i-1} y_{i-1} + t_{i-1}), W_i)       z_i = s_i y_i + t_i,  s = gamma r,  t = beta - mu s
                out = act(z_k + shortcut(x))                             r = 1/sqrt(var + eps)
     backward   dz = dout act'(z)      dbeta = sum dz      dgamma = r sum dz (y - mu)
                dy = A dz + B (y - mu) + C                 A = s,  B = -s r dgamma / M,  C = -s dbeta / M  (frozen: A dz)
 
-Kept for the backward: x, the raw convolution outputs y_i, the batch's mean and variance per channel, and the
-parameters; z and act(z) are computed again, by the expression the forward used, where they are needed. In a row of
-chains the x of a chain is the output of the one before, and the gradient of x becomes that one's dz where it is made:
-its dout is never written.
+The backward needs x, the raw convolution outputs y_i, the batch's mean and variance per channel, and the parameters. It
+computes z and act(z) again, by the forward's expression. In a row of chains the x of a chain is the output of the chain
+before. The kernel that computes the gradient of x turns it into that chain's dz, so its dout is never written.
 
-Two operators, functional, traceable, with fake kernels; ``spec`` is a ``RowSpec``, most often of one chain:
+There are two operators, functional, traceable, with fake kernels. ``spec`` is a ``RowSpec``, most often of one chain:
     fused_resnet::chain            (x, residual, params, spec) -> [out_n, out_1 .. out_{n-1}, (y..., mean, var ...,
                                    argmax) of each chain]
     fused_resnet::chain_backward   (dout, x, residual, params, saved, spec, needs) -> one gradient per true ``needs``
-and fused_resnet::chain_inference for running statistics without gradients, where BatchNorm folds into W and b.
-Where a process group shares statistics (SyncBatchNorm), mean, var and M are those of all its processes (sync.py), and
-a third tensor, M, is kept beside mean and var.
-forward.py and backward.py compose them of primitives.
+A third, fused_resnet::chain_inference, is for running statistics without gradients, where BatchNorm folds into W and b.
+If a process group shares statistics (SyncBatchNorm), mean, var and M are those of all its processes (sync.py), and a
+third tensor, M, is kept beside mean and var. forward.py and backward.py compose the operators of primitives.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ _lib.define("chain_inference(Tensor x, Tensor? residual, Tensor[] params, str sp
 
 # ---------------------------------------------------------------------------------------------------- registration
 def unit_shapes(x: Tensor, params: Sequence[Tensor], spec: ChainSpec) -> list[tuple[Any, ...]]:
-    """The shape of every unit's y, projection last (sizes may be symbolic)."""
+    """The shape of every unit's y, the projection last (sizes may be symbolic)."""
     shapes = []
     parts = spec.split(params)
 
@@ -126,9 +124,11 @@ def _backward_fake(
 
 
 class _Row(torch.autograd.Function):
-    """The gradient of fused_resnet::chain, of x, the residual (if there is one) and the parameters, a flat list:
-    ``torch.library.register_autograd`` would pack and unpack nested ones in every call, in a fifth of a small chain's
-    time."""
+    """The gradient of fused_resnet::chain with respect to x, the residual (if any) and the parameters, as a flat list.
+
+    ``torch.library.register_autograd`` would pack and unpack nested lists in every call, which takes a fifth of a small
+    chain's time.
+    """
 
     @staticmethod
     def forward(ctx: Any, below: Any, text: str, has_residual: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -136,8 +136,8 @@ class _Row(torch.autograd.Function):
         output = _redispatch(below, *_row_arguments(tensors, has_residual), text)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        # Autograd keeps no tensor of inference mode. Plain PyTorch keeps x for a weight's gradient alone, so images of
-        # inference mode may train the norms behind a convolution that is not trained: here on a copy of them.
+        # Autograd saves no inference tensor. Plain PyTorch saves x only for a weight's gradient, so inference tensors
+        # as images may train the norms after a convolution that is not trained. Here a copy of them is saved.
         first = 1 + has_residual
         given = [t.clone() if t.is_inference() else t for t in tensors[:first]]
         ctx.save_for_backward(*given, *tensors[first:], *output[1:])
@@ -147,7 +147,7 @@ class _Row(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * (3 + ctx.n_tensors)
-        kept = ctx.saved_tensors  # once: a checkpoint computes them again at the first asking
+        kept = ctx.saved_tensors  # read once: at the first read a checkpoint computes them again
         x, residual, params = _row_arguments(kept[: ctx.n_tensors], ctx.has_residual)
         saved = list(kept[ctx.n_tensors :])
         wanted = ctx.needs_input_grad[3:]
@@ -173,7 +173,7 @@ def _redispatch(below: Any, *args: Any) -> list[Tensor]:
 
 
 def _autograd(keyset: Any, x: Tensor, residual: Tensor | None, params: list[Tensor], text: str) -> list[Tensor]:
-    """What the operator is to PyTorch's autograd."""
+    """The operator as PyTorch's autograd sees it."""
     below = keyset & torch._C._after_autograd_keyset
     tensors = (x, *([residual] if residual is not None else []), *params)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
@@ -184,11 +184,14 @@ def _autograd(keyset: Any, x: Tensor, residual: Tensor | None, params: list[Tens
 def _differentiable_backward(
     dout: Tensor, x: Tensor, residual: Tensor | None, params: list[Tensor], text: str, needs: list[bool]
 ) -> Sequence[Tensor]:
-    """The gradients by plain PyTorch: with create_graph=True they can be differentiated again, and transforms have
-    rules for them."""
+    """The gradients by plain PyTorch.
+
+    With create_graph=True they can be differentiated again, and torch.func's transforms have rules for them.
+    """
     wide, create_graph = vector_dtype(x.dtype), torch.is_grad_enabled()
     with torch.enable_grad():
-        # a view each: a tensor that comes twice (a residual that is x, a shared weight) has one gradient per place
+        # one view each, so that a tensor passed twice (a residual that is x, a shared weight) has a gradient per
+        # argument
         given = [None if t is None else t.view_as(t) for t in (x, residual, *params)]
         a, r, *rest = [None if t is None else t.to(wide) for t in given]
         assert a is not None
@@ -200,18 +203,23 @@ def _differentiable_backward(
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp ...) or forward-mode differentiation is under way. PyTorch has
-    no rules for these operators there, and forward mode would silently take their derivative for zero."""
+    """Whether a transform of torch.func (grad, vmap, jvp ...) or forward-mode differentiation is active.
+
+    PyTorch has no rules for these operators there, and forward mode would silently use a derivative of zero.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-# Compiled, it is asked while the transform is traced; torch._dynamo guards on the stack of transforms by itself.
+# In compiled code this runs while the transform is traced; dynamo itself guards the stack of transforms.
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A chain chooses its own dtypes: autocast must not cast again inside it. An empty batch, which comes here only
-    because other processes wait for its share of their statistics, is PyTorch's operators' business."""
+    """Runs without autocast, because a chain chooses its own dtypes.
+
+    An empty batch goes to PyTorch's operators. It comes here only because other processes wait for its share of their
+    statistics.
+    """
 
     @wraps(function)
     def run(*args: Any) -> Any:

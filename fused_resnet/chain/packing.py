@@ -1,4 +1,8 @@
-"""Packed forms of weights: made where a weight is first used, kept as long as the weight lives and has its values."""
+"""Packs weights for the convolutions that use them.
+
+The first use of a weight packs it. A table of this module keeps the packed weight as long as the weight lives and keeps
+its values.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_resnet.base.locks import Lock
 
-# Input shapes per weight whose packed weight is remembered; the packed weights themselves are as many as the layouts
-# that oneDNN wants for them: one to three in ResNet-50.
+# Input shapes per weight whose packed weight is remembered. There are only as many packed weights as layouts that
+# oneDNN chooses: one to three in ResNet-50.
 SHAPES = 256
 
 
 class Packs:
-    """A weight's packed forms, by what asks for them: those of other values than the weight's present ones are void."""
+    """A weight's packed forms by key. They are void if the weight's values have changed since."""
 
     def __init__(self, values: tuple[int, int]) -> None:
         self.values = values
@@ -30,19 +34,19 @@ _packing = Lock()
 
 
 def values_of(weight: Tensor) -> tuple[int, int]:
-    """Changes when the weight's values do: in place, or by ``.data``. Not for a tensor of inference mode."""
+    """A key that changes with the weight's values (in place, or by ``.data``). Not for a tensor of inference mode."""
     return weight.data_ptr(), weight._version
 
 
-# ``pack_once``, or what packs anew: (weight, key, pack) -> the packed weight, or None.
+# ``pack_once``, or a function that packs again: (weight, key, pack) -> the packed weight, or None.
 Packing = Callable[[Tensor, Any, Callable[[list[Any]], Any]], Any]
 
 
 def pack_once(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
-    """What ``pack`` (which is shown what there is already) made of the weight when ``key`` came first."""
+    """The packed weight for ``key``; the first call makes it with ``pack``, which is given the forms that exist."""
     packs, values = _packs.get(weight), values_of(weight)
     if packs is not None and packs.values == values:
-        found = packs.found.get(key, _MISSING)  # None where there is nothing to pack
+        found = packs.found.get(key, _MISSING)  # None: there is nothing to pack
         if found is not _MISSING:
             return found
     with _packing.held():
@@ -50,7 +54,7 @@ def pack_once(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any
         if packs is None or packs.values != values:
             _packs[weight] = packs = Packs(values)
         if key not in packs.found:
-            with torch.inference_mode(False), torch.no_grad():  # it outlives the caller's mode
+            with torch.inference_mode(False), torch.no_grad():  # the packed weight outlives the caller's mode
                 made = pack([form for form in packs.found.values() if form is not None])
             while len(packs.found) >= SHAPES:
                 packs.found.pop(next(iter(packs.found)))
@@ -59,7 +63,7 @@ def pack_once(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any
 
 
 def packed_forms(weight: Tensor) -> list[Any]:
-    """What the weight is packed into by now, each once."""
+    """The packed forms of the weight so far, each once."""
     packs = _packs.get(weight)
     found = packs.found.copy().values() if packs is not None and packs.values == values_of(weight) else ()
     return list({id(form): form for form in found if form is not None}.values())

@@ -1,4 +1,4 @@
-"""What the stateless API takes: a unit's tensors with their hyper-parameters, and units as a block."""
+"""The arguments of the stateless API: a unit's tensors and hyper-parameters, and units as a block."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Unit:
-    """One conv -> BatchNorm -> act of a chain: its tensors and what ``conv2d`` and ``batch_norm`` want to know.
+    """One conv -> BatchNorm -> act of a chain: its tensors and the arguments of ``conv2d`` and ``batch_norm``.
 
     Args:
-        weight: [out_channels, in_channels/groups, kH, kW], or None where somebody else's convolution came before.
+        weight: [out_channels, in_channels/groups, kH, kW], or None: the convolution is outside the chain.
         bn_weight, bn_bias: gamma and beta, [out_channels]; None: 1 and 0, as in ``BatchNorm2d``
             with ``affine=False`` or ``bias=False``.
-        running_mean, running_var: [out_channels]; used when not ``training``, updated when ``training``; both or none.
+        running_mean, running_var: [out_channels]; used if not ``training``, updated if ``training``. Give both or none.
         bias: the convolution's bias, [out_channels], or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
         act: a name of ``fused_resnet.spec.ACTIVATIONS``, a (name, parameter) pair or None.
-        eps, momentum, training: as in ``torch.nn.functional.batch_norm``. Wherever PyTorch takes a number of numpy's, a
-            tensor of one value, a list or a tuple of one, these do.
-        process_group: when ``training``, the batches of all its processes make up the statistics, as in
-            ``torch.nn.SyncBatchNorm``, and every process has to make the same calls; None: this process's batch.
+        eps, momentum, training: as in ``torch.nn.functional.batch_norm``. All arguments may be NumPy numbers, tensors
+            of one value, or lists and tuples of one value wherever PyTorch accepts these.
+        process_group: if ``training``, the statistics are those of the batches of all its processes, as in
+            ``torch.nn.SyncBatchNorm``; every process has to make the same calls. None: this process's batch.
     """
 
     weight: Tensor | None = None
@@ -51,7 +51,7 @@ class Unit:
 
 @dataclass(eq=False)
 class Chain:
-    """One residual block of a row: what ``residual_chain`` takes beside x and a residual.
+    """One residual block of a row: the arguments of ``residual_chain``, except x and a residual.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -79,5 +79,5 @@ class Chain:
 
     @property
     def everyone(self) -> list[Unit]:
-        """The units and, behind them, the projection."""
+        """The units, followed by the projection."""
         return [*self.units, *([self.shortcut] if isinstance(self.shortcut, Unit) else [])]

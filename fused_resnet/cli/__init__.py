@@ -1,7 +1,7 @@
 """The command line, ``fused-resnet`` = ``python -m fused_resnet``: env, check, bench, train, study.
 
-Every subcommand takes ``--json FILE``, shows progress on a terminal only, and exits with 0 only when what it checks
-holds (1: it does not; 2: the command could not run as asked).
+Every subcommand takes ``--json FILE`` and shows progress on a terminal only. It exits with 0 only if everything that it
+checks holds (1: something does not; 2: the command could not run as asked).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from fused_resnet.cli.options import UsageError, parser
 
-# What the commands need beyond torch: the name under which it is imported, and the one under which it is installed.
+# Packages that the commands need beyond torch: the name that is imported, and the name that is installed.
 EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "PIL": "pillow", "numpy": "numpy"}
 
 
@@ -20,11 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the words after the program's name; None takes ``sys.argv``'s.
+        argv: the arguments after the program's name; None: those of ``sys.argv``.
 
     Returns:
-        0: everything that was checked holds. 1: something does not. 2: it could not run as asked (unknown model, no
-        such device, a package is missing); a sentence on stderr says why.
+        0: everything that was checked holds. 1: something does not. 2: the command could not run as asked (unknown
+        model, no such device, a missing package); a sentence on stderr says why.
     """
     args = parser().parse_args(argv)
     try:

@@ -1,5 +1,7 @@
-"""``fused-resnet bench``, the main job: validate, measure, train on digits, print the table and write the report; with
-``--distributed`` what scaling.py does."""
+"""``fused-resnet bench``, the main job: validate, measure, train on digits, print the table and write the report.
+
+With ``--distributed`` it runs scaling.py instead.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ DTYPES = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Preset:
-    """How much is done. ``compile_s``: what torch.compile may take in all, on a machine that compiles from nothing."""
+    """The amount of work. ``compile_s``: seconds that torch.compile may take in all, with empty caches."""
 
     models: tuple[str, ...]
     repeats: tuple[int, int]
@@ -47,7 +49,7 @@ PRESETS = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does everything; 0 when every validation and both trainings hold."""
+    """Runs the benchmark. Returns 0 if every validation and both trainings hold."""
     start = time.perf_counter()
     preset = PRESETS[args.preset]
     names = pick_models(args.models, preset.models)
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         return scaling.run(args, names, repeats, preset.case_budget_s)
     device = pick_device(args.device)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # plain PyTorch at its best: the shapes never change
+        torch.backends.cudnn.benchmark = True  # plain PyTorch at its fastest: the shapes never change
     settings = Settings(
         device,
         args.batch_size or (8 if device.type == "cpu" else 256),
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             bar.update(task, description=f"{name} in float64")
             subjects.append(Subject(name, settings))
             bar.advance(task)
-        for mode in MODES:  # inference first: torch.compile is quickest there, and its time is limited
+        for mode in MODES:  # inference first: torch.compile takes least time there, and its time is limited
             for subject in subjects:
                 for dtype in DTYPES:
                     bar.update(task, description=f"{subject.name} {mode} {dtype}")

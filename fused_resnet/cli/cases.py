@@ -1,4 +1,4 @@
-"""One case of the benchmark, a model x mode x dtype: each variant validated, then measured in turns."""
+"""One case of the benchmark (a model x mode x dtype): each variant is validated, then all are measured in turns."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fused_resnet.cli import data, validate, variants
 from fused_resnet.cli.validate import Finding, Tensors
 from fused_resnet.cli.variants import CompileBudget, Skipped, Variant
 
-VALIDATED_IMAGES = 8  # in float64, of which a GPU's batch would be too much
+VALIDATED_IMAGES = 8  # in float64, where a GPU's whole batch would need too much memory
 
 
 @dataclass
 class Row:
-    """One variant of one case: what was validated and measured of it.
+    """The results of one variant of one case.
 
     Attributes:
-        status: "measured"; "failed", it does not compute what plain PyTorch does and was not timed; "skipped".
+        status: "measured"; "failed": its numbers differ from plain PyTorch's, so it was not timed; "skipped".
         note: why it failed or was skipped, or how it was run. error: ``validate.summary`` against float64.
-        worst: the tensor that uses most of its bound. times_s: of each round, seconds per step.
-        saved_bytes: for the backward pass, of the batch. peak_bytes: of memory, above the model and its images.
+        worst: the tensor that uses most of its bound. times_s: seconds per step, one value per round.
+        saved_bytes: kept for the backward pass of the batch. peak_bytes: memory above the model and its images.
     """
 
     variant: str
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """For headings and sentences."""
+        """The case's name in headings and sentences."""
         return f"{self.model} {self.mode} {self.dtype}"
 
     def row(self, variant: str) -> Row | None:
@@ -63,11 +63,11 @@ class Case:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed its validation."""
+        """Whether no variant failed its validation."""
         return all(r.status != "failed" for r in self.rows)
 
     def numbers(self, row: Row) -> dict[str, Any]:
-        """The row as JSON, with everything that is derived from its times: the one place where that is done."""
+        """The row as JSON, with the figures derived from its times. They are derived nowhere else."""
         found: dict[str, Any] = {"variant": row.variant, "status": row.status, "note": row.note, "error": row.error}
         found["worst"] = row.worst.to_json() if row.worst is not None else None
         if row.status != "measured":
@@ -86,14 +86,14 @@ class Case:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Everything."""
+        """All fields and rows."""
         head = {"model": self.model, "mode": self.mode, "dtype": self.dtype, "batch_size": self.batch_size}
         return head | {"ok": self.ok, "variants": [self.numbers(r) for r in self.rows]}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cases share."""
+    """The settings that all cases share."""
 
     device: torch.device
     batch_size: int
@@ -104,7 +104,7 @@ class Settings:
 
 
 class Subject:
-    """A model with telling weights, its images, and what it makes of them in float64."""
+    """A model with weights that expose mistakes, its images, and its float64 results on them."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self.settings = name, settings
@@ -131,7 +131,7 @@ class Subject:
         }
 
     def run(self, variant: Variant, mode: str) -> Tensors:
-        """What ``variant`` makes of the images that were given to float64."""
+        """The results of ``variant`` on the images that the float64 run had."""
         train = mode == "training"
         x, dout = variant.x[:VALIDATED_IMAGES], self.dout if train else None
         found = validate.run(
@@ -140,7 +140,7 @@ class Subject:
         return {name: found[name] for name in self.ref[mode] if name in found}
 
     def explanation(self) -> str:
-        """Which blocks are fused, and on which backend."""
+        """Says which blocks are fused, and on which backend."""
         return str(fr.explain(self.model, self.x[:VALIDATED_IMAGES]))
 
 
@@ -159,7 +159,7 @@ def _build(name: str, subject: Subject, train: bool, dtype: torch.dtype, budget:
 def _variants(
     subject: Subject, case: Case, dtype: torch.dtype, budget: CompileBudget | None
 ) -> Iterator[tuple[Variant, Row]]:
-    """Builds and validates each variant; appends its row to the case, yields those that may be timed."""
+    """Builds and validates each variant and appends its row to the case. Yields the variants that may be timed."""
     train = case.mode == "training"
     plain: Tensors = {}
     for name in variants.VARIANTS:
@@ -171,7 +171,7 @@ def _variants(
             row.note = variant.note
             before = budget.spent_s if budget else 0.0
             with budget.compiling(variant.model, train) if compiles and budget else nullcontext():
-                if compiles and len(variant.x) > VALIDATED_IMAGES:  # for fewer it would be compiled once more
+                if compiles and len(variant.x) > VALIDATED_IMAGES:  # fewer images would mean another compilation
                     variant.train(subject.labels) if train else variant.infer()
                 else:
                     got = subject.run(variant, case.mode)
@@ -187,7 +187,7 @@ def _variants(
             if not compiles:
                 row.status, row.note = "failed", f"not timed, its numbers are wrong: {row.worst}"
                 continue
-            row.note += f"; beyond our bound: {row.worst}"  # somebody else's numbers: reported, and timed all the same
+            row.note += f"; beyond our bound: {row.worst}"  # not our kernels: reported, but still timed
         yield variant, row
 
 
@@ -206,7 +206,7 @@ def run_case(
     steps: dict[str, Callable[[], object]] = {}
     for variant, row in ready:
         step = partial(variant.train, subject.labels) if mode == "training" else variant.infer
-        step()  # from now on the optimizer's state is there, and weights are packed
+        step()  # makes the optimizer's state, and packs weights
         if mode == "training":
             existing = [*variant.model.parameters(), *variant.model.buffers()]
             row.saved_bytes = measure.saved_bytes(partial(variant.loss, subject.labels), existing)

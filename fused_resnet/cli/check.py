@@ -25,7 +25,7 @@ from fused_resnet.planner.sizes import chains_always
 
 @dataclass(frozen=True)
 class Result:
-    """What was found of one subject in one dtype; ``problem`` says why nothing could be compared, or is empty."""
+    """The findings for one subject in one dtype. ``problem`` says why nothing could be compared, or is empty."""
 
     subject: Subject
     dtype: str
@@ -34,11 +34,11 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Everything was compared, and every tensor is within its bound."""
+        """Whether everything was compared, and every tensor is within its bound."""
         return not self.problem and all(f.ok for f in self.findings)
 
     def cell(self) -> str:
-        """For the table: the share of the bound that the worst tensor uses, and its name when it is too much."""
+        """The table's cell: the share of its bound that the worst tensor uses, and its name if that is over 1."""
         if self.problem:
             return f"[red]{self.problem}[/]"
         found = validate.worst(self.findings)
@@ -58,7 +58,7 @@ class Result:
 
 
 class _Given(NamedTuple):
-    """A plain float64 model, an input, the gradient of its output, what comes of them, and the longest sum in it."""
+    """A plain float64 model, an input, the gradient of the output, the results, and the length of the longest sum."""
 
     truth: nn.Module
     x: Tensor
@@ -70,7 +70,7 @@ class _Given(NamedTuple):
 def _all_runs(model: nn.Module, x: Tensor, dout: Tensor, dtype: torch.dtype | None) -> Tensors:
     """A training step, a step with frozen statistics, and inference; the mode before each tensor's name.
 
-    Each starts from the same running statistics, which ``model`` has again afterwards.
+    Each starts from the same running statistics. ``model`` has them again afterwards.
     """
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     found: Tensors = {}
@@ -94,8 +94,10 @@ def _smooth(model: nn.Module) -> nn.Module:
 
 
 def _not_fused(model: nn.Module, ours: bool) -> str:
-    """Which blocks of a fused model run plain and why; a comparison of plain with plain would say nothing. Of networks
-    that are not ours some may."""
+    """Says which blocks of a fused model run plain, and why: comparing plain with plain would prove nothing.
+
+    In networks of other libraries some blocks may run plain.
+    """
     rows = fr.explain(model).rows
     plain = [f"{row.name}: {row.reason}" for row in rows if not row.fused]
     if not ours and len(plain) < len(rows):
@@ -104,7 +106,7 @@ def _not_fused(model: nn.Module, ours: bool) -> str:
 
 
 class _Checker:
-    """One subject's weights and, for each input that the dtypes need, what plain PyTorch makes of it in float64."""
+    """One subject's weights and, for each input that the dtypes need, the float64 results of plain PyTorch."""
 
     def __init__(self, subject: Subject, device: torch.device, seed: int) -> None:
         self.subject, self.device = subject, device
@@ -115,17 +117,17 @@ class _Checker:
         x = validate.exact(subject.shape, self.generator, 0.5, 2.0)
         validate.randomise(self.truth, x, self.generator, validate.BRANCH if subject.whole else 1.0)
         for t in [*self.truth.parameters(), *self.truth.buffers()]:
-            t.data = t.data.float().to(t.dtype)  # values that float32 holds, too
+            t.data = t.data.float().to(t.dtype)  # values that float32 holds exactly
         self.truth.to(device)
         self.given: dict[tuple[bool, tuple[int, ...]], _Given] = {}
 
     def at(self, dtype: torch.dtype) -> _Given:
-        """What a dtype is given.
+        """The reference run for a dtype.
 
-        Whole networks in less than float64 get a smooth activation. Of their many values some lie at a ReLU's kink,
-        where rounding alone decides on a whole gradient element, here and in plain PyTorch. Blocks go with ReLU in
-        every dtype: in float32 with an input that stays clear of the kinks, in 16 bits with one so large that as many
-        values fall on the wrong side here as in plain PyTorch.
+        Whole networks in less than float64 get a smooth activation. Some of their many values lie at a ReLU's kink,
+        where rounding alone decides a whole gradient element, here and in plain PyTorch. Blocks keep ReLU in every
+        dtype. In float32 their input stays clear of the kinks. In 16 bits their input is so large that as many values
+        fall on the wrong side here as in plain PyTorch.
         """
         shape = self.subject.shape16 if dtype.itemsize == 2 else self.subject.shape
         smooth = self.subject.whole and dtype != torch.float64
@@ -145,7 +147,7 @@ class _Checker:
         dtype, whole = validate.DTYPES[name], self.subject.whole
         exactly = dtype == torch.float64
         given = self.at(dtype)
-        wide = torch.float64 if exactly else torch.float32  # of parameters, and of a network's images
+        wide = torch.float64 if exactly else torch.float32  # the dtype of parameters, and of a network's images
         layout = torch.contiguous_format if exactly else torch.channels_last
         plain = validate.in_layout(copy.deepcopy(given.truth).to(wide), layout)
         x = given.x.to(wide if whole else dtype, memory_format=layout)
@@ -157,7 +159,7 @@ class _Checker:
         findings = validate.compare(found, expected, given.ref, dtype, given.length)
         if whole:
             x = x.to(dtype)
-            with torch.no_grad(), chains_always():  # it is they that are checked
+            with torch.no_grad(), chains_always():  # the check is about chains
                 out = validate.frozen(plain, x, dtype)(x)
             key = "inference: out"
             frozen = validate.compare({key: out}, expected, {key: given.ref[key]}, dtype)
@@ -175,7 +177,7 @@ def check(subject: Subject, dtypes: Sequence[str], device: torch.device, seed: i
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks everything, prints one line per subject; 0 when all of it holds."""
+    """Checks every subject and prints one line for each. Returns 0 if all hold."""
     names = pick_models(args.models, models.list_models(), tuple(LIBRARIES))
     device = pick_device(args.device)
     unknown = [d for d in args.dtypes if d not in DTYPES]
@@ -188,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
         task = bar.add_task("check", total=len(todo))
         for subject in todo:
             bar.update(task, description=f"{subject.label:<40.40}")
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 is to be float32
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 must not become TF32
                 results += check(subject, args.dtypes, device, args.seed)
             bar.advance(task)
     elapsed = time.perf_counter() - start

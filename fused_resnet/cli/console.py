@@ -1,4 +1,4 @@
-"""What the commands share in talking to the user: tables, progress on a terminal, JSON files, models and devices."""
+"""Output that the commands share: tables, progress on a terminal, JSON files, models and devices."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fused_resnet.cli.options import UsageError
 
 
 def console() -> Console:
-    """Standard output; where it is no terminal, tables get the width that they need instead of 80 columns."""
+    """Standard output. If it is not a terminal, tables get the width that they need instead of 80 columns."""
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
 def progress(*more: ProgressColumn, quiet: bool = False) -> Progress:
-    """A progress bar on standard error, silent where that is no terminal, or if ``quiet``; ``more``: columns."""
+    """A progress bar on standard error, hidden if that is not a terminal or if ``quiet``. ``more``: extra columns."""
     err = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -55,7 +55,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
 
 
 def write_json(path: str | Path, found: Any) -> None:
-    """Writes ``found``, creating the folder."""
+    """Writes ``found`` as JSON and creates the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
@@ -65,7 +65,7 @@ def pick_device(name: str) -> torch.device:
     """The device that ``--device`` names.
 
     Raises:
-        UsageError: no device, or one that this machine does not have.
+        UsageError: the name is not a device's, or this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The images that are measured on: the two photographs that ship with scikit-learn."""
+"""The benchmark's images: crops of the two photographs that ship with scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fused_resnet.training.folder import MEAN, STD
 
 
 def photographs(batch_size: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random crops of china.jpg and flower.jpg in turn, as a training pipeline for ImageNet makes them.
+    """Random crops of china.jpg and flower.jpg in turn, like those of a training pipeline for ImageNet.
 
-    Each crop covers 20 to 100 % of its photograph at an aspect ratio of 3/4 to 4/3, is mirrored half of the time,
-    resized with antialiasing and normalised.
+    Each crop covers 20 to 100 % of its photograph at an aspect ratio of 3/4 to 4/3. Half of the crops are mirrored. All
+    are resized with antialiasing and normalised.
 
     Returns:
         Images [batch_size, 3, size, size], float32, channels_last, on the CPU; and labels [batch_size], the index of

@@ -19,7 +19,7 @@ REQUIRED_ACCURACY = 0.97
 
 @dataclass
 class Training:
-    """One network's training: the loss of every step, the share of the test images that it names rightly, seconds."""
+    """One network's training: the loss of every step, the share of test images classified correctly, seconds."""
 
     variant: str
     losses: list[float]
@@ -28,11 +28,11 @@ class Training:
 
     @property
     def ok(self) -> bool:
-        """Good enough; a network that learns nothing useful would prove nothing."""
+        """Whether the network learned enough: one that learns nothing would prove nothing."""
         return self.accuracy >= REQUIRED_ACCURACY
 
     def to_json(self) -> dict[str, Any]:
-        """Everything."""
+        """All fields."""
         return asdict(self) | {"ok": self.ok, "required_accuracy": REQUIRED_ACCURACY}
 
 
@@ -50,7 +50,7 @@ def train_both(
     """Trains plain and fused: the same initial weights, the same batches in the same order.
 
     Args:
-        epochs: over the 1,437 training images. tick: called after each epoch, twice ``epochs`` times in all.
+        epochs: passes over the 1,437 training images. tick: called after each epoch, 2 * ``epochs`` times in all.
     """
     found, recipe = data.digits(), named("quick", epochs=epochs)
     trainings = []
@@ -59,7 +59,7 @@ def train_both(
             torch.manual_seed(seed)
             model: nn.Module = models.resnet20(in_channels=1, fused=variant == "fused")
         start = time.perf_counter()
-        with chains_always():  # it is they that are tried
+        with chains_always():  # the trial is about chains
             history = Trainer(model, found, recipe, device=device, seed=seed, callbacks=[_Tick(tick)]).run()
         losses = [step["loss"] for step in history.steps]
         accuracy = 1 - history.epochs[-1]["test_error"]

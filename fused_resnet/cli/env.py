@@ -1,4 +1,7 @@
-"""``fused-resnet env``: the machine, the versions, the backends and why not. Also what every report says of itself."""
+"""``fused-resnet env``: the machine, the versions, each backend or why it is unavailable.
+
+The same facts head every report.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _ISA = [*_X86, "asimd", "bf16", "i8mm", "sve"]
 
 
 def _proc(path: str, key: str) -> str:
-    """The first value of ``key`` in a file of "key : value" lines, empty where there is none."""
+    """The first value of ``key`` in a file of "key : value" lines, or ""."""
     try:
         with open(path) as lines:
             pairs = (line.partition(":") for line in lines)
@@ -35,7 +38,7 @@ def cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """The hardware under this process: one flat dictionary, printable and JSON."""
+    """The hardware that this process runs on, as a flat dictionary that JSON can hold."""
     flags = set((_proc("/proc/cpuinfo", "flags") or _proc("/proc/cpuinfo", "Features")).split())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     model = _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
@@ -63,7 +66,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The one line that names what was measured on."""
+    """One line that names the hardware of a measurement."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     m = machine()
@@ -78,7 +81,7 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Of everything that decides about numbers or speed; None where something is not installed."""
+    """The versions of everything that affects numbers or speed. None: not installed."""
     found: dict[str, Any] = {
         "fused_resnet": fr.__version__,
         "python": platform.python_version(),
@@ -92,7 +95,7 @@ def versions() -> dict[str, Any]:
 
 
 def extension() -> dict[str, str]:
-    """How the compiled extension was built, empty where there is none."""
+    """How the compiled extension was built; empty if there is none."""
     try:
         built = importlib.import_module("fused_resnet._C").build_info()
     except (ImportError, AttributeError):
@@ -101,7 +104,7 @@ def extension() -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """machine, versions, extension and backends: the head of every JSON file."""
+    """Machine, versions, extension and backends: the head of every JSON file."""
     return {"machine": machine(), "versions": versions(), "extension": extension(), "backends": fr.backends()}
 
 
@@ -114,7 +117,7 @@ def _text(value: Any) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what ``describe`` finds; 0 when some backend can serve."""
+    """Prints ``describe()``. Returns 0 if a backend is available."""
     found = describe()
     out = console()
     found["extension"] = found["extension"] or {}

@@ -1,4 +1,4 @@
-"""The options of every command. Imports nothing but the standard library, so that ``--help`` always answers."""
+"""The options of every command. Imports only the standard library, so that ``--help`` always works."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _common(sub: argparse.ArgumentParser) -> None:
 
 def _where(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...")
-    sub.add_argument("--seed", type=int, default=0, help="of weights, crops and inputs (default 0)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of weights, crops and inputs (default 0)")
 
 
 def _env(sub: argparse.ArgumentParser) -> None:
@@ -48,29 +48,38 @@ def _env(sub: argparse.ArgumentParser) -> None:
 def _check(sub: argparse.ArgumentParser) -> None:
     _common(sub)
     sub.add_argument(
-        "--dtypes", type=_names, default=list(DTYPES), metavar="A,B,...", help=f"of {', '.join(DTYPES)} (default all)"
+        "--dtypes",
+        type=_names,
+        default=list(DTYPES),
+        metavar="A,B,...",
+        help=f"some of {', '.join(DTYPES)} (default all)",
     )
 
 
 def _bench(sub: argparse.ArgumentParser) -> None:
     _common(sub)
     sub.add_argument(
-        "--preset", choices=("quick", "full"), default="quick", help="quick (default): minutes; full: more"
+        "--preset",
+        choices=("quick", "full"),
+        default="quick",
+        help="quick (default): takes minutes; full: takes longer",
     )
-    sub.add_argument("--batch-size", type=_positive, metavar="N", help="default 8 on a CPU, 256 on a GPU")
     sub.add_argument(
-        "--repeats", type=_positive, metavar="N", help="measure exactly this often (default: by the preset)"
+        "--batch-size", type=_positive, metavar="N", help="images per batch (default 8 on a CPU, 256 on a GPU)"
     )
-    sub.add_argument("--output", default="bench-report", metavar="FOLDER", help="where the report goes (bench-report)")
+    sub.add_argument("--repeats", type=_positive, metavar="N", help="measure exactly N times (default: by the preset)")
+    sub.add_argument(
+        "--output", default="bench-report", metavar="FOLDER", help="folder of the report (default bench-report)"
+    )
     sub.add_argument(
         "--distributed",
         action="store_true",
         help="under torchrun: plain and fused DDP, with and without SyncBatchNorm, on 1, 2, 4 ... processes, each with "
         "--batch-size images; prints scaling, writes --json only",
     )
-    sub.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    sub.add_argument("--no-digits", action="store_true", help="leave out the training on handwritten digits")
-    sub.add_argument("--size", type=_positive, default=224, help=argparse.SUPPRESS)  # pixels: for the tests
+    sub.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
+    sub.add_argument("--no-digits", action="store_true", help="do not train on handwritten digits")
+    sub.add_argument("--size", type=_positive, default=224, help=argparse.SUPPRESS)  # in pixels; the tests use it
 
 
 def _train(sub: argparse.ArgumentParser) -> None:
@@ -78,24 +87,40 @@ def _train(sub: argparse.ArgumentParser) -> None:
         "--data",
         default="digits",
         metavar="DATA",
-        help="digits (default; scikit-learn's), cifar10, cifar10:FOLDER, or a folder of class folders",
+        help="digits (default; scikit-learn's), cifar10, cifar10:FOLDER, or the path of a folder of class folders",
     )
-    sub.add_argument("--model", default="resnet20", metavar="NAME", help="of fused_resnet.models (default resnet20)")
+    sub.add_argument(
+        "--model", default="resnet20", metavar="NAME", help="a network of fused_resnet.models (default resnet20)"
+    )
     sub.add_argument(
         "--recipe",
         choices=("paper", "modern", "quick"),
         default="paper",
         help="paper (default): He et al.'s; modern: cosine, label smoothing, moving average, bf16; quick: 8 epochs",
     )
-    sub.add_argument("--output", default="train-report", metavar="FOLDER", help="where all goes (train-report)")
-    sub.add_argument("--resume", action="store_true", help="go on with the checkpoint in the folder, if there is one")
-    sub.add_argument("--plain", action="store_true", help="PyTorch's own modules, for comparison")
-    sub.add_argument("--epochs", type=_positive, metavar="N", help="in the place of the recipe's")
-    sub.add_argument("--batch-size", type=_positive, metavar="N", help="over all processes; default: the recipe's")
-    sub.add_argument("--lr", type=float, metavar="X", help="highest learning rate; default: the recipe's")
-    sub.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 by autocast; default: the recipe's")
-    sub.add_argument("--workers", type=_count, metavar="N", help="processes that decode images (default: by the cores)")
-    sub.add_argument("--checkpoint-every", type=_positive, metavar="N", help="updates, beside one after each epoch")
+    sub.add_argument(
+        "--output", default="train-report", metavar="FOLDER", help="folder of all output (default train-report)"
+    )
+    sub.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output, if there is one")
+    sub.add_argument("--plain", action="store_true", help="train PyTorch's own modules, for comparison")
+    sub.add_argument("--epochs", type=_positive, metavar="N", help="number of epochs (default: the recipe's)")
+    sub.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="images per update, over all processes (default: the recipe's)",
+    )
+    sub.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: the recipe's)")
+    sub.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 runs under autocast (default: the recipe's)")
+    sub.add_argument(
+        "--workers", type=_count, metavar="N", help="processes that decode images (default: by the number of cores)"
+    )
+    sub.add_argument(
+        "--checkpoint-every",
+        type=_positive,
+        metavar="N",
+        help="write a checkpoint every N updates too, not only after each epoch",
+    )
     _where(sub)
 
 
@@ -116,21 +141,25 @@ def _study(sub: argparse.ArgumentParser) -> None:
         help="quick (default): handwritten digits, minutes on a CPU; paper: its recipe on CIFAR-10, for a GPU and days",
     )
     sub.add_argument(
-        "--seeds", type=_seeds, default=[0, 1, 2], metavar="A,B,...", help="a training for each (default 0,1,2)"
+        "--seeds", type=_seeds, default=[0, 1, 2], metavar="A,B,...", help="one training per seed (default 0,1,2)"
     )
     sub.add_argument("--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1 ...")
     sub.add_argument(
-        "--processes", type=_positive, metavar="N", help="trainings at a time (default: the cores; on a GPU one)"
+        "--processes", type=_positive, metavar="N", help="trainings at a time (default: number of cores; on a GPU one)"
     )
-    sub.add_argument("--data", metavar="FOLDER", help="of CIFAR-10's files (default: where torchvision keeps them)")
-    sub.add_argument("--output", default="study-report", metavar="FOLDER", help="results go there (study-report)")
-    sub.add_argument("--resume", action="store_true", help="go on with the paper preset's trainings there")
+    sub.add_argument(
+        "--data", metavar="FOLDER", help="folder of CIFAR-10's files (default: where torchvision keeps them)"
+    )
+    sub.add_argument(
+        "--output", default="study-report", metavar="FOLDER", help="folder of the results (default study-report)"
+    )
+    sub.add_argument("--resume", action="store_true", help="continue the paper preset's trainings in --output")
 
 
-# name -> (one line of help, an example, what adds its options)
+# name -> (one line of help, an example, the function that adds its options)
 COMMANDS = {
     "env": (
-        "what this machine has, and which backends can serve",
+        "show what this machine has, and which backends are available",
         "fused-resnet env\n  fused-resnet env --json env.json",
         _env,
     ),
@@ -159,14 +188,14 @@ COMMANDS = {
         "repeat experiments of the paper, draw each beside its claim, and say whether the claim held",
         "fused-resnet study all\n  fused-resnet study degradation responses --seeds 0,1,2,3,4\n"
         "  fused-resnet study all --preset paper --data ~/data --device cuda --resume\n\n"
-        "the exit code is 0 when the studies ran: whether a claim held is what they find (NAME.json: held)",
+        "the exit code is 0 when the studies ran: whether a claim held is in NAME.json (held)",
         _study,
     ),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """The parser of the whole command line."""
     top = argparse.ArgumentParser(
         prog="fused-resnet",
         description="Fused residual networks: see what there is, check the numbers, measure the gain, train.",
@@ -183,6 +212,6 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("--json", metavar="FILE", help="write everything that was found there, too")
+        sub.add_argument("--json", metavar="FILE", help="write all results to FILE too")
         add_options(sub)
     return top

@@ -30,7 +30,7 @@ def _bars(
     label: str,
     value: Callable[[dict[str, Any]], tuple[float, float, float] | None],
 ) -> Figure | None:
-    """One panel per model and mode, a group of bars per dtype; ``value`` gives a row's (height, low, high) or None."""
+    """One panel per model and mode, a group of bars per dtype. ``value`` maps a row to (height, low, high) or None."""
     panels = _panels(report, modes)
     if not panels:
         return None
@@ -73,7 +73,7 @@ def _peak(row: dict[str, Any]) -> tuple[float, float, float] | None:
 
 
 def _losses(digits: Report) -> Figure:
-    """Both loss curves, smoothed a little over the steps' own."""
+    """Both loss curves, with a smoothed line over the steps' values."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     ax = figure.add_subplot()
     for training, style in zip(digits["trainings"], ("-", "--"), strict=True):
@@ -92,7 +92,7 @@ def _losses(digits: Report) -> Figure:
 
 
 def draw(report: Report, folder: Path) -> dict[str, str]:
-    """Writes every picture that the report has numbers for.
+    """Writes every picture for which the report has numbers.
 
     Returns:
         File name in ``folder`` -> caption.

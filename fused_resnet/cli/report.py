@@ -1,4 +1,4 @@
-"""What the benchmark says: the table's cells, the verdicts in sentences, the folder with JSON, pictures and HTML."""
+"""The benchmark's report: the table, the verdicts in sentences, the folder with JSON, pictures and HTML."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = (
     "model", "mode", "dtype", "variant", "images/s (p20–p80)", "ms/step", "× plain", "saved MB/image", "peak MB",
     "error vs fp64", "note",
 )  # fmt: skip
-NOISE = 0.03  # speed-ups closer to 1 than this are called equal
+NOISE = 0.03  # speed-ups closer to 1 than this count as equal
 
 
 def cells(case: Report, row: Report) -> list[str]:
@@ -75,7 +75,7 @@ def _case_verdicts(case: Report) -> Iterator[tuple[bool, str]]:
 
 
 def verdicts(report: Report) -> list[tuple[bool, str]]:
-    """(whether it is good news, a sentence), for each case and for the digits."""
+    """Pairs (whether the result is good, a sentence), one per case and one for the digits."""
     found = [verdict for case in report["cases"] for verdict in _case_verdicts(case)]
     failed = [f"{c['model']} {c['mode']} {c['dtype']}" for c in report["cases"] if not c["ok"]]
     numbers = f"all {len(report['cases'])} cases compute what plain PyTorch computes, within the error bound"

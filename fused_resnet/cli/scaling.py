@@ -1,10 +1,10 @@
-"""``fused-resnet bench --distributed``, under torchrun: networks in DistributedDataParallel, plain and fused, with and
-without SyncBatchNorm, on 1, 2, 4 ... of the processes; images per second and what is left of linear scaling.
+"""``fused-resnet bench --distributed``, under torchrun: how networks in DistributedDataParallel scale.
 
-Each process trains on images of its own, ``--batch-size`` of them however many processes there are. Before anything is
-timed the fused network with SyncBatchNorm is validated on all processes: output, gradients and running statistics
-against one process's float64 run of the joint batch, by the rule of validate.py. A step's time is that of the slowest
-process.
+It measures images per second and the share of linear scaling that is left: plain and fused, with and without
+SyncBatchNorm, on 1, 2, 4 ... of the processes. Each process trains on ``--batch-size`` images of its own, however many
+processes there are. Before the timing, the fused network with SyncBatchNorm is validated on all processes: output,
+gradients and running statistics are compared with one process's float64 run of the joint batch, by the rule of
+validate.py. A step's time is that of the slowest process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fused_resnet.cli.variants import Variant
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# name -> (fused, with SyncBatchNorm); the first is what the others are compared with.
+# name -> (fused, with SyncBatchNorm); the others are compared with the first.
 VARIANTS = {
     "plain": (False, False),
     "fused": (True, False),
@@ -48,14 +48,14 @@ DTYPES = ("fp32", "bf16")
 COLUMNS = (
     "model", "dtype", "variant", "processes", "images/s (p20–p80)", "ms/step", "efficiency", "× plain", "note",
 )  # fmt: skip
-VALIDATED_IMAGES = 2  # of each process
-# How long a process may wait for the one that computes in float64.
+VALIDATED_IMAGES = 2  # per process
+# The other processes wait this long for the one that computes in float64.
 PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cases share; ``batch_size`` is that of one process."""
+    """The settings that all cases share. ``batch_size`` is that of one process."""
 
     device: torch.device
     batch_size: int
@@ -67,7 +67,7 @@ class Settings:
 
 @dataclass
 class Row:
-    """One variant on one number of processes; ``times_s``: of each round, the slowest process's step."""
+    """One variant on one number of processes. ``times_s``: the slowest process's step time, one value per round."""
 
     variant: str
     processes: int
@@ -78,7 +78,7 @@ class Row:
 
 @dataclass
 class Case:
-    """A model x dtype: what its validation found worst (on the first process alone), and its rows."""
+    """A model x dtype: the worst finding of its validation (on the first process only), and its rows."""
 
     model: str
     dtype: str
@@ -90,20 +90,20 @@ class Case:
         return next((r.times_s for r in self.rows if (r.variant, r.processes) == (variant, processes)), [])
 
     def numbers(self, row: Row) -> dict[str, Any]:
-        """The row as JSON, with all that is derived from its times."""
+        """The row as JSON, with the figures derived from its times."""
         found: dict[str, Any] = asdict(row)
         if row.status != "measured":
             return found
         found["images_per_s"] = measure.quantiles([row.processes * self.batch_size / t for t in row.times_s])
         found["ms_per_step"] = measure.quantiles([1e3 * t for t in row.times_s])
-        # each process has as much to do as one alone had: linear scaling takes no longer
+        # each process has as much work as a single one has: with linear scaling a step takes no longer
         alone = measure.quantiles(self._times(row.variant, 1))["median"]
         found["efficiency"] = alone / measure.quantiles(row.times_s)["median"]
         found["speedup"] = measure.quantiles(measure.ratios(self._times("plain", row.processes), row.times_s))
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Everything."""
+        """All fields and rows."""
         head = {"model": self.model, "dtype": self.dtype, "batch_size_per_process": self.batch_size}
         worst = self.worst.to_json() if self.worst is not None else None
         return head | {"worst": worst, "variants": [self.numbers(row) for row in self.rows]}
@@ -111,8 +111,8 @@ class Case:
 
 # ---------------------------------------------------------------------------------------------------- processes
 class Processes:
-    """All of torchrun's, by rank, and the first n of them as groups: one for gradients and statistics, and one on the
-    CPU for what the benchmark itself has to say."""
+    """torchrun's processes by rank, and groups of the first n of them: one for gradients and statistics, and one on the
+    CPU for the benchmark's own messages."""
 
     def __init__(self) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -124,7 +124,7 @@ class Processes:
             self.control[n] = dist.new_group(list(range(n)), backend="gloo", timeout=PATIENCE)
 
     def largest(self, value: float, n: int) -> float:
-        """The largest of the first n processes' values; all of them have come here then."""
+        """The largest of the first n processes' values. Waits for all n."""
         t = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(t, dist.ReduceOp.MAX, self.control[n])
         return t.item()
@@ -132,10 +132,10 @@ class Processes:
 
 @contextmanager
 def _processes(device: str) -> Iterator[tuple[Processes, torch.device]]:
-    """Joins torchrun's processes: NCCL between GPUs, one each, else gloo.
+    """Joins torchrun's processes: by NCCL between GPUs, one per process, otherwise by gloo.
 
     Raises:
-        UsageError: not started by torchrun, or there are fewer GPUs than processes on this machine.
+        UsageError: torchrun did not start this process, or this machine has fewer GPUs than processes.
     """
     example = "torchrun --nproc-per-node 2 -m fused_resnet bench --distributed"
     if not dist.is_available():
@@ -159,7 +159,7 @@ def _processes(device: str) -> Iterator[tuple[Processes, torch.device]]:
 
 # ---------------------------------------------------------------------------------------------------- models
 def _network(name: str, settings: Settings, few: Tensor) -> nn.Module:
-    """The same telling weights in every process."""
+    """A model with weights that expose mistakes, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model: nn.Module = getattr(models, name)(fused=False)
@@ -169,7 +169,7 @@ def _network(name: str, settings: Settings, few: Tensor) -> nn.Module:
 
 
 def _wrapped(model: nn.Module, fused: bool, sync: bool, group: ProcessGroup, device: torch.device) -> nn.Module:
-    """A copy under DDP. SyncBatchNorm comes last: on a CPU DDP takes no module that has one, though ours can run it."""
+    """A copy under DDP. SyncBatchNorm comes last, because on a CPU DDP refuses a module that has one."""
     model = copy.deepcopy(model)
     if fused:
         fr.fuse(model)
@@ -179,8 +179,10 @@ def _wrapped(model: nn.Module, fused: bool, sync: bool, group: ProcessGroup, dev
 
 
 def _validate(model: nn.Module, few: Tensor, dtype: torch.dtype, all_: Processes) -> Finding | None:
-    """The fused network with SyncBatchNorm on all processes, against float64 on the joint batch: the finding that uses
-    most of its bound, on the first process; None on the others."""
+    """Compares the fused network with SyncBatchNorm on all processes with float64 on the joint batch.
+
+    Returns the finding that uses most of its bound on the first process, None on the others.
+    """
     device, n = few.device, all_.world
     with torch.no_grad():
         shape = copy.deepcopy(model).eval()(few[:1]).shape
@@ -188,7 +190,7 @@ def _validate(model: nn.Module, few: Tensor, dtype: torch.dtype, all_: Processes
     mine = slice(all_.rank * VALIDATED_IMAGES, (all_.rank + 1) * VALIDATED_IMAGES)
     wrapped = _wrapped(model, True, True, all_.groups[n], device)
     found = validate.run(wrapped, wrapped, few[mine], dout[mine], train=True, dtype=dtype, input_gradient=False)
-    # DDP has averaged what adds up to the joint batch's gradient
+    # the processes' gradients add up to the joint batch's, and DDP has averaged them
     got = {k.replace("module.", ""): v * n if k.startswith("d ") else v for k, v in found.items()}
     if all_.rank:
         return None
@@ -205,10 +207,10 @@ def _validate(model: nn.Module, few: Tensor, dtype: torch.dtype, all_: Processes
 def _rounds(
     steps: Mapping[str, Callable[[], object]], settings: Settings, all_: Processes, n: int
 ) -> dict[str, list[float]]:
-    """As ``measure.interleaved``, where n processes take every step, and every decision, together."""
+    """As ``measure.interleaved``, but n processes take every step and every decision together."""
     names = list(steps)
     found: dict[str, list[float]] = {name: [] for name in names}
-    for step in steps.values():  # DDP orders its buckets after the first step, and kernels are chosen
+    for step in steps.values():  # in the first step DDP orders its buckets and kernels are chosen
         step()
         step()
     start = time.perf_counter()
@@ -218,7 +220,7 @@ def _rounds(
             break
         for i in range(len(names)):
             name = names[(done + i) % len(names)]
-            all_.largest(0, n)  # nobody starts before the others are ready
+            all_.largest(0, n)  # all processes start together
             found[name].append(all_.largest(measure.seconds(steps[name], settings.device), n))
     return found
 
@@ -249,14 +251,14 @@ def _case(
 
 
 def run(args: argparse.Namespace, names: Sequence[str], repeats: tuple[int, int], case_budget_s: float) -> int:
-    """What one of torchrun's processes does; the first prints, and writes ``--json``.
+    """Runs in each of torchrun's processes. The first one prints and writes ``--json``.
 
     Args:
-        args: the command's. names: of the models. repeats, case_budget_s: see ``measure.interleaved``; for each number
-            of processes.
+        args: the command's arguments. names: the models' names. repeats, case_budget_s: see ``measure.interleaved``;
+            they hold for each number of processes.
 
     Returns:
-        0 when every validation holds, in all processes alike.
+        0 if every validation holds, the same in all processes.
     """
     start = time.perf_counter()
     with _processes(args.device) as (all_, device):

@@ -19,10 +19,10 @@ from fused_resnet.training import DataError, ImageData, ResumeError
 
 
 def pick_studies(names: list[str]) -> list[Study]:
-    """The studies that were named, in the order of ``STUDIES``.
+    """The named studies, in the order of ``STUDIES``.
 
     Raises:
-        UsageError: a name that is none of them, nor "all".
+        UsageError: a name is neither a study's nor "all".
     """
     unknown = [name for name in names if name not in (*STUDIES, "all")]
     if unknown:
@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
     """Runs the studies and writes each one's JSON and picture as soon as it is done.
 
     Returns:
-        0: they ran; whether the claims held is what they find, not a condition.
+        0: they ran. Whether the claims held does not matter here.
     """
     device, preset, chosen = pick_device(args.device), PRESETS[args.preset], pick_studies(args.names)
     data, output, start = _data(args), Path(args.output), time.perf_counter()
-    # the trainings on a GPU share it; on a CPU each has a core
+    # on a GPU trainings would share the device; on a CPU each has a core
     processes = args.processes or (min(torch.get_num_threads(), cores()) if device.type == "cpu" else 1)
     if preset.keep and not args.resume and (output / "runs").exists():
-        raise UsageError(f"--output {output} holds trainings: --resume goes on with them; or name another folder")
+        raise UsageError(f"--output {output} holds trainings: --resume continues them; or name another folder")
     environment: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         networks = [network for study in chosen for network in study.networks(preset)]
         bar.update(task, total=lab.work(networks) + sum(study.work(preset) for study in chosen))
         try:
-            if processes > 1:  # a single one can as well train what each study asks for, whose results come sooner
+            if processes > 1:  # a single process trains when a study asks: results come sooner
                 lab.prepare(networks)
             for study in chosen:
                 begun, trained = time.perf_counter(), lab.training_s

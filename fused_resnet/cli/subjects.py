@@ -1,4 +1,4 @@
-"""What ``check`` checks: the distinct blocks of every model, and one whole network of every family."""
+"""The subjects of ``check``: the distinct blocks of every model, and one whole network of every family."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "avg_down": {"avg_down": True},
     },
 }
-# Whose networks can be checked by "library/name", and what builds one.
+# Libraries whose networks can be checked as "library/name", and the function that builds one.
 LIBRARIES: dict[str, Callable[[Any, str], nn.Module]] = {
     "torchvision": lambda library, name: library.models.get_model(name, weights=None),
     "timm": lambda library, name: library.create_model(name),
@@ -38,11 +38,11 @@ class Subject:
     """A plain float32 module on the CPU, and the input that it takes.
 
     Attributes:
-        label: what the table calls it. model: the name in ``models.list_models()`` (first of those that have it), or
+        label: its name in the table. model: its name in ``models.list_models()`` (the first model that has it), or
             "library/name".
-        build: makes it, with the default generator's weights. whole: a network, not a block.
-        shape: of the input. shape16: the same for 16-bit dtypes, where many values fall on the other side of a ReLU's
-            kink: so many that their number, here and in plain PyTorch, is no matter of luck.
+        build: builds it, with weights from the default generator. whole: it is a network, not a block.
+        shape: the input's shape. shape16: the same for 16-bit dtypes, so large that many values fall on the other side
+            of a ReLU's kink. Then their number, here and in plain PyTorch, does not depend on luck.
     """
 
     label: str
@@ -60,7 +60,7 @@ def _network(name: str, kwargs: dict[str, Any]) -> Any:
 
 
 def _shape_of(conv: nn.Conv2d) -> str:
-    """ "3x3 /2 d2 g32": what of a convolution decides how it is computed, beside its channels."""
+    """ "3x3 /2 d2 g32": the properties of a convolution, except its channels, that decide how it is computed."""
     parts = [f"{conv.kernel_size[0]}x{conv.kernel_size[1]}"]
     parts += [f"/{conv.stride[0]}"] if conv.stride[0] > 1 else []
     parts += [f"d{conv.dilation[0]}"] if conv.dilation[0] > 1 else []
@@ -85,7 +85,7 @@ def _convs(block: nn.Module) -> list[nn.Conv2d]:
 
 
 def _kind(block: nn.Module) -> tuple[str, ...]:
-    """Equal for blocks that differ in nothing but a common factor of their channels."""
+    """A key that is equal for blocks that differ only by a common factor of their channels."""
     convs = _convs(block)
     base = convs[0].in_channels
     ratios = "-".join(f"{c.out_channels / base:g}" for c in convs)
@@ -110,7 +110,7 @@ def _rebuild(block: nn.Module) -> nn.Module:
 
 
 def _stem(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A network without its stages, and with a small classifier."""
+    """A network without its stages and with a small classifier."""
     network = _network(name, kwargs)
     channels = network.conv1.out_channels
     for stage in ("layer1", "layer2", "layer3", "layer4"):
@@ -121,7 +121,7 @@ def _stem(name: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _input_of(block: nn.Module, values: int) -> tuple[int, int, int, int]:
-    """Two images, not square, large enough for the dilation and for so many values after the narrowest convolution."""
+    """The shape of two images: not square, and large enough for the dilation and for that many values per channel."""
     convs = _convs(block)
     stride = math.prod(c.stride[0] for c in convs)
     side = stride * math.isqrt(values // (2 * min(c.out_channels for c in convs)))
@@ -130,10 +130,10 @@ def _input_of(block: nn.Module, values: int) -> tuple[int, int, int, int]:
 
 
 class OneTensor(nn.Module):
-    """A network whose outputs, whatever holds them, are one tensor, and whose runs draw the same random numbers.
+    """A network whose outputs are joined into one tensor and whose runs draw the same random numbers.
 
     Args:
-        network: takes [N, C, H, W]; its dropout is switched off in place, as its random numbers differ by dtype.
+        network: takes [N, C, H, W]. Its dropout is switched off in place, because random numbers differ by dtype.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -168,14 +168,16 @@ def _from_library(name: str) -> nn.Module:
         return OneTensor(LIBRARIES[library](importlib.import_module(library), of))
     except ImportError as error:
         raise UsageError(f"--models {name}: {library} can't be imported: {error}") from error
-    except Exception as error:  # each library has its own way to say so
+    except Exception as error:  # each library raises an exception of its own
         raise UsageError(f"--models {name}: {library} builds no such network: {error}") from error
 
 
 def subjects(names: Sequence[str]) -> Iterator[Subject]:
-    """Every kind of block of the named models, first at its narrowest and then each model's widest; and every network
-    that has a kind of block which no network of its class before it had. Of other libraries ("library/name") the whole
-    network."""
+    """The subjects for the named models.
+
+    These are every kind of block, first at its narrowest and then each model's widest; every network with a kind of
+    block that no earlier network of its class had; and, for other libraries ("library/name"), the whole network.
+    """
     seen_blocks: set[str] = set()
     seen_kinds: set[tuple[str, ...]] = set()
     seen_in_network: set[tuple[str, ...]] = set()

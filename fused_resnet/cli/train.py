@@ -26,9 +26,9 @@ from fused_resnet.cli.options import UsageError
 from fused_resnet.training import Callback, DataError, ImageData, Recipe, ResumeError, Trainer, checkpoint, data, named
 from fused_resnet.training.logs import logger
 
-# Seconds between two looks at the running loss, each of which waits for the device.
+# Seconds between two reads of the running loss. Each read waits for the device.
 _REFRESH_S = 0.25
-# Processes that decode images: more than a GPU can use of an ordinary network.
+# Processes that decode images: these deliver more than an ordinary network on a GPU can use.
 _MOST_WORKERS = 8
 
 
@@ -51,7 +51,7 @@ class _Bar(Callback):
         self.seen_at = now
         mean, error = trainer.running()
         speed = (step - self.first) * self.recipe.batch_size / (now - self.started)
-        # with the bar and the times, not more than a terminal of 80 columns shows
+        # fits, with the bar and the times, into a terminal of 80 columns
         text = f"epoch {epoch + 1}/{self.recipe.epochs} loss {mean:.3f} acc {1 - error:.1%} {speed:.0f} images/s"
         total = self.recipe.epochs * trainer.steps_per_epoch
         self.bar.update(self.task, description=text, completed=step, total=total)
@@ -59,7 +59,7 @@ class _Bar(Callback):
 
 @contextmanager
 def _processes(name: str) -> Iterator[tuple[torch.device, int]]:
-    """The device of this process and its rank; under torchrun the processes find each other first."""
+    """The device of this process and its rank. Under torchrun it joins the process group first."""
     device = pick_device(name)
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield device, 0
@@ -76,9 +76,9 @@ def _processes(name: str) -> Iterator[tuple[torch.device, int]]:
 
 @contextmanager
 def _printing(leads: bool) -> Iterator[Progress]:
-    """A progress bar, and what the training logs printed above it; both in the first process alone."""
+    """Shows a progress bar and prints the training's log above it, in the first process only."""
     with progress(TimeRemainingColumn(), quiet=not leads) as bar:
-        handler = logging.StreamHandler(sys.stdout)  # while the bar is shown, rich's: it prints above it
+        handler = logging.StreamHandler(sys.stdout)  # rich replaces it: the log is printed above the bar
         if leads:
             logger.addHandler(handler)
         try:
@@ -91,7 +91,7 @@ def _images(words: str, model: str) -> ImageData:
     """The data that ``--data`` names.
 
     Raises:
-        UsageError: they are not there, or not what they should be.
+        UsageError: the data are missing, or not of the expected form.
     """
     kind, _, path = words.partition(":")
     try:
@@ -126,10 +126,10 @@ def _recipe(args: argparse.Namespace, imagenet: bool) -> Recipe:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 when it ends with finite losses, 1 when it diverged."""
+    """Trains. Returns 0 if the losses stay finite, 1 if the training diverged."""
     output = Path(args.output)
     if (output / checkpoint.NAME).exists() and not args.resume:
-        raise UsageError(f"--output {output} holds a checkpoint: --resume goes on with it; or name another folder")
+        raise UsageError(f"--output {output} holds a checkpoint: --resume continues from it; or name another folder")
     with _processes(args.device) as (device, rank):
         return _train(args, output, device, rank == 0)
 
@@ -197,7 +197,7 @@ def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: 
 
 @contextmanager
 def _usage_errors() -> Iterator[None]:
-    """What a trainer refuses, as the command's own errors."""
+    """Raises a trainer's errors as usage errors of the command."""
     try:
         yield
     except ResumeError as error:
@@ -207,7 +207,7 @@ def _usage_errors() -> Iterator[None]:
 
 
 def _announce(args: argparse.Namespace, found: ImageData, parameters: int, deviations: Sequence[str]) -> None:
-    """What is trained on what, and what is not as in the paper."""
+    """Logs the model, the data, and the differences from the paper."""
     variant = "plain PyTorch" if args.plain else "fused"
     images = f"{len(found.train_x):,} training and {len(found.test_x):,} test images"
     logger.info("%s (%s parameters, %s) on %s: %s", args.model, f"{parameters:,}", variant, args.data, images)

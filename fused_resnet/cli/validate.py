@@ -1,17 +1,18 @@
-"""Whether a model computes what plain PyTorch computes: how both are run, and the one rule by which they are compared.
+"""Whether a model computes what plain PyTorch computes: how both are run, and the rules by which they are compared.
 
-The truth is the plain model in float64. Two rules:
+The reference is the plain model in float64. There are two rules:
 
     elementwise   |got - ref| <= sqrt(K) * (atol * rms(ref) + rtol * |ref|), torch.testing's atol and rtol of the
                   dtype, K the longest sum behind a value (``reduction_length``). For float64, and for single blocks in
                   float32, whose inputs are drawn so that no value lies at a ReLU's kink, where rounding alone decides.
     relative      e(got) <= 2 * e(plain in the same dtype) + FLOOR, e = ||. - ref|| / ||ref|| (flash-attention's rule).
-                  For 16 bits, and for whole networks in float32. Among the millions of values of a network some do lie
-                  at a kink; which of them fall on the wrong side, here and in plain PyTorch, is luck. Each one changes
-                  a gradient by 1 of the n/2 values that passed: gradients of networks get sqrt(2 * KINKS / n) more.
+                  For 16 bits, and for whole networks in float32. Some of the millions of values of a network lie at a
+                  kink. Luck decides which of them fall on the wrong side, here and in plain PyTorch. Each one changes
+                  a gradient by 1 of the n/2 values that passed, so the bound of a network's gradients is larger by
+                  sqrt(2 * KINKS / n).
 
-A gradient that is zero but for rounding (of a shift before another norm, say) has no relative error: its own is told
-relative to the run's largest gradient instead.
+A gradient that is zero except for rounding (of a shift before another norm, say) has no meaningful relative error. Its
+error is taken relative to the run's largest gradient instead.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ Tensors = dict[str, Tensor]
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 # (rtol, atol) of torch.testing.assert_close for values of order one.
 TOLERANCE = {torch.float64: (1e-7, 1e-7), torch.float32: (1.3e-6, 1e-5)}
-# Values on the wrong side of a kink, among the n of a network's smallest ReLU, that are luck: their number is a Poisson
-# variable of mean n * (relative error of the forward pass), well under 1.
+# This many of the n values of a network's smallest ReLU may fall on the wrong side of a kink by luck. Their number is a
+# Poisson variable of mean n * (relative error of the forward pass), well under 1.
 KINKS = 4
-# A gradient smaller than this share of the largest is rounding, in float64.
+# A float64 gradient smaller than this share of the largest is rounding.
 NOTHING = 1e-9
-# Of ``randomise``, for whole networks.
+# ``branch`` of ``randomise`` for whole networks.
 BRANCH = 0.3
-# Relative errors below these are rounding, however lucky plain PyTorch's were.
+# Relative errors below these are rounding, even if plain PyTorch's error is smaller.
 FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 
 
 # ---------------------------------------------------------------------------------------------------- the rule
 @dataclass(frozen=True)
 class Finding:
-    """One tensor compared: its relative error, plain PyTorch's in the same dtype, and how much of the bound it uses."""
+    """The comparison of one tensor: its relative error, plain PyTorch's in the same dtype, share of its bound used."""
 
     name: str
     error: float
@@ -59,19 +60,19 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Within the bound; NaN is not."""
+        """Whether the tensor is within its bound; NaN is not."""
         return self.used <= 1
 
     def __str__(self) -> str:
         return f"{self.name}: error {self.error:.1e} (plain {self.plain_error:.1e}), {self.used:.2f} of the bound"
 
     def to_json(self) -> dict[str, Any]:
-        """As a dictionary, with infinities and NaN as text."""
+        """A dictionary, with infinities and NaN as text."""
         return {k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in asdict(self).items()}
 
 
 def relative_error(got: Tensor, ref: Tensor) -> float:
-    """||got - ref|| / ||ref||, in float64; ||got|| where ref is zero, infinite where got is not finite but ref is."""
+    """||got - ref|| / ||ref|| in float64; ||got|| if ref is zero; infinite if got is not finite but ref is."""
     got, ref = got.double(), ref.double()
     if got.shape != ref.shape or bool(ref.isfinite().all()) > bool(got.isfinite().all()):
         return math.inf
@@ -96,15 +97,15 @@ def elementwise_use(got: Tensor, ref: Tensor, dtype: torch.dtype, length: int) -
 def compare(
     got: Tensors, plain: Tensors, ref: Tensors, dtype: torch.dtype, length: int = 0, relus: int = 0
 ) -> list[Finding]:
-    """Every tensor of ``ref`` by the rule for its dtype and kind.
+    """Compares every tensor of ``ref`` by the rule for its dtype and kind.
 
     Args:
-        got, plain, ref: what ``run`` returns for the model in question, for plain PyTorch in ``dtype`` and in float64.
-        length: of a single block, its ``reduction_length``: float32 goes elementwise.
-        relus: of a network with ReLUs, the values of its smallest (``relu_inputs``).
+        got, plain, ref: results of ``run`` for the tested model, for plain PyTorch in ``dtype`` and in float64.
+        length: a single block's ``reduction_length``. With it float32 is compared elementwise.
+        relus: the number of values of a network's smallest ReLU (``relu_inputs``), if it has ReLUs.
 
     Returns:
-        One finding per tensor; one that ``got`` lacks has used the bound infinitely.
+        One finding per tensor. A tensor that ``got`` lacks uses an infinite share of its bound.
     """
     elementwise = dtype == torch.float64 or (dtype == torch.float32 and length > 0)
     findings = []
@@ -134,7 +135,7 @@ def _rms(t: Tensor) -> float:
 
 
 def _mode(name: str) -> str:
-    """What stands before the name of a tensor, if anything does."""
+    """The prefix of a tensor's name (its mode), or ""."""
     return name.rpartition(": ")[0]
 
 
@@ -163,19 +164,19 @@ def reduction_length(model: nn.Module, x: Tensor) -> int:
 
 # ---------------------------------------------------------------------------------------------------- running a model
 def frozen(model: nn.Module, x: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A frozen model whose captured network runs even where it differs from the plain one: it is to be judged."""
+    """A frozen model that runs its captured network even if that differs from the plain one: it is compared here."""
     made = freeze(model, x, dtype=dtype)
     made.differs = False
     return made
 
 
 def in_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
-    """``model`` with its weights in a memory format (of which torch's type stubs know nothing)."""
+    """``model`` with its weights in a memory format (torch's type stubs lack this call)."""
     return model.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """``torch.autocast`` for 16-bit dtypes, nothing for None and the others."""
+    """``torch.autocast`` for 16-bit dtypes, otherwise a context that does nothing."""
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype)
     return nullcontext()
@@ -191,12 +192,12 @@ def run(
     dtype: torch.dtype | None = None,
     input_gradient: bool = True,
 ) -> Tensors:
-    """Forward and, with ``dout``, backward; copies of everything that came of it.
+    """Runs the forward and, with ``dout``, the backward; copies all results.
 
     Args:
         forward: the model, or a compiled version of it. model: the module that owns parameters and buffers.
-        x: [N, C, H, W]. dout: the gradient of the output, its shape; None runs without gradients.
-        train: the mode. dtype: 16 bits run under autocast.
+        x: [N, C, H, W]. dout: the gradient of the output, of its shape; None: runs without gradients.
+        train: training mode or eval mode. dtype: 16-bit dtypes run under autocast.
 
     Returns:
         "out"; with ``dout`` "dx" (unless not ``input_gradient``) and "d <parameter>"; and "<buffer>" of each floating
@@ -222,15 +223,15 @@ def run(
 def randomise(
     model: nn.Module, x: Tensor, generator: torch.Generator, branch: float = 1.0, closing: Collection[str] | None = None
 ) -> None:
-    """Gives every norm of a chain values under which no mistake hides: gamma of both signs, beta, mean, var not 0, 1.
+    """Gives every norm values that hide no mistake: gamma of both signs, beta and mean not 0, var not 1.
 
     The running statistics are those of this batch, moved a little, so that deep networks stay in range in eval mode.
-    Leaves ``model`` in training mode; runs it once on ``x``.
+    Runs ``model`` once on ``x`` and leaves it in training mode.
 
     Args:
         branch: scales gamma and beta at the end of each residual branch. Under 1, as in trained networks, errors do
-            not grow from block to block until nothing can be told from them (16 bits lose all of ResNet-50's gradient).
-        closing: the names of the norms at the end of residual branches, if known; a call is captured to find them.
+            not grow from block to block. At 1 they hide everything: 16 bits lose all of ResNet-50's gradient.
+        closing: the names of the norms at the end of residual branches. None: one call is captured to find them.
     """
     norms: list[Any] = [m for m in model.modules() if norm_kind(type(m)) is not None]
     last = {id(model.get_submodule(name)) for name in (closing_norms(model, x) if closing is None else closing)}
@@ -266,13 +267,13 @@ def randomise(
 
 
 def exact(shape: Iterable[int], generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Normal float64 values that bfloat16 holds exactly, so that every dtype starts from the same input."""
+    """Normally distributed float64 values that bfloat16 holds exactly: every dtype starts from the same input."""
     values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * std + mean
     return values.to(torch.bfloat16).double()
 
 
 def relu_inputs(plain: nn.Module, x: Tensor) -> list[tuple[int, float]]:
-    """(number of values, smallest |z|) of what comes before each ReLU of a plain model, in eval and training mode."""
+    """(number of values, smallest |z|) of each ReLU's input in a plain model, in eval and training mode."""
     plain = copy.deepcopy(plain)
     found: list[tuple[int, float]] = []
     for m in plain.modules():
@@ -287,8 +288,10 @@ def relu_inputs(plain: nn.Module, x: Tensor) -> list[tuple[int, float]]:
 def draw(
     plain: nn.Module, shape: Iterable[int], generator: torch.Generator, device: torch.device, tries: int
 ) -> Tensor:
-    """A float64 input with mean and std not 0, 1; of ``tries``, the first that stays clear of the kinks of ``plain``,
-    or the clearest."""
+    """A float64 input with a mean that is not 0 and a std that is not 1.
+
+    Draws up to ``tries`` inputs and returns the first that stays clear of the kinks of ``plain``, or the clearest.
+    """
     shape = tuple(shape)
     best, distance = exact(shape, generator, 0.5, 2.0).to(device), -1.0
     candidate = best
@@ -303,12 +306,12 @@ def draw(
 
 
 def is_gradient(name: str) -> bool:
-    """Whether a tensor of ``run`` is one, with a mode before its name or without."""
+    """Whether the name, with or without a mode before it, is a gradient's."""
     return name.split(": ")[-1].startswith(("dx", "d "))
 
 
 def summary(findings: Iterable[Finding]) -> Mapping[str, float]:
-    """Root mean square of the relative errors by kind: of "out", "gradients", "statistics" those that are there."""
+    """Root mean square of the relative errors by kind: "out", "gradients", "statistics", as far as present."""
     kinds: dict[str, list[float]] = {}
     for f in findings:
         kind = "out" if f.name == "out" else "gradients" if is_gradient(f.name) else "statistics"

@@ -21,7 +21,7 @@ TITLES = {"plain": "plain PyTorch, channels_last", "compile": "torch.compile", "
 
 
 class Skipped(Exception):
-    """A variant that can't be had here; the message says why."""
+    """This machine can't run the variant; the message says why."""
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Variant:
 
     Attributes:
         name: one of ``VARIANTS``. model: owns the parameters. forward: the model or its compiled form.
-        x: the images in the dtype that it takes. autocast: the dtype under which it runs, or None.
-        note: for the reader.
+        x: the images in the dtype that it takes. autocast: autocast's dtype, or None.
+        note: a remark for the report.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Variant:
             return F.cross_entropy(self.forward(self.x), labels)
 
     def train(self, labels: Tensor) -> None:
-        """A whole training step: gradients cleared, forward, cross-entropy, backward, SGD with momentum."""
+        """A whole training step: clears gradients, then forward, cross-entropy, backward, SGD with momentum."""
         if self.optimizer is None:
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.optimizer.zero_grad(set_to_none=True)
@@ -86,11 +86,11 @@ def fused(model: nn.Module, x: Tensor, train: bool, dtype: torch.dtype) -> Varia
 
 
 def compiled(model: nn.Module, x: Tensor, train: bool, dtype: torch.dtype) -> Variant:
-    """``torch.compile`` with inductor; inference with its weights frozen and, in 16 bits, on a 16-bit copy.
+    """``torch.compile`` with inductor. Inference runs with freezing and, in 16 bits, on a 16-bit copy.
 
-    Compilation itself happens at the first call.
+    The first call compiles.
     """
-    torch.compiler.reset()  # what was compiled for earlier cases counts towards a limit of recompilations
+    torch.compiler.reset()  # compilations of earlier cases would count towards the limit of recompilations
     if train:
         return Variant("compile", model, torch.compile(model.train()), x, dtype)
     model, x = model.to(dtype).eval(), x.to(dtype)
@@ -99,7 +99,7 @@ def compiled(model: nn.Module, x: Tensor, train: bool, dtype: torch.dtype) -> Va
 
 @dataclass
 class CompileBudget:
-    """Seconds that torch.compile may take in all; predicts from what it took so far whether the next one fits."""
+    """The seconds that torch.compile may take in all. Predicts from those used so far whether the next fits."""
 
     limit_s: float
     spent_s: float = 0.0
@@ -107,12 +107,12 @@ class CompileBudget:
 
     @staticmethod
     def prediction(model: nn.Module, train: bool) -> float:
-        """Seconds on two slow cores, from nothing: measured with torch 2.13, about linear in the convolutions."""
+        """Predicted seconds on two slow cores with empty caches: about linear in the convolutions (torch 2.13)."""
         convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
         return 6 + 1.0 * convs if train else 5 + 0.3 * convs
 
     def check(self, model: nn.Module, train: bool) -> None:
-        """Raises Skipped when compiling ``model`` would probably go beyond the limit."""
+        """Raises Skipped if compiling ``model`` would probably exceed the limit."""
         pace = self.spent_s / self.predicted_s if self.predicted_s else 1.0
         expected = pace * self.prediction(model, train)
         if self.spent_s + expected > self.limit_s:
@@ -121,15 +121,15 @@ class CompileBudget:
 
     @contextmanager
     def compiling(self, model: nn.Module, train: bool) -> Iterator[None]:
-        """Takes note of how long it takes what is done in here.
+        """Adds the time of its body to the time used.
 
         Raises:
-            Skipped: it failed (no compiler on this machine, say).
+            Skipped: the compilation failed (this machine has no compiler, say).
         """
         start = time.perf_counter()
         try:
             yield
-        except Exception as error:  # inductor's own, the compiler's, the backend's: they share no class
+        except Exception as error:  # inductor, the compiler and the backend raise exceptions without a common class
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
             raise Skipped(f"torch.compile failed: {type(error).__name__}: {lines[0]}") from error
         finally:

@@ -1,9 +1,9 @@
-"""CUDA graphs of a function of one tensor: its launches recorded once per input shape, and started as one.
+"""CUDA graphs of a function of one tensor: records its launches once per input shape, and starts them as one.
 
-A graph reads and writes the very memory that it was recorded with. So an input is copied into the graph's own, the
-result is returned as a copy, and two calls never overlap on the device: each waits for the event that the one before
-recorded, whatever thread and stream it came from. All graphs of one ``Graphs`` share a memory pool, as no two run at
-once. Source: PyTorch's notes on CUDA graphs (torch.cuda.graph).
+A graph reads and writes the memory that it was recorded with. So an input is copied into the graph's memory, and the
+result is returned as a copy. Two calls never overlap on the device: each waits for the event that the one before
+recorded, whatever its thread and stream. All graphs of one ``Graphs`` share a memory pool, because no two run at once.
+Source: PyTorch's notes on CUDA graphs (torch.cuda.graph).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_map_only
 from fused_resnet.backends import warn_once
 from fused_resnet.base.locks import Lock
 
-# Shapes that get a graph; each keeps memory and takes as long as several calls to record.
+# The number of shapes that get a graph. Each graph keeps memory, and recording one takes as long as several calls.
 SHAPES = 8
-# Calls before one is recorded: plans are measured and libraries set themselves up outside the graph.
+# Calls before a recording, so that measurements and libraries' set-up happen outside the graph.
 _WARM_UP = 2
-# One recording at a time in a process.
+# Only one recording runs at a time in a process.
 _recording = Lock()
 
 
 def _can_record(x: Tensor) -> bool:
-    """Not what a caller is recording already."""
+    """Whether the caller is not recording a graph itself."""
     return x.device.type == "cuda" and x.numel() > 0 and not torch.cuda.is_current_stream_capturing()
 
 
@@ -40,10 +40,10 @@ class _Graph:
 
 
 class Graphs:
-    """The graphs of a function, one for each of the first ``SHAPES`` input shapes; other inputs, and all of them where
-    recording failed (``refused`` says why), are computed without.
+    """The graphs of a function, one for each of the first ``SHAPES`` input shapes.
 
-    Copies and pickles of it start empty. Threads may call it at once.
+    Other inputs are computed without a graph. If a recording failed (``refused`` says why), all inputs are. Copies and
+    pickles start empty. Several threads may call it at once.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Graphs:
         return f"CUDA graphs of {len(self._graphs)} input shapes"
 
     def __call__(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """function(x); its tensors are the caller's own."""
+        """function(x). The caller owns the tensors of the result."""
         if not _can_record(x):
             return function(x)
         with self._lock.held(), torch.cuda.device(x.device):
@@ -74,7 +74,7 @@ class Graphs:
         return function(x)
 
     def _record(self, function: Callable[[Tensor], Any], x: Tensor) -> _Graph | None:
-        """None where there are enough graphs, or none can be had."""
+        """Records a graph; None if there are enough graphs, or if none can be recorded."""
         if len(self._graphs) >= SHAPES:
             warn_once(f"cuda_graph: {SHAPES} input shapes of this model have a graph, others run without")
             return None
@@ -84,11 +84,11 @@ class Graphs:
         graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(x.device), torch.cuda.current_stream()
         stream.wait_stream(current)
         try:
-            # torch.cuda.graph alone would leave its stream the current one where recording fails
+            # after a failed recording torch.cuda.graph alone would leave its stream as the current one
             with _recording.held(), torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):
                     function(static)
-                # other threads may go on allocating
+                # other threads may continue to allocate
                 with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                     out = function(static)
         except RuntimeError as error:

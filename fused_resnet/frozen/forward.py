@@ -1,14 +1,14 @@
-"""Frozen chains: BatchNorm is in the weights, each unit is a convolution with bias, residual and act behind it.
+"""Frozen chains. BatchNorm is folded into the weights; each unit is a convolution followed by bias, residual and act.
 
     h_i = act_i(conv(h_{i-1}, W_i) + b_i),  h_0 = x        out = act_k(conv(h_{k-1}, W_k) + b_k + shortcut(x))
 
-where a first unit without a convolution has W*h + b, per channel, and the summand may be somebody else's. A unit whose
-folded weights would not fit in 16 bits (``fold_weight``) has s*conv(h, W) + b instead, s in a pass of its own.
+A first unit without a convolution computes W*h + b per channel. The summand may be a given tensor. A unit whose folded
+weights would not fit in 16 bits (``fold_weight``) computes s*conv(h, W) + b instead, with s in a separate pass.
 
-``run_chains`` runs chains one after the other on the backends that serve them, ``plain_chains`` the same in PyTorch's
-own operators.
+``run_chains`` runs chains one after the other on the backends that serve them. ``plain_chains`` does the same with
+PyTorch's own operators.
 
-Weights are packed for the convolutions that use them at their first use.
+The first use of a weight packs it for its convolution (``chain/packing.py``).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fused_resnet.planner import case_of, pick, run, sizes, text_of
 from fused_resnet.reference import shortcut_input
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec
 
-# Bytes of the stem's convolution per thread that a stem with stages behind it makes at a time.
+# A stem with stages behind it makes at most this many bytes of its convolution's output per thread at a time.
 _STEM_BYTES = 8 << 20
 
 
 # ---------------------------------------------------------------------------------------------------- units
 def _affine(scale: Tensor, shift: Tensor) -> Norm:
-    """scale*y + shift; inference reads neither a mean nor a deviation."""
+    """scale*y + shift as a ``Norm``. Inference reads neither its center nor its rstd."""
     return Norm(scale, shift, shift, shift)
 
 
@@ -44,18 +44,20 @@ def _out_shape(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> tuple[int, .
     return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
 
 
-# Whether a unit runs on the backend that serves it, by what was asked; and how many answers are kept.
+# key -> whether a unit runs on the backend that serves it; and the number of answers that are kept.
 _served: dict[Any, bool] = {}
 _ASKED = 4096
-# What one timed call of a unit should take: networks have some ten to a hundred of them.
+# Seconds that one timed call of a unit should take: networks have some ten to a hundred units.
 _CALL_S = 0.008
 
 
 def _is_served(
     x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, pool: Any = None
 ) -> bool:
-    """Whether a unit, with the max-pool behind it, is to run on the backend that serves it: on a CPU where that is
-    faster than PyTorch's own operators, which start sooner."""
+    """Whether a unit, with its max-pool, runs on the backend that serves it.
+
+    On a CPU it does if that is faster than PyTorch's own operators, which have less overhead per call.
+    """
     if not x.is_cpu or not sizes.has_choice():
         return True
     key = (x.shape, x.dtype, weight.shape, conv, act, residual is None, pool, torch.get_num_threads())
@@ -70,7 +72,7 @@ def _is_served(
 
 
 class _Measured(NamedTuple):
-    """A unit, to be timed on random images with packed weights of its own."""
+    """A unit for the timing, with random images and its own packed weights."""
 
     weight: Tensor
     bias: Tensor
@@ -104,17 +106,19 @@ class _Measured(NamedTuple):
 
 
 class _Backends:
-    """Units on the backends that serve them; on PyTorch's own operators those that are faster so.
-    ``packed``: where packed weights are kept (``pack_once``)."""
+    """Runs units on the backends that serve them, or on PyTorch's own operators if these are faster.
+
+    ``packed``: the function that keeps packed weights (``pack_once``).
+    """
 
     @staticmethod
     def unit(
         x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
     ) -> Tensor:
-        """``owned``: nobody else holds the residual, its memory may be reused."""
+        """``owned``: nothing else uses the residual, so its memory may be reused."""
         if residual is not None:
             if residual.dtype != x.dtype or tuple(residual.shape) != _out_shape(x, weight, conv):
-                # a summand that the add widens, or that widens the sum: PyTorch's add
+                # the add converts or broadcasts a summand, so it is PyTorch's add
                 return reference.act(_Backends.unit(x, weight, bias, conv, Act("identity"), None, True) + residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
         if not _is_served(x, weight, bias, conv, act, residual):
@@ -139,7 +143,7 @@ class _Backends:
 
     @staticmethod
     def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
-        """max-pool of the unit's output, in one pass where the backend has one."""
+        """max-pool of the unit's output, in one pass if the backend has such a pass."""
         if not _is_served(x, weight, bias, conv, act, None, pool):
             return _Plain.pooled(x, weight, bias, conv, act, pool)
         return _Backends.serve_pooled(x, weight, bias, conv, act, pool, pack_once)
@@ -165,7 +169,7 @@ class _Backends:
 
 
 class _Plain:
-    """Units of PyTorch's own operators."""
+    """Runs units on PyTorch's own operators."""
 
     @staticmethod
     def unit(
@@ -183,7 +187,7 @@ class _Plain:
 
 # ---------------------------------------------------------------------------------------------------- chains
 class _Unit(NamedTuple):
-    """A unit's tensors, and what is done with them."""
+    """A unit's spec and tensors."""
 
     weight: Tensor
     bias: Tensor
@@ -205,7 +209,7 @@ def _split(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[list[_
 
 
 def _begun(x: Tensor, unit: _Unit, ways: Any) -> tuple[Any, ...]:
-    """What is left to do, for ``ways.unit``: all, or what is behind the convolution of a unit with a scale."""
+    """The arguments of ``ways.unit``: the whole unit, or the part after the convolution of a unit with a scale."""
     weight, bias, scale, conv, act = unit
     if scale is None:
         return x, weight, bias, conv, act
@@ -215,13 +219,13 @@ def _begun(x: Tensor, unit: _Unit, ways: Any) -> tuple[Any, ...]:
 def _chain(
     x: Tensor, units: Sequence[_Unit], chain: ChainSpec, residual: Tensor | None, owned: bool, ways: Any
 ) -> Tensor:
-    """``residual``: somebody else's; ``owned``: nobody else holds x, its memory may be reused."""
+    """``residual``: the given summand. ``owned``: nothing else uses x, so its memory may be reused."""
     kind = chain.shortcut.kind
     *before, last = units[: len(chain.units)]
     h = x
     for unit in before:
         h = ways.unit(*_begun(h, unit, ways), None, True)
-    if chain.pool is not None:  # a chain that a pool closes has no shortcut
+    if chain.pool is not None:  # a chain closed by a pool has no shortcut
         pooled: Tensor = ways.pooled(*_begun(h, last, ways), chain.pool)
         return pooled
     if kind not in ("none", "tensor"):
@@ -245,23 +249,23 @@ def _chains(
 def run_chains(
     x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
 ) -> Tensor:
-    """The chains on the backends that serve them.
+    """Runs the chains on the backends that serve them.
 
-    On a CPU a stem and the stages behind it take a few images at a time: these tensors are the network's largest, and
-    whole they would be new memory from the system in every call.
+    On a CPU a stem and the stages after it take a few images at a time. Their tensors are the network's largest: for
+    the whole batch every call would get new memory from the system for them.
 
     Args:
         x: [N, C, H, W]. params: for each unit of each chain (projection last) the weight with BatchNorm folded in,
-            channels_last, x's dtype, or [C] in ``vector_dtype`` where there is no convolution; the bias; the scale, if
+            channels_last, x's dtype, or [C] in ``vector_dtype`` if there is no convolution; the bias; the scale, if
             it is not in the weight (``scaled``): [out_channels] in ``vector_dtype``.
-        chains: any number, each with the output of the one before.
+        chains: any number; each takes the output of the one before.
         residual: the summand of a first chain whose shortcut is "tensor".
 
     Returns:
         The last one's output, channels_last, x's dtype.
 
     Raises:
-        ValueError: x has other channels than the first weight.
+        ValueError: x does not have the channels of the first weight.
     """
     conv = chains[0].units[0].conv
     channels = params[0].shape[0] if conv is None else params[0].shape[1] * conv.groups
@@ -269,7 +273,7 @@ def run_chains(
         raise ValueError(f"x: expected {channels} channels, got shape {tuple(x.shape)}")
     if x.numel() == 0:
         return plain_chains(x, params, chains, residual)
-    # a model's own operations may hand over a slice: packed weights expect dense tensors
+    # a model's own operations may pass a slice, but packed weights expect dense tensors
     x = x.contiguous(memory_format=torch.channels_last)
     parts = _parts(x, params, chains) if x.device.type == "cpu" else 1
     if parts <= 1:
@@ -278,7 +282,7 @@ def run_chains(
 
 
 def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> int:
-    """In how many parts a batch is to pass, one unless the first chain is a stem with others behind it."""
+    """The number of parts in which a batch passes: one, unless the first chain is a stem with others after it."""
     stem = chains[0]
     if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
         return 1
@@ -293,5 +297,5 @@ def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> 
 def plain_chains(
     x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
 ) -> Tensor:
-    """``run_chains`` in PyTorch's own operators, for runtimes that have no others."""
+    """``run_chains`` with PyTorch's own operators, for runtimes that have no others."""
     return _chains(x, params, chains, residual, _Plain)

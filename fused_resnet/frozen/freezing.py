@@ -1,4 +1,4 @@
-"""freeze: a frozen copy of a model, compared with the model on an example."""
+"""freeze: makes a frozen copy of a model, and compares it with the model on an example."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_resnet.frozen.modules import Frozen, tensors_of
 from fused_resnet.fusion.inspection import copy_of
 from fused_resnet.fusion.swap import unfuse
 
-# How far the frozen model may be from the plain one on the example, relative to its largest value, unlooked at.
+# A frozen model within this distance of the plain one on the example, relative to its largest value, is accepted.
 _AGREES = 0.01
 
 
@@ -31,23 +31,24 @@ def freeze(
 
     Args:
         model: in any mode; it is not changed. Running statistics are used as they are now. What can't be frozen runs
-            as it was, in eval mode; ``explain`` of the result says why. Hooks are called as in the model.
-        example, example_kwargs: arguments of a call, on the device to run on. Other calls work too: each kind of call
-            is captured the first time that it comes, and packs its weights where it needs another layout of them.
+            plain, in eval mode; ``explain`` of the result says why. Hooks are called as in the model.
+        example, example_kwargs: arguments of a call, on the device of the frozen model. Other calls work too: each kind
+            of call is captured when it first comes, and packs its weights if it needs them in another layout.
         dtype: float32, bfloat16 or float16, the dtype of the result; None keeps the parameters' dtype. A CPU without a
             fast 16-bit matrix unit computes 16-bit models in float32 (see ``fused-resnet env``).
         cuda_graph: start the forward as one CUDA graph per input shape (the first 8; other shapes run without one). The
-            result is a copy, the caller's own. A model that can't be recorded runs without, with a warning.
-        portable: made of PyTorch's own operators alone; in ``dtype`` on every machine.
+            result is a copy that the caller owns. A model that can't be recorded runs without a graph, with a warning.
+        portable: use only PyTorch's own operators, in ``dtype`` on every machine.
 
     Returns:
-        A module that takes what the model takes and returns what ``model.eval()`` would, without gradients; floating
-        inputs are converted to ``dtype``. Threads may call it at once. ``torch.export``, ``torch.onnx.export``,
-        ``torch.jit.trace`` and ``torch.compile`` take it, and see the plain network in evaluation mode.
+        A module that takes the model's arguments and returns the result of ``model.eval()``, without gradients.
+        Floating inputs are converted to ``dtype``. Several threads may call it at once. ``torch.export``,
+        ``torch.onnx.export``, ``torch.jit.trace`` and ``torch.compile`` take it, and see the plain network in
+        evaluation mode.
 
     Raises:
-        TypeError, ValueError: a model that is no nn.Module, an example without a floating tensor, a dtype that is not
-            floating, cuda_graph with an example that is not on a CUDA device.
+        TypeError, ValueError: the model is not an nn.Module, the example has no floating tensor, the dtype is not
+            floating, or cuda_graph is set and the example is not on a CUDA device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -79,9 +80,12 @@ def freeze(
 
 
 def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Captures the example's call, packs the weights, and compares with the plain network, whose parameters ``learns``
-    require gradients: so do the frozen one's if its forward asks. Where the plain network is nearer to the exact
-    values, as where a forward depends on what it did before, it is what runs."""
+    """Captures the example's call, packs the weights, and compares the result with the plain network's.
+
+    The parameters ``learns`` of the plain network require gradients. If the results differ, the frozen
+    model's parameters get them too, in case its forward asks. If the plain network is nearer to the exact values (say
+    because a forward depends on earlier calls), the plain network runs.
+    """
 
     def tensors(net: nn.Module, dtype: torch.dtype) -> list[Tensor]:
         given = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
@@ -110,7 +114,7 @@ def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...],
 
 
 def _learning(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """The model, these parameters of which require gradients."""
+    """The model with exactly these parameters requiring gradients."""
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     return model
@@ -121,7 +125,7 @@ def _all_agree(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two results are of one kind, and near each other."""
+    """Whether two results have the same shape and kind and are near each other."""
     if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
         return False
     if not a.is_floating_point() or a.numel() == 0:
@@ -135,7 +139,7 @@ def _agree(a: Tensor, b: Tensor) -> bool:
 
 
 def _worse(got: Tensor, want: Tensor, truth: Tensor) -> bool:
-    """Whether the frozen result is further from the truth than twice the plain one's distance."""
+    """Whether the frozen result is more than twice as far from the truth as the plain one."""
     if got.shape != truth.shape or got.is_floating_point() != truth.is_floating_point():
         return True
     ours, plain = (torch.linalg.vector_norm(t.double() - truth.double()).nan_to_num(torch.inf) for t in (got, want))

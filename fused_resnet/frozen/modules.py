@@ -1,7 +1,7 @@
 """Frozen: a copy of a model for inference, whose captured graphs run rows of chains with BatchNorm folded.
 
-The copy keeps its children and its forward: dynamo captures it once per kind of call, as a fused model's training
-forward, and guards all that it read. Tools that record a graph of their own see the plain network in evaluation mode.
+The copy keeps its children and its forward. Dynamo captures it once per kind of call, like the forward of a fused
+model, and guards all that it read. Tools that record a graph of their own see the plain network in evaluation mode.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from fused_resnet.fusion.swap import plain_here
 
 
 def _call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a front captures: the model's hooks are part of it."""
+    """The function that a front captures. It calls the model, so the model's hooks are captured too."""
     return model(*args, **kwargs)
 
 
 class Frozen(nn.Module):
-    """What ``freeze`` returns: the model's arguments -> its output, without gradients.
+    """A frozen model, as ``freeze`` returns it: maps the model's arguments to its output, without gradients.
 
     Several threads may call it at once.
 
     Attributes:
-        model: the copy, in evaluation mode, its tensors in ``compute``; they may be changed.
-        differs: whether its captured forward was not the plain network's, so that the latter runs.
+        model: the copy, in evaluation mode, with tensors of dtype ``compute``; they may be changed.
+        differs: whether the captured forward differs from the plain network's, so that the plain one runs.
         graphs: the CUDA graphs of its forward, or None.
     """
 
@@ -53,12 +53,12 @@ class Frozen(nn.Module):
         self.graphs: Graphs | None = None
         self.eval()
         _leave_inference_mode(self)
-        # a weight that was rounded -> the values that it had then, to be folded, while it holds what they became
+        # name of a rounded weight -> (its exact values, which are folded; its rounded ones, to notice a change)
         now = tensors_of(self.model)
         self.exact = {name: (t.to(device), now[name].clone()) for name, t in exact.items()}
 
     def front(self) -> Front:
-        """Of this process; never copied or pickled."""
+        """The front of this process. It is never copied or pickled."""
         front: Front | None = self.__dict__.get("_fr_front")
         if front is None or front.module() is not self.model:
             self.__dict__["_fr_front"] = front = Front(self.model, _call, self._lower)
@@ -90,17 +90,17 @@ class Frozen(nn.Module):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Tensors may have been loaded to another device."""
+        """Sets the device again: tensors may have been loaded to another one."""
         super().__setstate__(state)
         self.__class__ = _class_for(self.model)
         _leave_inference_mode(self)
         self.device = next((t.device for t in (*self.parameters(), *self.buffers())), self.device)
 
     def train(self, mode: bool = True) -> Frozen:
-        """Only ``eval()``.
+        """Supports only ``eval()``.
 
         Raises:
-            RuntimeError: asked to train; freeze copies the model, so train that and freeze again.
+            RuntimeError: ``mode`` is True. freeze copies the model: train the original and freeze again.
         """
         if mode:
             raise RuntimeError("train: this model is frozen for inference; train the one it was made from")
@@ -108,18 +108,18 @@ class Frozen(nn.Module):
         return self
 
     def __prepare_scriptable__(self) -> Any:
-        """What ``torch.jit.script`` asks for.
+        """``torch.jit.script`` calls this.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError("torch.jit.script: a frozen model can't be; torch.jit.trace can")
+        raise TypeError("torch.jit.script: it can't compile a frozen model; use torch.jit.trace")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        """Another device, or other memory: graphs of the present one are void.
+        """Moves the tensors and drops what was captured: graphs hold the present memory.
 
         Raises:
-            RuntimeError: another dtype, which freeze alone can give.
+            RuntimeError: ``fn`` changes the dtype, which only freeze can do.
         """
         probe = fn(torch.empty(0, dtype=self.compute, device=self.device))
         if probe.dtype != self.compute:
@@ -150,7 +150,7 @@ class Frozen(nn.Module):
             return self._run(*args, **kwargs)
 
     def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """By the network as it is."""
+        """Runs the plain network."""
         if torch.is_autocast_enabled(self.device.type):
             with torch.autocast(self.device.type, enabled=False):
                 return self._plainly(args, kwargs)
@@ -161,13 +161,13 @@ class Frozen(nn.Module):
         return self._cast(self.front().run(self.model, self._cast_inputs(args), self._cast_inputs(kwargs)))
 
     def _cast_inputs(self, given: Any) -> Any:
-        """Floating tensors in the dtype to compute in."""
+        """Casts floating tensors to the dtype of the computation."""
         if all(not isinstance(t, Tensor) or t.dtype == self.compute for t in tree_iter(given)):
             return given
         return tree_map_only(Tensor, lambda t: t.to(self.compute) if t.is_floating_point() else t, given)
 
     def _cast(self, out: Any) -> Any:
-        """What was computed in another dtype than was asked for."""
+        """Casts results to the dtype that ``freeze`` was called with."""
         if self.dtype == self.compute:
             return out
         return tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.dtype == self.compute else t, out)
@@ -179,7 +179,7 @@ class Frozen(nn.Module):
 
 
 def _class_for(model: nn.Module) -> type[Frozen]:
-    """A subclass of ``Frozen`` with the signature of the model's own forward, as exporters ask for it."""
+    """A subclass of ``Frozen`` with the signature of the model's forward, which exporters need."""
 
     @wraps(type(model).forward)
     def forward(self: Frozen, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +189,7 @@ def _class_for(model: nn.Module) -> type[Frozen]:
 
 
 def _made_again(cls: type[Frozen]) -> Frozen:
-    """Copies and files: the state sets the class."""
+    """Makes the object for copies and files; setting its state sets its class."""
     return cls.__new__(cls)
 
 
@@ -198,9 +198,11 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _leave_inference_mode(model: nn.Module) -> None:
-    """Puts ordinary copies in the place of tensors made in inference mode. PyTorch counts no changes of those, so a
-    weight packed from one could be out of date."""
-    copies: dict[Tensor, Tensor] = {}  # tied tensors stay tied
+    """Replaces tensors that were made in inference mode by ordinary copies.
+
+    PyTorch does not count changes of inference tensors, so a weight packed from one could be out of date.
+    """
+    copies: dict[Tensor, Tensor] = {}  # keeps tied tensors tied
     with torch.inference_mode(False), torch.no_grad():
         for tensors in (table for m in model.modules() for table in (m._parameters, m._buffers)):
             for name, t in tensors.items():

@@ -1,4 +1,4 @@
-"""Rows of a captured graph for inference: BatchNorm folded into the weights, weights packed at their first use."""
+"""Rows of a captured graph for inference. BatchNorm is folded into the weights; the first use packs the weights."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from fused_resnet.fusion.patterns import ACT_CALLS, ADDS
 from fused_resnet.fusion.table import MULS, constant, storage_of, value_of, written
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
-# A parameter or buffer -> the values to fold: those that it had before it was rounded to 16 bits, or its own.
+# A parameter or buffer -> the values to fold: those before it was rounded to 16 bits, or its own.
 Exact = Callable[[Tensor], Tensor]
-# Calls whose values do not depend on their operands' layout: those that hand the layout on, ...
+# Calls whose values do not depend on their operands' layout. These return images in the operands' layout.
 _HAND_ON: set[Any] = {
     *ACT_CALLS, *ADDS, *MULS, torch.sub, "sub", torch.cat, torch.conv2d, F.conv2d, F.batch_norm, F.max_pool2d,
     F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, F.dropout, F.dropout2d, F.pad, F.gelu,
     F.hardsigmoid, F.hardtanh, F.mish, F.softplus, torch.tanh, "tanh", "clamp", torch.clamp,
 }  # fmt: skip
-# ... and those that make no image of it. Some are a view in one layout and a copy in another: where nobody writes.
+# These return no images. Some return a view in one layout and a copy in another, so nobody may write into the result.
 _TAKE_ANY: set[Any] = {torch.flatten, "flatten", "reshape", torch.reshape, "mean", torch.mean, "sum", "size", "dim"}
 
 
 class FoldedUnit(NamedTuple):
-    """act(conv(x, W) + b [+ residual]): what is done, and W, b (and s, where it is not in W)."""
+    """act(conv(x, W) + b [+ residual]): its spec, and the tensors W, b (and s, if it is not folded into W)."""
 
     spec: UnitSpec
     tensors: list[Tensor]
@@ -48,7 +48,7 @@ class FoldedChain(NamedTuple):
 
 
 class _Folded(NamedTuple):
-    """``values``: of what it was folded from, which ``kept`` keeps in memory: their addresses mean nothing else."""
+    """A folded row. ``values`` identify its sources. ``kept`` keeps these alive, so that no address is used again."""
 
     values: list[tuple[int, int]]
     kept: list[Tensor]
@@ -57,17 +57,17 @@ class _Folded(NamedTuple):
 
 
 class FrozenRow(nn.Module):
-    """A row of chains in a lowered graph, called with its input, a summand, and what its tensors are computed from.
+    """A row of chains in a lowered graph, called with its input, a summand, and the sources of its tensors.
 
-    They are folded at the first call, and again whenever one of them has changed.
+    The first call folds the tensors. A later call folds them again if a source has changed.
 
     Args:
-        gm, row: what it stands for. states: the graph's inputs that are parameters or buffers. dtype: of the images.
-            portable: made of PyTorch's own operators. exact: see ``Exact``. known: the folded rows of one frozen
-            model, which further captures of the same row find.
+        gm, row: the graph and the row in it. states: the graph's inputs that are parameters or buffers. dtype: the
+            images' dtype. portable: use only PyTorch's own operators. exact: see ``Exact``. known: the folded rows of
+            one frozen model; further captures of the same row find theirs in it.
 
     Attributes:
-        folded: the chains as they ran last, None before.
+        folded: the chains as they last ran; None before the first call.
 
     Raises:
         LookupError: some of its tensors depend on the model's inputs.
@@ -100,7 +100,7 @@ class FrozenRow(nn.Module):
 
     def forward(self, *given: Tensor) -> Tensor:
         images, sources = given[: self.images], given[self.images :]
-        uncounted = any(t.is_inference() for t in sources)  # PyTorch does not count their changes
+        uncounted = any(t.is_inference() for t in sources)  # PyTorch does not count changes of inference tensors
         values = [] if uncounted else [values_of(t) for t in sources]
         made = self.made
         if made is None or made.values != values or uncounted:
@@ -159,10 +159,10 @@ class FrozenRow(nn.Module):
 def _constants(
     gm: fx.GraphModule, wanted: Sequence[fx.Node], states: set[fx.Node]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """A graph of what ``wanted`` is computed from parameters and buffers by, and those, which it is called with.
+    """A graph that computes ``wanted`` from parameters and buffers, and these sources, in the order of its inputs.
 
     Raises:
-        LookupError: there is none.
+        LookupError: ``wanted`` can't be computed from parameters and buffers alone.
     """
     rest, found = list(wanted), set(wanted)
     changed = {n for node in gm.graph.nodes for n in written(node)}
@@ -193,7 +193,7 @@ def _draws(node: fx.Node) -> bool:
 
 
 def _why_not(row: RowMatch, dtype: torch.dtype) -> str | None:
-    """Why a row can't be frozen, or None."""
+    """The reason why a row can't be frozen, or None."""
     images = [*row.nodes, *(n for n in (row.chains[0].start, row.chains[0].residual) if n is not None)]
     others = {v.dtype for n in images if (v := value_of(n)) is not None} - {dtype}
     return f"it is computed in {others.pop()}, and the model is frozen for {dtype}" if others else None
@@ -202,7 +202,7 @@ def _why_not(row: RowMatch, dtype: torch.dtype) -> str | None:
 def lower_frozen(
     gm: fx.GraphModule, states: set[fx.Node], dtype: torch.dtype, portable: bool, exact: Exact, known: dict[Any, Any]
 ) -> Matches:
-    """Puts frozen rows into a captured graph, in place; arguments as ``FrozenRow``'s."""
+    """Puts frozen rows into a captured graph, in place. The arguments are those of ``FrozenRow``."""
     matches = match(gm.graph, frozen=True)
     rows, made = [], []
     for row in matches.rows:
@@ -225,8 +225,10 @@ def lower_frozen(
 
 
 def _keep_layout(graph: fx.Graph, call: fx.Node, changed: set[int | None]) -> None:
-    """Rows make channels_last images: where somebody may notice, they get the layout that they had. ``changed``: the
-    storages that something in the graph writes into."""
+    """Restores the layout of a row's output where it may be noticed: rows return channels_last images.
+
+    ``changed``: the storages that the graph writes into.
+    """
     want = value_of(call)
     if want is None or not _noticed(call, changed) or want.is_contiguous(memory_format=torch.channels_last):
         return
@@ -237,7 +239,7 @@ def _keep_layout(graph: fx.Graph, call: fx.Node, changed: set[int | None]) -> No
 
 
 def _noticed(node: fx.Node, changed: set[int | None]) -> bool:
-    """Whether anything that a value, or what is made of it, is given to depends on its layout."""
+    """Whether a call that uses a value, directly or through other calls, depends on its layout."""
     for user in node.users:
         if user.op == "call_module" or (user.target in _TAKE_ANY and storage_of(user) not in changed):
             continue

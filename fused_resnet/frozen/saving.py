@@ -1,4 +1,4 @@
-"""Whole models in files that ``torch.load(weights_only=True)`` reads."""
+"""Whole models in files for ``torch.load(weights_only=True)``."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from torch import nn
 from fused_resnet.frozen import cuda_graphs, modules
 from fused_resnet.fusion.classes import rebuild
 
-# Of this package.
+# This package's own classes and functions.
 _OWN: tuple[Any, ...] = (rebuild, cuda_graphs.Graphs, modules.Frozen, modules._made_again)
 
 
 def safe_globals(*models: nn.Module | type) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What ``torch.load(weights_only=True)`` has to be told of, to load whole models that ``fuse`` or ``freeze`` made.
+    """The list that ``torch.load(weights_only=True)`` needs to load whole models that ``fuse`` or ``freeze`` made.
 
-    A plain model of the same architecture names all that a fused or frozen one needs, but for functions of other
+    A plain model of the same architecture names all that a fused or frozen one needs, except functions of other
     packages that its forward calls (``torch.serialization.get_unsafe_globals_in_checkpoint`` names those).
 
     Args:
-        models: modules, all classes in which are allowed, and classes.
+        models: modules (all classes in them are listed) and classes.
 
     Returns:
         A list for ``torch.serialization.safe_globals`` (a context) or ``torch.serialization.add_safe_globals``.
 
     Raises:
-        TypeError: neither a module nor a class.
+        TypeError: an argument is neither a module nor a class.
 
     Example:
         >>> with torch.serialization.safe_globals(fused_resnet.safe_globals(torchvision.models.resnet50())):
@@ -51,7 +51,7 @@ def safe_globals(*models: nn.Module | type) -> list[Callable[..., Any] | tuple[C
 
 
 class _WithoutTensors(pickle.Pickler):
-    """The structure of a pickle, as torch.save writes it."""
+    """Writes the structure of a pickle, as torch.save does."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, 2, fix_imports=False)
@@ -61,7 +61,7 @@ class _WithoutTensors(pickle.Pickler):
 
 
 def _named_in(model: nn.Module) -> dict[str, Any]:
-    """The classes and functions that a pickle of the model names, but for ``getattr``, which reaches everything."""
+    """The classes and functions that a pickle of the model names, except ``getattr``, which can reach everything."""
     buffer = io.BytesIO()
     _WithoutTensors(buffer).dump(model)
     return {name: each for name, each in _globals(buffer.getvalue()) if each is not getattr}

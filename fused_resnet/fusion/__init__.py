@@ -1,1 +1,1 @@
-"""Chains in graphs that torch.dynamo captured: what they are (``matcher``), and how they run (``lowering``)."""
+"""Chains in graphs that torch.dynamo captured: ``matcher`` finds them, ``lowering`` puts operators in their place."""

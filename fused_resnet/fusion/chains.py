@@ -1,4 +1,4 @@
-"""The chains of a captured graph: units one after the other, and what closes them."""
+"""Finds the chains of a captured graph: units one after the other, and the add or the max-pool that closes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fused_resnet.spec import PoolSpec
 def chains_of(
     nodes: Sequence[fx.Node], units: dict[fx.Node, UnitMatch], refusals: Refusals, left: dict[fx.Node, str]
 ) -> list[ChainMatch]:
-    """In the graph's order, of these units. ``left`` gets the norms of chains that can't run, and loses the others."""
+    """The chains of these units, in the graph's order. Leaves in ``left`` only the norms that are in none of them."""
     found = _Chains(nodes, units, refusals, left)
     return sorted([*found.closed(), *found.open()], key=lambda chain: found.order[chain.end])
 
@@ -32,7 +32,7 @@ class _Chains:
         self.taken: set[fx.Node] = set()
 
     def _back(self, last: UnitMatch) -> list[UnitMatch]:
-        """The units one after the other that end with ``last``."""
+        """The longest sequence of units that ends with ``last``."""
         row = [last]
         while row[0].has_conv:
             before = self.units.get(row[0].start)
@@ -42,13 +42,13 @@ class _Chains:
         return row
 
     def closed(self) -> Iterator[ChainMatch]:
-        """Chains that an add closes."""
+        """The chains that an add closes."""
         for add in self.nodes:
             both = summands(add)
             if both is None:
                 continue
             found = [c for pair in (both, both[::-1]) if (c := self._residual(add, *pair)) is not None]
-            # a shortcut from the chain's own input before another tensor, the longer one, the later one
+            # prefers a shortcut from the chain's own input to another tensor, then the longer chain, then the later one
             found.sort(key=lambda c: (c.shortcut == "tensor", -len(c.units), -self.order[c.nodes[0]]))
             for chain in found:
                 if self._accepted(chain):
@@ -56,13 +56,13 @@ class _Chains:
                     break
 
     def _residual(self, add: fx.Node, branch: fx.Node, other: fx.Node) -> ChainMatch | None:
-        """The chain that ends with ``branch`` and is closed by ``add``."""
+        """The chain that ends with ``branch`` and that ``add`` closes."""
         origin, passed = _dropped(branch)
         last = self.units.get(origin)
         if last is None or last.act.name != "identity" or last.end in self.taken or only_user(branch) is not add:
             return None
         if other in written(add) and not self._alone(other, add):
-            return None  # x += branch(x) changes what others hold
+            return None  # x += branch(x) changes a tensor that others hold
         if not _same_sum(add, branch, other):
             return None
         row = self._back(last)
@@ -73,13 +73,13 @@ class _Chains:
         return chain
 
     def _alone(self, node: fx.Node, user: fx.Node) -> bool:
-        """Whether nobody but ``user``, which writes into a value, has it or a view of it."""
+        """Whether only ``user``, which writes into a value, uses the value or a view of it."""
         storage = storage_of(node)
         shared = [n for n in self.nodes[: self.order[user]] if n is not node and storage_of(n) == storage]
         return storage is not None and only_user(node) is user and not shared
 
     def _shortcut(self, chain: ChainMatch, other: fx.Node, add: fx.Node) -> list[fx.Node]:
-        """Says in ``chain`` how ``other`` comes of its input; returns the nodes on the way."""
+        """Sets the shortcut of ``chain`` to the one that computes ``other``. Returns the shortcut's nodes."""
         if other is chain.start:
             chain.shortcut = "identity"
             return []
@@ -97,7 +97,7 @@ class _Chains:
         return []
 
     def open(self) -> Iterator[ChainMatch]:
-        """Chains that nothing closes, or a max-pool."""
+        """The chains that a max-pool closes, or nothing."""
         for unit in reversed(list(self.units.values())):
             if unit.end in self.taken or unit.nodes[0] in self.taken:
                 continue
@@ -117,7 +117,7 @@ class _Chains:
                 yield chain
 
     def _accepted(self, chain: ChainMatch) -> bool:
-        """Takes the chain's nodes, if it can run where its last node stands."""
+        """Takes the chain's nodes, if the chain can run at the place of its last node."""
         if self.taken.intersection(chain.nodes):
             return False
         if reason := self.refusals.why_not(chain):
@@ -130,7 +130,7 @@ class _Chains:
 
 
 def _dropped(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Back past dropouts that drop nothing."""
+    """Skips dropouts that drop nothing, backwards."""
     passed: list[fx.Node] = []
     while kind_of(node) == "dropout" and (given := arguments(node)) and given["training"] is False:
         passed.insert(0, node)
@@ -139,7 +139,7 @@ def _dropped(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
 
 def _same_sum(add: fx.Node, branch: fx.Node, other: fx.Node) -> bool:
-    """Neither summand is widened or repeated by the add."""
+    """Whether the add neither converts nor broadcasts a summand."""
     values = [value_of(n) for n in (add, branch, other)]
     if any(v is None for v in values):
         return False
@@ -159,7 +159,7 @@ def _avg_pool(unit: UnitMatch, start: fx.Node) -> PoolSpec | None:
 
 
 def _zero_pad(node: fx.Node, chain: ChainMatch) -> tuple[int, int] | None:
-    """The stride of option A's shortcut: every stride-th pixel, zero channels behind."""
+    """The stride of option A's shortcut: every stride-th pixel, and zero channels appended."""
     given = arguments(node) if kind_of(node) == "pad" else None
     strided: Any = given["input"] if given is not None else None
     if given is None or given["mode"] != "constant" or given["value"] not in (None, 0, 0.0):
@@ -177,7 +177,7 @@ def _zero_pad(node: fx.Node, chain: ChainMatch) -> tuple[int, int] | None:
 
 
 def _with(chain: ChainMatch, node: Any) -> ChainMatch:
-    """A chain that ends with one more node."""
+    """The chain with one more node at its end."""
     return replace(chain, nodes=[*chain.nodes, node])
 
 

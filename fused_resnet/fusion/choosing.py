@@ -1,8 +1,10 @@
-"""Whether a row of chains pays on an input: measured by ``planner/sizes.py``, beside the operators that it stands for.
+"""Decides whether a row of chains pays on an input.
 
-Both are timed on copies of the row's tensors and on random images: the forward, and the backward where gradients are
-wanted. Nothing of the user's is touched. An answer depends on what the row is made of, its tensors' sizes (batches and
-areas of images in steps), dtypes and layouts, on autocast, and on which tensors want gradients.
+``planner/sizes.py`` times the row beside the operators that it replaces.
+
+Both are timed on copies of the row's tensors and on random images: the forward, and also the backward if gradients are
+needed. The user's tensors are not touched. An answer depends on the row's layers, its tensors' sizes (batches and areas
+of images in steps), dtypes and layouts, on autocast, and on which tensors need gradients.
 """
 
 from __future__ import annotations
@@ -22,18 +24,18 @@ from fused_resnet.planner import sizes
 if TYPE_CHECKING:
     from fused_resnet.fusion.lowering import ChainRow
 
-# What one timed call should take: long enough that its tensors, as those of the whole batch, are in no cache.
+# Seconds that one timed call should take: so long that its tensors fit into no cache, like those of the whole batch.
 _CALL_S = 0.04
-# Of a row's answers, one per kind of input; a network whose images all differ has no end of them.
+# A row keeps at most this many answers, one per kind of input: images of ever new sizes would make ever more.
 _ANSWERS = 256
-# After so many calls without its rows a module is captured again: it may have changed.
+# After this many plain calls a module's rows are asked again: the module may have changed.
 _AGAIN = 64
 _OWN_TENSORS = (Tensor, nn.Parameter)
 _is_initialized = dist.is_initialized if dist.is_available() else bool
 
 
 class Like(NamedTuple):
-    """What of an input, and of the state it comes in, an answer depends on."""
+    """The properties of an input, and of the current modes, on which an answer depends."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -44,13 +46,13 @@ class Like(NamedTuple):
     threads: int
 
     def __str__(self) -> str:
-        """For a reader."""
+        """The text that ``explain`` prints."""
         autocast = f", autocast {_short(self.autocast)}" if self.autocast is not None else ""
         return f"{_sizes(self.shape)} {_short(self.dtype)}{autocast}{', with gradients' if self.grad else ''}"
 
 
 def like(x: Tensor) -> Like | None:
-    """Of x; None where there is nothing to choose: chains run."""
+    """The properties of x; None if there is no choice, so that chains run."""
     if type(x) not in _OWN_TENSORS or not x.is_cpu or 0 in x.shape or not sizes.has_choice():
         return None
     return Like(
@@ -66,11 +68,11 @@ def like(x: Tensor) -> Like | None:
 
 # ---------------------------------------------------------------------------------------------------- whole calls
 class _Thread(threading.local):
-    """Of this thread.
+    """The state of a thread.
 
     Attributes:
-        plain: how many rows ran as operators. other: how many ran as chains, and how many checkpoints ran. inside:
-            whether it is in a module's own forward, for none of the module's rows pays.
+        plain: the number of rows that ran as operators. other: the number of rows that ran as chains, plus the number
+            of checkpoints. inside: whether the thread is in a module's own forward because none of its rows pays.
     """
 
     plain = other = 0
@@ -81,12 +83,12 @@ thread = _Thread()
 
 
 def _comes_again() -> bool:
-    """Whether what runs now may be one of two forwards of a checkpoint, which have to do the same."""
+    """Whether the current forward may be one of a checkpoint's two forwards. Both have to run the same operators."""
     return _current_graph_task_id() != -1 or _top_saved_tensors_default_hooks(True) is not None
 
 
 def inside_plain() -> bool:
-    """Whether a module around this one runs its own forward, for no row in it pays."""
+    """Whether a module around this one runs its own forward because none of its rows pays."""
     return thread.inside and not _comes_again()
 
 
@@ -94,8 +96,11 @@ _CONSTANTS = (bool, int, str, type(None))
 
 
 def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What of a module's call says which rows pay; None: nothing is to be kept of it. One flat function: between two
-    forwards of a network caches forget its code, and each function that it called would cost microseconds."""
+    """The properties of a module's call that decide which rows pay; None: the call must not be remembered.
+
+    This is one flat function for speed. Between two forwards of a network its code leaves the caches, so each function
+    that it called would cost microseconds.
+    """
     if (
         not sizes.has_choice()
         or torch._C._get_tracing_state() is not None
@@ -124,20 +129,20 @@ def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 class Settled:
-    """The kinds of a module's calls of which no row pays: those run the module's own forward."""
+    """The kinds of a module's calls in which no row pays. Such calls run the module's own forward."""
 
     def __init__(self) -> None:
-        self.calls: dict[Any, int] = {}  # how many are left until the rows are asked again
+        self.calls: dict[Any, int] = {}  # kind -> plain calls left until the rows are asked again
 
     def runs_plain(self, kind: Any) -> bool:
-        """Whether such a call does."""
+        """Whether a call of this kind runs the module's own forward."""
         calls = self.calls.get(kind, 0)
         if calls:
             self.calls[kind] = calls - 1
         return calls > 0
 
     def plainly(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs it: fused modules in it don't ask either."""
+        """Runs the module's own forward. Fused modules inside run their own forwards too."""
         before, thread.inside = thread.inside, True
         try:
             return forward(*args, **kwargs)
@@ -145,7 +150,7 @@ class Settled:
             thread.inside = before
 
     def asking(self, kind: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a forward whose rows are asked, and keeps what they answered."""
+        """Runs a forward whose rows choose how they run, and keeps their answer."""
         before, thread.inside = thread.inside, False
         plain, other = thread.plain, thread.other
         try:
@@ -161,11 +166,11 @@ class Settled:
 
 # ---------------------------------------------------------------------------------------------------- rows
 class Choice:
-    """What is known of a row.
+    """The measurements and calls of a row.
 
     Attributes:
-        measured: the measurement for each kind of input. chains, plain: how many calls ran as chains, and how many ran
-            the operators that the row stands for.
+        measured: the measurement for each kind of input. chains, plain: the numbers of calls that ran as chains, and
+            that ran the operators which the row replaces.
     """
 
     def __init__(self) -> None:
@@ -173,14 +178,14 @@ class Choice:
         self.chains = self.plain = 0
 
     def __str__(self) -> str:
-        """For a reader: what was measured."""
+        """The measurements as ``explain`` prints them."""
         return "; ".join(f"{about}: {found}" for about, found in self.measured.items() if found is not sizes.CHAINS)
 
     def pays(self, row: ChainRow, given: Sequence[Tensor]) -> bool:
-        """Whether the row is to run as chains when it is called with these tensors."""
+        """Whether the row runs as chains when it is called with these tensors."""
         about = like(given[0])
         if about is None or row.group:
-            return True  # all processes of a group run chains, and PyTorch's own norms refuse a CPU
+            return True  # all processes of a group must run chains, and PyTorch's own SyncBatchNorm refuses a CPU
         found = self.measured.get(about)
         if found is None:
             if not all(type(t) in _OWN_TENSORS and t.is_cpu for t in given if isinstance(t, Tensor)):
@@ -194,7 +199,7 @@ class Choice:
 
 
 def _signature(row: ChainRow, given: Sequence[Tensor], x: Like) -> str:
-    """What is measured, as the planner's file names it."""
+    """The key of the measurement in the planner's file."""
     tensors = [_tensor(t) for i, t in enumerate(given) if i not in row.images and isinstance(t, Tensor)]
     summands = [f"{sizes.size(given[i].shape, given[i].dtype)}" for i in row.images[1:]]
     state = "with gradients" if x.grad else "without gradients"
@@ -222,14 +227,14 @@ def _tensor(t: Tensor) -> str:
 
 
 class _Twins:
-    """A row and what it stands for, on copies of its tensors, ready to be timed."""
+    """A row and the operators that it replaces, on copies of its tensors, ready to be timed."""
 
     def __init__(self, row: ChainRow, given: Sequence[Tensor], x: Like) -> None:
         self.row, self.x = row, x
         self.given = given
 
     def __call__(self, images: int) -> tuple[sizes.Call, sizes.Call]:
-        # the copies are made here, outside a caller's inference mode: made in it they could not learn
+        # the copies are made outside the caller's inference mode: tensors made in it can't require gradients
         tensors = [self._copy(i, t, images) for i, t in enumerate(self.given)]
         wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad] if self.x.grad else []
         ours, plain = self.row.chained, self.row.plain

@@ -1,13 +1,13 @@
-"""The classes that ``fuse`` and ``freeze`` give to modules: how they are made, undone, copied and saved.
+"""Makes, undoes, copies and saves the classes that ``fuse`` and ``freeze`` give to modules.
 
-Such a class is a subclass of the module's own class, under the same name: a forward that asks for
-``type(self).__name__`` gets the answer that it got before. Making it runs no code of the user's: no
-``__init_subclass__`` (``FusedModule`` is the first base, and its own ends the chain) and no ``__new__`` or ``__init__``
-of a metaclass (``type.__new__`` makes the class). It does appear in ``__subclasses__()`` of its original, which Python
-leaves no way around.
+Such a class is a subclass of the module's own class and has the same name, so a forward that reads
+``type(self).__name__`` finds the same name as before. Making the class runs no user code: no ``__init_subclass__``
+(``FusedModule`` is the first base, and its own does not call the next one) and no ``__new__`` or ``__init__`` of a
+metaclass (``type.__new__`` makes the class). The class does appear in ``__subclasses__()`` of its original; Python
+can't prevent that.
 
-A module of such a class is saved and copied as a module of its original class, by that class's own rules, with what we
-keep in it beside the state; it gets its class again where the state is set.
+A module of such a class is saved and copied as a module of its original class, by that class's rules. The file or copy
+holds our own data beside the state. Setting the state sets the class again.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from torch import fx, nn
 from fused_resnet.base.locks import Lock
 from fused_resnet.fusion.patterns import original
 
-# Kind of class -> what it overrides of the class that it is made from: name -> function.
+# Kind of class -> the function that returns the methods which the class overrides: name -> function.
 KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {}
-# What belongs to one module in one process.
+# The attributes that belong to one module in one process.
 _NEVER_COPIED = ("_fr_fronts", "_fr_group", "_fr_named")
 _making = Lock()
 
 
 class FusedModule:
-    """What our classes add to those that they are made from.
+    """The base of our classes: what they add to the original classes.
 
     Attributes:
-        _fr_class: the class itself, which classes that others derive from it are not. _fr_original: the class that it
-            was made from. _fr_kind: what of it is overridden, a key of ``KINDS``.
+        _fr_class: the class itself. A class that others derive from it inherits this, so it differs there.
+            _fr_original: the class that it was made from. _fr_kind: a key of ``KINDS``; it says what is overridden.
     """
 
     _fr_class: type[nn.Module]
@@ -47,56 +47,56 @@ class FusedModule:
     _fr_kind: str
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Ends here: the original's would register the class, ask for keywords, or refuse it."""
+        """Does not call the original's, which might register the class, require keywords, or refuse it."""
 
     def _get_name(self) -> str:
-        """Of the module in the text of a model."""
+        """The module's name in the text of a model."""
         return f"Fused{type(self).__name__}"
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         return _reduced(self, protocol)
 
     def __prepare_scriptable__(self) -> Any:
-        """What ``torch.jit.script`` asks for.
+        """``torch.jit.script`` calls this.
 
         Raises:
             TypeError: always.
         """
-        raise TypeError("torch.jit.script: TorchScript can't hold chains; fused_resnet.unfuse(model), then script it")
+        raise TypeError("torch.jit.script: TorchScript can't hold chains; call fused_resnet.unfuse(model) first")
 
 
 # ---------------------------------------------------------------------------------------------------- classes
 def fused_class(cls: type[nn.Module], kind: str) -> Any:
-    """The subclass of ``cls`` of a kind; one per class, kind and process.
+    """The subclass of ``cls`` of a kind. There is one per class, kind and process.
 
     Raises:
-        Exception: whatever a metaclass has against it.
+        Exception: whatever a metaclass raises.
     """
     with _making.held():
-        for known in type.__subclasses__(cls):  # no table of ours would let a class go that nobody uses any more
+        for known in type.__subclasses__(cls):  # a table of ours would keep unused classes alive
             if vars(known).get("_fr_original") is cls and vars(known)["_fr_kind"] == kind:
                 return known
         return _make_fused_class(cls, kind)
 
 
 def why_no_class(cls: type[nn.Module], kind: str) -> str | None:
-    """Why modules of ``cls`` can't be given a fused class, or None."""
+    """The reason why modules of ``cls`` can't get a fused class, or None."""
     if asks_for_its_class(cls, "forward"):
         return "its forward compares its own class with others"
     try:
         fused_class(cls, kind)
-    except Exception as error:  # whatever a metaclass has against it
+    except Exception as error:  # a metaclass may raise anything
         return f"no class can be derived from {cls.__name__}: {error}"
     return None
 
 
 def set_class(m: nn.Module, cls: type[nn.Module]) -> None:
-    """``m.__class__ = cls``, past a ``__setattr__`` or ``__class__`` of the class's own."""
+    """Sets ``m.__class__ = cls`` without calling the class's own ``__setattr__`` or ``__class__``."""
     vars(object)["__class__"].__set__(m, cls)
 
 
 def unfuse_module(m: Any) -> None:
-    """Gives a fused module the class that it had."""
+    """Gives a fused module its original class back."""
     set_class(m, _unfused_class(type(m)))
     for name in [name for name in m.__dict__ if name.startswith("_fr_")]:
         del m.__dict__[name]
@@ -120,10 +120,10 @@ def _make_fused_class(cls: Any, kind: str) -> type:
 
 
 def _make_class(meta: Any, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
-    """A class without a call of its metaclass."""
+    """Makes a class without calling its metaclass."""
     made: Any = type.__new__(meta, name, bases, namespace)
     if issubclass(meta, ABCMeta):
-        _abc_init(made)  # or it would share its original's caches of isinstance
+        _abc_init(made)  # otherwise it would share its original's caches of isinstance
     return made
 
 
@@ -131,8 +131,10 @@ _unfused: dict[type, type] = {}
 
 
 def _unfused_class(cls: Any) -> Any:
-    """``cls`` without what ``fuse`` put into it, also where others derived a class from the fused one since, as
-    torch.distributed.fsdp.fully_shard does."""
+    """``cls`` without what ``fuse`` put into it.
+
+    This also works for a class that others derived from a fused one, as torch.distributed.fsdp.fully_shard does.
+    """
     if vars(cls).get("_fr_class") is cls:
         return cls._fr_original
     if cls not in _unfused:
@@ -140,16 +142,19 @@ def _unfused_class(cls: Any) -> Any:
         own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
         functions = (f for f in own.values() if isinstance(f, FunctionType))
         if any("__class__" in f.__code__.co_freevars for f in functions):
-            return cls  # super() in them means this very class, which without plans runs plain
+            return cls  # super() in its methods refers to this class, which runs plain in a module that is not fused
         made = _make_class(type(cls), cls.__name__, (FusedModule, *bases), own)
-        type.__setattr__(made, "__bases__", bases)  # with them from the start their __init_subclass__ would be called
+        type.__setattr__(made, "__bases__", bases)  # set later: otherwise their __init_subclass__ would run
         _unfused[cls] = made
     return _unfused[cls]
 
 
 def asks_for_its_class(cls: type[nn.Module], method: str) -> bool:
-    """Whether ``method``, or another of the class that it names, takes ``type(self)`` or ``self.__class__`` for more
-    than an attribute (a name, a constant): a comparison with the class that the module had would fail."""
+    """Whether ``method``, or a method that it names, uses ``type(self)`` or ``self.__class__`` itself.
+
+    Reading an attribute of it (a name, a constant) does not count. A comparison with the module's original class would
+    fail.
+    """
     seen: set[str] = set()
     rest = [method]
     while rest:
@@ -187,7 +192,7 @@ def _takes_its_class(code: CodeType) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- copies and files
 def _plain_twin(m: Any) -> Any:
-    """A module of the original class that shares everything with ``m``, for the class's own rules to look at."""
+    """A module of the original class that shares all state with ``m``; the class's own rules are applied to it."""
     cls = original(m)
     twin: Any = object.__new__(cls)
     twin.__dict__.update((name, value) for name, value in m.__dict__.items() if not name.startswith("_fr_"))
@@ -198,7 +203,7 @@ def _plain_twin(m: Any) -> Any:
 
 
 def _marks(m: nn.Module) -> dict[str, Any]:
-    """What ``freeze`` keeps in a module."""
+    """The data that ``freeze`` keeps in a module."""
     return {k: value for k, value in m.__dict__.items() if k.startswith("_fr_") and k not in _NEVER_COPIED}
 
 
@@ -209,7 +214,7 @@ def _fused_again(m: nn.Module, kind: str, marks: dict[str, Any]) -> None:
 
 
 def _reduced(m: FusedModule, protocol: Any) -> str | tuple[Any, ...]:
-    """What pickle and copy.deepcopy make of a fused module: what they make of a plain one, by way of ``rebuild``."""
+    """Reduces a fused module, for pickle and copy.deepcopy, as they reduce a plain one, but to ``rebuild``."""
     twin = _plain_twin(m)
     registered = copyreg.dispatch_table.get(type(twin))
     plain = registered(twin) if registered is not None else twin.__reduce_ex__(protocol)
@@ -222,14 +227,14 @@ def _reduced(m: FusedModule, protocol: Any) -> str | tuple[Any, ...]:
 
 
 def rebuild(kind: str, make: Callable[..., nn.Module] | None, *args: Any) -> nn.Module:
-    """Unpickling and deepcopy: a module of the original class that becomes a fused one when its state is set.
+    """Makes a module of the original class when unpickling or copying. Setting its state makes it a fused one.
 
-    ``torch.load(weights_only=True)`` sets the state of classes that it was told of alone, and fused classes have no
-    place to import them from.
+    ``torch.load(weights_only=True)`` sets the state only of classes that it was told of, and fused classes can't be
+    imported from a module.
 
     Args:
-        kind: of the class. make, args: as in what the original's ``__reduce_ex__`` returned; None
-            instead of ``copyreg.__newobj__``.
+        kind: the kind of the class. make, args: from the result of the original's ``__reduce_ex__``; None in the place
+            of ``copyreg.__newobj__``.
     """
     made: Any = args[0].__new__(*args) if make is None else make(*args)
     made.__dict__["__setstate__"] = partial(_set_state, made, kind)
@@ -245,12 +250,12 @@ def _set_state(m: nn.Module, kind: str, state: tuple[tuple[Any, ...], dict[str, 
 
 
 def _copied_by(copier: Callable[..., Any]) -> Callable[..., Any]:
-    """A class's own ``__deepcopy__`` or ``__copy__``, whose copies of fused modules are fused."""
+    """The class's own ``__deepcopy__`` or ``__copy__``, with copies of fused modules made fused."""
 
     @wraps(copier)
     def copied(self: Any, *memo: Any) -> Any:
         made = copier(twin := _plain_twin(self), *memo)
-        if memo:  # it knows objects by their address, which the twin's must not lose before the copying ends
+        if memo:  # the memo knows objects by address, so the twin must live until the copying ends
             memo[0].setdefault(id(memo[0]), []).append(twin)
             memo[0][id(self)] = made
         if type(made) is type(twin) or isinstance(made, fx.GraphModule):
@@ -261,6 +266,6 @@ def _copied_by(copier: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recompile(self: Any) -> Any:
-    """A graph that was changed: its class gets another forward."""
+    """A graph that was changed; its class gets another forward."""
     unfuse_module(self)
     return self.recompile()

@@ -1,7 +1,8 @@
-"""Modules as dynamo captures them: graphs, what was found in them, and what dynamo does not guard by itself.
+"""Captures modules with dynamo, reports what was found in the graphs, and checks what dynamo does not guard.
 
-``backend`` is the backend of ``torch.compile(model, backend="fused_resnet")``. A ``Front`` is a fused module's method
-behind the same backend, with a code object of its own, so that its graphs and its limit of recompilations are its own.
+``backend`` is the backend of ``torch.compile(model, backend="fused_resnet")``. A ``Front`` runs a method of a fused
+module through the same backend. Each front has a code object of its own, so it has its own graphs and its own limit of
+recompilations.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
 
 log = logging.getLogger("fused_resnet")
-# Code that turns torch.compile off by replacing it means the caller's own compilations.
+# Kept here, because code that replaces torch.compile to turn it off means the caller's own compilations.
 _compile = torch.compile
-# What the package asks of dynamo where it captures, in this thread alone: hooks that come later are seen, a
-# BatchNorm's cumulative average is captured, DDP's own splitter stays away, what dynamo can't capture runs plain.
+# Dynamo's options while the package captures, in this thread only: dynamo guards hooks, captures a BatchNorm's
+# cumulative average, does not split graphs for DDP, and runs plain what it can't capture.
 _OPTIONS: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,
     "capture_scalar_outputs": True,
     "optimize_ddp": False,
     "suppress_errors": True,
     "recompile_limit": 64,
-    "error_on_nested_fx_trace": False,  # torch.fx says that it traces whichever thread does
+    "error_on_nested_fx_trace": False,  # torch.fx's flag is set whichever thread traces
 }
-# Functions that PyTorch's modules look up when they are called; dynamo guards none of them.
+# PyTorch's modules look these functions up at each call; dynamo guards none of them.
 _FUNCTIONS = [
     (torch, "conv2d"), (torch, "sigmoid"), (torch, "relu"),
     (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "silu"), (F, "hardswish"), (F, "leaky_relu"), (F, "elu"),
@@ -54,17 +55,19 @@ _FUNCTIONS = [
 ]  # fmt: skip
 
 
-# The front that captures or runs in this thread.
+# The front that captures or runs in the current thread.
 _calling: ContextVar[Front | None] = ContextVar("fused_resnet_calling", default=None)
 
 
-# The threads that run a front.
+# The ids of the threads that run a front.
 _running: set[int] = set()
 
 
 def _forget_in_child() -> None:
-    """A thread that checks guards holds their lock: in a forked child, which has no such thread, nobody gives it back.
-    So a child forked beside threads that run fronts captures anew."""
+    """Makes a forked child capture again if other threads ran fronts at the fork.
+
+    A thread that checks guards holds their lock. The child does not have this thread, so nobody would release the lock.
+    """
     import torch._dynamo as dynamo
 
     if _running - {threading.get_ident()}:
@@ -73,12 +76,12 @@ def _forget_in_child() -> None:
 
 
 def others_capture() -> bool:
-    """Whether somebody else's ``torch.compile`` looks at the frames that this thread runs."""
+    """Whether a ``torch.compile`` of the user's captures the frames that this thread runs."""
     return get_eval_frame_callback() not in (None, False) and _calling.get() is None
 
 
 class _NotCaptured(logging.Filter):
-    """Dynamo warns, pages long, of every frame that it can't capture: of a front's frames the package's log says it."""
+    """Logs one line for a front's frame that dynamo can't capture, in the place of dynamo's pages of warnings."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = str(record.msg)
@@ -89,19 +92,19 @@ class _NotCaptured(logging.Filter):
 
 
 _QUIET = _NotCaptured()
-_NUMBERS = count()  # in the names of code: by name and place dynamo remembers which numbers and sizes changed
-# States of a module, by ``_unguarded``, that are captured each by itself.
+_NUMBERS = count()  # part of code names: dynamo remembers by a code's name and place which numbers and sizes changed
+# At most this many states of a module (see ``_unguarded``) are captured, each separately.
 _MAX_STATES = 16
 
 
 def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Runs the chains of a captured graph as chains, and all else of it by PyTorch's operators.
+    """Runs the chains of a captured graph as chains, and the rest of it by PyTorch's operators.
 
     Args:
-        gm: a graph of torch functions. example_inputs: what it is called with.
+        gm: a graph of torch functions. example_inputs: the graph's inputs.
 
     Returns:
-        What runs instead of the graph.
+        The function that runs instead of the graph.
 
     Source: the contract of ``torch.compile``'s backends.
     """
@@ -111,21 +114,21 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., 
 
 
 def _of_front(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """The backend of all fronts: one function, because dynamo keeps every backend that it has seen."""
+    """The backend of all fronts. It is one function, because dynamo keeps every backend that it has seen."""
     front = _calling.get()
     assert front is not None
     return front.lowered(gm, example_inputs)
 
 
 class _Runs(threading.local):
-    """How many graphs of a front this thread ran."""
+    """The number of a front's graphs that this thread ran."""
 
     graphs = 0
 
 
 @cache
 def _set_up() -> None:
-    """What dynamo is told once in a process."""
+    """Sets dynamo up, once in a process."""
     import torch._dynamo as dynamo
 
     dynamo.allow_in_graph(sync_batch_norm)
@@ -136,15 +139,15 @@ def _set_up() -> None:
 
 
 class Front:
-    """A method of a module, captured.
+    """A captured method of a module.
 
     Args:
-        module: fused or frozen. plain: the method, of its class before. lower: what puts rows into a graph, which it
-            is given with example inputs.
+        module: fused or frozen. plain: the method of the module's original class. lower: puts rows into a graph; it is
+            called with the graph and example inputs.
 
     Attributes:
-        graphs: what was found in each graph that was captured, oldest first. calls: how many came. without: how many of
-            those ran no graph, as past dynamo's limit of recompilations.
+        graphs: a report of each captured graph, oldest first. calls: the number of calls. without: the number of calls
+            that ran no graph, because of dynamo's limit of recompilations, say.
     """
 
     def __init__(
@@ -161,9 +164,9 @@ class Front:
         self._forget()
 
     def _forget(self) -> None:
-        """Captures anew from the next call on."""
+        """Makes the next call capture again."""
         self.captured: dict[Any, Callable[..., Any]] = {}
-        self.whole = True  # each call was one graph
+        self.whole = True  # so far each call ran exactly one graph
         self.looked_up: list[tuple[Any, str, Any]] = []
 
     def _captured(self, state: Any) -> Callable[..., Any]:
@@ -172,19 +175,19 @@ class Front:
                 self.captured.clear()
             function = _with_own_code(self.plain)
             self.captured[state] = captured = _compile(function, backend=_of_front)
-            # dynamo's table of codes holds each with all that was captured of it
+            # dynamo's table of codes keeps each code with all its captured graphs
             weakref.finalize(captured, reset_code, function.__code__).atexit = False
         return self.captured[state]
 
     def lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """What runs instead of a graph that was captured."""
+        """The function that runs instead of a captured graph."""
         names = Names(gm.graph, self.module())
         report = GraphReport(self.lower(gm, example_inputs), names)
         log.info("captured %s", report)
         self.graphs.append(report)
         forward, runs = gm.forward, self.runs
 
-        def counted(*args: Any) -> Any:  # a global of the module's file holds it: it may not hold the front
+        def counted(*args: Any) -> Any:  # a global of the module's file refers to it, so it must not refer to the front
             report.ran += 1
             runs.graphs += 1
             return forward(*args)
@@ -192,18 +195,18 @@ class Front:
         return counted
 
     def asked(self, kind: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Through dynamo; the rows choose how they run. The user hears once of a kind of call that runs no chain."""
+        """Runs through dynamo; the rows choose how they run. Warns once per kind of call that runs no chain."""
         new = kind not in self.settled.calls
         out = self.settled.asking(kind, self.run, module, args, kwargs)
         if new and self.settled.calls.get(kind) and _calling.get() is None:
             warn_lost_speed(
                 f"fuse: this {original(module).__name__} runs PyTorch's own operators on inputs of this size, "
-                f"for they are faster here: print(fused_resnet.explain(model))"
+                f"because they are faster here: print(fused_resnet.explain(model))"
             )
         return out
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Through dynamo."""
+        """Runs the method through dynamo."""
         self.calls += 1
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
             self._forget()
@@ -214,7 +217,7 @@ class Front:
             _running.add(threading.get_ident())
         calling, before = _calling.set(self), [(name, getattr(self.config, name)) for name in _OPTIONS]
         try:
-            # as dynamo.config.patch, which makes a class at each call
+            # like dynamo.config.patch, which would make a class at each call
             for name, value in _OPTIONS.items():
                 setattr(self.config, name, value)
             out = captured(module, *args, **kwargs)
@@ -224,7 +227,7 @@ class Front:
                 self.captured = {_unguarded(module, args): captured}
             return out
         except Exception:
-            self._forget()  # dynamo does not look again at a frame that raised
+            self._forget()  # dynamo does not capture a frame again that raised
             raise
         finally:
             for name, value in before:
@@ -237,7 +240,7 @@ class Front:
 
 
 def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:
-    """What may make dynamo give up a frame, or break it into graphs, which it then does not look at again."""
+    """The state that may make dynamo give up a frame or break its graph. Dynamo does not look at such a frame again."""
     modules = [
         (m.training, id(m.__dict__.get("forward")), *m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks,
          *m._backward_pre_hooks)
@@ -247,7 +250,7 @@ def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:
 
 
 def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in dynamo's eyes another one; of PyTorch's own, too, which it looks at only from others."""
+    """The same function with its own code object. PyTorch's own functions, which dynamo skips, get a wrapper."""
     from torch._dynamo import trace_rules
 
     if not isinstance(plain, FunctionType) or trace_rules.check(plain):
@@ -264,10 +267,10 @@ def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _looked_up(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
-    """What a call of the module looks up in classes and in torch, and dynamo takes for constant."""
+    """What a call of the module looks up in classes and in torch although dynamo assumes it to be constant."""
     for cls in {cls for _, m in named_modules(module) for cls in (type(m), original(m))}:
         for name in {*METHODS, "__call__", "_conv_forward", "_check_input_dim"}:
-            with suppress(Exception):  # whatever a metaclass raises
+            with suppress(Exception):  # a metaclass may raise anything
                 yield cls, name, getattr(cls, name)
     for owner, name in _FUNCTIONS:
         yield owner, name, getattr(owner, name)

@@ -1,4 +1,4 @@
-"""What is asked of a network of nn.Modules: who records its calls, which modules it has, who shares its statistics."""
+"""Inspects a network of nn.Modules: its modules, tools that record its calls, process groups that share statistics."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ from fused_resnet.fusion.patterns import original
 
 
 def graphed() -> bool:
-    """Whether a tool records what runs: dynamo, ``torch.jit.trace``, ``torch.export``, either way of
-    ``torch.onnx.export``. Modules run their own forwards then: the graph is the plain model's."""
+    """Whether a tool records a graph: dynamo, ``torch.jit.trace``, ``torch.export``, either way of
+    ``torch.onnx.export``.
+
+    Modules then run their own forwards, so that the graph is the plain model's.
+    """
     return torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every place in the model, by its name, and the module there; parents first, and once more what stands in several.
-    As ``named_modules(remove_duplicate=False)``, for modules that have an ``__eq__`` of their own, or no hash, too."""
+    """Every (name, module) in the model, parents first. A module in several places appears once per place.
+
+    This is ``named_modules(remove_duplicate=False)``, but it also works for modules with their own ``__eq__`` or
+    without a hash.
+    """
     rest: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
     while rest:
         name, m, above = rest.pop()
         yield name, m
-        if id(m) not in above:  # or it holds itself
+        if id(m) not in above:  # otherwise the module contains itself
             children = [(k, child) for k, child in m._modules.items() if child is not None]
             rest += [(f"{name}.{k}".lstrip("."), child, (*above, id(m))) for k, child in reversed(children)]
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Each module of the model once, with its first name; parents first."""
+    """Each module of the model once, with its first name, parents first."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, m in places(model):
         found.setdefault(id(m), (name, m))
@@ -40,8 +46,10 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
-    """The process group whose processes share this norm's statistics in training: that of a SyncBatchNorm, where there
-    is one and this process is not alone in it."""
+    """The process group that shares this norm's statistics in training.
+
+    It is a SyncBatchNorm's group; None if there is no group, or if this process is alone in it.
+    """
     if original(bn) is not nn.SyncBatchNorm or not dist.is_available() or not dist.is_initialized():
         return None
     given: Any = bn.process_group
@@ -50,8 +58,7 @@ def shared_by(bn: nn.Module) -> dist.ProcessGroup | None:
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """``copy.deepcopy`` without a history of its tensors (a ScriptModule's copy has one else), but for process groups,
-    of which there is one each."""
+    """``copy.deepcopy`` without autograd history, which a ScriptModule's copy would have. Process groups are shared."""
     groups = [m.process_group for _, m in named_modules(model) if isinstance(m, nn.SyncBatchNorm)]
     with torch.no_grad():
         return copy.deepcopy(model, {id(group): group for group in groups if group is not None})

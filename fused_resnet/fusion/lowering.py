@@ -1,4 +1,4 @@
-"""Rows of chains in the place of the nodes that they stand for."""
+"""Puts rows of chains in the place of the nodes that they replace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 class Places:
-    """The tensors that a row is called with: each node once."""
+    """The nodes whose tensors a row is called with, each once, and their positions."""
 
     def __init__(self) -> None:
         self.nodes: dict[fx.Node, int] = {}
@@ -33,7 +33,7 @@ class Places:
 
 
 class UnitCall:
-    """A unit of a row: what of it is constant, and where its tensors are among the row's."""
+    """A unit of a row: its constants, and the positions of its tensors among the row's."""
 
     def __init__(self, match: UnitMatch, act: Any, places: Places) -> None:
         self.tensors = {name: places.of(node) for name, node in match.tensors.items()}
@@ -60,15 +60,18 @@ class UnitCall:
             unit.process_group = group_named(self.group)
         if self.momentum is not None:
             unit.momentum = float(given[self.momentum])
-        if self.affine:  # z = scale*y + shift: statistics that leave both as they are
+        if self.affine:  # z = scale*y + shift: mean 0 and variance 1 leave both as they are
             unit.bn_weight, unit.bn_bias = unit.bn_weight.flatten(), unit.bn_bias.flatten()  # type: ignore[union-attr]
             unit.running_mean = torch.zeros_like(unit.bn_weight, requires_grad=False)
             unit.running_var = torch.ones_like(unit.bn_weight, requires_grad=False)
         return unit
 
     def _statistics(self, running: Tensor) -> Tensor:
-        """PyTorch's own norms don't count their updates as changes that a backward minds. The backward of a norm in
-        evaluation reads the statistics, so it gets a copy: in PyTorch a training step in between makes it wrong."""
+        """The statistics without autograd's check for changes: PyTorch's own norms do not count their updates as such.
+
+        The backward of a norm in evaluation reads the statistics, so it gets a copy. In PyTorch a training step between
+        the forward and the backward makes that backward wrong.
+        """
         if self.options["training"] or not torch.is_grad_enabled():
             return running.data
         return running.detach().clone()
@@ -100,9 +103,9 @@ class ChainRow(nn.Module):
     """A row of chains in a lowered graph, called with its input and the tensors that the graph holds for it.
 
     Attributes:
-        plain: the nodes that it stands for, called with the same tensors. choice: whether it pays.
-        images: which of the tensors are images, the input first. group: some statistics are shared by processes.
-        text: what it is made of, but for its tensors.
+        plain: the nodes that it replaces, called with the same tensors. choice: decides whether the row pays.
+        images: the positions of the tensors that are images, the input first. group: processes share some statistics.
+        text: a description of the row without its tensors.
     """
 
     def __init__(self, gm: fx.GraphModule, row: RowMatch) -> None:
@@ -127,16 +130,16 @@ class ChainRow(nn.Module):
         thread.plain += 1
         if not in_backward():
             return self.plain(*given)
-        # a forward inside a backward, a checkpoint's, updates no statistics, as in a chain
+        # a forward inside a backward (a checkpoint's) updates no statistics, as in a chain
         kept = [(given[i], given[i].clone()) for i in self.statistics]
         try:
             return self.plain(*given)
         finally:
             for buffer, value in kept:
-                buffer.data.copy_(value)  # the backward to come has kept it, and asks for its version
+                buffer.data.copy_(value)  # .data: the backward has saved the buffer and checks its version
 
     def chained(self, *given: Tensor) -> Tensor:
-        """As chains."""
+        """Runs the row as chains."""
         x = given[0]
         chains = [call.chain(given) for call in self.chains]
         first = self.chains[0]  # a chain that has one of these is alone in its row
@@ -149,7 +152,7 @@ class ChainRow(nn.Module):
 
     @staticmethod
     def _recompute(x: Tensor, call: ChainCall) -> bool:
-        """A stem's raw output is the network's largest tensor: in 32 bits memory is worth convolving again."""
+        """Whether to convolve again in the backward: for a stem in 32 bits, whose raw output is the largest tensor."""
         dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
         one_conv = len(call.units) == 1 and "weight" in call.units[0].tensors
         return call.max_pool is not None and one_conv and dtype.itemsize > 2
@@ -159,7 +162,7 @@ class ChainRow(nn.Module):
 
 
 def part_of(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.GraphModule:
-    """The nodes of a row as a graph of their own."""
+    """A graph of the row's nodes alone."""
     counters = [unit.counter for unit in row.all_units if unit.counter is not None]
     taken = {*row.nodes, *counters}
     graph, copies = fx.Graph(), {}
@@ -176,7 +179,7 @@ class _Checkpoint(nn.Module):
     """``torch.utils.checkpoint`` around a lowered part of a graph.
 
     Args:
-        part: the graph. options: of the checkpoint.
+        part: the graph. options: the checkpoint's options.
     """
 
     def __init__(self, part: fx.GraphModule, options: dict[str, Any]) -> None:
@@ -187,7 +190,7 @@ class _Checkpoint(nn.Module):
         from torch.utils.checkpoint import checkpoint
 
         thread.other += 1
-        # What is changed in place, such as a norm's statistics, must not be among the arguments, for they are saved.
+        # The arguments are saved, so tensors that change in place (a norm's statistics) must not be among them.
         wanting = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
 
         def part(*given: Any) -> Any:
@@ -200,13 +203,13 @@ class _Checkpoint(nn.Module):
 
 
 def lower(gm: fx.GraphModule) -> Matches:
-    """Puts rows of chains into a captured graph, in place, checkpointed parts of it included.
+    """Puts rows of chains into a captured graph and into its checkpointed parts, in place.
 
     Args:
-        gm: of torch functions, with ``example_value`` in the nodes' meta, as dynamo hands it to a backend.
+        gm: a graph of torch functions with ``example_value`` in the nodes' meta, as dynamo gives it to a backend.
 
     Returns:
-        What was found in it and in its checkpointed parts.
+        The matches in it and in its checkpointed parts.
     """
     matches = match(gm.graph)
     put_in(gm, matches, [ChainRow(gm, row) for row in matches.rows])
@@ -220,18 +223,20 @@ def lower(gm: fx.GraphModule) -> Matches:
 
 
 def put_in(gm: fx.GraphModule, matches: Matches, made: Sequence[Any]) -> list[fx.Node]:
-    """Calls the modules ``made`` in the place of the rows of nodes that they stand for; each has the nodes that it is
-    called with as ``inputs``. Returns the calls."""
-    calls: dict[fx.Node, fx.Node] = {}  # the end of a row -> what calls it
+    """Replaces the nodes of each row by a call of its module in ``made``. Returns the calls.
+
+    A module's ``inputs`` are the nodes that it is called with.
+    """
+    calls: dict[fx.Node, fx.Node] = {}  # a row's last node -> the call of the row
     for number, (row, module) in enumerate(zip(matches.rows, made, strict=True)):
         gm.add_submodule(name := f"fused_resnet_row_{number}", module)
         calls[row.chains[-1].end] = _replace(gm.graph, name, row, [calls.get(n, n) for n in module.inputs])
-        module.inputs.clear()  # the graph's nodes are not kept alive
+        module.inputs.clear()  # so that the module does not keep the graph's nodes alive
     return list(calls.values())
 
 
 def finish(gm: fx.GraphModule) -> None:
-    """Makes the code of a graph whose nodes were replaced."""
+    """Generates the code of a graph whose nodes were replaced."""
     for node in gm.graph.nodes:
         if node.op == "call_function":
             node.target = _itself(node.target)
@@ -239,7 +244,7 @@ def finish(gm: fx.GraphModule) -> None:
 
 
 def _itself(function: Any) -> Any:
-    """A function that runs even where its name in torch is another one's by now: a graph's code calls torch by name."""
+    """The function itself, even if its name in torch was patched: a graph's code calls torch's functions by name."""
     if not isinstance(function, FunctionType) or not function.__module__.startswith("torch."):
         return function
     named = getattr(sys.modules.get(function.__module__), function.__name__, function)
@@ -247,7 +252,7 @@ def _itself(function: Any) -> Any:
 
 
 def _replace(graph: fx.Graph, name: str, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.Node:
-    """Calls a row where its last node stood."""
+    """Puts the call of a row at the place of its last node."""
     end = row.chains[-1].end
     with graph.inserting_after(end):
         call = graph.call_module(name, tuple(inputs))
@@ -261,7 +266,7 @@ def _replace(graph: fx.Graph, name: str, row: RowMatch, inputs: Sequence[fx.Node
 
 
 def _lower_checkpoint(gm: fx.GraphModule, node: fx.Node) -> Matches:
-    """A checkpoint inside the graph: its part is lowered, and called by ``torch.utils.checkpoint`` itself."""
+    """Lowers a checkpointed part of the graph; ``torch.utils.checkpoint`` calls it."""
     part = gm.get_submodule(node.args[0].target)  # type: ignore[union-attr, arg-type]
     assert isinstance(part, fx.GraphModule)
     matches = lower(part)

@@ -1,7 +1,8 @@
-"""Chains and rows in a captured graph, and why other norms are left.
+"""Finds chains and rows in a captured graph, and says why the other norms are in none.
 
-The graph is dynamo's: torch functions, each node with the tensor that the tracer computed (``example_value``). A chain
-runs where its last node stood, so nothing between its first and last node may write what it reads.
+The graph is dynamo's. It consists of torch functions, and each node has the tensor that the tracer computed
+(``example_value``). A chain runs at the place of its last node, so no node between its first and its last may write a
+tensor that the chain reads.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from fused_resnet.fusion.units import units_of
 
 
 def match(graph: fx.Graph, frozen: bool = False) -> Matches:
-    """The rows of a graph of torch functions, as dynamo hands it to a backend.
+    """Finds the rows of a graph of torch functions, as dynamo gives it to a backend.
 
     Args:
-        frozen: nothing is kept for a backward, and norms of batch statistics are left.
+        frozen: for inference: nothing is kept for a backward, and norms with batch statistics are left out.
     """
     nodes = list(graph.nodes)
     matches = Matches(norms=sum(kind_of(n) == "norm" for n in nodes))

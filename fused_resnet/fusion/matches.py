@@ -1,9 +1,10 @@
-"""What is found in a captured graph: units, chains of them, rows of those; and the norms that are left.
+"""The parts of a captured graph that the matcher finds, and the norms that are in none.
 
-unit     a norm, the convolution before it if nobody else uses its output, the activation behind it likewise
-chain    units one after the other; closed by an add, whose other summand is a shortcut or another tensor, and its
-         activation; or by a max-pool; or by nothing
-row      chains one after the other, each one's output used by the next one alone
+unit     a norm; the convolution before it, if only the norm uses its output; the activation after it, if only that uses
+         the norm's output
+chain    units one after the other; closed by an add and its activation, where the add's other summand is a shortcut or
+         another tensor; or closed by a max-pool; or by nothing
+row      chains one after the other, where only the next chain uses a chain's output
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ class UnitMatch:
     """The nodes of a unit.
 
     Attributes:
-        start: the node that it reads. nodes: its own, first to last. norm: the BatchNorm's, which names the unit.
+        start: the node that the unit reads. nodes: its nodes, first to last. norm: the BatchNorm's node; it identifies
+            the unit.
         tensors: field of ``units.Unit`` -> node. options: field -> constant; ``momentum`` may be a node.
-        counter: the node that counts the batch, and is part of the unit.
-        affine: scale and shift are given ([1, C, 1, 1]) instead of statistics.
+        counter: the node that counts the batch; it belongs to the unit.
+        affine: scale and shift ([1, C, 1, 1]) are given instead of statistics.
     """
 
     start: fx.Node
@@ -49,7 +51,7 @@ class UnitMatch:
 
 @dataclass(eq=False)
 class ChainMatch:
-    """A chain: ``nodes`` are all that it stands for; ``residual``: the summand of the shortcut "tensor"."""
+    """A chain. ``nodes``: all nodes that it replaces. ``residual``: the summand of the shortcut "tensor"."""
 
     units: list[UnitMatch]
     nodes: list[fx.Node]
@@ -59,7 +61,7 @@ class ChainMatch:
     stride: tuple[int, int] = (1, 1)
     avg_pool: PoolSpec | None = None
     max_pool: PoolSpec | None = None
-    act: Act = IDENTITY  # behind the add, or the last unit's
+    act: Act = IDENTITY  # after the add, or the last unit's
 
     @property
     def start(self) -> fx.Node:
@@ -76,7 +78,7 @@ class ChainMatch:
 
 @dataclass(eq=False)
 class RowMatch:
-    """Chains that run as one; ``choice``: whether they do, once the row is lowered."""
+    """Chains that run as one. ``choice``: set when the row is lowered; it decides whether they do."""
 
     chains: list[ChainMatch]
     choice: Any = None
@@ -92,7 +94,7 @@ class RowMatch:
 
 @dataclass
 class Matches:
-    """Attributes: rows: in the graph's order. left: norm -> why it is in none. norms: how many there are."""
+    """Attributes: rows: in the graph's order. left: norm -> why it is in no row. norms: the number of norms."""
 
     rows: list[RowMatch] = field(default_factory=list)
     left: dict[fx.Node, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What classes and functions mean in a chain. Other libraries' classes by name: no library is imported for them."""
+"""The meaning of classes and functions in a chain. Other libraries' classes are known by name: none is imported."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-# Norms beside torch.nn's BatchNorm2d and SyncBatchNorm: class -> (never uses a batch's statistics, has an activation of
-# its own). The former hold weight, bias and both statistics as buffers; the latter call it ``act``, behind ``drop``.
+# Norms beside torch.nn's BatchNorm2d and SyncBatchNorm: class -> (never uses a batch's statistics, has an activation).
+# Those of the first kind hold weight, bias and both statistics as buffers. Those of the second call the activation
+# ``act``, after ``drop``.
 NORMS: dict[str, tuple[bool, bool]] = {
     "torchvision.ops.misc.FrozenBatchNorm2d": (True, False),
     "timm.layers.norm_act.BatchNormAct2d": (False, True),
     "timm.layers.norm_act.FrozenBatchNormAct2d": (True, True),
 }
-# Other libraries' activations that are one of PyTorch's.
+# Other libraries' activations that equal one of PyTorch's.
 ACTS = {"transformers.activations.SiLUActivation": nn.SiLU}
-# Methods of a network that its forward calls and that users call themselves; the first that there is is replaced.
+# Methods of a network that its forward calls and that users call too.
 METHODS = ("forward_features", "_forward_impl", "forward")
 ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 # Activations called as functions or methods, and the name of their parameter.
@@ -42,7 +43,7 @@ ACT_CALLS: dict[Callable[..., Tensor] | str, tuple[str, str]] = {
 
 
 class _Constructed:
-    """What a class with nothing but a constructor holds."""
+    """The attributes of a class that defines only a constructor."""
 
     field: int
 
@@ -59,18 +60,17 @@ def class_name(cls: type) -> str:
 
 
 def original(m: nn.Module) -> type[nn.Module]:
-    """The class that a module had before it was fused."""
+    """The class of a module before it was fused."""
     return getattr(type(m), "_fr_original", type(m))
 
 
 def calls_itself(m: nn.Module) -> bool:
-    """Whether the class overrides what calling a module does, beside its forward; fx graphs do, to no effect."""
+    """Whether the class overrides ``__call__``. fx graphs do, without an effect."""
     return type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule)
 
 
 def same_as(cls: type) -> type:
-    """The class of PyTorch's that ``cls`` does the same as, for it has a constructor of its own and nothing else; or
-    ``cls`` itself."""
+    """The class of PyTorch whose behaviour ``cls`` has, because it adds only a constructor; otherwise ``cls``."""
     for base in cls.__mro__:
         if base.__module__.startswith("torch."):
             return base
@@ -80,12 +80,12 @@ def same_as(cls: type) -> type:
 
 
 def norm_kind(cls: type) -> tuple[bool, bool] | None:
-    """(frozen, with an activation) of a norm that a chain takes; None for others."""
+    """(frozen, has an activation) of a norm that a chain takes; None for other classes."""
     known = same_as(cls) is nn.BatchNorm2d or cls is nn.SyncBatchNorm
     return (False, False) if known else NORMS.get(class_name(cls))
 
 
 def looks_like_norm(m: nn.Module) -> bool:
-    """A BatchNorm of two-dimensional images, whether or not a chain takes its class."""
+    """Whether it is a BatchNorm of two-dimensional images, even if no chain takes its class."""
     compiled = isinstance(m, torch.jit.ScriptModule) and m.original_name == "BatchNorm2d"
     return compiled or isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) or class_name(type(m)) in NORMS

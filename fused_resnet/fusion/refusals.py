@@ -1,4 +1,4 @@
-"""Why a chain can't run where its last node stands: what it reads or keeps is written, moved or switched on the way."""
+"""Finds the reason why a chain can't run at its last node's place: nodes before it write or switch what it needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fused_resnet.fusion.table import counts_batch, storage_of, switches_mode, v
 
 
 class Refusals:
-    """Of the chains of one graph; ``frozen``: nothing is kept for a backward."""
+    """The refusals of chains of one graph. ``frozen``: nothing is kept for a backward."""
 
     def __init__(self, nodes: Sequence[fx.Node], frozen: bool) -> None:
         self.frozen, self.nodes = frozen, nodes
@@ -21,53 +21,53 @@ class Refusals:
         self.switches = [i for i, node in enumerate(nodes) if switches_mode(node)]
 
     def why_not(self, chain: ChainMatch) -> str | None:
-        """Why this chain can't run, or None."""
+        """The reason why this chain can't run, or None."""
         pool = chain.max_pool
         if pool is not None and pool.kernel[0] * pool.kernel[1] > 256:
             return "a max-pool with a window of more than 256 values"
         dtypes = {v.dtype for n in chain.nodes if (v := value_of(n)) is not None}
         x = value_of(chain.start)
         if len(dtypes) > 1 or x is None or (x.dtype not in dtypes and not chain.units[0].has_conv):
-            return "its dtype changes inside"
+            return "its dtype changes inside the chain"
         if self.frozen:
             return self.disturbed([chain])
-        # PyTorch keeps weights as well, but no biases
+        # PyTorch saves weights for the backward too, but no biases
         biases = [
             unit.tensors[name] for unit in chain.all_units for name in ("bias", "bn_bias") if name in unit.tensors
         ]
         kept = {storage_of(n) for n in (chain.start, chain.residual, *biases) if n is not None}
         if any(i > self.order[chain.end] and kept & set(map(storage_of, changed)) for i, changed in self.writes):
-            return "what it keeps for its backward is changed in place behind its end"
+            return "a tensor that its backward needs is changed in place after it"
         return self.disturbed([chain])
 
     def disturbed(self, chains: Sequence[ChainMatch]) -> str | None:
-        """Why the chains' nodes can't all run where the last one stands, or None."""
+        """The reason why the chains' nodes can't all run at the place of the last one, or None."""
         nodes = [n for chain in chains for n in chain.nodes]
         inside, reads = set(nodes), _reads(chains)
         first, last = min(self.order[n] for n in nodes), max(self.order[n] for n in nodes)
         if any(first < i < last for i in self.switches):
-            return "gradients or autocast are switched inside"
+            return "gradients or autocast are switched on or off inside the chain"
         storages = {storage_of(n) for n in reads}
         for i, changed in self.writes:
             if first < i < last and self.nodes[i] not in inside and not counts_batch(self.nodes[i]):
                 if any(storage_of(n) is None or storage_of(n) in storages for n in changed):
-                    return "what it reads is changed in place before its end"
+                    return "a tensor that it reads is changed in place before its last operator"
         updated = {storage_of(n) for n in _updates(chains)}
         for node in self.nodes[first:last]:
             if node not in inside and any(storage_of(n) in updated for n in node.all_input_nodes):
-                return "its running statistics are used before its end"
+                return "its running statistics are used before its last operator"
         late = max((self.order[n] for n in reads), default=0)
-        return "it reads what is computed behind its end" if late > last else None
+        return "it reads a tensor that is computed after its last operator" if late > last else None
 
 
 def _reads(chains: Sequence[ChainMatch]) -> set[fx.Node]:
-    """All values that chains take from outside."""
+    """All values that the chains read from outside."""
     tensors = {t for chain in chains for unit in chain.all_units for t in unit.tensors.values()}
     computed = {m for c in chains for u in c.all_units if isinstance(m := u.options["momentum"], fx.Node)}
     return tensors | computed | {chains[0].start} | {c.residual for c in chains if c.residual is not None}
 
 
 def _updates(chains: Sequence[ChainMatch]) -> list[fx.Node]:
-    """The running statistics that chains change."""
+    """The running statistics that the chains change."""
     units = [unit for chain in chains for unit in chain.all_units if unit.options["training"]]
     return [u.tensors[name] for u in units for name in ("running_mean", "running_var") if name in u.tensors]

@@ -1,4 +1,4 @@
-"""What was found in a captured graph, without the graph."""
+"""The report of a captured graph, which does not keep the graph alive."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from fused_resnet.fusion.matches import ChainMatch, Matches, UnitMatch
 from fused_resnet.fusion.table import value_of
 from fused_resnet.spec import ConvSpec, PoolSpec
 
-Place = tuple[str, str]  # a module's name in the captured one, and its class's
+Place = tuple[str, str]  # the module's name inside the captured module, and its class's name
 
 
 class Names:
-    """Where the nodes of a graph were called.
+    """The modules in which the nodes of a graph were called.
 
-    Behind a graph break dynamo captures the frames of inner modules, too, and calls their own ``self`` the root: its
-    keys, which are the modules' ids, tell which they are.
+    After a graph break dynamo also captures the frames of inner modules, and calls each one's ``self`` the root. Its
+    keys, the modules' ids, identify these modules.
 
     Args:
-        graph: captured. module: whose call was captured, None where it isn't known.
+        graph: the captured graph. module: the module whose call was captured; None if it is unknown.
     """
 
     def __init__(self, graph: fx.Graph, module: nn.Module | None) -> None:
         self.known = {str(id(m)): (n, _class(type(m))) for n, m in named_modules(module)} if module is not None else {}
-        self.frame: list[Place] = []  # the module whose frame it is, where that isn't the captured one
+        self.frame: list[Place] = []  # the module whose frame it is, if that is not the captured one
         for node in graph.nodes:
             stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
             for key, (path, _) in list(stack.items())[:1]:
@@ -39,11 +39,11 @@ class Names:
                     return
 
     def _name(self, key: str) -> str | None:
-        place = self.known.get(key.partition("@")[0])  # "@1": its second call
+        place = self.known.get(key.partition("@")[0])  # "@1": the module's second call
         return place[0] if place is not None else None
 
     def stack(self, node: fx.Node) -> list[Place]:
-        """The modules that a node was called in, outermost first, the captured one left out."""
+        """The modules in which a node was called, outermost first, without the captured one."""
         stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
         found = list(self.frame)
         for key, (path, cls) in stack.items():
@@ -52,7 +52,7 @@ class Names:
         return found
 
     def of(self, node: fx.Node) -> Place:
-        """The innermost of them."""
+        """The innermost of these modules."""
         stack = self.stack(node)
         return stack[-1] if stack else ("", "")
 
@@ -64,7 +64,7 @@ def _class(cls: Any) -> str:
 
 @dataclass(frozen=True)
 class UnitReport:
-    """A unit: where its norm is, and its convolution with the weight's shape, if it has one."""
+    """A unit: its norm's place, and its convolution and the weight's shape, if it has one."""
 
     norm: Place
     conv: ConvSpec | None
@@ -78,11 +78,11 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class ChainReport:
-    """A chain: the module that all of it belongs to, and its units, a projection last.
+    """A chain: the module that contains all of it, and its units, a projection last.
 
     Attributes:
-        row, place: the chains with one ``row`` run as one, this one at its ``place``. choice: whether the row pays, or
-            the frozen row.
+        row, place: chains with the same ``row`` run as one; this one is at position ``place``. choice: the row's
+            ``Choice``, or the frozen row.
     """
 
     owner: Place
@@ -94,7 +94,7 @@ class ChainReport:
     choice: Any
 
     def inside(self, name: str) -> ChainReport:
-        """With the names that its modules have in one that has the captured one as ``name``."""
+        """The chain with its modules' names in a model that contains the captured module as ``name``."""
 
         def full(place: Place) -> Place:
             return (f"{name}.{place[0]}" if name and place[0] else place[0] or name, place[1])
@@ -107,11 +107,11 @@ class GraphReport:
     """One captured graph.
 
     Args:
-        matches: what was found in it. names: of its modules.
+        matches: the matches in it. names: its modules' names.
 
     Attributes:
-        chains: in its order; those with the same ``row`` run as one. left: a norm -> why it is in none.
-        norms: how many there are. ran: how many times the graph ran.
+        chains: in the graph's order; those with the same ``row`` run as one. left: a norm -> why it is in no chain.
+        norms: the number of norms. ran: the number of times that the graph ran.
     """
 
     def __init__(self, matches: Matches, names: Names) -> None:
@@ -159,7 +159,7 @@ def _unit(unit: UnitMatch, names: Names) -> UnitReport:
 
 
 def _owner(chain: ChainMatch, names: Names) -> Place:
-    """The innermost module that all of a chain's calls are in."""
+    """The innermost module that contains all of a chain's calls."""
     stacks = [names.stack(node) for node in chain.nodes]
     common: Place = ("", "")
     for level in zip(*stacks):

@@ -1,4 +1,4 @@
-"""The rows of a captured graph: chains one after the other that may run as one."""
+"""Finds the rows of a captured graph: chains one after the other that run as one operator."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import fx
 from fused_resnet.fusion.matches import ChainMatch, RowMatch
 from fused_resnet.fusion.refusals import Refusals
 
-# The stages that belong to a frozen stem's row, by the size of their tensors in the paper's networks.
+# The number of stages in a frozen stem's row, chosen by the size of their tensors in the paper's networks.
 _STEM_STAGES = 2
 
 
 def rows_of(chains: Sequence[ChainMatch], refusals: Refusals) -> Iterator[RowMatch]:
-    """The chains, those one after the other together."""
+    """Groups chains that follow one another into rows."""
     by_start: dict[fx.Node, list[ChainMatch]] = {}
     for chain in chains:
         by_start.setdefault(chain.start, []).append(chain)
@@ -32,7 +32,7 @@ def rows_of(chains: Sequence[ChainMatch], refusals: Refusals) -> Iterator[RowMat
 def _after(
     row: Sequence[ChainMatch], by_start: dict[fx.Node, list[ChainMatch]], refusals: Refusals
 ) -> ChainMatch | None:
-    """The chain that may run in one row with those before it."""
+    """The chain that may run in one row with the chains before it."""
     end, followers = row[-1].end, by_start.get(row[-1].end, [])
     if len(followers) != 1:
         return None
@@ -41,7 +41,7 @@ def _after(
         if not _fits_row(after) or (_begins_stage(after) and _stages(row) >= _STEM_STAGES):
             return None
     elif not all(map(_fits_row, (*row, after))) or _begins_stage(after):
-        return None  # a stage of its own: its parameters' gradients are not to wait for those of all others
+        return None  # a stage is a row of its own: its parameters' gradients must not wait for all other stages
     if not set(end.users) <= set(after.nodes):
         return None
     whole = [*row, after]
@@ -53,7 +53,7 @@ def _begins_stage(chain: ChainMatch) -> bool:
 
 
 def _stages(row: Sequence[ChainMatch]) -> int:
-    """How many stages of a network are in a row behind its stem; no more may come where there is no stem."""
+    """The number of stages in a row after its stem. Without a stem it is the maximum, so that no stage is added."""
     stem = row[0]
     if stem.shortcut != "none" or (len(stem.units) > 1 and stem.max_pool is None):
         return _STEM_STAGES
@@ -61,5 +61,5 @@ def _stages(row: Sequence[ChainMatch]) -> int:
 
 
 def _fits_row(chain: ChainMatch) -> bool:
-    """Alone, a chain may have what a row can't have."""
+    """Whether a chain has nothing that is only allowed outside rows."""
     return chain.max_pool is None and chain.shortcut != "tensor" and chain.units[0].has_conv

@@ -1,4 +1,4 @@
-"""fuse and unfuse: modules whose forward runs through dynamo with the backend of this package, and back again."""
+"""fuse and unfuse. A fused module's forward runs through dynamo with the backend of this package."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def _fused_methods(cls: Any) -> dict[str, Any]:
 
 
 def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
-    """``name`` of the fused class. Each function has a code object of its own, by which dynamo remembers things."""
+    """The method ``name`` of a fused class. Each gets its own code object, because dynamo keeps its data per code."""
 
     def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(cls, name)(self, *args, **kwargs)  # as it is now: a class's method may be replaced at any time
+        return getattr(cls, name)(self, *args, **kwargs)  # looked up at each call: it may be replaced at any time
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling() or inside_plain():
@@ -47,7 +47,7 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
         front = self.__dict__.get("_fr_fronts", _NO_FRONTS).get(method)
         if front is not None and front.settled.runs_plain(kind):
             return front.settled.plainly(method, self, *args, **kwargs)
-        # the mark is missing in a slice of an nn.Sequential, which is made by its class
+        # a slice of an nn.Sequential is made by its class and lacks the mark
         if graphed() or "_fr_fused" not in self.__dict__ or others_capture() or plain_here(args, kwargs):
             return plain(self, *args, **kwargs)
         return _captured(self, method, kind, args, kwargs)
@@ -59,11 +59,13 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
 
 
 def _never_first(function: Any, below: _FrameAction = _FrameAction.DEFAULT) -> None:
-    """Dynamo takes calls of ``function`` into graphs, but begins none there: where a capture is broken off before such
-    a call, a fused module is captured by itself, and somebody else's torch.compile begins at the plain method.
+    """Lets dynamo take calls of ``function`` into graphs, but begin no graph at it.
+
+    If a capture breaks off before such a call, a fused module is then captured on its own, and a torch.compile of the
+    user's begins at the plain method.
 
     Args:
-        below: whether it begins any in what ``function`` calls.
+        below: whether dynamo may begin a graph in a function that ``function`` calls.
     """
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, below))
 
@@ -72,7 +74,7 @@ _NO_FRONTS: dict[Any, Front] = {}
 
 
 def _captured(self: Any, plain: Callable[..., Any], kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    fronts = self.__dict__.setdefault("_fr_fronts", {})  # one for all threads
+    fronts = self.__dict__.setdefault("_fr_fronts", {})  # shared by all threads
     front = fronts.get(plain) or fronts.setdefault(plain, Front(self, plain, lambda gm, _: lower(gm)))
     if dist.is_available() and (dist.is_initialized() or "_fr_named" in self.__dict__):
         name_groups(self)
@@ -80,13 +82,15 @@ def _captured(self: Any, plain: Callable[..., Any], kind: Any, args: tuple[Any, 
 
 
 def plain_here(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether somebody traces, counts or fakes the call: they are to see the plain module."""
+    """Whether a tool traces, counts or fakes the call: it must see the plain module."""
     return _watched() or nn_module._has_any_global_hook() or transformed() or _has_proxy(args) or _has_proxy(kwargs)
 
 
 def _watched() -> bool:
-    """Whether a dispatch mode sees every operator, but for those that say that a compiler's graphs are as good: the
-    modes of selective checkpoints."""
+    """Whether a dispatch mode watches every operator.
+
+    The modes of selective checkpoints do not count: they declare that they ignore a compiler's internals.
+    """
     if not torch._C._len_torch_dispatch_stack():
         return False
     return not all(mode.ignore_compile_internals() for mode in _get_current_dispatch_mode_stack())
@@ -105,12 +109,12 @@ def _has_proxy(value: Any) -> bool:
 
 
 def _sync_methods(cls: Any) -> dict[str, Any]:
-    """Of a SyncBatchNorm that dynamo sees as one call, on any device."""
+    """The methods of a SyncBatchNorm that dynamo captures as one call, on any device."""
     plain = cls.forward
 
     def forward(self: Any, input: Tensor) -> Tensor:
         group = self.__dict__.get("_fr_group")
-        if group is None or not self.training:  # a process alone in its group: PyTorch's takes no CPU's tensors there
+        if group is None or not self.training:  # alone in its group: PyTorch's would refuse a CPU's tensors
             alone: Tensor = nn.modules.batchnorm._BatchNorm.forward(self, input)
             return alone
         self._check_input_dim(input)
@@ -130,8 +134,10 @@ KINDS["fused"], KINDS["sync"] = _fused_methods, _sync_methods
 
 
 def name_groups(module: nn.Module) -> None:
-    """Tells every SyncBatchNorm in a module the name of its process group, as a constant that dynamo guards: None where
-    the process is alone in it, or there are no processes any more."""
+    """Stores in every SyncBatchNorm of a module the name of its process group, as a constant that dynamo guards.
+
+    The name is None if the process is alone in the group, or if the processes are gone.
+    """
     if dist.is_initialized():
         module.__dict__["_fr_named"] = True
     else:
@@ -145,11 +151,11 @@ def name_groups(module: nn.Module) -> None:
 
 
 def why_not_fused(m: nn.Module) -> str | None:
-    """Why a module's own forward can't be captured, or None."""
+    """The reason why a module's own forward can't be captured, or None."""
     try:
         return _why_not_fused(m)
-    except Exception as error:  # whatever a module's own class and properties raise when they are looked at
-        return f"it can't be looked at: {type(error).__name__}: {error}"
+    except Exception as error:  # a module's class and properties may raise anything when they are read
+        return f"it can't be inspected: {type(error).__name__}: {error}"
 
 
 def _why_not_fused(m: nn.Module) -> str | None:
@@ -157,7 +163,7 @@ def _why_not_fused(m: nn.Module) -> str | None:
         return None
     tensors = [t for _, child in named_modules(m) for t in (*child._parameters.values(), *child._buffers.values())]
     if any(t is not None and is_lazy(t) for t in tensors):
-        return "its parameters have no shapes yet"
+        return "its parameters are lazy and have no shapes yet"
     if isinstance(m, torch.jit.ScriptModule):
         return "TorchScript compiled it"
     if type(m).forward is nn.Module.forward:
@@ -168,28 +174,28 @@ def _why_not_fused(m: nn.Module) -> str | None:
         return "its class overrides __call__"
     of = getattr(type(m).forward, "__module__", None) or ""
     if of.startswith(("torch.nn.parallel.", "torch.distributed.")):
-        return "its forward is communication around another module"  # which is fused by itself
+        return "its forward only communicates around another module"  # that module is fused on its own
     return why_no_class(type(m), "fused")
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Gives every module of ``model`` that has a norm in it a class of its own, in place, and returns the model.
+    """Fuses a model in place, and returns it: every module that contains a norm gets a class of its own.
 
-    The class is a subclass of the module's own. Its forward is captured by dynamo at the first call, with guards on all
-    that it read; the residual blocks, stems and conv -> norm -> act units in it run as chains, the rest as it was.
-    Parameters, buffers, names, ``state_dict``, optimizers made before or after, hooks: everything stays. What can't be
-    captured runs plain; ``explain`` says what runs. Fusing twice changes nothing. SyncBatchNorm and
-    DistributedDataParallel may come before or after; a SyncBatchNorm in a chain shares its statistics with the other
-    processes of its group on any device.
+    The class is a subclass of the module's own class. Dynamo captures its forward at the first call, with guards on all
+    that it read. Residual blocks, stems and conv -> norm -> act units in it run as chains; the rest runs as before.
+    Parameters, buffers, names, ``state_dict``, optimizers made before or after, and hooks stay. What can't be captured
+    runs plain; ``explain`` says what runs. Fusing twice changes nothing. SyncBatchNorm and DistributedDataParallel may
+    be applied before or after. A SyncBatchNorm in a chain shares its statistics with the other processes of its group
+    on any device.
 
     Args:
-        model: any module: of torchvision, timm, transformers, of this package or your own.
+        model: any module: from torchvision, timm, transformers or this package, or your own.
 
     Returns:
         The same ``model``.
 
     Raises:
-        TypeError: not an nn.Module.
+        TypeError: ``model`` is not an nn.Module.
     """
     _check(model)
     everything = named_modules(model)
@@ -202,20 +208,20 @@ def fuse(model: nn.Module) -> nn.Module:
                 set_class(m, fused_class(type(m), "fused"))
             m.__dict__["_fr_fused"] = found = True
     if not found:
-        warn_once(f"fuse: nothing in this {type(model).__name__} could be fused; print(fused_resnet.explain(model))")
+        warn_once(f"fuse: nothing in this {type(model).__name__} could be fused: print(fused_resnet.explain(model))")
     return model
 
 
 def _has_norms(m: nn.Module) -> bool:
-    """Whether there are norms in the module, which is none itself."""
+    """Whether the module is not a norm itself but contains norms."""
     return not looks_like_norm(m) and any(looks_like_norm(child) for _, child in named_modules(m))
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Gives every fused module of ``model`` its own class back, in place, and returns it.
+    """Gives every fused module of ``model`` its original class back, in place, and returns the model.
 
     Raises:
-        TypeError: not an nn.Module.
+        TypeError: ``model`` is not an nn.Module.
     """
     _check(model)
     for _, m in named_modules(model):

@@ -1,4 +1,4 @@
-"""A batch norm whose statistics processes share, as one call of a captured graph."""
+"""A batch norm whose statistics are shared by processes, as one call of a captured graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sync_batch_norm(
     eps: float,
     group: str,
 ) -> Tensor:
-    """``torch.nn.SyncBatchNorm`` in training, on any device; ``group``: the name of the process group.
+    """``torch.nn.SyncBatchNorm`` in training, on any device. ``group``: the name of the process group.
 
     Source: ``torch.nn.SyncBatchNorm``.
     """

@@ -1,4 +1,4 @@
-"""What the calls of a captured graph mean: PyTorch's functions, by the names of their arguments."""
+"""The meaning of the calls in a captured graph: PyTorch's functions and the names of their arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _AVG_POOL = {
 }  # fmt: skip
 _PAD = {"input": None, "pad": None, "mode": "constant", "value": None}
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
-# function -> what it computes, and its arguments with their defaults
+# function -> the kind of its computation, and its arguments with their defaults
 CALLS: dict[Function, tuple[str, dict[str, Any]]] = {
     torch.conv2d: ("conv", _CONV),
     F.conv2d: ("conv", _CONV),
@@ -45,18 +45,18 @@ CALLS: dict[Function, tuple[str, dict[str, Any]]] = {
     F.dropout2d: ("dropout", _DROPOUT),
 }
 MULS = (operator.mul, torch.mul, "mul")
-# Calls behind which another mode holds: a chain may not reach across.
+# Calls that switch a mode: a chain must not contain one.
 _MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 
 
 def kind_of(node: Any) -> str | None:
-    """What a node computes, by ``CALLS``; None for anything else."""
+    """The kind of a node's computation by ``CALLS``; None for any other node."""
     known = CALLS.get(node.target) if isinstance(node, fx.Node) and node.op == "call_function" else None  # type: ignore[arg-type]
     return known[0] if known is not None else None
 
 
 def arguments(node: fx.Node) -> dict[str, Any] | None:
-    """The call's arguments by name, defaults filled in; None where there are others than the table knows."""
+    """The call's arguments by name, with defaults; None if it has arguments that the table lacks."""
     _, names = CALLS[node.target]  # type: ignore[index]
     if len(node.args) > len(names):
         return None
@@ -67,14 +67,14 @@ def arguments(node: fx.Node) -> dict[str, Any] | None:
 
 
 def constant(value: Any) -> Any:
-    """A number that dynamo left open because it changed once is the number that it is now, and dynamo guards it."""
+    """Fixes a number that dynamo left symbolic (because it changed once) to its present value; dynamo guards it."""
     number = value.meta.get("example_value") if isinstance(value, fx.Node) else None
     kinds: dict[type, Callable[[Any], Any]] = {torch.SymFloat: float, torch.SymInt: int, torch.SymBool: bool}
     for kind, plain in kinds.items():
         if isinstance(number, kind):
             try:
                 return plain(number)
-            except RuntimeError:  # known only when it runs
+            except RuntimeError:  # the number is known only when the graph runs
                 return value
     return value
 
@@ -99,7 +99,7 @@ def act_of(node: fx.Node) -> Act | None:
 
 
 def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors of a plain sum."""
+    """The two tensors of a sum without a factor."""
     if node.op not in ("call_function", "call_method") or node.target not in ADDS or node.kwargs:
         return None
     if len(node.args) != 2 or not all(isinstance(a, fx.Node) for a in node.args) or node.args[0] is node.args[1]:
@@ -108,7 +108,7 @@ def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that uses a value, once."""
+    """The node that uses a value, if there is only one and it uses the value once."""
     if len(node.users) != 1 or node.op not in ("call_function", "call_method"):
         return None
     (user,) = node.users
@@ -122,12 +122,12 @@ def value_of(node: Any) -> Tensor | None:
 
 
 def switches_mode(node: fx.Node) -> bool:
-    """Whether gradients, autocast or inference mode are switched here."""
+    """Whether a node switches gradients, autocast or inference mode."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _MODES
 
 
 def counts_batch(node: fx.Node) -> bool:
-    """num_batches_tracked.add_(1), whose result nobody uses."""
+    """Whether a node is num_batches_tracked.add_(1) and nothing uses its result."""
     if node.op != "call_method" or node.target != "add_" or node.args[1:] != (1,) or node.users:
         return False
     counted = value_of(node.args[0])
@@ -137,10 +137,10 @@ def counts_batch(node: fx.Node) -> bool:
 
 @lru_cache(maxsize=1024)
 def _place_of_inplace(function: Function) -> int | None:
-    """Which positional argument of a function is ``inplace``."""
+    """The position of the argument ``inplace`` of a function."""
     try:
         names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # a builtin
+    except (TypeError, ValueError):  # a builtin has no signature
         return None
     return names.index("inplace") if "inplace" in names else None
 
@@ -177,9 +177,9 @@ def _nodes(values: Any) -> list[fx.Node]:
 
 
 def storage_of(node: fx.Node) -> int | None:
-    """What two nodes share if one may be a view of the other; None where it isn't known."""
+    """The storage of a node's tensor, which a view shares with its base; None if it is unknown."""
     while "dropout" in str(getattr(node.target, "__name__", "")):
-        node = node.all_input_nodes[0]  # one that drops nothing returns its input, whatever the tracer made of it
+        node = node.all_input_nodes[0]  # one that drops nothing returns its input, unlike in the tracer
     value = value_of(node)
     try:
         return value.untyped_storage()._cdata if value is not None else None

@@ -1,4 +1,4 @@
-"""The units of a captured graph: a norm, the convolution before it if nobody else uses its output, the activation."""
+"""Finds the units of a captured graph: a norm, with the convolution before it and the activation after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_resnet.spec import Act, ConvSpec
 
 
 def units_of(nodes: Sequence[fx.Node], frozen: bool, left: dict[fx.Node, str]) -> dict[fx.Node, UnitMatch]:
-    """Last node -> unit. ``left`` gets the norms that are in none, and why."""
+    """The units by their last node. Adds to ``left`` the norms that are in none, with the reason."""
     found = _Units(nodes, frozen, left)
     return {unit.end: unit for node in nodes if (unit := found.unit(node)) is not None}
 
@@ -68,7 +68,7 @@ class _Units:
 
 
 def _affine(node: fx.Node) -> UnitMatch | None:
-    """x * scale + shift per channel, as frozen norms compute it."""
+    """A unit from x * scale + shift per channel, as frozen norms compute it."""
     for product, shift in (pair for pair in (summands(node),) if pair is not None):
         factors = product.args if product.op != "placeholder" and product.target in MULS else ()
         if len(factors) != 2 or product.kwargs or only_user(product) is not node:
@@ -87,7 +87,7 @@ def _affine(node: fx.Node) -> UnitMatch | None:
 
 
 def _add_conv(unit: UnitMatch, node: fx.Node) -> bool:
-    """Takes the convolution before the unit into it, if a chain can run it."""
+    """Adds the convolution before the unit to it, if a chain can run the convolution."""
     given = arguments(node)
     if given is None or not isinstance(given["input"], fx.Node) or not isinstance(given["weight"], fx.Node):
         return False
@@ -109,7 +109,7 @@ def _add_conv(unit: UnitMatch, node: fx.Node) -> bool:
 
 
 def _through(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """Past dropouts that drop nothing: the node behind which others go on, and those passed."""
+    """Skips dropouts that drop nothing: returns the node after which the graph continues, and the skipped nodes."""
     passed: list[fx.Node] = []
     while (user := only_user(node)) is not None and kind_of(user) == "dropout":
         given = arguments(user)
@@ -121,7 +121,7 @@ def _through(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
 
 def followed_by_act(node: fx.Node) -> tuple[Act, list[fx.Node]]:
-    """The activation behind a value that nobody else uses, and its nodes."""
+    """The activation after a value, if nothing else uses the value, and the activation's nodes."""
     last, passed = _through(node)
     user = only_user(last)
     if user is None or user.args[:1] != (last,) or (act := act_of(user)) is None:
@@ -130,12 +130,12 @@ def followed_by_act(node: fx.Node) -> tuple[Act, list[fx.Node]]:
 
 
 def _module(node: fx.Node) -> Any:
-    """The call of a module that a node comes from."""
+    """The call of the module that a node comes from."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack)) if stack else None
 
 
 def _per_channel(value: torch.Tensor, x: torch.Tensor) -> bool:
-    """[1, C, 1, 1], or [C, 1, 1]"""
+    """Whether the shape is [1, C, 1, 1] or [C, 1, 1]."""
     shape = (1,) * (4 - value.dim()) + tuple(value.shape)
     return value.dim() in (3, 4) and shape == (1, x.shape[1], 1, 1)

@@ -66,7 +66,7 @@ def list_models(family: str | None = None) -> list[str]:
     """The names of all factories of this module: the ImageNet family, then the CIFAR family, by depth within each.
 
     Args:
-        family: "imagenet" or "cifar": of that family alone.
+        family: "imagenet" or "cifar": only that family. None: both.
 
     Returns:
         Names ``n`` for which ``getattr(fused_resnet.models, n)()`` builds a network.

@@ -2,7 +2,7 @@
 
 With bottleneck blocks they have 9n + 2 layers.
 
-Source: He et al., arXiv 1512.03385, section 4.2; the options are of section 4.1 (table 3).
+Source: He et al., arXiv 1512.03385, section 4.2; section 4.1 (table 3) has the options.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Shortcut: TypeAlias = Literal["A", "B", "C"]
 
 
 class ZeroPadShortcut(nn.Module):
-    """Option A: every ``stride``-th pixel of every ``stride``-th row, and zeros for the channels that are missing.
+    """Option A: every ``stride``-th pixel of every ``stride``-th row, and zeros for the missing channels.
 
     Maps (N, C, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride)), in the input's dtype and layout, without
     parameters. The input's channels come first, the zeros after them (the paper leaves open where the zeros go).
 
     Args:
-        stride: distance of the pixels that are kept.
-        out_channels: channels of the output, C at least.
+        stride: the distance of the pixels that are kept.
+        out_channels: channels of the output, at least C.
 
     Raises:
         TypeError, ValueError: an argument is not a positive int, or (in ``forward``) the input is not 4-dimensional
@@ -72,7 +72,7 @@ class CifarResNet(nn.Module):
     Maps (N, in_channels, H, W), 32x32 in the paper, to (N, num_classes), any floating dtype, NCHW or channels_last.
 
     Args:
-        depth: weighted layers of the paper's count (projections are not counted), 6n + 2 for blocks of two
+        depth: weighted layers as the paper counts them (without projections), 6n + 2 for blocks of two
             convolutions, 9n + 2 for :class:`fused_resnet.models.Bottleneck`.
         shortcut: "A": identity, and :class:`ZeroPadShortcut` where the shape changes; "B": a 1x1 convolution and a
             norm where the shape changes, identity elsewhere; "C": a 1x1 convolution and a norm in every block;

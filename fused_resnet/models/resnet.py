@@ -1,6 +1,6 @@
 """The ImageNet ResNet family (He et al., arXiv 1512.03385) in plain PyTorch, with torchvision's names throughout.
 
-Nothing here knows about kernels: a factory builds the plain network and then hands it to ``fused_resnet.fuse``.
+Nothing here knows about kernels. A factory builds the plain network and passes it to ``fused_resnet.fuse``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def conv(inplanes: int, planes: int, size: int, stride: int = 1, groups: int = 1
 
 
 class _Block(nn.Module):
-    """The one constructor of all blocks: checks, then the children in torchvision's order, the shortcut last."""
+    """The constructor of all blocks: checks, then makes the children in torchvision's order, the shortcut last."""
 
     expansion: ClassVar[int] = 1
     weighted_layers: ClassVar[int] = 2
@@ -80,7 +80,7 @@ class _Block(nn.Module):
 
 
 class _TwoConvs(_Block):
-    """conv3x3 - norm - relu - conv3x3 - norm, the branch of BasicBlock and the whole of PlainBlock."""
+    """conv3x3 - norm - relu - conv3x3 - norm: the branch of BasicBlock, and all of PlainBlock."""
 
     def _add_branch(
         self, inplanes: int, planes: int, stride: int, groups: int, base_width: int, dilation: int, norm: NormLayer,
@@ -105,13 +105,13 @@ class BasicBlock(_TwoConvs):
         planes: channels of the output, (N, planes, ceil(H / stride), ceil(W / stride)).
         stride: stride of ``conv1``.
         downsample: the shortcut; None is the identity.
-        groups, base_width, dilation: 1, 64 and 1; here only so that all blocks are built by the same call.
+        groups, base_width, dilation: must be 1, 64 and 1. They exist so that the same call builds all blocks.
         norm_layer: called with a number of channels; None is ``nn.BatchNorm2d``.
-        act_layer: called without arguments; None is ``nn.ReLU(inplace=True)``. The module is named ``relu`` always.
+        act_layer: called without arguments; None is ``nn.ReLU(inplace=True)``. The module is always named ``relu``.
 
     Raises:
-        TypeError, ValueError: an argument is not a positive int or asks for what only Bottleneck has, or
-            ``downsample`` is None where the shortcut has to change the shape.
+        TypeError, ValueError: an argument is not a positive int, or has a value that only Bottleneck supports, or
+            ``downsample`` is None although the shortcut has to change the shape.
 
     Source: arXiv 1512.03385, figure 5 left; ``torchvision.models.resnet.BasicBlock``.
     """
@@ -142,12 +142,12 @@ class Bottleneck(_Block):
     Args:
         inplanes, downsample, norm_layer, act_layer: as for :class:`BasicBlock`.
         planes: a quarter of the output's channels, (N, 4 * planes, ceil(H / stride), ceil(W / stride)).
-        stride, groups, dilation: of ``conv2``.
+        stride, groups, dilation: those of ``conv2``.
         base_width: channels per group at ``planes`` = 64; ``conv2`` has ``int(planes * base_width / 64) * groups``.
 
     Raises:
         TypeError, ValueError: an argument is not a positive int, ``conv2`` would have no channels, or ``downsample``
-            is None where the shortcut has to change the shape.
+            is None although the shortcut has to change the shape.
 
     Source: arXiv 1512.03385, figure 5 right; ``torchvision.models.resnet.Bottleneck``.
     """
@@ -220,8 +220,8 @@ class ResNet(nn.Module):
         layers: number of blocks in each of the four stages.
         num_classes: outputs of ``fc``.
         zero_init_residual: see :func:`init_weights`.
-        groups, width_per_group: of the 3x3 convolutions (Bottleneck only).
-        replace_stride_with_dilation: for stages 2, 3 and 4, dilate instead of striding (Bottleneck only).
+        groups, width_per_group: those of the 3x3 convolutions (Bottleneck only).
+        replace_stride_with_dilation: whether stages 2, 3 and 4 dilate instead of striding (Bottleneck only).
         norm_layer: called with a number of channels; None is ``nn.BatchNorm2d``.
         avg_down: ResNet-D's shortcut: a 2x2 average pool carries the stride (``nn.Identity`` where the stride is 1),
             then a 1x1 convolution of stride 1 and the norm, as ``downsample.0``, ``.1`` and ``.2``.
@@ -276,7 +276,7 @@ class ResNet(nn.Module):
 
     def _make_layer(self, block: Any, planes: int, n: int, stride: int, dilate: bool, norm: NormLayer) -> nn.Module:
         outplanes = planes * block.expansion
-        first_dilation = self.dilation  # the first block still sees pixels at the spacing of the stage before
+        first_dilation = self.dilation  # the first block still has the pixel spacing of the stage before
         if dilate:
             self.dilation *= stride
             stride = 1
@@ -302,7 +302,7 @@ class ResNet(nn.Module):
 
 
 def _torchvision_entry(name: str, weights: str | Enum, in_torchvision: bool) -> Any:
-    """The member of torchvision's weights enum for ``name`` that ``weights`` is, or names."""
+    """The member of torchvision's weights enum for ``name`` that ``weights`` is or names."""
     others = "a path to a .pt or .pth file or a state_dict"
     if not in_torchvision:
         raise ValueError(f"weights: torchvision has none for {name}, expected {others}, got {weights!r}")
@@ -345,7 +345,7 @@ def _read_weights(name: str, weights: Any, kwargs: dict[str, Any], in_torchvisio
 def build(
     name: str, network: Callable[..., Net], weights: Any, fused: bool, in_torchvision: bool, kwargs: dict[str, Any]
 ) -> Net:
-    """What every factory does: construct, load, fuse; see the docstring that :func:`factory` writes."""
+    """Constructs, loads and fuses, for every factory; see the docstring that :func:`factory` writes."""
     if not isinstance(fused, bool):
         raise TypeError(f"fused must be a bool, got {fused!r} of type {type(fused).__name__}")
     state_dict = None if weights is None else _read_weights(name, weights, kwargs, in_torchvision)
@@ -363,7 +363,7 @@ def build(
 
 
 class Factory(Protocol[Net_co]):
-    """The call that all factories share."""
+    """The signature that all factories share."""
 
     def __call__(self, *, weights: Weights | None = None, fused: bool = True, **kwargs: Any) -> Net_co: ...
 

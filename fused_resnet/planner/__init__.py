@@ -1,4 +1,4 @@
-"""Which backend serves which primitive: chosen by preference, or measured on the device and remembered."""
+"""Chooses the backend of each primitive: by preference, or by measuring on the device. Choices are kept in a file."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""The planner's memory: what was measured on a device, in a JSON file of its own per device and set of versions.
+"""The planner's cache: the measurements on a device, in one JSON file per device and set of versions.
 
     {"format": 1, "identity": {"device": "NVIDIA H200", "torch": "2.11.0", ...},
      "choices": {"conv_stats bf16 ...": {"choice": {"backend": "cudnn", ...}, "ms": {"cudnn": 0.21, "aten": 0.34}}}}
 
-and of a CPU also whether chains pay (``sizes.py``): {"choice": {"chains": true}, "ms": {"chains": 2.1, "plain": 2.9}}.
+A CPU's file also says whether chains pay (``sizes.py``): {"choice": {"chains": true}, "ms": {"chains": 2.1, "plain":
+2.9}}.
 
-Files lie in FUSED_RESNET_CACHE, or in ``fused_resnet/`` of the user's cache folder (XDG_CACHE_HOME, ~/.cache). A file
-that is not readable as such, or was made elsewhere, is left alone with a warning. Every write reads the file again
-under a lock and keeps what another process added, then replaces the file in one step.
+Files are in FUSED_RESNET_CACHE, or in ``fused_resnet/`` of the user's cache folder (XDG_CACHE_HOME, ~/.cache). A file
+that is not readable, or was made elsewhere, is left alone with a warning. Every write takes a lock, reads the file
+again, keeps the entries that other processes added, and replaces the file atomically.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from fused_resnet._version import __version__
 from fused_resnet.backends import warn_once
 
 FORMAT = 1
-# For how long a process waits for another one's write.
+# Seconds that a process waits for another one's write.
 _PATIENCE_S = 30
 
 
 def folder() -> Path:
-    """Where plans are kept."""
+    """The folder of the files."""
     given = os.environ.get("FUSED_RESNET_CACHE")
     if given:
         return Path(given).expanduser()
@@ -40,7 +41,7 @@ def folder() -> Path:
 
 
 def _built() -> dict[str, str]:
-    """What the compiled extension says of itself, empty without one."""
+    """The compiled extension's description of its build; empty without an extension."""
     if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
         return {}
     try:
@@ -57,12 +58,12 @@ def _extension() -> str:
     return f"cuda {built['cuda_archs']}, cutlass {built['cutlass']}" if built else "none"
 
 
-# What makes the libraries behind PyTorch's operators, or memory itself, faster or slower.
+# Environment variables that change the speed of the libraries behind PyTorch's operators, or of memory.
 _SPEED = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "FUSED_RESNET_CPU_COMPUTE", "LD_PRELOAD")
 
 
 def _processor() -> str:
-    """The CPU, and the instructions that PyTorch, oneDNN, MKL and our kernels may use of it."""
+    """The CPU, and the instruction sets that PyTorch, oneDNN, MKL and our kernels may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -74,7 +75,7 @@ def _processor() -> str:
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """What a measurement depends on beside its signature: the device and every version that makes or runs kernels."""
+    """What a measurement depends on beside its signature: the device, and every version that makes or runs kernels."""
     try:
         from importlib.metadata import version
 
@@ -98,10 +99,10 @@ def identity(device: torch.device) -> dict[str, str]:
 
 
 class PlanCache:
-    """The choices for one identity: a dictionary, and the file that outlives the process.
+    """The choices for one identity: a dictionary in memory, and a file.
 
     Args:
-        identity: see ``identity``; a file that names another one is not used.
+        identity: see ``identity``. A file with another identity is not used.
         path: the file; None: one in ``folder()``, named by the identity.
     """
 
@@ -137,14 +138,16 @@ class PlanCache:
         return None
 
     def add(self, signature: str, entry: dict[str, Any], instead_of: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Keeps ``entry``, ``instead_of`` one that is of no use any more, unless another process was first; returns the
-        one that holds. Never raises for the file's sake: where it can't be written, the choice holds for this
-        process."""
+        """Stores ``entry``, unless another process has stored one first. Returns the entry that is valid.
+
+        ``instead_of``: an outdated entry that may be replaced. A file that can't be written raises nothing: then the
+        choice is valid in this process.
+        """
         from filelock import FileLock  # torch requires it
 
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # filelock.Timeout is an OSError: whoever holds the lock for longer than a write takes hangs
+            # filelock.Timeout is an OSError: a process that holds the lock longer than a write takes has hung
             with FileLock(f"{self.path}.lock", timeout=_PATIENCE_S):
                 self.choices = {**self.choices, **self._read()}
                 held = self._hold(signature, entry, instead_of)

@@ -1,4 +1,4 @@
-"""A choice: who serves a primitive, in which configuration; how it is written down, named and called."""
+"""A choice: the backend that serves a primitive, and its configuration; its JSON, its name and its call."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from fused_resnet.planner.signatures import NEEDS, WEIGHT_ONLY, with_changes
 
 @dataclass(frozen=True)
 class Choice:
-    """Who serves a signature: a backend and the configuration that it is to use (its own to read, None: its default);
-    or, for conv_backward, one choice for the input's gradient and one for the weight's."""
+    """The choice for a signature: a backend and its configuration (which only the backend reads; None: its default).
+
+    For conv_backward it may be one choice for the input's gradient and one for the weight's.
+    """
 
     backend: str
     config: tuple[Any, ...] | None = None
     parts: tuple[Choice, Choice] | None = None
 
     def encode(self) -> dict[str, Any]:
-        """As JSON takes it."""
+        """The choice as a value for JSON."""
         if self.parts is not None:
             return {"backend": self.backend, "parts": [part.encode() for part in self.parts]}
         return {"backend": self.backend, "config": self.config}
@@ -42,7 +44,7 @@ APART = "apart"
 
 
 def label(choice: Choice) -> str:
-    """What a choice is called among the measured times."""
+    """The name of a choice among the measured times."""
     if choice.parts is not None:
         return "apart: " + " + ".join(label(part) for part in choice.parts)
     return choice.backend if choice.config is None else f"{choice.backend} {choice.config}"
@@ -62,7 +64,7 @@ def _configured(choice: Choice) -> AbstractContextManager[Any]:
 def call_choice(choice: Choice, primitive: str, args: tuple[Any, ...]) -> Any:
     if choice.parts is not None:
         for_input, for_weight = choice.parts
-        # the weight's first: the input's may overwrite ``add``
+        # the weight's gradient first: the input's may overwrite ``add``
         _, dw, *_ = call_choice(for_weight, primitive, with_changes(args, WEIGHT_ONLY))
         dx, _, *sums = call_choice(for_input, primitive, with_changes(args, {NEEDS[1]: False}))
         return dx, dw, *sums

@@ -1,11 +1,12 @@
-"""Which backend serves which primitive: chosen by preference, or measured on the device and remembered.
+"""Chooses the backend of each primitive: by preference, or by measuring on the device.
 
-``run(primitive, *args)`` is how a chain calls a primitive. Where nothing is measured the choice is the first of
+A chain calls a primitive by ``run(primitive, *args)``. If nothing is measured, the choice is the first of
 ``backends.NAMES`` that is available and takes the case. On a GPU each new signature (shapes, dtype, hyper-parameters;
-the batch rounded up to a power of two) is measured once: every backend that takes it, with every configuration that it
-offers, beside ``aten``, caches flushed between runs; a convolution's backward also as two calls, input and weight
-apart. What gives other numbers than ``aten`` on these arguments is dropped with a warning. The fastest is kept in a
-file (``cache``), so it is the same in every later process. ``use_backend`` overrides all of this.
+the batch rounded up to a power of two) is measured once. The candidates are all backends that take it, with all their
+configurations, beside ``aten``. Caches are flushed between runs. A convolution's backward is also measured as two
+calls, one for the input and one for the weight. A candidate whose numbers differ from those of ``aten`` on these
+arguments is dropped with a warning. The fastest is kept in a file (``cache``), so later processes choose the same.
+``use_backend`` overrides all of this.
 
 FUSED_RESNET_PLAN: "auto" (measure on GPUs; the default), "measure" (on CPUs too), "preference" (never).
 """
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 _choosing = Lock()
-# key of the arguments -> choice; and what ``explain`` reads: (primitive, conv, weight's shape or channels) -> entry
+# key of the arguments -> choice; and for ``explain``: (primitive, conv, weight's shape or channels) -> entry
 _known: dict[Any, Choice] = {}
 _entries: dict[Any, dict[str, Any]] = {}
 # Called with (primitive, args, {"choice": ..., "ms": ...}) after each measurement, for reports.
@@ -40,7 +41,7 @@ listeners: list[Callable[[str, tuple[Any, ...], dict[str, Any]], None]] = []
 
 
 def run(primitive: str, *args: Any) -> Any:
-    """Calls the primitive on the backend that serves these arguments (``Primitives`` tells them).
+    """Calls the primitive on the backend that serves these arguments (see ``Primitives``).
 
     Raises:
         BackendUnavailable: ``use_backend`` asks for one that refuses the case.
@@ -51,16 +52,16 @@ def run(primitive: str, *args: Any) -> Any:
     key = key_of(primitive, args)
     choice = _known.get(key)
     if choice is None:
-        with _choosing.held():  # threads that come at once get one choice, and none is timed beside another
+        with _choosing.held():  # concurrent threads get one choice, and their timings do not overlap
             choice = _choose(primitive, args)
-        if choice is None:  # not now: by preference, and measured at a later call
+        if choice is None:  # it can't be measured now: by preference, and a later call measures
             return getattr(pick(primitive, case_of_call(primitive, args)), primitive)(*args)
         _known[key] = choice
     return call_choice(choice, primitive, args)
 
 
 def plan() -> str:
-    """FUSED_RESNET_PLAN (ValueError where it is none of the three that there are)."""
+    """FUSED_RESNET_PLAN (ValueError if it has another value than the three allowed)."""
     wish = os.environ.get("FUSED_RESNET_PLAN", "auto")
     if wish not in ("auto", "measure", "preference"):
         raise ValueError(f"FUSED_RESNET_PLAN: expected auto, measure or preference, got {wish!r}")
@@ -72,19 +73,19 @@ def _measures(device: str) -> bool:
 
 
 def cache_of(device: torch.device) -> PlanCache:
-    """The plan of a device; of a CPU, one for each number of threads."""
+    """The cache of a device; a CPU has one per number of threads."""
     return _cache(device, torch.get_num_threads() if device.type == "cpu" else 0)
 
 
 @lru_cache
 def _cache(device: torch.device, threads: int) -> PlanCache:
-    from fused_resnet.planner.cache import PlanCache, identity  # not before something is measured
+    from fused_resnet.planner.cache import PlanCache, identity  # imported only when something is measured
 
     return PlanCache(identity(device))
 
 
 def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
-    """From the cache, or measured now; None where that can't be: nothing to measure, or a CUDA graph is captured."""
+    """The choice from the cache, or measured now. None: nothing to measure, or a CUDA graph is being captured."""
     x, case = args[0], case_of_call(primitive, args)
     device: torch.device = x.device
     text = signature(primitive, args)
@@ -107,7 +108,7 @@ def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
 
 
 def _usable(choice: Choice, primitive: str, case: Case) -> bool:
-    """A cache outlives what it was measured with: the backend it names may be gone."""
+    """Whether a cached choice can be used: its backend may be gone since."""
     if choice.parts is not None:
         return all(_usable(part, primitive, case) for part in choice.parts)
     module = load(choice.backend)[0] if choice.backend in NAMES else None
@@ -115,8 +116,10 @@ def _usable(choice: Choice, primitive: str, case: Case) -> bool:
 
 
 def planned(primitive: str, conv: ConvSpec | None, shape: Any) -> str | None:
-    """What serves a convolution's weight shape (or, without one, a number of channels) by the last measurement that
-    this process looked up: the choice, its time and that of aten; None where nothing was measured."""
+    """The choice for a convolution's weight shape (or a number of channels), its time and aten's.
+
+    They are from the last measurement that this process looked up; None if nothing was measured.
+    """
     entry = _entries.get((primitive, conv, shape))
     if entry is None:
         return None
@@ -125,7 +128,7 @@ def planned(primitive: str, conv: ConvSpec | None, shape: Any) -> str | None:
 
 
 def forget() -> None:
-    """Drops what this process knows, so that the next call reads the cache file again."""
+    """Drops this process's choices, so that the next call reads the cache file again."""
     _known.clear()
     _entries.clear()
     _cache.cache_clear()

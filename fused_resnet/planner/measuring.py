@@ -1,4 +1,4 @@
-"""Every candidate for a primitive on its arguments: timed, and compared with ``aten``."""
+"""Times every candidate for a primitive on its arguments, and compares its result with that of ``aten``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fused_resnet.planner.signatures import ADD, NEEDS, WEIGHT_ONLY, signature, 
 
 
 def candidates_for(primitive: str, case: Case) -> list[str]:
-    """The backends that take the case, best first."""
+    """The backends that take the case, in order of preference."""
     modules = [(name, load(name)[0]) for name in NAMES]
     return [name for name, m in modules if m is not None and refusal_of(m, primitive, case) is None]
 
 
 def measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[Choice, dict[str, float]]:
-    """The fastest choice, and the milliseconds of all."""
+    """The fastest choice, and the milliseconds of all candidates."""
     found = _times(primitive, names, args)
     ms = {label(choice): time for choice, time in found.items()}
     if primitive == "conv_backward" and args[NEEDS[0]] and args[NEEDS[1]]:
@@ -35,7 +35,7 @@ def measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[Ch
         found[apart] = ms[label(apart)] = for_input[parts[0]] + for_weight[parts[1]]
         for what, times in (("input", for_input), ("weight", for_weight)):
             ms |= {f"{what}: {label(choice)}": time for choice, time in times.items()}
-    # of equals the first, which is preferred; aten is the last backend
+    # among equals the first, which is preferred; aten is the last backend
     return min(found, key=found.__getitem__), ms
 
 
@@ -64,21 +64,22 @@ def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choi
                         )
                         continue
                 found[choice] = milliseconds(partial(call_choice, choice, primitive, own), own[0].device)
-        except Exception as error:  # a kernel that does not compile here, or memory that does not suffice
+        except Exception as error:  # the kernel does not compile here, or memory does not suffice
             if name == "aten":
                 raise
             warn_once(f"backend {name!r} can't run {signature(primitive, args)}: {type(error).__name__}: {error}")
     return found
 
 
-# How far a candidate's result may be from aten's, relative to its norm: far above what rounding does (the tests hold to
-# that), so that what it refuses is broken: a miscompiled kernel, a driver, a backend that was not built for this chip.
+# The largest distance of a candidate's result from aten's, relative to its norm. It is far above rounding (which the
+# tests check), so a refused candidate is broken: a miscompiled kernel, a driver, a backend that was not built for this
+# chip.
 _BOUND = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.1, torch.float16: 5e-2}
 
 
 @contextmanager
 def _nan_filled() -> Iterator[None]:
-    """Within it new memory holds NaN: what a kernel leaves out could be there already, from the candidate before it."""
+    """New memory holds NaN within this context: memory of the previous candidate may already hold the right values."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:
@@ -88,20 +89,20 @@ def _nan_filled() -> Iterator[None]:
 
 
 def _own(primitive: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A primitive may overwrite ``add``."""
+    """A copy of ``add`` for each call, because a primitive may overwrite it."""
     if primitive != "conv_backward" or args[ADD] is None:
         return args
     return with_changes(args, {ADD: args[ADD].clone(memory_format=torch.preserve_format)})
 
 
 def _error(got: Any, want: Any) -> float:
-    """The largest relative error of the images and weights in a result (sums may cancel to nothing); 0 without any."""
+    """The largest relative error of a result's images and weights, or 0. Sums may cancel, so they don't count."""
     errors = [0.0]
     for g, w in zip(tree_leaves(got), tree_leaves(want), strict=True):
         if isinstance(w, Tensor) and w.dim() == 4 and w.is_floating_point():
             if not isinstance(g, Tensor) or g.shape != w.shape:
                 return float("inf")
-            # both may hold what is no number, in the same places
+            # both may hold NaN or Inf in the same places
             g, w = (t.detach().to(vector_dtype(t.dtype)) for t in (g, w))
             same = (g == w) | (g.isnan() & w.isnan())
             difference = torch.where(same, 0, g - w)
@@ -110,7 +111,7 @@ def _error(got: Any, want: Any) -> float:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call: on a GPU by its events with the L2 cache flushed between runs, on a CPU by the clock."""
+    """The median time of a call: on a GPU by events, with the L2 cache flushed between runs; on a CPU by the clock."""
     if device.type == "cuda":
         from triton.testing import do_bench
 

@@ -13,14 +13,14 @@ from fused_resnet.spec import ConvSpec
 
 
 def case_of(x: Tensor, conv: ConvSpec | None = None, weight: Tensor | None = None) -> Case:
-    """What backends decide by, read off the tensors."""
+    """The case of a call, from its tensors."""
     kernel = (weight.shape[2], weight.shape[3]) if weight is not None else (1, 1)
     channels_last = x.is_contiguous(memory_format=torch.channels_last)
     return Case(x.device.type, x.dtype, channels_last, conv, kernel)
 
 
 def pick(primitive: str, case: Case) -> Any:
-    """The backend module that serves this primitive here, by preference.
+    """The backend module that serves this primitive by preference.
 
     Raises:
         BackendUnavailable: ``use_backend`` asks for one that refuses the case.
@@ -29,7 +29,7 @@ def pick(primitive: str, case: Case) -> Any:
 
 
 def why(primitive: str, case: Case) -> tuple[str, dict[str, str]]:
-    """The name of the backend that serves, and the reasons of those that were preferred and don't."""
+    """The name of the backend that serves, and the reasons of preferred backends that refuse."""
     module, reasons = _pick(primitive, case, forced())
     return _name(module), reasons
 
@@ -49,7 +49,7 @@ def _order(primitive: str, only: str | None) -> tuple[str, ...]:
 def _pick(primitive: str, case: Case, only: str | None) -> tuple[Any, dict[str, str]]:
     reasons: dict[str, str] = {}
     for name in _order(primitive, only):
-        # a backend that is asked for by name may plan for meta tensors where it can't run
+        # a backend requested by name may count meta tensors even if it can't run here
         module, reason = load(name, to_run=case.device != "meta" or only is None)
         if module is not None:
             refusal = refusal_of(module, primitive, case)

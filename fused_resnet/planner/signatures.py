@@ -1,4 +1,4 @@
-"""What a choice depends on, read off a primitive's arguments: its case, key and signature."""
+"""The properties of a primitive's arguments on which a choice depends: its case, key and signature."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fused_resnet.backends import Case, Closing, DyCoefficients, Norm, Prologue,
 from fused_resnet.planner.preference import case_of
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
-# Where a primitive's convolution and weight stand among its arguments.
+# The positions of a primitive's convolution and weight among its arguments.
 CONV = {"conv_bias_act": (3, 1), "conv_stats": (2, 1), "conv_backward": (6, 5)}
-# conv_backward's: need_input, need_weight, add, closing
+# The positions of conv_backward's need_input, need_weight, add, closing.
 NEEDS, ADD, _CLOSING = (7, 8), 9, 10
 WEIGHT_ONLY = {NEEDS[0]: False, ADD: None, _CLOSING: None}
 
@@ -30,17 +30,17 @@ def case_of_call(primitive: str, args: tuple[Any, ...]) -> Case:
 
 
 def key_of(primitive: str, args: tuple[Any, ...]) -> Any:
-    """What a choice is known by in this process."""
+    """The key of a choice in this process."""
     return (primitive, args[0].device, tf32(primitive, args[0]), *map(_part, args))
 
 
 def tf32(primitive: str, x: Tensor) -> bool:
-    """Whether float32 products are tf32: another kernel, other times."""
+    """Whether float32 products run in tf32, with another kernel and other times."""
     return primitive in CONV and x.device.type == "cuda" and allow_tf32(x.dtype)
 
 
 def _part(a: Any) -> Any:
-    """What of an argument a measurement depends on, hashable."""
+    """The hashable properties of an argument on which a measurement depends."""
     if isinstance(a, Tensor):
         return a.shape, a.dtype, a.is_contiguous()
     if isinstance(a, Prologue):
@@ -57,12 +57,12 @@ def _part(a: Any) -> Any:
 
 
 def signature(primitive: str, args: tuple[Any, ...]) -> str:
-    """What was measured, as the cache file names it; batches are rounded up to a power of two."""
+    """The key of a measurement in the cache file. Batches are rounded up to a power of two."""
     return " ".join([primitive, *(text_of(a) for a in args), *(["tf32"] if tf32(primitive, args[0]) else [])])
 
 
 def text_of(a: Any) -> str:
-    """An argument of a primitive, as signatures name it."""
+    """The text of a primitive's argument in a signature."""
     if isinstance(a, Tensor):
         shape = list(a.shape)
         if a.dim() == 4 and shape[0] > 0:

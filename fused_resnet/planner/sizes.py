@@ -1,15 +1,15 @@
-"""Whether what this package runs is faster than PyTorch's own operators: measured on this machine, once per signature.
+"""Measures whether this package is faster than PyTorch's own operators, on this machine, once per signature.
 
-On a CPU a chain saves passes over its convolutions' raw outputs and costs calls, and which of the two weighs more
-depends on sizes, dtypes, threads and the processor. So nothing here is a constant of some machine: whoever has a choice
-(``fusion/choosing.py`` for chains, ``frozen/forward.py`` for units) describes it by a text and brings both ways as
-calls; they are timed in turns, and the answer is kept for the process, and in the planner's file for later ones.
-FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
+On a CPU a chain saves passes over its convolutions' raw outputs, but it adds overhead per call. Which of the two weighs
+more depends on sizes, dtypes, threads and the processor, so no constant of one machine decides here. The caller
+(``fusion/choosing.py`` for chains, ``frozen/forward.py`` for frozen units) describes its case by a text and passes both
+candidates as calls. They are timed in turns. The answer is kept in the process, and in the planner's file for later
+processes. FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
 
-A measurement runs in the caller's thread, outside its inference mode: a second thread would bring OpenMP threads of its
-own, more than there are cores, and both ways would take twice as long, and not in proportion. Where the caller has
-hooks on saved tensors, runs a backward, or has a mode that sees every operator, it runs in a thread of its own, which
-those don't reach. It reads no random state.
+A measurement runs in the caller's thread, outside its inference mode. A second thread would have OpenMP threads of its
+own, more than there are cores, and both candidates would take twice as long, not in proportion. If the caller has hooks
+on saved tensors, runs a backward, or has a mode that sees every operator, the measurement runs in a separate thread,
+which these do not affect. It reads no random state.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _always: ContextVar[bool] = ContextVar("fused_resnet_always", default=False)
 Call = Callable[[], Any]
 Calls = Callable[[int], tuple[Call, Call]]
 
-# The fewest and the most rounds of both ways; between the two, none starts after so many seconds.
+# The fewest and the most rounds. After the fewest, no round starts after this many seconds.
 ROUNDS, ROUNDS_S = (2, 15), 0.03
-# Below this share of PyTorch's time it counts as faster: what lies nearer is a tie.
+# Below this share of PyTorch's time ours counts as faster; above it is a tie.
 TIE = 0.98
-# With gradients a tie goes to chains, which keep less for the backward.
+# With gradients a tie goes to chains, because they keep less for the backward.
 TIE_OF_A_STEP = 1.0
 
 
 class Measured(NamedTuple):
-    """Whether ours is the faster way, and the milliseconds of both."""
+    """Whether ours is faster, and the milliseconds of both."""
 
     pays: bool
     ours: float
@@ -52,18 +52,18 @@ class Measured(NamedTuple):
         return f"{'chains' if self.pays else 'plain'} (chains {self.ours:.3g} ms, plain {self.plain:.3g})"
 
 
-# What is answered where nothing is measured.
+# The answer if nothing is measured.
 CHAINS = Measured(True, math.nan, math.nan)
 
 
 def has_choice() -> bool:
-    """Whether anything but chains may run now: not inside ``chains_always``, nor where a backend is asked for."""
+    """Whether PyTorch's operators may run now: not inside ``chains_always``, and not if a backend is requested."""
     return not _always.get() and forced() is None
 
 
 @contextmanager
 def chains_always() -> Iterator[None]:
-    """Within it chains run at any size: for checks of what they compute."""
+    """Chains run at any size within this context, for checks of their results."""
     token = _always.set(True)
     try:
         yield
@@ -72,14 +72,14 @@ def chains_always() -> Iterator[None]:
 
 
 def size(shape: Sequence[int], dtype: torch.dtype) -> str:
-    """Of images, as signatures name them: batches in powers of two, areas in steps of the square root of two."""
+    """The text of images in a signature: batches in powers of two, areas in steps of the square root of two."""
     n, c, h, w = shape
     area = round(2 * math.log2(h * w)) / 2
     return f"{str(dtype).removeprefix('torch.')} {1 << (n - 1).bit_length()}x{c}x2^{area:g}"
 
 
 def images(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Random ones, by a generator of their own."""
+    """Random images from a separate generator."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, memory_format=layout).normal_(generator=torch.Generator().manual_seed(0))
 
@@ -90,23 +90,25 @@ _measuring = Lock()
 
 
 def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE) -> Measured:
-    """The answer for a signature: of this process, of the planner's file, or measured now. It never changes within a
-    process.
+    """The answer for a signature: from this process, from the planner's file, or measured now.
+
+    It never changes within a process.
 
     Args:
-        text: all that the times depend on but for the machine, the number of threads and the versions.
-        images: the batch. calls: a batch of at most that size -> our way and PyTorch's, ready to be timed; called in
-            another thread. call_s: what one timed call should take; of a larger batch a part is timed. tie: the share
-            of PyTorch's time below which ours is the answer.
+        text: everything that the times depend on, except the machine, the number of threads and the versions.
+        images: the batch. calls: maps a batch of at most that size to our call and PyTorch's, ready to be timed; may
+            run in another thread. call_s: the seconds that one timed call should take; of a larger batch a part is
+            timed.
+            tie: ours is the answer below this share of PyTorch's time.
 
     Returns:
-        ``CHAINS`` where nothing is measured, or PyTorch's way raises: then chains say what is wrong.
+        The measurement. ``CHAINS`` if nothing is measured, or if PyTorch's call raises: then chains report the error.
     """
     key = torch.get_num_threads(), text
     if key not in _known:
         if plan() == "preference":
             return CHAINS
-        with _measuring.held():  # threads that come at once get one answer, and none is timed beside another
+        with _measuring.held():  # concurrent threads get one answer, and their timings do not overlap
             if key not in _known:
                 found = _kept(text) or _measured(images, calls, call_s, tie)
                 if found is not None:
@@ -118,12 +120,12 @@ def _kept(text: str) -> Measured | None:
     entry = cache_of(torch.device("cpu")).choices.get(text)
     try:
         return Measured(entry["choice"]["chains"], entry["ms"]["chains"], entry["ms"]["plain"]) if entry else None
-    except (KeyError, TypeError):  # a file that somebody else wrote
+    except (KeyError, TypeError):  # another program wrote the file
         return None
 
 
 def _keep(text: str, found: Measured) -> Measured:
-    """What holds: another process may have been first."""
+    """Stores an answer. Returns the valid one: another process may have been first."""
     if math.isfinite(found.ours):
         entry = {"choice": {"chains": found.pays}, "ms": {"chains": found.ours, "plain": found.plain}}
         cache_of(torch.device("cpu")).add(text, entry)
@@ -131,7 +133,7 @@ def _keep(text: str, found: Measured) -> Measured:
 
 
 def forget() -> None:
-    """Drops what this process knows."""
+    """Drops this process's answers."""
     _known.clear()
 
 
@@ -142,11 +144,11 @@ def _measured(images: int, calls: Calls, call_s: float, tie: float) -> Measured 
     def work() -> None:
         try:
             found.append(_timed(images, calls, call_s, tie))
-        except Exception:  # PyTorch's own way raises: the caller's call will say so
+        except Exception:  # PyTorch's call raises: the caller's own call will report it
             pass
 
     if not _watched():
-        with torch.inference_mode(False):  # tensors that are made inside it could not learn
+        with torch.inference_mode(False):  # inference tensors can't require gradients
             work()
         return found[0] if found else None
     threads = torch.get_num_threads()
@@ -165,13 +167,13 @@ def _measured(images: int, calls: Calls, call_s: float, tie: float) -> Measured 
         thread = threading.Thread(target=with_threads, name="fused_resnet measures")
         thread.start()
         thread.join()
-    except RuntimeError:  # an interpreter that ends starts no threads
+    except RuntimeError:  # an interpreter that is shutting down starts no threads
         pass
     return found[0] if found else None
 
 
 def _watched() -> bool:
-    """Whether something of the caller's would see, or change, what a measurement runs in its thread."""
+    """Whether the caller's hooks or modes would see, or change, a measurement in its thread."""
     return bool(
         torch._C._current_graph_task_id() != -1
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -182,8 +184,8 @@ def _watched() -> bool:
 
 
 def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:
-    """The least of some interleaved times of each."""
-    # with one thread its own time: what else the machine does is not part of it
+    """The smallest of several interleaved times of each call."""
+    # with one thread the thread's CPU time, which excludes the machine's other work
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def seconds(call: Call) -> float:
@@ -198,7 +200,7 @@ def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:
         plain()
     try:
         ours()
-    except Exception:  # what PyTorch takes and we don't runs plain
+    except Exception:  # a case that PyTorch takes and we refuse runs plain
         return Measured(False, math.inf, seconds(plain) * 1e3)
     best = {ours: math.inf, plain: math.inf}
     start = clock()
@@ -211,7 +213,7 @@ def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:
 
 
 def _begun(images: int, calls: Calls) -> tuple[int, Call, Call]:
-    """Calls for one image, and for two where the statistics of one can't be taken; PyTorch's has run."""
+    """The calls for one image, or for two if one has no statistics. PyTorch's has run once."""
     try:
         ours, plain = calls(1)
         plain()

@@ -29,7 +29,7 @@ from fused_resnet.studies.study import (
 
 SIMILAR = "both designs have similar time complexity"
 BETTER = "The 50/101/152-layer ResNets are more accurate than the 34-layer ones by considerable margins"
-# A bottleneck network may cost so much more than the basic one of as many blocks.
+# A bottleneck network may cost at most this much more than the basic network with as many blocks.
 SIMILAR_WITHIN = 0.15
 
 
@@ -40,13 +40,16 @@ def networks(preset: Preset) -> list[Network]:
 
 @cache
 def imagenet_costs() -> dict[str, Figures]:
-    """Parameters and multiply-adds of the five networks of table 1, with the stride where the paper has it, and in the
-    3x3 convolution; those of basic blocks with option A, the paper's."""
+    """Parameters and multiply-adds of the five networks of table 1.
+
+    Bottlenecks are counted with the stride in the paper's place and in the 3x3 convolution, basic blocks with the
+    paper's option A.
+    """
     found = {}
     for depth, published in paper.IMAGENET_MULTIPLY_ADDS.items():
         with torch.device("meta"):
             here = getattr(models, f"resnet{depth}")(fused=False)
-            # option A costs nothing: as much as the plain twin
+            # option A adds no cost: count the plain twin
             theirs = getattr(models, f"plain{depth}" if depth < 50 else f"resnet{depth}")(fused=False)
         found[f"ResNet-{depth}"] = {
             "parameters": costs.parameters(here),

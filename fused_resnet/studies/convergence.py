@@ -1,4 +1,4 @@
-"""Shallow residual networks converge faster than plain ones that reach the same."""
+"""Shallow residual networks converge faster than plain ones that reach the same loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLAIM = (
     "to the plain net. In this case, the ResNet eases the optimization by providing faster convergence at the early "
     "stage"
 )
-# Of the loss of guessing; the second decides.
+# Shares of the loss of guessing; the second decides.
 SHARES = (0.5, 0.25, 0.125)
 WINDOW = 10
 
@@ -34,12 +34,12 @@ def networks(preset: Preset) -> list[Network]:
 
 
 def smooth(losses: list[float], window: int = WINDOW) -> list[float]:
-    """The mean of the last ``window`` steps, of fewer at the start."""
+    """The mean of the last ``window`` steps; of fewer steps at the start."""
     return [statistics.fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
 
 
 def reached(losses: list[float], threshold: float) -> int:
-    """The first step after which the smooth loss is below; the number of steps where it never is."""
+    """The first step at which the smooth loss is below the level; the number of steps if it never is."""
     return next((i + 1 for i, loss in enumerate(smooth(losses)) if loss < threshold), len(losses))
 
 
@@ -47,7 +47,7 @@ def measure(lab: Laboratory) -> Figures:
     guessing = math.log(len(lab.data.classes))
     losses = {n.name: [[s["loss"] for s in run.history.steps] for run in lab.runs(n)] for n in networks(lab.preset)}
     steps = {n: {str(s): [reached(run, s * guessing) for run in runs] for s in SHARES} for n, runs in losses.items()}
-    # a curve of at most some hundred points per seed: CIFAR-10's 64,000 steps would be megabytes
+    # a curve keeps at most some hundred points per seed: CIFAR-10's 64,000 steps would take megabytes
     stride = max(1, len(next(iter(losses.values()))[0]) // 400)
     curves = {n: [smooth(run)[::stride] for run in runs] for n, runs in losses.items()}
     return {"guessing": guessing, "steps_to_reach": steps, "stride": stride, "smooth_loss": curves}

@@ -1,4 +1,4 @@
-"""What a network costs, counted without running it: parameters and multiply-adds."""
+"""The cost of a network, counted without running it: parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fused_resnet.models import Bottleneck
 
 
 def parameters(model: nn.Module) -> int:
-    """Trainable values; BatchNorm's two vectors among them, its statistics not."""
+    """Trainable values, including BatchNorm's two vectors, without its statistics."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -19,10 +19,10 @@ def multiply_adds(model: nn.Module, channels: int, size: int) -> int:
     """Multiply-adds of convolutions and matrix products for one image, the paper's FLOPs.
 
     Args:
-        model: on the meta device, where nothing is computed; it is unfused, as the counter sees PyTorch's operators.
-        channels, size: of the image, [1, channels, size, size].
+        model: on the meta device, where nothing is computed. It is unfused: the counter sees PyTorch's operators.
+        channels, size: the image is [1, channels, size, size].
 
-    Source: arXiv 1512.03385, table 1 ("FLOPs (multiply-adds)"); PyTorch's counter takes each for two.
+    Source: arXiv 1512.03385, table 1 ("FLOPs (multiply-adds)"); PyTorch's counter counts each as two.
     """
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -33,7 +33,7 @@ def multiply_adds(model: nn.Module, channels: int, size: int) -> int:
 def stride_first(model: nn.Module) -> nn.Module:
     """Moves each bottleneck's stride from the 3x3 convolution to the first 1x1, in place: the paper's placement.
 
-    Parameters and keys stay; the networks here, like torchvision's, carry the stride in the 3x3 ("v1.5").
+    Parameters and keys stay. The networks here, like torchvision's, have the stride in the 3x3 ("v1.5").
     """
     for block in model.modules():
         if isinstance(block, Bottleneck):

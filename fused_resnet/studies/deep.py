@@ -32,7 +32,7 @@ CONVERGES = "This 110-layer network converges well"
 NO_DIFFICULTY = "Our method shows no optimization difficulty [with 1202 layers]"
 MEMORY = "a fused network keeps less for backward than a plain one (this package's claim, not the paper's)"
 STEPS = 8
-# The training error below which a network is said to have converged: the paper has no figure, 90 % is guessing.
+# A network has converged if its training error is below this. The paper gives no figure; guessing has 90 %.
 CONVERGED = 0.1
 
 
@@ -41,7 +41,7 @@ def networks(preset: Preset) -> list[Network]:
 
 
 def _memory(model: nn.Module, x: Tensor, y: Tensor) -> Figures:
-    """Bytes per image that are kept for backward, and by how much memory rises in a step."""
+    """Bytes per image that are kept for the backward, and the rise of memory in a step."""
 
     def loss() -> Tensor:
         return F.cross_entropy(model(x), y)
@@ -56,7 +56,7 @@ def _memory(model: nn.Module, x: Tensor, y: Tensor) -> Figures:
 
 
 def _few_steps(model: nn.Module, x: Tensor, y: Tensor) -> Figures:
-    """Updates on one batch at the warm-up's rate of 0.01, with the norms of every layer's gradient."""
+    """Updates on one batch at the warm-up's rate of 0.01, recording the norm of every layer's gradient."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     losses, norms = [], []
     for _ in range(STEPS):

@@ -1,4 +1,4 @@
-"""Plain networks get worse with depth, residual ones do not."""
+"""Plain networks get worse with depth; residual ones do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients per layer, at the start and during training: what vanishes, what explodes, and what keeps them from it."""
+"""Gradients per layer, at the start and during training: which vanish, which explode, and what prevents it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ HEALTHY = "We also verify that the backward propagated gradients exhibit healthy
 ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "elu")
 SCALES = (0.5, 1.0, 2.0)
 IMAGES = 64
-# The largest ratio between the first and the last layer's gradient, either way, that is called healthy; and the largest
-# that leaves a gradient there at all. They are ours, the paper gives none.
+# The largest ratio between the first and the last layer's gradient, either way, that counts as healthy; and the largest
+# at which the gradient has not vanished. These bounds are ours; the paper gives none.
 HEALTHY_WITHIN, VANISHED_BELOW = 1e2, 1e-3
 
 _ACT: dict[str, Any] = {
@@ -45,7 +45,7 @@ KINDS = ("plain", "residual", "residual, open path")
 
 
 class OpenBlock(BasicBlock):
-    """BasicBlock without the activation after the addition, so that nothing stands in the shortcuts' way.
+    """BasicBlock without the activation after the addition, so that nothing interrupts the shortcuts.
 
     Source: He et al., arXiv 1603.05027, section 3 (f = identity).
     """
@@ -60,7 +60,7 @@ def networks(preset: Preset) -> list[Network]:
 
 
 def _cases() -> list[tuple[str, bool, str, float]]:
-    """(kind, BN, activation, scale of the initialisation): every activation, and with ReLU every scale."""
+    """The cases (kind, BN, activation, scale of the initialisation): every activation, and with ReLU every scale."""
     cases = [(kind, bn, act, 1.0) for kind in KINDS for bn in (False, True) for act in ACTIVATIONS]
     cases += [(kind, bn, "relu", s) for kind in KINDS[:2] for bn in (False, True) for s in SCALES if s != 1]
     return cases
@@ -79,7 +79,7 @@ def initial_gradients(
     options: dict[str, Any] = {"act_layer": _ACT[act], "norm_layer": None if bn else nn.Identity}
     if kind == KINDS[2]:
         options["block"] = OpenBlock
-    # without BN there is no chain to fuse, and OpenBlock is none of the blocks that fuse knows
+    # nothing to fuse: there are no chains without BN, and OpenBlock stays plain
     model = lab.build(network, lab.seeds[0], fused=bn and kind != KINDS[2], **options)
     with torch.no_grad():
         for m in model.modules():
@@ -100,7 +100,7 @@ def measure(lab: Laboratory) -> Figures:
 
 
 def ratio(norms: list[float]) -> float:
-    """The first layer's gradient over the last one's; 0 or infinite where one of them is."""
+    """The first layer's gradient over the last one's; 0 or infinite if one of them is."""
     first, last = norms[0], norms[-1]
     if not (math.isfinite(first) and math.isfinite(last)):
         return math.inf

@@ -23,9 +23,9 @@ from fused_resnet.studies.study import (
 
 FALL = "the error falls suddenly where the learning rate is divided by ten"
 ABOVE = "under augmentation the training error stays above the test error while the learning rate is high"
-# Epochs on either side of a division that are averaged.
+# This many epochs on either side of a division are averaged.
 WINDOW = 2
-# The least that may be called sudden: the loss of the epochs before, over that of the epochs after.
+# A fall is sudden if the loss of the epochs before, over that of the epochs after, is at least this.
 SUDDEN = 1.25
 
 
@@ -49,7 +49,7 @@ def divisions(rates: list[float]) -> list[int]:
 
 
 def falls(curve: list[float], epoch: int) -> tuple[float, float]:
-    """Mean over WINDOW epochs before ``epoch`` over that after it; and the same one WINDOW earlier, for comparison."""
+    """The mean of WINDOW epochs before ``epoch`` over the mean after it; and the same ratio one WINDOW earlier."""
     starts = (epoch - 2 * WINDOW, epoch - WINDOW, epoch)
     means = [statistics.fmean(curve[max(0, e) : max(1, e + WINDOW)]) for e in starts]
     return means[1] / max(means[2], 1e-12), means[0] / max(means[1], 1e-12)

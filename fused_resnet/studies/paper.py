@@ -1,4 +1,4 @@
-"""The paper's published numbers, each by the table or section that it stands in.
+"""The paper's published numbers, each with its table or section.
 
 Source: He et al., *Deep Residual Learning for Image Recognition*, arXiv 1512.03385.
 """
@@ -25,5 +25,5 @@ IMAGENET_SHORTCUTS = {
     "ResNet-101": (21.75, 6.05),
     "ResNet-152": (21.43, 5.71),
 }
-# Not in the paper, which gives no parameters of its ImageNet networks: what every implementation of them has, in 10^6.
+# In 10^6. The paper gives no parameters of its ImageNet networks; every implementation has these.
 IMAGENET_PARAMETERS = {"resnet18": 11.69, "resnet50": 25.56}

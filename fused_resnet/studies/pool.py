@@ -1,4 +1,4 @@
-"""Work side by side in processes of its own: told of as it goes, ended together, with errors that a user can read."""
+"""Runs tasks side by side in processes: reports progress, ends all together, and raises errors that a user can read."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ Found = TypeVar("Found")
 
 
 class WorkerLost(RuntimeError):
-    """A process ended in the middle of its work, or found no memory for it."""
+    """A process ended in the middle of its work, or ran out of memory."""
 
 
 def side_by_side(
     function: Callable[[Task, Advance], Found], tasks: Sequence[Task], processes: int, advance: Advance
 ) -> list[Found]:
-    """``function`` of every task, begun in this order, ``processes`` at a time.
+    """The results of ``function`` for every task. Tasks begin in this order, ``processes`` at a time.
 
-    Several processes import the main module again: a script that gets here keeps what it runs behind
+    The processes import the main module again, so a script that calls this guards its code with
     ``if __name__ == "__main__"``.
 
     Args:
-        function: of a task and of what it tells of work done. It, the tasks and what it returns can be pickled.
-        tasks: what is to be done. processes: with 1, or for a single task, this one.
-        advance: told of work done and of everything that is being done.
+        function: called with a task and a callback that reports work done. The function, the tasks and the results can
+            be pickled.
+        tasks: the tasks. processes: with 1, or for a single task, the tasks run in this process.
+        advance: called with the amount of work done and the names of the running tasks.
 
     Raises:
-        WorkerLost: a process was killed, or memory ran out. What ``function`` raises comes as it is. Either way, and
-            after a KeyboardInterrupt, the processes have ended; where this one is killed, they end when they next tell
-            of work done.
+        WorkerLost: a process was killed, or memory ran out. Exceptions of ``function`` are raised as they are. In all
+            these cases, and after a KeyboardInterrupt, the processes have ended. If this process is killed, they end
+            when they next report work done.
     """
     processes = min(processes, len(tasks))
     if processes <= 1:
         return [function(task, advance) for task in tasks]
-    # Not concurrent.futures: its executor may overlook that the process which it started last has been killed. Here
-    # each process has a pipe of its own, which ends with it, and no lock that it could take along.
-    context = multiprocessing.get_context("spawn")  # after a fork, the threads of the parent's libraries are missing
+    # Not concurrent.futures: its executor may not notice that the process which it started last has been killed. Here
+    # each process has a pipe of its own, which closes when the process ends, and shares no lock.
+    context = multiprocessing.get_context("spawn")  # a forked child lacks the threads of the parent's libraries
     started, busy, found = dict[Connection, BaseProcess](), dict[Connection, int](), dict[int, Found]()
     doing = dict[Connection, str]()
     ahead = iter(range(len(tasks)))
 
     def hand(pipe: Connection) -> None:
-        """The next task, if there is one."""
+        """Starts the next task, if there is one."""
         if (i := next(ahead, None)) is not None:
             busy[pipe] = i
             _send(pipe, tasks[i])
@@ -93,7 +94,7 @@ def _end(started: dict[Connection, BaseProcess]) -> None:
 
 
 def _failure(error: Exception, doing: str | None, processes: int) -> Exception:
-    """What is raised for what a task raised, in one of so many processes."""
+    """The error to raise for an error of the task ``doing``, run by one of ``processes`` processes."""
     if not _out_of_memory(error):
         return error
     why = str(error).partition("\n")[0]
@@ -101,12 +102,12 @@ def _failure(error: Exception, doing: str | None, processes: int) -> Exception:
 
 
 def _lost(doing: str | None, processes: int) -> WorkerLost:
-    """What is raised for a process that is gone."""
+    """The error to raise for a process that has ended before its task ``doing`` did."""
     if doing is None:
-        return WorkerLost("a process ended before its work began: see above")
+        return WorkerLost("a process ended before it began its work: see above")
     return WorkerLost(
-        f"the process at work on {doing} was ended from outside, as a system short of memory does; "
-        f"fewer than {processes} take less"
+        f"the process at work on {doing} was killed from outside, probably for lack of memory; "
+        f"fewer processes than {processes} need less"
     )
 
 
@@ -115,14 +116,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # torch has a class of its own for a GPU's memory only
+    # torch has a class for a GPU's memory only
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _send(pipe: Connection, word: Any) -> bool:
-    """False where the other end is gone."""
+    """Sends a message. Returns False if the other end is closed."""
     try:
-        # as bytes: a pipe would move every tensor to shared memory, each with a file descriptor of its own
+        # as bytes: a pipe would move each tensor to shared memory, with a file descriptor per tensor
         pipe.send_bytes(pickle.dumps(word))
     except ConnectionError:
         return False
@@ -130,7 +131,7 @@ def _send(pipe: Connection, word: Any) -> bool:
 
 
 def _receive(pipe: Connection) -> Any:
-    """None where the other end is gone."""
+    """Receives a message; None if the other end is closed."""
     try:
         return pickle.loads(pipe.recv_bytes())
     except (EOFError, ConnectionError):
@@ -139,8 +140,8 @@ def _receive(pipe: Connection) -> Any:
 
 # ---------------------------------------------------------------------------------------------------- in each process
 def _work(pipe: Connection, pickled: bytes) -> None:
-    """Does what comes through the pipe, until nobody is at its other end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that started them decides
+    """Runs the tasks that come through the pipe, until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the parent handles it
     function = pickle.loads(pickled)
 
     def say(*word: Any) -> None:
@@ -157,9 +158,9 @@ def _work(pipe: Connection, pickled: bytes) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """With where it was raised, which no traceback tells in another process."""
+    """The exception with a note that says where it was raised: tracebacks do not pass between processes."""
     error.add_note(f"In a process of its own:\n{traceback.format_exc()}")
     try:
         return pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception whose class needs other arguments than it keeps
+    except Exception:  # the class takes other arguments than it keeps, so it can't be pickled
         return RuntimeError(f"{type(error).__name__}: {error}\n{error.__notes__[-1]}")

@@ -17,16 +17,16 @@ def _digits(folder: Path | None) -> datasets.ImageData:
     return datasets.digits(size=8)
 
 
-# The paper's recipe but for the rate and the length: at 0.1 a 56-layer network's first updates put out so many ReLUs
-# that it does not recover within some hundred steps.
+# The paper's recipe except for the rate and the length. At 0.1 the first updates of a 56-layer network turn so many
+# ReLUs off that it does not recover within some hundred steps.
 _QUICK = Recipe(epochs=30, lr=0.03)
-# What makes responses small is weight decay acting on BN's scales, which begin at 1, all through a long training: in
-# these 330 updates the paper's 1e-4 leaves them where they began. So five times the updates, and ten times the decay.
+# Weight decay makes responses small: it acts on BN's scales, which begin at 1, during a long training. In these 330
+# updates the paper's 1e-4 leaves the scales where they began. So: five times the updates, ten times the decay.
 _RESPONSES = Recipe(epochs=35, batch_size=32, weight_decay=1e-3)
 _PAPER = recipes.named("paper")
 
 PRESETS = {
-    # 330 updates of 128 images of 8x8: what fits nine studies into minutes on two cores
+    # 330 updates of 128 images of 8x8: so nine studies take minutes on two cores
     "quick": Preset(
         name="quick",
         data=_digits,

@@ -1,4 +1,4 @@
-"""Zero-padding against 1x1 projections of stride 2, where the shape changes: what each costs, and what it brings."""
+"""Zero-padding against 1x1 projections of stride 2, where the shape changes: the cost and the gain of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer responses: residual networks' are smaller than plain ones', and the deeper the smaller."""
+"""Layer responses: smaller in residual networks than in plain ones, and smaller in deeper networks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def responses(model: nn.Module, x: Tensor) -> list[float]:
     """The standard deviation of each 3x3 layer's output after BN, before activation and addition, in eval mode.
 
     Args:
-        model: not changed: a copy runs in plain PyTorch, where hooks see what a chain never writes.
+        model: not changed. A copy runs in plain PyTorch, where hooks see tensors that a chain never writes.
         x: [N, C, H, W], normalised images.
 
     Source: arXiv 1512.03385, section 4.2, "Analysis of Layer Responses".
@@ -59,7 +59,7 @@ def responses(model: nn.Module, x: Tensor) -> list[float]:
     plain = unfuse(copy.deepcopy(model)).eval()
     found: list[float] = []
     for norm in _norms(plain):
-        # copied before an activation in place changes it
+        # copied, because an in-place activation changes it
         norm.register_forward_hook(lambda m, args, out: found.append(float(out.std())))
     plain(x)
     return found
@@ -83,7 +83,7 @@ def judge(figures: Figures) -> list[Verdict]:
     in_order = [residual[depth] for depth in sorted(residual)]
     steps = [Difference.of(a, b) for a, b in pairwise(in_order)]
     ends = Difference.of(in_order[0], in_order[-1])
-    # an order of several: every step as claimed, and the whole way beyond what seeds make
+    # an order holds if every step goes as claimed and the ends differ by more than seeds do
     deeper = all(step.value > 0 for step in steps) and ends.positive
     falls = (
         f"From each depth to the next it falls by {', '.join(map(str, steps))}; from the first to the last by {ends}."

@@ -1,4 +1,4 @@
-"""What every study is made of: networks, the laboratory that trains each once, verdicts, and the files they leave."""
+"""The parts of every study: networks, the laboratory that trains each once, verdicts, output files."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Preset:
     """The size of an experiment.
 
     Attributes:
-        name: for the reader. data: reads the images, from a folder or None.
-        recipe: how every network is trained; networks of ``warm_up_from`` layers and more by ``deep_recipe``.
-        depths: of the plain and residual networks that are compared, shallowest first. deepest: residual only.
-        shortcut_depth: of the networks with options A, B and C. bottleneck_depth: of the one with bottlenecks.
-        response_depths: of the plain and of the residual networks whose responses are compared. response_recipe: how
-            they are trained, where that is not as all others are.
+        name: the name in reports. data: reads the images, from a folder or None.
+        recipe: the recipe of every network; ``deep_recipe`` that of networks with ``warm_up_from`` layers or more.
+        depths: depths of the plain and residual networks that are compared, shallowest first. deepest: residual only.
+        shortcut_depth: depth of the networks with options A, B and C. bottleneck_depth: of the one with bottlenecks.
+        response_depths: depths of the plain and of the residual networks whose responses are compared.
+            response_recipe: their recipe, if it is not ``recipe``.
         all_seeds_up_to: deeper networks are trained with the first seed only.
-        keep: trainings take hours: each writes checkpoints and logs, to go on with.
-        extreme: layers of the network of which a few steps are run; extreme_batch: images of these.
-        train_extreme: train it whole, too.
+        keep: each training writes checkpoints and logs to continue from, because trainings take hours.
+        extreme: depth of the network that takes only a few steps. extreme_batch: images per step.
+        train_extreme: also train that network whole.
     """
 
     name: str
@@ -61,21 +61,21 @@ class Preset:
     warm_up_from: int = 110
 
     def recipe_of(self, network: Network) -> Recipe:
-        """The network's own, or the preset's: the paper warms its networks of 110 layers and more up (section 4.2)."""
+        """The network's own recipe, or the preset's. The paper warms up networks of 110 layers and more (4.2)."""
         return network.recipe or (self.deep_recipe if network.depth >= self.warm_up_from else self.recipe)
 
 
 class Laboratory:
     """Trains each network once per recipe and seed, however many studies ask for it.
 
-    On a CPU every training runs with one thread, and several run side by side: what comes of them is the same for any
+    On a CPU every training runs with one thread, and several run side by side. The results are the same for any
     number of processes.
 
     Args:
         preset, data: the experiment's size and its images.
-        seeds: one training per network, recipe and seed. device: to run on.
-        advance: told of work done, in steps times layers, and of what is being done.
-        folder: where the trainings of a preset that keeps them go. resume: go on with those that are there.
+        seeds: one training per network, recipe and seed. device: the device of the trainings.
+        advance: called with work done, in steps times layers, and the names of the running tasks.
+        folder: holds the trainings of a preset that keeps them. resume: continue those in the folder.
         processes: trainings at a time; 1: in this process. See :func:`fused_resnet.studies.pool.side_by_side`.
 
     Attributes:
@@ -99,11 +99,11 @@ class Laboratory:
         self._runs: dict[Training, Run] = {}
 
     def seeds_of(self, network: Network) -> tuple[int, ...]:
-        """With which the network is trained."""
+        """The seeds with which the network is trained."""
         return self.seeds if network.depth <= self.preset.all_seeds_up_to else self.seeds[:1]
 
     def _training(self, network: Network, seed: int) -> Training:
-        """The same whether a network names the preset's recipe or none; the folder's name tells what differs."""
+        """The network's training, the same whether it names the preset's recipe or none; its folder names any other."""
         recipe, usual = self.preset.recipe_of(network), self.preset.recipe_of(replace(network, recipe=None))
         network = replace(network, recipe=None if recipe == usual else recipe)
         pairs = [(f.name, getattr(recipe, f.name), getattr(usual, f.name)) for f in fields(recipe)]
@@ -112,12 +112,12 @@ class Laboratory:
         return Training(network, recipe, seed, folder)
 
     def _trainings(self, networks: Iterable[Network]) -> list[Training]:
-        """Each once, the longest first, so that none is left to run alone in the end."""
+        """Each training once, the longest first, so that none runs alone at the end."""
         found = dict.fromkeys(self._training(n, seed) for n in networks for seed in self.seeds_of(n))
         return sorted(found, key=lambda training: -training.work(len(self.data.train_x)))
 
     def work(self, networks: Iterable[Network]) -> float:
-        """What training them will tell ``advance`` in all."""
+        """The total work that training the networks will report."""
         return sum(training.work(len(self.data.train_x)) for training in self._trainings(networks))
 
     def build(self, network: Network, seed: int, **kwargs: Any) -> CifarResNet:
@@ -125,24 +125,24 @@ class Laboratory:
         return network.seeded(seed, self.data, self.device, **kwargs)
 
     def _train(self, trainings: Iterable[Training]) -> None:
-        """Those that have not been."""
+        """Runs the trainings that have not run yet."""
         waiting, begun = [t for t in trainings if t not in self._runs], time.perf_counter()
         one = partial(train, data=self.data, device=self.device, resume=self.resume)
         self._runs |= zip(waiting, side_by_side(one, waiting, self.processes, self.advance), strict=True)
         self.training_s += time.perf_counter() - begun
 
     def prepare(self, networks: Iterable[Network]) -> None:
-        """Trains them with every seed, ``processes`` at a time, before they are asked for."""
+        """Trains the networks with every seed in advance, ``processes`` at a time."""
         self._train(self._trainings(networks))
 
     def train(self, network: Network, seed: int) -> Run:
-        """The network trained by its recipe; the same run when it is asked for again."""
+        """The network trained by its recipe. A second call returns the same run."""
         training = self._training(network, seed)
         self._train([training])
         return self._runs[training]
 
     def runs(self, network: Network) -> list[Run]:
-        """One per seed."""
+        """One run per seed."""
         self.prepare([network])
         return [self.train(network, seed) for seed in self.seeds_of(network)]
 
@@ -169,7 +169,7 @@ def finals(network: Figures, key: str) -> list[float]:
 # ---------------------------------------------------------------------------------------------------- telling apart
 @dataclass(frozen=True)
 class Difference:
-    """How much larger the mean of one sample is than another's, and the standard error of that."""
+    """The difference of the means of two samples, and the standard error of the difference."""
 
     value: float
     error: float
@@ -186,7 +186,7 @@ class Difference:
 
     @property
     def positive(self) -> bool:
-        """Beyond two standard errors; of single runs, whose error nobody knows, beyond nothing."""
+        """Whether it exceeds two standard errors. Single runs have no known error: whether it exceeds 0."""
         return self.value > 2 * self.error
 
     def __str__(self) -> str:
@@ -194,14 +194,14 @@ class Difference:
 
 
 def spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
-    """Mean and standard deviation, as text; of a training that diverged, the mean."""
+    """Mean and standard deviation as text; if a training diverged, the mean alone."""
     mean = f"{scale * statistics.fmean(values):.{digits}g}"
     several = len(values) > 1 and all(map(math.isfinite, values))
     return f"{mean} ± {scale * statistics.stdev(values):.1g}" if several else mean
 
 
 def beside_published(networks: Mapping[str, Figures], published: Mapping[str, float]) -> str:
-    """ " Test error beside the paper's: ..." of the networks whose error in per cent is published; else nothing."""
+    """ " Test error beside the paper's: ..." for networks whose error in per cent is published; otherwise ""."""
     found = [
         f"{name} {spread(finals(n, 'test_error'), 100)} % ({published[name]} %)"
         for name, n in networks.items()
@@ -213,7 +213,7 @@ def beside_published(networks: Mapping[str, Figures], published: Mapping[str, fl
 # ---------------------------------------------------------------------------------------------------- studies
 @dataclass(frozen=True)
 class Verdict:
-    """Whether one claim held, and the numbers in a sentence."""
+    """Whether one claim held, and a sentence with the numbers."""
 
     claim: str
     held: bool
@@ -225,9 +225,9 @@ class Study:
     """One experiment of the paper.
 
     Attributes:
-        name: on the command line. title: for the reader. claim: in the paper's words. source: where it stands.
-        networks: those that are trained, by the preset.
-        measure: everything that is found, as what JSON can hold. judge, draw: from that alone. size: of the picture.
+        name: the name on the command line. title: the heading. claim: in the paper's words. source: its place there.
+        networks: the networks that are trained, for a preset.
+        measure: returns all figures, as values that JSON can hold. judge, draw: see only these. size: the picture's.
         work: steps times layers that ``measure`` takes beyond training.
     """
 
@@ -246,7 +246,7 @@ class Study:
         """Measures and judges.
 
         Args:
-            lab: shared among studies that ask for the same networks.
+            lab: shared by studies that use the same networks.
         """
         with chains_always():
             found = as_read_back(self.measure(lab))
@@ -255,7 +255,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a study."""
+    """The results of a study."""
 
     study: Study
     figures: Figures
@@ -276,7 +276,7 @@ class Result:
         """Writes NAME.json and NAME.png to ``folder``.
 
         Args:
-            environment: where and how it was measured; put before everything else in the JSON file.
+            environment: the machine, versions and settings; the JSON file begins with it.
         """
         folder.mkdir(parents=True, exist_ok=True)
         text, picture = folder / f"{self.study.name}.json", folder / f"{self.study.name}.png"
@@ -289,7 +289,7 @@ class Result:
 
 
 def as_read_back(value: Any) -> Any:
-    """What comes back from a JSON file: keys as text, tuples as lists; floats at six digits."""
+    """The value as a JSON file returns it: keys as text, tuples as lists; floats with six digits."""
     if isinstance(value, Mapping):
         return {str(k): as_read_back(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -298,7 +298,7 @@ def as_read_back(value: Any) -> Any:
 
 
 def _spelled(value: Any) -> Any:
-    """Infinities and NaN, of which JSON knows nothing, as text."""
+    """The value with infinities and NaN, which JSON lacks, as text."""
     if isinstance(value, dict):
         return {k: _spelled(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -311,7 +311,7 @@ COLOURS = ("#4c78a8", "#e4572e", "#54a24b", "#b279a2", "#9aa0a6")
 
 
 def draw_curves(ax: Any, networks: Mapping[str, Figures], key: str, label: str, scale: float = 1.0) -> None:
-    """The mean over the seeds as a line, the least and the largest as a band; plain networks dashed."""
+    """Draws the mean over the seeds as a line, and minimum to maximum as a band; plain networks are dashed."""
     for (name, network), colour in zip(networks.items(), cycle(COLOURS), strict=False):
         curves = network[key]
         epochs = range(1, len(curves[0]) + 1)
@@ -325,7 +325,7 @@ def draw_curves(ax: Any, networks: Mapping[str, Figures], key: str, label: str, 
 
 
 def tidy(ax: Any, legend: bool = True) -> None:
-    """No box, a small legend."""
+    """Removes the box and adds a small legend."""
     ax.spines[["top", "right"]].set_visible(False)
     if legend:
         ax.legend(frameon=False, fontsize=8)

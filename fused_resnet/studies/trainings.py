@@ -1,4 +1,4 @@
-"""The studies' networks, and how one is trained: the same bits in whichever process that happens."""
+"""The studies' networks, and the training of one. It has the same bits in every process."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from fused_resnet.training import Callback, EpochRecord, History, ImageData, Rec
 
 @dataclass(frozen=True)
 class Network:
-    """One of the CIFAR family: its depth, its shortcut (None: plain) and its kind of blocks; ``recipe``: how it is
-    trained, where that is not as the preset has it."""
+    """A network of the CIFAR family: its depth, its shortcut (None: plain) and its kind of blocks.
+
+    ``recipe`` is its recipe if that is not the preset's.
+    """
 
     depth: int
     shortcut: Shortcut | None = "A"
@@ -38,7 +40,7 @@ class Network:
         return f"ResNet-{self.depth}{option}{' bottleneck' if self.bottleneck else ''}"
 
     def build(self, in_channels: int, num_classes: int, **kwargs: Any) -> CifarResNet:
-        """The network, initialised by the default generator; kwargs as of ``models.cifar_resnet``."""
+        """The network, initialised by the default generator; kwargs are those of ``models.cifar_resnet``."""
         block = Bottleneck if self.bottleneck else None
         kwargs = {"in_channels": in_channels, "num_classes": num_classes, "block": block} | kwargs
         return cifar_resnet(self.depth, shortcut=self.shortcut, **kwargs)
@@ -52,8 +54,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Training:
-    """What decides a run beside the images: ``recipe`` is the network's own or the preset's, ``folder`` where the run
-    is kept, if it is."""
+    """Everything that decides a run, except the images.
+
+    ``recipe`` is the network's own or the preset's. ``folder`` keeps the run, if it is kept.
+    """
 
     network: Network
     recipe: Recipe
@@ -61,14 +65,17 @@ class Training:
     folder: Path | None
 
     def work(self, images: int) -> int:
-        """Steps times layers."""
+        """The training's work: steps times layers."""
         return self.network.depth * self.recipe.epochs * (images // self.recipe.batch_size)
 
 
 @dataclass
 class Run:
-    """A network that was trained: the model after the last step, every step and epoch, and the gradients' norms of
-    each convolution at the first step of every epoch."""
+    """A trained network.
+
+    It has the model after the last step, every step and epoch, and the norms of each convolution's gradient at the
+    first step of every epoch.
+    """
 
     network: Network
     seed: int
@@ -77,16 +84,16 @@ class Run:
     gradients: list[dict[str, Any]]
 
     def curve(self, key: str) -> list[float]:
-        """One value per epoch of what the history calls ``key``."""
+        """The history's values of ``key``, one per epoch."""
         return [record[key] for record in self.history.epochs]  # type: ignore[literal-required]
 
 
 def train(training: Training, advance: Advance, *, data: ImageData, device: torch.device, resume: bool) -> Run:
-    """Trains a network, by chains at any size: it is they that are tried.
+    """Trains a network. Chains run at any size, because the studies are about them.
 
     Args:
-        advance: told of steps times layers done.
-        resume: go on with what is in the training's folder.
+        advance: called with the steps times layers done.
+        resume: continue from the training's folder.
     """
     network, folder = training.network, training.folder
     watch = _Watch(network, advance, folder / "gradients.json" if folder else None, resume)
@@ -109,7 +116,7 @@ def train(training: Training, advance: Advance, *, data: ImageData, device: torc
 
 @contextmanager
 def _one_thread_on_a_cpu(device: torch.device) -> Iterator[None]:
-    """Of layers as small as these, two threads make slower ones; and sums are in another order."""
+    """Uses one thread: two are slower on layers as small as these, and they sum in another order."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -120,8 +127,10 @@ def _one_thread_on_a_cpu(device: torch.device) -> Iterator[None]:
 
 
 class _Watch(Callback):
-    """Reports progress, and reads the gradients' norms at the first step of every epoch; ``file``, where there is one,
-    keeps them for a training that is resumed."""
+    """Reports progress, and reads the gradients' norms at the first step of every epoch.
+
+    ``file``, if given, keeps them for a training that is resumed.
+    """
 
     def __init__(self, network: Network, advance: Advance, file: Path | None, resume: bool) -> None:
         self.network, self.advance, self.file = network, advance, file
@@ -134,7 +143,7 @@ class _Watch(Callback):
         self.advance(self.network.depth, self.network.name)
 
     def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
-        if self.file:  # before the checkpoint of this epoch, and whole or not at all
+        if self.file:  # written before this epoch's checkpoint, and atomically
             written = self.file.with_suffix(".tmp")
             written.write_text(json.dumps(list(self.norms.values())))
             written.replace(self.file)

@@ -1,4 +1,4 @@
-"""The random crops of a training: small images padded and cropped a batch at a time, photographs one by one."""
+"""Random crops for training: small images are padded and cropped a batch at a time, photographs one by one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def pad_crop_flip(x: Tensor, pad: int, offsets: Tensor, flipped: Tensor) -> Tensor:
-    """Each image padded by zeros, cropped to its old size at a place of its own, and mirrored or not.
+    """Pads each image by zeros, crops it to its old size at its own offset, and mirrors it or not.
 
     Args:
         x: [N, C, H, W], any dtype.
         pad: pixels on each side.
-        offsets: int64 [N, 2], in 0..2 pad: the crop's first row and column.
+        offsets: int64 [N, 2], each from 0 to 2*pad: the crop's first row and column.
         flipped: bool [N].
 
     Returns:

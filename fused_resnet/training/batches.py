@@ -1,7 +1,7 @@
-"""Which images make up which batch, and how they look: decided by (seed, epoch, step) alone.
+"""The images of each batch, and their augmentation: (seed, epoch, step) alone decides both.
 
-So a training that was interrupted goes on with the very batches that it would have had, whatever the number of workers
-and however many images were drawn before.
+So a training that was interrupted continues with the same batches that it would have had. Neither the number of workers
+nor the number of images drawn before matters.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fused_resnet.training.augment import pad_crop_flip
 from fused_resnet.training.files import BrokenImage, ImageFiles
 from fused_resnet.training.images import DataError, ImageData
 
-# Images that can't be read in a row, before it is the folder that is to blame.
+# If this many images in a row can't be read, the folder is at fault.
 _TRIES = 100
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A seed of 63 bits of its own for every combination."""
+    """A 63-bit seed, different for every combination."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What of every batch is this process's."""
+    """The part of every batch that this process takes."""
 
     rank: int = 0
     world: int = 1
@@ -58,9 +58,9 @@ class Batches:
     """The batches of a training and of its tests.
 
     Args:
-        data: in memory on the device where the batches are wanted, or files.
+        data: in memory, on the device of the batches, or files.
         batch_size: over all processes. seed: of order and augmentation. augment: crops and flips.
-        share: this process's. workers: processes that decode files; 0: this one.
+        share: this process's part. workers: processes that decode files; 0: this process does.
     """
 
     data: ImageData
@@ -72,7 +72,7 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the training images."""
+        """The number of whole batches in the training images."""
         return len(self.data.train_x) // self.batch_size
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -94,7 +94,7 @@ class Batches:
             yield Batch(images, self.data.train_y[mine], {})
 
     def test(self) -> Iterator[Batch]:
-        """This process's share of the test images; files that can't be read are left out, and a batch may be empty."""
+        """This process's share of the test images. Files that can't be read are left out; a batch may be empty."""
         x = self.data.test_x
         indices = self.share.of(torch.arange(len(x))).split(self.batch_size)
         if isinstance(x, ImageFiles):
@@ -112,7 +112,7 @@ class Batches:
         return pad_crop_flip(x, self.data.pad, *(self.share.of(t).to(x.device) for t in (offsets, flipped)))
 
     def _decoded(self, dataset: _Decoding, batches: list[Tensor]) -> Iterator[Batch]:
-        # a generator of its own: a DataLoader draws from torch's global one otherwise, once per epoch or resumption
+        # its own generator: otherwise a DataLoader draws from torch's global one, once per epoch or resumption
         yield from DataLoader(
             dataset,
             batch_sampler=[b.tolist() for b in batches],
@@ -125,10 +125,10 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Decoding(Dataset):
-    """Image, label, and what was broken on the way, of one index.
+    """The image and the label of an index, and the broken files met on the way.
 
     Args:
-        replace: take the next image that can be read, with its label, in the place of one that can't: so batches keep
+        replace: take the next readable image, with its label, in the place of an unreadable one, so that batches keep
             their size. random: seed and epoch of the augmentation.
     """
 
@@ -152,7 +152,7 @@ class _Decoding(Dataset):
         return None, self.labels[i], broken
 
     def collate(self, items: list[tuple[Tensor | None, Tensor, dict[str, str]]]) -> Batch:
-        """A batch of those that could be read."""
+        """A batch of the images that could be read."""
         found = [(x, y) for x, y, _ in items if x is not None]
         broken = {name: why for _, _, some in items for name, why in some.items()}
         if not found:

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a power cut, and that only the training which wrote them goes on with."""
+"""Checkpoints that survive a power cut. Only a training with the same settings resumes from one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NAME = "checkpoint.pt"
 
 
 class ResumeError(ValueError):
-    """A checkpoint that this training can't go on with; the message names what differs."""
+    """This training can't resume from the checkpoint; the message names the difference."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes ``state`` so that ``path`` holds, at any moment, the old content whole or the new one whole."""
+    """Writes ``state`` atomically: at any moment ``path`` holds either the whole old content or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
     with open(temporary, "wb") as file:
@@ -28,20 +28,20 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # without it the new name itself may be lost
+        os.fsync(folder)  # otherwise the new name may be lost
     finally:
         os.close(folder)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What ``save`` wrote; nothing but tensors and plain values is read.
+    """Reads what ``save`` wrote; it accepts only tensors and plain values.
 
     Raises:
-        ResumeError: it is no checkpoint.
+        ResumeError: the file is not a checkpoint.
     """
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # of zip, of pickle, of torch: they share no class
+    except Exception as error:  # zip, pickle and torch raise exceptions without a common class
         raise ResumeError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
 
 
@@ -54,13 +54,13 @@ def check_same(what: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> N
 
 
 def rng_state() -> dict[str, Any]:
-    """Of torch on the CPU and on this process's GPU, and of Python."""
+    """The generators' states of torch on the CPU and on this process's GPU, and of Python."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """The opposite of ``rng_state``."""
+    """Sets the states that ``rng_state`` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

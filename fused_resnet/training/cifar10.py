@@ -1,4 +1,4 @@
-"""CIFAR-10 from what is on the disk: the python version, the binary version, parquet or arrow files, or a cache.
+"""CIFAR-10 from files on the disk: the python version, the binary version, parquet or arrow files, or a cache.
 
 Source: Krizhevsky, Learning multiple layers of features from tiny images, 2009; https://www.cs.toronto.edu/~kriz/cifar.html
 (layout of the files).
@@ -22,7 +22,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 PYTHON, BINARY = "cifar-10-batches-py", "cifar-10-batches-bin"
 _TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
 _PIXELS = 3 * 32 * 32
-# Where torchvision's users keep what it downloads.
+# Folders in which torchvision's users usually keep downloads.
 _PLACES = ("data", "datasets", "~/data", "~/datasets", "~/.cache/torchvision")
 _HUB_NAME = "uoft-cs/cifar10"
 
@@ -30,7 +30,7 @@ Part = tuple[Tensor, Tensor]
 
 
 class _Arrays(pickle.Unpickler):
-    """Reads arrays and nothing that could run code of the file's choice."""
+    """Unpickles arrays and nothing that could run code from the file."""
 
     _ALLOWED = frozenset(
         {("multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
@@ -75,7 +75,7 @@ def _datasets() -> Any:
 
 
 def _rows(split: Iterable[dict[str, Any]]) -> Part:
-    """The rows of one split, whose images are PIL's under "img" or "image" and whose labels are under "label"."""
+    """Images and labels of one split. Its rows have a PIL image under "img" or "image" and a label under "label"."""
     images, labels = [], []
     for row in split:
         image = row["img"] if "img" in row else row["image"]
@@ -96,13 +96,13 @@ def _splits(found: Any, where: str) -> tuple[Part, Part]:
 
 
 def _parquet(folder: Path) -> dict[str, list[str]]:
-    """The parquet files of each split, in ``folder`` or one below."""
+    """The parquet files of each split, in ``folder`` or in a folder directly below."""
     found = {part: sorted(str(p) for p in folder.glob(f"**/{part}*.parquet")) for part in ("train", "test")}
     return found if all(found.values()) else {}
 
 
 def _read(root: Path) -> tuple[Part, Part] | None:
-    """What ``root`` holds, or None."""
+    """The data in ``root``, or None."""
     for name, suffix, read in ((PYTHON, "", _python_batch), (BINARY, ".bin", _binary_batch)):
         for folder in (root, root / name):
             if (folder / f"{_TRAIN[0]}{suffix}").is_file() or (folder.name == name and folder.is_dir()):
@@ -115,7 +115,7 @@ def _read(root: Path) -> tuple[Part, Part] | None:
 
 
 def _cached() -> tuple[Part, Part] | None:
-    """What ``datasets`` has downloaded before; nothing is downloaded now."""
+    """The data in the cache of ``datasets``; downloads nothing."""
     try:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError:
@@ -123,7 +123,7 @@ def _cached() -> tuple[Part, Part] | None:
     try:
         only_here = datasets.DownloadConfig(local_files_only=True)
         found = datasets.load_dataset(_HUB_NAME, download_config=only_here)
-    except (OSError, ValueError):  # its errors for what is not there: ConnectionError, FileNotFoundError and their like
+    except (OSError, ValueError):  # raised if data are missing: ConnectionError, FileNotFoundError and similar
         return None
     return _splits(found, _HUB_NAME)
 
@@ -141,7 +141,7 @@ def cifar10(root: str | Path | None = None) -> ImageData:
         Images uint8 [N, 3, 32, 32], 50,000 to train on and 10,000 to test.
 
     Raises:
-        DataError: nothing there, files are missing, or they are not CIFAR-10's.
+        DataError: there are no data, files are missing, or they are not CIFAR-10's.
     """
     if root is not None:
         folder = Path(root).expanduser()

@@ -1,4 +1,4 @@
-"""The datasets: scikit-learn's digits, CIFAR-10 in every form in which it is found, and folders of class folders."""
+"""The datasets: scikit-learn's digits, CIFAR-10 in its usual file formats, and folders of class folders."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def digits(split_seed: int = 0, size: int = 16) -> ImageData:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels, enlarged to 16x16; four fifths are to train on.
 
     Args:
-        split_seed: decides which.
+        split_seed: decides which images are to train on.
         size: pixels of each side, a multiple of 8; 8 leaves the images as they are.
 
     Returns:
-        Images uint8 [N, 1, size, size]; crops move by size / 8 pixels, the paper's 4 of 32, and nothing is mirrored.
+        Images uint8 [N, 1, size, size]; crops move by size / 8 pixels (the paper: 4 of 32); no image is mirrored.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.

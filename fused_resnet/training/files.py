@@ -1,4 +1,4 @@
-"""Image files that are decoded when they are needed, and what becomes of those that can't be."""
+"""Image files, decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 
 from fused_resnet.training.augment import random_box
 
-# Of its area, as in torchvision's RandomResizedCrop and the papers that use it.
+# The smallest share of an image's area in a crop, as in torchvision's RandomResizedCrop and the papers that use it.
 SMALLEST_CROP = 0.08
-# A test image's shorter side against the crop from its middle: 256 to 224 in the paper.
+# The shorter side of a test image over the side of the crop from its middle: 256 to 224 in the paper.
 TEST_MARGIN = 256 / 224
 
 
 class BrokenImage(Exception):
-    """A file that is not the image that its name promises; the message says why."""
+    """The file does not hold a readable image; the message says why."""
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files below a folder, of which each read gives uint8 [3, size, size].
+    """Image files below a folder. Reading one gives uint8 [3, size, size].
 
     Args:
-        root: the folder. names: paths in it, with "/". size: H = W of what is read.
+        root: the folder. names: paths in it, with "/". size: H = W of the images.
     """
 
     root: Path
@@ -41,7 +41,7 @@ class ImageFiles:
         """Image ``i`` as RGB: a random crop by ``generator``, or the middle of it without one.
 
         Raises:
-            BrokenImage: the file is gone, cut short, or no image.
+            BrokenImage: the file is missing, truncated, or not an image.
         """
         from PIL import Image
 

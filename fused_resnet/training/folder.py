@@ -12,7 +12,7 @@ from fused_resnet.training.images import DataError, ImageData
 
 EXTENSIONS = frozenset(".jpg .jpeg .png .bmp .webp .gif .tif .tiff .ppm .pgm".split())
 TEST_FOLDERS = ("val", "valid", "validation", "test")
-# Per channel, of ImageNet's training images: what torchvision's weights expect.
+# Mean and standard deviation per channel of ImageNet's training images: torchvision's weights expect these.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -27,7 +27,7 @@ def _images(root: Path, prefix: str, classes: Sequence[str]) -> Found:
     """(path below ``root``, class) of every image of ``root/prefix``.
 
     Raises:
-        DataError: a class without images.
+        DataError: a class has no images.
     """
     found: Found = []
     for label, name in enumerate(classes):
@@ -40,7 +40,7 @@ def _images(root: Path, prefix: str, classes: Sequence[str]) -> Found:
 
 
 def _held_out(found: Found, share: float) -> tuple[Found, Found]:
-    """``share`` of each class apart: chosen at random, the same ones every time, one of each class at least."""
+    """Splits off ``share`` of each class: chosen at random, the same every time, at least one of each class."""
     generator = torch.Generator().manual_seed(0)
     train: Found = []
     test: Found = []
@@ -58,19 +58,20 @@ def _held_out(found: Found, share: float) -> tuple[Found, Found]:
 def image_folder(root: str | Path, size: int = 224, test_share: float = 0.2) -> ImageData:
     """A folder of class folders, ``root/CLASS/.../image.jpg``.
 
-    Where ``root`` has a folder ``train`` and one of val, valid, validation and test, those hold the class folders;
-    otherwise a part of every class is held out to test on, chosen at random and the same one every time.
+    If ``root`` has a folder ``train`` and one of val, valid, validation and test, these hold the class folders.
+    Otherwise a part of every class is held out to test on, chosen at random and the same every time.
 
     Args:
-        size: H = W of what the network gets: to train, a random crop of 8 to 100 % of an image, mirrored half of the
-            time; to test, the middle of it.
-        test_share: what is held out.
+        size: H = W of the network's images. A training image is a random crop of 8 to 100 % of a file's, mirrored half
+            of the time; a test image is the middle of it.
+        test_share: the share of each class that is held out.
 
     Returns:
         Images as files, read when they are needed, normalised by ImageNet's mean and standard deviation.
 
     Raises:
-        DataError: no such folder, no class folders, a class without images, or a test class that is not trained on.
+        DataError: there is no such folder, it has no class folders, a class has no images, or a test class has no
+            training images.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -105,7 +106,7 @@ def image_folder(root: str | Path, size: int = 224, test_share: float = 0.2) -> 
 
 
 def _split(root: Path, test_share: float) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
-    """The classes, and the images to train and to test on, each with its label."""
+    """The classes, the training images and the test images, each image with its label."""
     inside = _class_folders(root)
     test_folder = next((name for name in TEST_FOLDERS if name in inside), None)
     prefix = "train/" if "train" in inside and test_folder else ""

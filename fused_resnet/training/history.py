@@ -1,4 +1,4 @@
-"""What a training leaves behind, and who may look over its shoulder."""
+"""The record of a training, and callbacks that observe it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class StepRecord(TypedDict):
-    """One update; ``step`` and ``epoch`` count from 0, ``loss`` is of its batch, before it, ``lr`` the rate of it."""
+    """One update. ``step`` and ``epoch`` count from 0; ``loss`` is its batch's, before the update; ``lr`` its rate."""
 
     step: int
     epoch: int
@@ -45,7 +45,7 @@ class History:
     epochs: list[EpochRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything."""
+        """All fields."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""What a dataset is to a training: images, labels, and how they are normalised and augmented."""
+"""A dataset for training: images, labels, and how the images are normalised and augmented."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_resnet.training.files import ImageFiles
 
 
 class DataError(ValueError):
-    """A dataset that can't be used; the message says what was expected, and where."""
+    """The dataset can't be used; the message says what was expected, and where."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,15 @@ class ImageData:
         train_x, test_x: uint8 [N, C, H, W], or :class:`ImageFiles`, decoded when they are needed.
         train_y, test_y: int64 [N], indices into ``classes``.
         classes: their names.
-        mean, std: per channel, of pixels in 0..1, what images are normalised by.
+        mean, std: per channel, of pixels in 0..1; images are normalised by these.
         size: H = W of the images that a network gets.
-        pad, flip: the augmentation of images in memory: zeros around them before the random crop; whether a mirrored
-            image is still one of its class.
-        deviations: in what the data's treatment differs from the paper's, one sentence each.
+        pad, flip: the augmentation of images in memory. pad: the width of the border of zeros before the random crop.
+            flip: whether a mirrored image is still one of its class.
+        deviations: one sentence for each way in which the data's treatment differs from the paper's.
 
     Raises:
-        DataError: no images, labels of another number or outside the classes, or images of another type or shape.
+        DataError: there are no images; labels differ in number from the images or lie outside the classes; images have
+            another type or shape.
     """
 
     name: str
@@ -65,7 +66,7 @@ class ImageData:
 
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """The number of channels of the images."""
         return len(self.mean)
 
     @property
@@ -74,7 +75,7 @@ class ImageData:
         return isinstance(self.train_x, Tensor)
 
     def to(self, device: torch.device) -> ImageData:
-        """With what is in memory on ``device``."""
+        """The data with the images in memory moved to ``device``."""
         if not (isinstance(self.train_x, Tensor) and isinstance(self.test_x, Tensor)):
             return self
         moved = [t.to(device) for t in (self.train_x, self.train_y, self.test_x, self.test_y)]
@@ -86,7 +87,7 @@ class ImageData:
         return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def identity(self) -> dict[str, Any]:
-        """What tells these data from others: a checkpoint goes on with the same ones only."""
+        """Identifies the data: a training resumes from a checkpoint only with the same data."""
         found = {"name": self.name, "classes": list(self.classes), "size": self.size}
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):
             digest = hashlib.blake2b(y.cpu().numpy().tobytes(), digest_size=16)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fused_resnet.training.loop import Trainer
 
 logger = logging.getLogger("fused_resnet.training")
-logger.setLevel(logging.INFO)  # what the log file is to hold; nothing is printed without a handler of the user's
+logger.setLevel(logging.INFO)  # for the log file; nothing is printed unless the user adds a handler
 
-# Seconds between two drawings of the curves, each of which takes about half of one.
+# Seconds between two drawings of the curves. A drawing takes about half a second.
 _REDRAW_S = 60.0
 
 
@@ -58,7 +58,7 @@ def draw_curves(history: History, path: Path, title: str) -> None:
 class RunLog(Callback):
     """Writes ``steps.csv``, ``epochs.csv``, ``curves.png``, ``train.log`` and ``tensorboard/`` into a folder.
 
-    TensorBoard and matplotlib are used where they are installed; where not, the log says so once.
+    Uses TensorBoard and matplotlib if they are installed; otherwise the log says so once.
     """
 
     def __init__(self, folder: Path, title: str) -> None:
@@ -69,7 +69,7 @@ class RunLog(Callback):
         self._steps_written = 0
 
     def start(self, history: History) -> None:
-        """Begins, or goes on after ``history``: what a killed process had written after its checkpoint goes."""
+        """Begins, or continues after ``history``: removes what a killed process had written after its checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._handler = logging.FileHandler(self.folder / "train.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -114,7 +114,7 @@ class RunLog(Callback):
         self._drawn_at = time.monotonic()
 
     def close(self, history: History) -> None:
-        """Draws the curves and lets go of the files."""
+        """Draws the curves and closes the files."""
         self._draw(history)
         if self._events is not None:
             self._events.close()

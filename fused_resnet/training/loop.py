@@ -24,12 +24,12 @@ from fused_resnet.training.images import ImageData
 from fused_resnet.training.logs import RunLog, logger
 from fused_resnet.training.recipe import DTYPES, Recipe
 
-# Images over which the error that ends a warm-up is averaged: ten of the paper's batches.
+# The error that ends a warm-up is averaged over this many images: ten of the paper's batches.
 _WARMUP_IMAGES = 1280
 
 
 def _moving_average(decay: float) -> Any:
-    """torch's exponential average with a decay that begins small, so that early weights are soon forgotten."""
+    """torch's exponential moving average with a decay that begins small, so that early weights soon count little."""
 
     def update(average: Any, current: Any, updates: Tensor) -> None:
         n = int(updates)
@@ -47,19 +47,19 @@ class Trainer:
     Args:
         model: maps float [N, C, H, W], normalised, channels_last, to [N, classes]. Trained in place, fused or not.
         data: the images; those in memory are copied to ``device``.
-        recipe: how.
-        device: where. seed: of the order of the images and of their augmentation. The weights are the model's own: seed
-            torch before you build it.
+        recipe: the recipe.
+        device: the device. seed: decides the order and the augmentation of the images, not the weights: for these seed
+            torch before you build the model.
         output: a folder for checkpoints and logs; None writes nothing.
         callbacks: see :class:`Callback`.
         workers: processes that decode image files.
-        resume: go on with the checkpoint in ``output``, if there is one.
-        checkpoint_every: updates between two checkpoints, beside the one after each epoch.
+        resume: continue from the checkpoint in ``output``, if there is one.
+        checkpoint_every: updates between two checkpoints, in addition to the one after each epoch.
 
     Attributes:
-        history: what was found so far. step: updates done so far. broken: path -> reason of the images left out.
-        warming: whether the recipe's warm-up by the training error is still on.
-        tested: the model that is tested and saved in the end: the moving average's, or ``model`` itself.
+        history: the record so far. step: updates done so far. broken: path -> reason of the images left out.
+        warming: whether the recipe's warm-up by the training error is still running.
+        tested: the model that is tested and finally saved: the moving average's, or ``model`` itself.
 
     Raises:
         ValueError: a batch is larger than the training set, or can't be shared among the processes.
@@ -111,7 +111,7 @@ class Trainer:
         self._recent: list[list[float]] = []  # [wrong, images] of the latest batches, while warming
         self._pending: list[tuple[Tensor, float]] = []  # (loss, lr) of the steps that are not in the history yet
         self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss x images, wrong, images
-        self._seconds = 0.0  # of this epoch, before the process that runs it now
+        self._seconds = 0.0  # seconds of this epoch that earlier processes used
         self._broken_told = 0
 
         self.callbacks = list(callbacks)
@@ -198,7 +198,7 @@ class Trainer:
         self._pending.append((found, group["lr"]))
         self.optimizer.step()
         if self.warming:
-            group["lr"] = scheduled  # the schedule goes on underneath
+            group["lr"] = scheduled  # the schedule continues meanwhile
             self._watch(torch.stack((wrong.double(), images)))
         self.scheduler.step()
         if self.ema:
@@ -216,14 +216,14 @@ class Trainer:
             self._say("step %d: training error %.1f %%, the warm-up ends", self.step, 100 * wrong / images)
 
     def _sum(self, t: Tensor) -> Tensor:
-        """Over all processes."""
+        """The sum over all processes."""
         if self.distributed:
             t = t.clone()
             dist.all_reduce(t)
         return t
 
     def _flush(self, epoch: int) -> None:
-        """Moves the losses that wait on the device into the history."""
+        """Moves the losses that are still on the device into the history."""
         if not self._pending:
             return
         losses = self._sum(torch.stack([loss.double() for loss, _ in self._pending])) / self.share.world
@@ -248,7 +248,7 @@ class Trainer:
             totals += torch.stack((loss.double(), (out.argmax(1) != y).sum().double(), images))
         loss, wrong, images = self._sum(totals).tolist()
         if not images:
-            raise ValueError(f"{self.data.name}: not one test image can be read")
+            raise ValueError(f"{self.data.name}: none of the test images can be read")
         return loss / images, wrong / images
 
     def _finish(self, epoch: int) -> None:
@@ -337,7 +337,7 @@ class Trainer:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         self.step, self.warming, self._recent = state["step"], state["warming"], state["recent"]
-        if self._leads:  # sums over all processes, as they are added up again at the epoch's end
+        if self._leads:  # these are sums over all processes, and the epoch's end adds up the processes again
             self._totals.copy_(state["totals"])
         self._seconds, self.broken = state["seconds"], dict(state["broken"])
         rates = zip(state["losses"].tolist(), state["rates"].tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""How a network is trained: the paper's recipe, a modern one, a quick one, and what a recipe must hold to.
+"""Recipes of training: the paper's, a modern one, a quick one, and the checks of a recipe's fields.
 
 Sources: He et al., arXiv 1512.03385, sections 3.4 and 4.2 (``paper``); Loshchilov and Hutter, arXiv 1608.03983
 (cosine); Goyal et al., arXiv 1706.02677, section 2.2 (linear warm-up); Szegedy et al., arXiv 1512.00567, section 7
@@ -51,24 +51,25 @@ def _bool(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training beside the network, the data and the seed. The defaults are the paper's.
+    """Everything that decides a training, except the network, the data and the seed. The defaults are the paper's.
 
-    A point in time is an int, epochs from the start, or a float between 0 and 1, that share of the whole training.
+    A point in time is an int (epochs from the start) or a float between 0 and 1 (that share of the whole training).
 
     Args:
         epochs: passes over the training images; an incomplete last batch is left out of each.
         batch_size: images per update, over all processes.
-        lr, momentum, weight_decay, nesterov: of ``torch.optim.SGD``; the decay applies to all parameters.
-        schedule: "steps": times ``factor`` at each of ``milestones``; "cosine": to 0 at the end; "constant".
+        lr, momentum, weight_decay, nesterov: arguments of ``torch.optim.SGD``; the decay applies to all parameters.
+        schedule: "steps": the rate is multiplied by ``factor`` at each of ``milestones``; "cosine": it falls to 0 at
+            the end; "constant".
         milestones: increasing points in time.
-        factor: of "steps".
+        factor: the factor of "steps".
         warmup: "none"; "error": ``warmup_lr`` until the training error, over the latest 1,280 images or one batch if
-            that is more, falls below ``warmup_error``, then the schedule as if nothing had been; "linear": from
-            ``warmup_lr`` to ``lr`` until ``warmup_end``, and the schedule over what is left.
+            that is more, falls below ``warmup_error``, then the schedule as if there had been no warm-up; "linear":
+            from ``warmup_lr`` to ``lr`` until ``warmup_end``, and the schedule over the rest.
         warmup_lr, warmup_error, warmup_end: see ``warmup``.
         label_smoothing: of the training loss; the test loss has none.
-        ema_decay: weights and buffers that are tested and saved in the end are an exponential moving average of this
-            decay, min(ema_decay, (1 + n) / (10 + n)) after n updates; None: no average.
+        ema_decay: the weights and buffers that are tested and finally saved are an exponential moving average with the
+            decay min(ema_decay, (1 + n) / (10 + n)) after n updates; None: no average.
         dtype: "fp32", or "bf16" by autocast.
         augment: random crops, and flips where the data allow them.
 
@@ -129,7 +130,7 @@ class Recipe:
         """A point in time as a share of the training."""
         _number(name, value, 0, math.inf, open_low=True)
         share = value / self.epochs if isinstance(value, int) else value
-        # a field that the schedule does not use may point anywhere
+        # a field that the schedule does not use may have any value
         used = self.warmup == "linear" if name == "warmup_end" else self.schedule == "steps"
         if used and share >= 1:
             expected = f"an int below epochs = {self.epochs} or a float between 0 and 1"
@@ -137,20 +138,20 @@ class Recipe:
         return share
 
     def steps(self, name: str, steps_per_epoch: int) -> list[int]:
-        """The points in time of ``milestones`` or ``warmup_end`` in updates, 1 at least."""
+        """The points in time of ``milestones`` or ``warmup_end`` in updates; each is at least 1."""
         value = getattr(self, name)
         total = self.epochs * steps_per_epoch
         points = value if isinstance(value, tuple) else (value,)
         return [max(1, round(self._share(name, point) * total)) for point in points]
 
     def optimizer(self, parameters: Any) -> torch.optim.SGD:
-        """SGD, as the recipe has it."""
+        """The recipe's SGD optimizer."""
         return torch.optim.SGD(
             parameters, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> lr_scheduler.LRScheduler:
-        """torch's scheduler, to be stepped after every update. The warm-up by the error is the loop's own."""
+        """torch's scheduler; call its step after every update. The loop itself handles the warm-up by the error."""
         warm = self.steps("warmup_end", steps_per_epoch)[0] if self.warmup == "linear" else 0
         main: lr_scheduler.LRScheduler
         if self.schedule == "steps":
@@ -200,8 +201,8 @@ def named(name: str, *, model: str = "", imagenet: bool = False, **changes: Any)
         name: "paper"; "modern": the paper's length and batches with cosine, linear warm-up, Nesterov's momentum, label
             smoothing, a moving average and bf16; "quick": 8 epochs for small data, without augmentation.
         model: the network's name in ``fused_resnet.models``; the paper warms resnet110 and resnet1202 up.
-        imagenet: the paper's recipe for ImageNet (folders of photographs) in the place of the one for CIFAR-10.
-        changes: fields that are to have other values.
+        imagenet: the paper's recipe for ImageNet (folders of photographs) instead of the one for CIFAR-10.
+        changes: fields that get other values.
 
     Raises:
         TypeError, ValueError: an unknown name, an unknown field or a wrong value.

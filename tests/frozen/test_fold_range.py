@@ -199,7 +199,7 @@ def test_backends_take_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     for change in ("tiny gamma", "tiny gamma, pooled", "tiny gamma of the summands"):
         model, x = trained(change), image(change).half()
         frozen = fr.freeze(model, x, dtype=torch.float16)
-        assert "its scale behind it" in str(fr.explain(frozen))
+        assert "its scale in a separate pass" in str(fr.explain(frozen))
         with torch.no_grad():
             exact = copy.deepcopy(model).double()(x.double())
             plain = in_16_bits(copy.deepcopy(model), torch.float16)(x)

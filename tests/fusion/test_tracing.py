@@ -218,7 +218,7 @@ def test_a_shortcut_that_is_changed_on_the_way():
     with torch.no_grad():
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
     (row,) = fr.explain(fused).rows
-    assert not row.fused and "what it keeps for its backward is changed in place" in row.reason
+    assert not row.fused and "a tensor that its backward needs is changed in place" in row.reason
 
 
 @pytest.mark.parametrize("how", ["layer", "view", "module's view", "out", "not at all"])
@@ -230,7 +230,7 @@ def test_an_input_that_is_changed_on_the_way(how):
         torch.testing.assert_close(fused(x.clone()), plain(x.clone()))
     (row,) = fr.explain(fused).rows
     assert row.fused == (how == "not at all")
-    assert row.fused or "what it reads is changed in place before its end" in row.reason
+    assert row.fused or "a tensor that it reads is changed in place before its last operator" in row.reason
 
 
 @pytest.mark.parametrize("projected", [False, True])

@@ -151,4 +151,4 @@ def test_past_the_limit_of_recompilations(monkeypatch: pytest.MonkeyPatch, logge
         torch.testing.assert_close(fused(x), plain(x))
     (warning,) = (text for text in logged if "recompile_limit" in text)
     assert "self.key == '2'" in warning
-    assert "captured: (model), 3 graphs, 5 calls, 2 of them by no graph" in str(fr.explain(fused))
+    assert "captured: (model), 3 graphs, 5 calls, 2 of them without a graph" in str(fr.explain(fused))

@@ -18,11 +18,17 @@ cudaError_t note(int which) {
     return cudaSuccess;
 }
 template <class T, int M, int N>
-cudaError_t fprop_sm90(const ConvProblem&, const ConvInference&, cudaStream_t) { return note<T, M, N>(0); }
+cudaError_t fprop_sm90(const ConvProblem&, const ConvInference&, cudaStream_t) {
+    return note<T, M, N>(0);
+}
 template <class T, int M, int N>
-cudaError_t dgrad_sm90(const ConvProblem&, const ConvDgrad&, cudaStream_t) { return note<T, M, N>(1); }
+cudaError_t dgrad_sm90(const ConvProblem&, const ConvDgrad&, cudaStream_t) {
+    return note<T, M, N>(1);
+}
 template <class T, int M, int N>
-cudaError_t wgrad_sm90(const ConvProblem&, const ConvWgrad&, cudaStream_t) { return note<T, M, N>(2); }
+cudaError_t wgrad_sm90(const ConvProblem&, const ConvWgrad&, cudaStream_t) {
+    return note<T, M, N>(2);
+}
 
 }  // namespace fused_resnet::cuda
 

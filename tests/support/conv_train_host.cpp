@@ -40,13 +40,29 @@ extern "C" int conv_train(const int* z, uint16_t* x, uint16_t* w, const float* s
     const Window v{z[3], z[4], z[5], z[6], z[7], z[8], z[9], z[10], z[11], z[12], z[13], z[14]};
     const int n = z[0], c = z[1], k = z[2], m = n * v.p * v.q;
     // as the launcher's matrix_map and image_map make them
-    CUtensorMap images{x, m, c, kBlockM, n, v.h, v.w, -v.pad_h, -v.pad_w, v.pad_h - v.dil_h * (v.r - 1),
-                       v.pad_w - v.dil_w * (v.s - 1), v.stride_h, v.stride_w};
+    CUtensorMap images{x,
+                       m,
+                       c,
+                       kBlockM,
+                       n,
+                       v.h,
+                       v.w,
+                       -v.pad_h,
+                       -v.pad_w,
+                       v.pad_h - v.dil_h * (v.r - 1),
+                       v.pad_w - v.dil_w * (v.s - 1),
+                       v.stride_h,
+                       v.stride_w};
     const auto matrix = [](uint16_t* at, int64_t rows, int64_t columns, int box) {
         return CUtensorMap{at, rows, columns, box, 0, 0, 0, 0, 0, 0, 0, 0, 0};
     };
-    const Case g{{v, m, c, k, scale, shift, mean, m2}, images, matrix(w, k, int64_t{v.count()} * c, z[16]),
-                 matrix(y, m, k, kBlockM), z[17], z[15], static_cast<unsigned>(z[19])};
+    const Case g{{v, m, c, k, scale, shift, mean, m2},
+                 images,
+                 matrix(w, k, int64_t{v.count()} * c, z[16]),
+                 matrix(y, m, k, kBlockM),
+                 z[17],
+                 z[15],
+                 static_cast<unsigned>(z[19])};
     switch (z[16] + z[18]) {
         case 64: return run<64, BF16>(g);
         case 65: return run<64, F16>(g);

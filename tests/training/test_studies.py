@@ -256,7 +256,7 @@ def test_paper_preset_goes_on_where_it_was(
     assert len(list((tmp_path / "out" / "runs").glob("*/checkpoint.pt"))) == 4
     capsys.readouterr()
     assert main(words) == 2
-    assert "--resume goes on with them" in capsys.readouterr().err
+    assert "--resume continues them" in capsys.readouterr().err
     monkeypatch.setattr(Trainer, "_update", None)
     assert main([*words, "--processes", "1", "--resume"]) == 0
     again = json.loads((tmp_path / "out" / "degradation.json").read_text())

@@ -99,7 +99,7 @@ def test_results_come_in_order_and_work_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("how", "expected", "message"),
-    [("killed", WorkerLost, r"^the process at work on task killed was ended from outside"),
+    [("killed", WorkerLost, r"^the process at work on task killed was killed from outside"),
      ("memory", WorkerLost, r"^no memory for task memory beside 1 others: .*DefaultCPUAllocator"),
      ("error", ResumeError, r"^lr is 0\.1 in the checkpoint and 0\.2 now(\n|$)"),
      ("unpicklable", RuntimeError, r"^NeedsTwo: one and two\n(.|\n)*in fail\n")],

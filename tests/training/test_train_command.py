@@ -79,7 +79,7 @@ def test_training_on_digits(tmp_path: Path, few_digits: ImageData, capsys: pytes
     assert float((answers != few_digits.test_y).double().mean()) == found["history"]["epochs"][-1]["test_error"]
 
     assert main(words) == 2
-    assert "holds a checkpoint: --resume goes on with it" in capsys.readouterr().err
+    assert "holds a checkpoint: --resume continues from it" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
     assert read(output / "results.json")["history"] == found["history"]
     assert main([*words, "--resume", "--lr", "0.05"]) == 2

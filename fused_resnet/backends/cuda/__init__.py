@@ -1,7 +1,7 @@
 """The compiled CUDA backend: csrc/cuda, NHWC, NVIDIA sm_80 and up; no warm-up, no compiler at run time.
 
-The memory-bound primitives are kernels of ours (``passes``), convolutions are PyTorch's (cuDNN) between them; where
-CUTLASS's were built in and the planner has found one of them faster, CUTLASS's (``cutlass``).
+The memory-bound primitives are our kernels (``passes``). The convolutions between them are PyTorch's (cuDNN), or
+CUTLASS's (``cutlass``) if these are built in and the planner has measured them to be faster.
 """
 
 from __future__ import annotations

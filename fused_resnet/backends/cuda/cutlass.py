@@ -1,7 +1,8 @@
 """CUTLASS's convolutions for sm_90a in the place of PyTorch's, between the passes of the ``cuda`` backend.
 
-Nothing is chosen here: they are what the planner may try (``configurations``) and impose (``configured``); without that
-every convolution is PyTorch's. csrc/cuda/conv.h says what there is, csrc/cuda/conv_sm90.cu what is taken.
+This module chooses nothing. The planner may try these convolutions (``configurations``) and impose them
+(``configured``). Without that every convolution is PyTorch's. csrc/cuda/conv.h lists them; csrc/cuda/conv_sm90.cu
+decides which cases they take.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from fused_resnet.backends import allow_tf32, library_conv
 from fused_resnet.spec import Act, ConvSpec
 
-# "cutlass fprop", "cutlass dgrad" or "cutlass wgrad", and the rows and columns of the tile that a block computes.
+# "cutlass fprop", "cutlass dgrad" or "cutlass wgrad", and the rows and columns of a block's tile.
 Config = tuple[str, int, int]
 Asked = tuple[str, Tensor, Tensor, ConvSpec]  # kind, x, weight, conv
 _ops = torch.ops.fused_resnet_cuda
@@ -26,10 +27,10 @@ _asked: ContextVar[list[Asked] | None] = ContextVar("fused_resnet_cutlass_asked"
 
 
 def refuse(kind: str, x: Tensor, weight: Tensor, conv: ConvSpec) -> str | None:
-    """Why CUTLASS does not compute this here, or None.
+    """The reason why CUTLASS can't compute this here, or None.
 
     Args:
-        kind: "fprop", or for the gradients by x and weight "dgrad" and "wgrad".
+        kind: "fprop"; "dgrad": the gradient of x; "wgrad": the gradient of the weight.
         x: [N, C, H, W], channels_last. weight: [K, C, R, S]. conv: its stride, padding, dilation, groups.
     """
     if not built(x.device.type):
@@ -43,14 +44,16 @@ def refuse(kind: str, x: Tensor, weight: Tensor, conv: ConvSpec) -> str | None:
 
 
 def built(device: str) -> bool:
-    """Whether CUTLASS's convolutions are in the compiled extension ("cpu": in a test's stand-in)."""
+    """Whether the compiled extension contains CUTLASS's convolutions ("cpu": whether a test's stand-in does)."""
     found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::conv_bias_act", device.upper())
     return found
 
 
 def configurations(call: Callable[[], Any]) -> list[Config]:
-    """What the planner may try for a call beside the default: CUTLASS's tiles for one of its convolutions at a time.
-    The call is made once, to see which convolutions it has."""
+    """The configurations that the planner may try for a call: CUTLASS's tiles for one of its convolutions at a time.
+
+    The call runs once, to find out which convolutions it makes.
+    """
     if not (built("cuda") or built("cpu")):
         return []
     convolutions: list[Asked] = []
@@ -69,8 +72,10 @@ def configurations(call: Callable[[], Any]) -> list[Config]:
 
 @contextmanager
 def configured(config: Config) -> Iterator[None]:
-    """Within it (this thread) convolutions of one kind run with one of ``configurations``, those that it can't take as
-    they would without."""
+    """Within this context (and thread) convolutions of one kind run with one of ``configurations``.
+
+    Convolutions that the configuration can't take run as they would without the context.
+    """
     token = _imposed.set(config)
     try:
         yield
@@ -79,7 +84,7 @@ def configured(config: Config) -> Iterator[None]:
 
 
 class Convolutions(library_conv.Convolutions):
-    """See ``library_conv.Convolutions``; where CUTLASS serves, its epilogue adds and activates."""
+    """See ``library_conv.Convolutions``. CUTLASS's epilogue, where used, applies bias, residual, act and ``add``."""
 
     def conv_bias_act(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
@@ -103,7 +108,7 @@ class Convolutions(library_conv.Convolutions):
         add: Tensor | None,
         spare: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """See ``library_conv.Convolutions``; the weight's in float32."""
+        """See ``library_conv.Convolutions``; the weight's gradient is in float32."""
         dx = dw = None
         if needs[0]:
             dx = _run(
@@ -134,7 +139,7 @@ def _fprop(
 
 
 def _run(asked: Asked, launch: Callable[[tuple[int, int]], Tensor]) -> Tensor | None:
-    """``launch(tile)`` where a tile is imposed on this kind of convolution and can take it, else None."""
+    """``launch(tile)`` if a tile is imposed on this kind of convolution and can take it, else None."""
     if (convolutions := _asked.get()) is not None:
         convolutions.append(asked)
     kind, x, *_ = asked
@@ -143,7 +148,7 @@ def _run(asked: Asked, launch: Callable[[tuple[int, int]], Tensor]) -> Tensor | 
         return None
     try:
         return launch(config[1:])
-    except NotImplementedError:  # a batch for which the plan was not measured may be too large, or empty
+    except NotImplementedError:  # the batch, another than the measured one, may be too large or empty
         return None
 
 

@@ -1,4 +1,4 @@
-"""The memory-bound primitives: launches of the kernels of csrc/cuda; when they can run, and what they take."""
+"""The memory-bound primitives launch the kernels of csrc/cuda. ``refuse`` gives the cases that these do not take."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fused_resnet.spec import Act, PoolSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.fused_resnet_cuda
-# Set by tests that have compiled the kernels for a CPU (tests/support/cuda_build.py).
+# Tests that compile the kernels for a CPU set this (tests/support/cuda_build.py).
 ON_CPU = False
 
 
 def _built() -> bool:
-    """Whether the compiled extension has the operators' CUDA part."""
+    """Whether the compiled extension contains the CUDA operators."""
     found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::bn_act", "CUDA")
     return found
 

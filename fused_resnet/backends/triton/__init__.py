@@ -1,7 +1,7 @@
 """Triton kernels, NHWC: NVIDIA sm_80 and up, AMD gfx942; in Triton's interpreter on a CPU, for tests.
 
 One file per kernel family: conv_fprop, conv_dgrad, conv_wgrad, norm, pool, vectors, reduce; the formulas are in
-formulas.py, launching and the account of traffic in runtime.py.
+formulas.py; runtime.py launches kernels and counts traffic.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable() -> str | None:
-    """Why no kernel can run here, or None."""
+    """The reason why no kernel can run here, or None."""
     if INTERPRET:
         return None
     if not torch.cuda.is_available():
@@ -56,8 +56,10 @@ def unavailable() -> str | None:
 
 
 def configurations(call: Callable[[], Any]) -> list[tuple[Any, ...]]:
-    """What the planner may try for a call beside the default: each kernel's other configurations, one kernel at a
-    time. The call is made once, to see which kernels it starts."""
+    """The configurations that the planner may try for a call: each kernel's other configurations, one kernel at a time.
+
+    The call runs once, to find out which kernels it starts.
+    """
     with configs.asked() as problems:
         result = call()
     device = next(t.device for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor))
@@ -70,13 +72,13 @@ def configurations(call: Callable[[], Any]) -> list[tuple[Any, ...]]:
 
 
 def configured(config: tuple[Any, ...]) -> AbstractContextManager[None]:
-    """Within it kernels run with one of ``configurations``."""
+    """Within this context kernels run with one of ``configurations``."""
     kind, values = config
     return configs.use(**{kind: configs.Config(*values)})
 
 
 def refuse(primitive: str, case: Case) -> str | None:
-    """Why this case is not taken, or None."""
+    """The reason why this case is refused, or None."""
     if case.device == "cpu" and not (INTERPRET and forced() in ("triton", "cudnn")):
         return "on a CPU only in Triton's interpreter (TRITON_INTERPRET=1) and by use_backend('triton')"
     if case.conv is not None and case.conv.groups != 1:
@@ -85,7 +87,7 @@ def refuse(primitive: str, case: Case) -> str | None:
 
 
 def refuse_pass(case: Case) -> str | None:
-    """Why a memory-bound kernel can't take this case, or None."""
+    """The reason why a memory-bound kernel can't take this case, or None."""
     if case.device not in ("cpu", "cuda", "meta"):
         return f"runs on CUDA and ROCm devices, not on {case.device}"
     if case.dtype not in _DTYPES:

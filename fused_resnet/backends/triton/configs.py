@@ -1,7 +1,7 @@
 """Kernel configurations of the convolutions: (kind, shape, dtype, device) -> tile, warps, stages, splits.
 
-``choose`` takes the first of ``candidates``; a planner may time the others and impose one by ``use``. Tensors on
-no GPU (meta, the interpreter's) get the configurations of ``use_target``, an H200's by default.
+``choose`` takes the first of ``candidates``. A planner may time the others and impose one by ``use``. Tensors that are
+not on a GPU (meta, the interpreter's) get the configurations of ``use_target``, by default those of an H200.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ Kind = Literal["fprop", "dgrad", "wgrad"]
 
 @dataclass(frozen=True)
 class Target:
-    """A chip, as far as configurations depend on it: "cuda" or "hip", its architecture as Triton names it (80, 90,
-    "gfx942"), bytes of shared memory per program, processors."""
+    """The properties of a chip on which configurations depend.
+
+    "cuda" or "hip", its architecture as Triton names it (80, 90, "gfx942"), bytes of shared memory per program,
+    processors.
+    """
 
     backend: str
     arch: int | str
@@ -52,7 +55,7 @@ class Config:
     splits: int = 1
 
     def constants(self) -> dict[str, int]:
-        """As ``runtime.launch`` takes them."""
+        """The constants of ``runtime.launch``."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -64,8 +67,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a configuration depends on: the matrix product m x n x k (wgrad: k output channels by R*S*C columns, summed
-    over the pixels), the channels that the k (wgrad: n) axis is made of, and how operands are loaded."""
+    """The properties of a convolution on which its configuration depends.
+
+    The matrix product m x n x k (wgrad: k output channels by R*S*C columns, summed over the pixels), the channels of
+    which the k axis (wgrad: the n axis) is made, and the way in which operands are loaded.
+    """
 
     kind: Kind
     m: int
@@ -73,9 +79,9 @@ class Problem:
     k: int
     channels: int
     itemsize: int
-    # float32 without tf32: no matrix unit, the sums run on the ordinary ones
+    # float32 without tf32: the sums run on the ordinary units, not on the matrix unit
     ieee: bool
-    # fprop: a prologue is applied; dgrad, wgrad: dy comes from two tensors (not frozen)
+    # fprop: a prologue is applied; dgrad, wgrad: dy is formed from two tensors (BatchNorm not frozen)
     formed: bool
 
 
@@ -86,7 +92,7 @@ _asked: ContextVar[list[Problem] | None] = ContextVar("fused_resnet_triton_asked
 
 @contextmanager
 def use_target(name: str) -> Iterator[None]:
-    """Within it configurations are those of a chip that isn't here, one of ``TARGETS``."""
+    """Within this context configurations are those of one of ``TARGETS``, chips that need not be here."""
     token = _target.set(TARGETS[name])
     try:
         yield
@@ -96,7 +102,7 @@ def use_target(name: str) -> Iterator[None]:
 
 @contextmanager
 def use(**imposed: Config) -> Iterator[None]:
-    """Within it (this thread) every kernel of a named kind runs with the configuration given: ``use(fprop=...)``."""
+    """Within this context (and thread) kernels of a named kind run with the given configuration: ``use(fprop=...)``."""
     token = _imposed.set((_imposed.get() or {}) | imposed)
     try:
         yield
@@ -106,7 +112,7 @@ def use(**imposed: Config) -> Iterator[None]:
 
 @contextmanager
 def asked() -> Iterator[list[Problem]]:
-    """The problems for which a configuration is chosen within it (this thread)."""
+    """Records the problems for which a configuration is chosen within this context (and thread)."""
     problems: list[Problem] = []
     token = _asked.set(problems)
     try:
@@ -128,7 +134,7 @@ def _device_target(index: int | None) -> Target:
     chip = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
     if torch.version.hip is not None:
         return Target("hip", chip.gcnArchName.split(":")[0], 64 << 10, chip.multi_processor_count)
-    # what a program may have: all of a processor's but the 1 KB that the driver keeps
+    # a program may use all of a processor's except the 1 KB that the driver reserves
     shared = getattr(chip, "shared_memory_per_block_optin", TARGETS["sm_80"].shared)
     return Target("cuda", 10 * chip.major + chip.minor, shared, chip.multi_processor_count)
 
@@ -144,7 +150,7 @@ def choose(kind: Kind, m: int, n: int, k: int, channels: int, like: Tensor, *, t
 
 
 def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """A few configurations worth timing, the default first; all fit the chip's shared memory."""
+    """A few configurations worth timing, the default first. All fit into the chip's shared memory."""
     return _candidates(problem, target)
 
 
@@ -161,7 +167,7 @@ def _candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
 
 
 def _tiles(problem: Problem, target: Target) -> list[Config]:
-    """Tiles in the order of preference."""
+    """Tiles in order of preference."""
     if problem.ieee:
         return [Config(64, 64, 16, 4, 2), Config(64, 32, 16, 4, 2), Config(128, 64, 16, 8, 2)]
     depth = 32 if problem.itemsize == 4 or target.backend == "hip" else 64
@@ -181,15 +187,17 @@ def _tiles(problem: Problem, target: Target) -> list[Config]:
         found = [narrow, tall, small]
     else:
         few = cdiv(problem.m, 128) * cdiv(problem.n, 128) < target.processors
-        # two tiles that form one operand take all the registers of a gfx942
+        # two tiles that form one operand use all registers of a gfx942
         few |= problem.kind == "dgrad" and target.backend == "hip"
         found = [narrow, small, wide] if few else [wide, narrow, small]
     return [*found, replace(found[0], block_k=depth)] if problem.channels % depth == 0 else found
 
 
 def _depth(channels: int, k: int, most: int, lone: bool) -> int:
-    """The step of the sum: a divisor of the channels if it can be, so that a step has one tap. ``lone``: it may be the
-    only one; of a lone step older compilers serialize the wgmma."""
+    """The step of the sum. It divides the channels if possible, so that a step has one tap.
+
+    ``lone``: the sum may have a single step. Older compilers serialize the wgmma of a single step.
+    """
     for depth in (most, most // 2):
         if channels % depth == 0 and (lone or k > depth):
             return depth
@@ -197,7 +205,7 @@ def _depth(channels: int, k: int, most: int, lone: bool) -> int:
 
 
 def _shared(config: Config, problem: Problem) -> int:
-    """About the bytes of shared memory: the operands of every stage, and those formed from them."""
+    """The approximate bytes of shared memory: the operands of every stage, and the operands formed from them."""
     m, n, k = config.block_m, config.block_n, config.block_k
     if problem.kind == "fprop":
         return config.num_stages * (m + n) * k * problem.itemsize
@@ -207,7 +215,7 @@ def _shared(config: Config, problem: Problem) -> int:
 
 
 def _fit(config: Config, problem: Problem, target: Target) -> Config:
-    """Fewer stages, then shallower steps, until the shared memory suffices."""
+    """Reduces the stages, then the depth of a step, until the shared memory suffices."""
     while _shared(config, problem) > target.shared:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
@@ -219,9 +227,12 @@ def _fit(config: Config, problem: Problem, target: Target) -> Config:
 
 
 def _splits(config: Config, problem: Problem, target: Target) -> int:
-    """The split of wgrad's sum that should end first: rounds of programs over the processors, each steps/splits long,
-    plus what writing and summing the parts costs, in units of one step (about 0.6 us on an H200, where a part's 8 bytes
-    per element of dw cost 1.7e-12 s)."""
+    """The split of wgrad's sum that is predicted to end first.
+
+    The predicted time is the rounds of programs over the processors, each steps/splits long, plus the cost of writing
+    and summing the parts, in units of one step. A step takes about 0.6 us on an H200, where a part's 8 bytes per
+    element of dw cost 1.7e-12 s.
+    """
     tiles = cdiv(problem.m, config.block_m) * cdiv(problem.n, config.block_n)
     steps = cdiv(problem.k, config.block_k)
     part = problem.m * problem.n * 3e-6

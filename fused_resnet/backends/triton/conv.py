@@ -1,4 +1,4 @@
-"""The convolution primitives of the Triton backend: operands made ready, kernels in order, partial sums merged."""
+"""The convolution primitives of the Triton backend: prepare operands, start kernels in order, merge partial sums."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def conv_backward(
 ) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
     """See ``Primitives.conv_backward``."""
     dz, y, x = nhwc(dz), nhwc(y), nhwc(x)
-    # before dgrad, which may overwrite ``add``
+    # runs before dgrad, which may overwrite ``add``
     dw = _weight_gradient(dz, y, coef, x, prologue, weight, conv) if need_weight else None
     if not need_input:
         return None, dw, None, None

@@ -1,4 +1,4 @@
-"""dgrad: the gradient of a convolution's input, BatchNorm's backward before it and the activation's behind it fused."""
+"""dgrad: the gradient of a convolution's input, fused with the backward of BatchNorm and activation."""
 
 from __future__ import annotations
 
@@ -69,8 +69,11 @@ def _tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """conv_dgrad_kernel's tile of one phase: PHASE_H and PHASE_W as ``Phase.constants``, TABLE where its taps begin in
-    the table of what is inside, ``row`` that of its sums."""
+    """conv_dgrad_kernel's tile of one phase.
+
+    PHASE_H and PHASE_W are ``Phase.constants``. TABLE is the start of the phase's taps in the table of what is inside.
+    ``row`` is the row of its sums.
+    """
     AT_H: tl.constexpr = PHASE_H[0]
     TAP_H: tl.constexpr = PHASE_H[1]
     TAPS_H: tl.constexpr = PHASE_H[2]
@@ -176,11 +179,11 @@ def _tile(
             summand_scale = tl.load(summand_scale_ptr + c, mask=in_c, other=0.0)
             summand_shift = tl.load(summand_shift_ptr + c, mask=in_c, other=0.0)
         z = formulas.closing(x, summand, scale, shift, summand_scale, summand_shift, RESIDUAL)
-        # rows beyond M have no dy of 0 where nothing is masked
+        # without a mask dy of rows beyond M is not 0
         acc = tl.where(in_m[:, None], formulas.act_backward(acc, z, ACT, act_param), 0.0)
         tl.store(sum_dz_ptr + row * C + c, tl.sum(acc, 0), mask=in_c)
         if RESIDUAL == 2:
-            # again, from cache: kept in registers until here both would not fit
+            # loaded again, from cache: both would not fit into registers until here
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         tl.store(sum_dzx_ptr + row * C + c, tl.sum(acc * (x.to(tl.float32) - center[None, :]), 0), mask=in_c)
         if RESIDUAL == 2:
@@ -239,15 +242,15 @@ def conv_dgrad_kernel(
     """da[n, h, w, c] = sum over (r, s, k) of dy[n, p, q, k] * w[k, r, s, c],   p*stride - pad + r*dil = h, q as p
 
     dy = A dz + B (y - center) + C is formed on load, and 0 outside the image (set after it, as C is not 0).
-    Epilogue: dx = da (+ add); where something closes before this input, x its raw output, dx = (da + add) act'(z),
+    Epilogue: dx = da (+ add). If a closing comes before this input, x is its raw output and dx = (da + add) act'(z),
     z = scale*x + shift [+ summand, or + its own scale and shift of it], with the tile's sums of dx, dx*(x - x_center)
     [and dx*(summand - summand_center)].
 
-    PHASES, COUNT of them (geometry.Phase): the pixels h = AT_H + STRIDE_H*i, w = AT_W + STRIDE_W*j of dx that the same
-    taps reach, so that no tap is multiplied in vain and nothing is added atomically. Stride 1 has one phase.
+    PHASES, COUNT of them (geometry.Phase): the same taps reach the pixels h = AT_H + STRIDE_H*i, w = AT_W + STRIDE_W*j
+    of dx. So no tap is multiplied without use, and no sum needs atomics. Stride 1 has one phase.
     Tile: BLOCK_M pixels by BLOCK_N channels of dx in one phase; the sum runs flat over taps*K in steps of BLOCK_K. The
-    phases of the same pixels run side by side and share dz and y in L2. Each is compiled with bounds of its own.
-    Traffic: dz and y once (frozen: dz alone), w once, dx once; add, x and the summand once where they are.
+    phases of the same pixels run side by side and share dz and y in L2. Each phase is compiled with its own bounds.
+    Traffic: dz and y once (frozen: dz alone), w once, dx once; add, x and the summand once each, if given.
     Source: implicit GEMM; strided dgrad by parity as in CUTLASS (conv2d_dgrad, Analytic iterator).
     """
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
@@ -278,11 +281,11 @@ def conv_dgrad(
     add: Tensor | None,
     closing: Closing | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """dx; behind a closing dz, with its per-tile sums [tiles, C] of dz, dz*(y - center) [and of the summand's].
+    """dx. With a closing: dz, and per-tile sums [tiles, C] of dz, dz*(y - center) [and dz*(summand - its center)].
 
     Args:
         dz, y, add, closing: NHWC in memory; ``add`` may be overwritten, unless it is dz.
-        x: only its shape and dtype count. weight: KRSC in memory, in x's dtype.
+        x: only its shape and dtype are used. weight: KRSC in memory, in x's dtype.
     """
     tf32 = allow_tf32(x.dtype)
     frozen = coef.b is None
@@ -290,7 +293,7 @@ def conv_dgrad(
     dx = add if add is not None and in_place else empty_nhwc(x, x.shape)
     rows = Phase.all(g.h, g.oh, g.r, g.conv.stride[0], g.conv.padding[0], g.conv.dilation[0])
     columns = Phase.all(g.w, g.ow, g.s, g.conv.stride[1], g.conv.padding[1], g.conv.dilation[1])
-    # where a phase has no tap, there is nothing to do to what is there but to close it
+    # a phase without taps only closes what is there
     phases = [(h, w) for h, w in product(rows, columns) if h.taps * w.taps or closing or not in_place]
     pixels = max((g.n * h.size * w.size for h, w in phases), default=0)
     most = max((h.taps * w.taps for h, w in phases), default=0)
@@ -333,7 +336,7 @@ def conv_dgrad(
 def _places(
     phases: Sequence[tuple[Phase, Phase]], g: Geometry, looked_up: bool, device: torch.device
 ) -> tuple[list[Any], Tensor | None]:
-    """The kernel's constants of each phase, with where its part of the table begins; the table, if there is one."""
+    """The kernel's constants of each phase, with the start of its part of the table; and the table, if there is one."""
     places, axes, start = [], [], 0
     for h, w in phases:
         masked = h.masked or w.masked
@@ -345,7 +348,7 @@ def _places(
 
 
 def _closing_operands(closing: Closing | None) -> tuple[list[Tensor | None], Act]:
-    """y, its vectors, the summand, its vectors, as the kernel takes them; and the activation."""
+    """The kernel's arguments y, its vectors, the summand, its vectors; and the activation."""
     if closing is None:
         return [None] * 8, Act("identity")
     n, s = closing.norm, closing.summand_norm

@@ -55,11 +55,11 @@ def conv_fprop_kernel(
     """y[m, k] = sum over (r, s, c) of pre(x[n, p*stride - pad + r*dil, q*stride - pad + s*dil, c]) * w[k, r, s, c]
 
     m = (n, p, q) is an output pixel; pre(x) = act(scale*x + shift), or x; a padded pixel is 0 after it.
-    Epilogue: act(y + bias + residual), each where it is given, and the mean and M2 of the tile's y as stored.
+    Epilogue: act(y + bias + residual), as far as given, and the mean and M2 of the tile's y as stored.
 
     Tile: BLOCK_M pixels by BLOCK_N channels of y; the sum runs flat over R*S*C in steps of BLOCK_K. Where C is a
     multiple of BLOCK_K a step has one tap; elsewhere (the stem's 3 channels) every column of the step has its own.
-    Neighbouring programs share their pixels, so that x comes from L2 for all but the first.
+    Neighbouring programs share their pixels, so all but the first read x from L2.
     Traffic: x and w once, y once (+ residual once, + 8 bytes per channel and BLOCK_M pixels of statistics).
     Source: implicit GEMM, Chetlur et al. 2014 (arXiv 1410.0759); statistics as in Chan, Golub, LeVeque 1979.
     """
@@ -120,7 +120,7 @@ def conv_fprop_kernel(
             x = tl.load(x_ptr + x_offsets + ((r * W + s) * C + j0 - tap * C), mask=inside, other=0.0)
         w = tl.load(w_ptr + w_offsets + j0, mask=w_mask, other=0.0)
         if scale_ptr is not None:
-            # c is a channel in every column, the last ones beyond R*S*C included
+            # c is a valid channel in every column, even in the last ones beyond R*S*C
             a = formulas.affine(x, tl.load(scale_ptr + c), tl.load(shift_ptr + c))
             a = formulas.act(a, PRE_ACT, pre_act_param)
             if inside_ptr is not None:
@@ -130,7 +130,7 @@ def conv_fprop_kernel(
             x = formulas.narrow(a, w.dtype)
         acc = formulas.dot(x, w, acc, TF32)
 
-    # adds 0: else ptxas may move the conversion of y before the wait for the last wgmma, and serialize them all (C7514)
+    # adds 0: otherwise ptxas may convert y before the wait for the last wgmma, and serialize all of them (C7514)
     acc += tl.minimum(M, 0).to(tl.float32)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
@@ -157,7 +157,7 @@ def conv_fprop(
     act: Act | None = None,
     stats: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    """y and, if ``stats``, its per-tile means and M2 [tiles, K] with the pixels per tile (the last may have fewer).
+    """y and, if ``stats``, its per-tile means and M2 [tiles, K] and the pixels per tile (the last tile may have fewer).
 
     Args:
         x, residual: NHWC in memory. weight: KRSC in memory, in x's dtype. bias: [K].

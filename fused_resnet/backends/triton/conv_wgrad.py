@@ -55,12 +55,12 @@ def conv_wgrad_kernel(
     """dw[split, k, r, s, c] = sum over the split's m of dy[m, k] * pre(x[n, p*stride - pad + r*dil, q.., c])
 
     m = (n, p, q) is an output pixel. dy = A dz + B (y - center) + C and pre(x) = act(scale*x + shift) are formed on
-    load; a padded pixel is 0 after pre, and one of both is 0 beyond the last m.
+    load; a padded pixel is 0 after pre. Beyond the last m dy or pre(x) is 0.
 
     Tile: BLOCK_M output channels by BLOCK_N of the R*S*C columns of dw; the sum runs over `steps` times BLOCK_K pixels.
-    Where C is a multiple of BLOCK_N all columns of a tile have one tap, elsewhere each its own.
-    Traffic: dz, y (frozen: dz alone) and x once, as the tiles of a split run side by side and share them in L2; dw in
-    float32 once per split.
+    If C is a multiple of BLOCK_N all columns of a tile have one tap, otherwise each column has its own.
+    Traffic: dz, y (frozen: dz alone) and x once, because the tiles of a split run side by side and share them in L2; dw
+    in float32 once per split.
     Source: implicit GEMM with split-K, as CUTLASS's conv2d_wgrad.
     """
     COLUMNS: tl.constexpr = R * S * C
@@ -90,7 +90,7 @@ def conv_wgrad_kernel(
         constant = tl.load(c_ptr + k, mask=in_k, other=0.0)
         center = tl.load(center_ptr + k, mask=in_k, other=0.0)
     if scale_ptr is not None:
-        # c is a channel in every column, the last ones beyond R*S*C included
+        # c is a valid channel in every column, even in the last ones beyond R*S*C
         scale = tl.load(scale_ptr + c)
         shift = tl.load(shift_ptr + c)
 
@@ -130,7 +130,7 @@ def conv_wgrad_kernel(
                 x_pre = tl.where(inside, x_pre, 0.0)
             x = formulas.narrow(x_pre, x_ptr.dtype.element_ty)
         if scale_ptr is not None and not PADDED and not FROZEN:
-            # x is 0 beyond the last m in every other case, or dy is
+            # in every other case x or dy is 0 beyond the last m
             dy = tl.where(in_m[:, None], dy, 0.0)
         acc = formulas.dot(tl.trans(formulas.narrow(dy, x.dtype)), x, acc, TF32)
         m += BLOCK_K
@@ -143,7 +143,7 @@ def conv_wgrad_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def sum_splits_kernel(part_ptr, dw_ptr, N, splits, WIDE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dw[i] = sum over s of part[s, i], in float32, in an order that BLOCK_S alone determines.
+    """dw[i] = sum over s of part[s, i], in float32. BLOCK_S alone determines the order.
 
     Tile: BLOCK_S splits by BLOCK_N elements of dw, a loop over the splits.
     Traffic: 4 bytes per element and split read, dw written once.
@@ -168,7 +168,7 @@ def conv_wgrad(
     """dW in the dtype of ``weight``, KRSC in memory.
 
     Args:
-        dz, y, x: NHWC in memory. weight: only its shape and dtype count.
+        dz, y, x: NHWC in memory. weight: only its shape and dtype are used.
     """
     dw = empty_nhwc(weight, weight.shape)
     if g.m == 0:

@@ -1,7 +1,7 @@
-"""Every formula of a chain for Triton kernels, once (csrc/bn_math.h has the same for C++).
+"""Every formula of a chain for Triton kernels, once (csrc/bn_math.h has the same formulas for C++).
 
     z = s y + t (+ residual)       a = act(z)       dz = g act'(z)       dy = A dz + B (y - mu) + C
-    (count, mean, M2) of two halves merged by Chan's formula
+    (count, mean, M2) of two halves, merged by Chan's formula
 
 Everything is float32. act and act' send NaN and the kinks where ATen's operators send them.
 """
@@ -15,7 +15,7 @@ from fused_resnet.backends.triton.runtime import INTERPRET
 from fused_resnet.spec import ACTIVATIONS
 
 _INTERPRET = tl.constexpr(INTERPRET)
-# An activation as kernels take it: its place in the table of fused_resnet/spec.py.
+# The number that kernels take for an activation: its index in the table of fused_resnet/spec.py.
 ACT_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 _IDENTITY, _RELU, _LEAKY_RELU, _ELU, _SIGMOID, _SILU, _RELU6, _HARDSWISH = (
     tl.constexpr(i) for i in range(len(ACTIVATIONS))
@@ -88,7 +88,7 @@ def affine(y, scale, shift):
 
 @triton.jit
 def closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL: tl.constexpr):
-    """z = s y + t [+ r, or + s_d r + t_d]: one expression for forward and backward, so that both see one sign."""
+    """z = s y + t [+ r, or + s_d r + t_d]. Forward and backward use this one expression, so both see the same sign."""
     z = affine(y, scale, shift)
     if RESIDUAL == 1:
         z += r.to(tl.float32)
@@ -99,7 +99,7 @@ def closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL: tl.constexpr):
 
 @triton.jit
 def bn_backward(dz, y, a, b, c, center, FROZEN: tl.constexpr):
-    """dy = A dz + B (y - mu) + C, or A dz where BatchNorm is frozen."""
+    """dy = A dz + B (y - mu) + C; A dz if BatchNorm is frozen."""
     if FROZEN:
         dy = a[None, :] * dz.to(tl.float32)
     else:
@@ -109,7 +109,7 @@ def bn_backward(dz, y, a, b, c, center, FROZEN: tl.constexpr):
 
 @triton.jit
 def tile_moments(value, mask, count):
-    """Mean and M2 per channel of a tile [rows, channels] of which the masked rows count."""
+    """Mean and M2 per channel of the masked rows of a tile [rows, channels]."""
     mean = tl.sum(tl.where(mask[:, None], value, 0.0), 0) / count
     off = tl.where(mask[:, None], value - mean[None, :], 0.0)
     return mean, tl.sum(off * off, 0)
@@ -117,7 +117,7 @@ def tile_moments(value, mask, count):
 
 @triton.jit
 def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Chan, Golub, LeVeque 1979: the moments of the union. An empty half changes nothing."""
+    """The moments of the union (Chan, Golub, LeVeque 1979). An empty half changes nothing."""
     count = count_a + count_b
     share = tl.where(count > 0, count_b / tl.maximum(count, 1.0), 0.0)
     delta = mean_b - mean_a
@@ -126,9 +126,9 @@ def merge_moments(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
 
 @triton.jit
 def merge_rows(count, mean, m2):
-    """The moments of the union of all rows, each [rows, channels]; an empty row is all zeros, the first is not empty.
+    """The moments of the union of all rows, each [rows, channels]. An empty row is all zeros; the first is not empty.
 
-    Chan's formula for any number of pieces, relative to the first one's mean, so that |mean| >> std loses nothing.
+    Chan's formula for any number of pieces, relative to the first one's mean: |mean| >> std loses no precision.
     """
     row = tl.arange(0, mean.shape[0])[:, None]
     origin = tl.sum(tl.where(row == 0, mean, 0.0), 0)
@@ -140,7 +140,7 @@ def merge_rows(count, mean, m2):
 
 @triton.jit
 def narrow(value, DTYPE: tl.constexpr):
-    """float32 as it is stored, rounded to nearest even; the interpreter's own cast to bfloat16 cuts the bits off."""
+    """float32 rounded to nearest even, as it is stored. The interpreter's own cast to bfloat16 truncates."""
     if _INTERPRET and DTYPE == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
@@ -150,7 +150,7 @@ def narrow(value, DTYPE: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, TF32: tl.constexpr):
-    """acc + a @ b, summed in float32. The interpreter multiplies raw bits of bfloat16: there both are widened."""
+    """acc + a @ b, summed in float32. The interpreter would multiply bfloat16's raw bits, so there both are widened."""
     if _INTERPRET:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif TF32:

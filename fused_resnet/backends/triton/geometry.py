@@ -1,7 +1,8 @@
-"""A convolution's sizes as kernels take them, and its operands in the layout they take.
+"""A convolution's sizes and operands in the form that kernels take.
 
-Memory is NHWC, weights are KRSC (a channels_last [K, C, R, S] tensor). A kernel knows every size but the batch when it
-is compiled: networks have few shapes, and with known loop bounds the compiler keeps the matrix instructions in flight.
+Memory is NHWC, weights are KRSC (a channels_last [K, C, R, S] tensor). A kernel is
+compiled for every size except the batch: networks have few shapes, and with known loop bounds the compiler keeps the
+matrix instructions in flight.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class Geometry:
 
     @staticmethod
     def of(x: Tensor, weight: Tensor, conv: ConvSpec) -> Geometry:
-        """Read off the tensors."""
+        """The sizes of these tensors."""
         n, c, h, w = x.shape
         k, _, r, s = weight.shape
         return Geometry(n, c, h, w, k, *conv.out_size((h, w), (r, s)), r, s, conv)
 
     @property
     def m(self) -> int:
-        """Output pixels."""
+        """The number of output pixels."""
         return self.n * self.oh * self.ow
 
     @property
@@ -50,7 +51,7 @@ class Geometry:
 
     @property
     def pointwise(self) -> bool:
-        """A plain matrix product: pixel m of y comes from pixel m of x alone."""
+        """Whether it is a plain matrix product: pixel m of y depends only on pixel m of x."""
         return self.taps == 1 and self.conv.stride == (1, 1) and not self.padded
 
     @property
@@ -63,18 +64,18 @@ class Geometry:
         return self.n, self.k, self.oh, self.ow
 
     def x_bytes(self, x: Tensor) -> int:
-        """The bytes of x that the taps touch, each once: a 1x1 of stride 2 reads a quarter."""
+        """The bytes of x that the taps read, each counted once: a 1x1 of stride 2 reads a quarter."""
         rows, columns = (min(a.limit, a.size * min(a.taps, a.step)) for a in self.axes())
         return self.n * rows * columns * self.c * x.element_size()
 
     def axes(self) -> tuple[Axis, Axis]:
-        """Where the taps of y's rows and columns fall in x."""
+        """The places of the taps of y's rows and columns in x."""
         (top, left), (dil_h, dil_w), (stride_h, stride_w) = self.conv.padding, self.conv.dilation, self.conv.stride
         rows = Axis(-top, dil_h, self.r, stride_h, self.oh, self.h)
         return rows, Axis(-left, dil_w, self.s, stride_w, self.ow, self.w)
 
     def constants(self) -> dict[str, int | bool]:
-        """As the compile-time arguments of the kernels that walk over the pixels of y."""
+        """The compile-time arguments of the kernels that iterate over the pixels of y."""
         return {
             "C": self.c,
             "K": self.k,
@@ -98,8 +99,8 @@ class Geometry:
 class Phase:
     """The input's rows (or columns) h = phase + stride*i, i < size, and the taps that reach them.
 
-    Tap r of output row p reads h = p*stride - padding + r*dilation. For one phase those taps are r = tap + j*tap_step,
-    j < taps, and output row p = i + first - j*step: a convolution of stride 1. A phase may have no tap at all.
+    Tap r of output row p reads h = p*stride - padding + r*dilation. In one phase these taps are r = tap + j*tap_step,
+    j < taps, and the output row is p = i + first - j*step: a convolution of stride 1. A phase may have no tap.
     """
 
     phase: int
@@ -113,7 +114,7 @@ class Phase:
 
     @staticmethod
     def all(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Phase]:
-        """The phases of one axis, of an input of ``size`` and an output of ``out``."""
+        """The phases of one axis with an input of ``size`` and an output of ``out``."""
         phases = []
         for phase in range(min(stride, size)):
             rows = cdiv(size - phase, stride)
@@ -129,16 +130,16 @@ class Phase:
         return phases
 
     def axis(self, out: int) -> Axis:
-        """Where its taps fall in an output of ``out`` rows."""
+        """The places of its taps in an output of ``out`` rows."""
         return Axis(self.first, -self.step, self.taps, 1, self.size, out)
 
     def constants(self) -> tuple[int, ...]:
-        """As the dgrad kernel takes it."""
+        """The compile-time arguments of the dgrad kernel."""
         return self.phase, self.tap, self.taps, self.tap_step, self.first, self.step
 
 
 class Axis(NamedTuple):
-    """Where the taps of one axis fall: tap j of position i at start + j*tap_step + i*step, inside if in [0, limit)."""
+    """The places of one axis's taps: tap j of position i is at start + j*tap_step + i*step, inside if in [0, limit)."""
 
     start: int
     tap_step: int
@@ -155,13 +156,13 @@ class Axis(NamedTuple):
 
 
 def inside_table(places: tuple[tuple[Axis, Axis], ...], device: torch.device) -> Tensor:
-    """int32 [taps * pixels of an image] of each (rows, columns), 1 where the tap of the pixel lies in the image.
+    """int32 [taps * pixels of an image] of each (rows, columns): 1 if the tap of the pixel lies in the image.
 
-    A mask that is loaded, unlike one that is computed, lets the compiler take the operand that it is applied to from
-    shared memory straight to the matrix unit: on sm_90 a sixth fewer registers and shared memory in 3x3 convolutions.
+    The mask is loaded, not computed: then the compiler moves the masked operand from shared memory straight to the
+    matrix unit. On sm_90 this saves a sixth of the registers and shared memory in 3x3 convolutions.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _inside_table(places, device)  # the memory is the graph's
+        return _inside_table(places, device)  # a CUDA graph owns the memory
     return _kept_table(places, device)
 
 
@@ -169,7 +170,7 @@ def inside_table(places: tuple[tuple[Axis, Axis], ...], device: torch.device) ->
 def _kept_table(places: tuple[tuple[Axis, Axis], ...], device: torch.device) -> Tensor:
     table = _inside_table(places, device)
     if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # another stream may use it next
+        torch.cuda.current_stream(device).synchronize()  # another stream may use the table next
     return table
 
 
@@ -179,10 +180,10 @@ def _inside_table(places: tuple[tuple[Axis, Axis], ...], device: torch.device) -
 
 
 def nhwc(t: Tensor) -> Tensor:
-    """The tensor itself where its memory is NHWC, else a copy that is."""
+    """The tensor itself if its memory is NHWC, otherwise an NHWC copy."""
     return t.contiguous(memory_format=torch.channels_last)
 
 
 def krsc(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as kernels read it: in the activations' dtype, channels_last. A copy where it isn't (fp32 masters)."""
+    """The weight in the activations' dtype, channels_last, as kernels read it. A copy if it is not (fp32 masters)."""
     return nhwc(weight.to(dtype))

@@ -1,7 +1,7 @@
 """BatchNorm's own passes over [M, C], M = N*H*W: statistics, the closing normalise + add + act, and their backwards.
 
-A kernel reads and writes each tensor once, 16 bytes at a time where C is a multiple of 8 (4 in float32). Reductions
-leave a row of partial results per program, merged by reduce.py.
+A kernel reads and writes each tensor once, 16 bytes at a time if C is a multiple of 8 (4 in float32). Each program of a
+reduction writes a row of partial results. reduce.py merges the rows.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, proce
 from fused_resnet.spec import Act
 
 __all__ = ["bn_act", "bn_act_backward", "bn_backward", "bn_stats", "merge_moments", "sum_partials"]
-# Elements of a tile: 8 per thread, one 16-byte access of 16-bit elements; a reduction has fewer programs, and twice as
-# much for each, but for that with a residual's norm, whose vectors and sums need the registers.
+# Elements of a tile: 8 per thread, one 16-byte access of 16-bit elements. A reduction has fewer programs with twice as
+# many elements each, unless it has a residual's norm, whose vectors and sums need the registers.
 _TILE, _WIDEST, _WARPS = 1024, 128, 4
-# Programs of a reduction, per processor: all of them resident at once.
+# Programs of a reduction per processor: all are resident at once.
 _PROGRAMS = 4
 
 
@@ -43,8 +43,8 @@ def _bn_stats_kernel(
 ):
     """Mean and M2 per channel of ``rows`` rows, a partial per program.
 
-    A lane (a row of the tile) sums d = y - k and d^2, k its first value: what those sums cancel is bounded by the
-    lane's own number of rows, whatever the data, because k is one of them. The lanes merge by Chan's formula.
+    A lane (a row of the tile) sums d = y - k and d^2, where k is its first value. Because k is one of the values, the
+    lane's number of rows bounds the cancellation in these sums, whatever the data. The lanes merge by Chan's formula.
     Tile: BLOCK_M x BLOCK_C, a loop over the rows. Traffic: y read once.
     """
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -240,7 +240,7 @@ def _tile(channels: int, elements: int) -> dict[str, int]:
 
 
 def _each(m: int, channels: int) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Grid and tile of a pass without a reduction: a tile per program, those of the same rows side by side."""
+    """Grid and tile of a pass without a reduction: one tile per program. Tiles of the same rows run side by side."""
     tile = _tile(channels, _TILE)
     return (cdiv(m, tile["BLOCK_M"]) * cdiv(channels, tile["BLOCK_C"]),), tile
 
@@ -248,7 +248,7 @@ def _each(m: int, channels: int) -> tuple[tuple[int, ...], dict[str, int]]:
 def _partials(
     m: int, channels: int, device: torch.device, elements: int = 2 * _TILE
 ) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """Grid, rows per program and tile of a reduction: as many programs as stay resident at once."""
+    """Grid, rows per program and tile of a reduction: as many programs as can be resident at once."""
     tile = _tile(channels, elements)
     c_tiles, m_tiles = cdiv(channels, tile["BLOCK_C"]), cdiv(m, tile["BLOCK_M"])
     most = max(1, _PROGRAMS * processors(device) // c_tiles)

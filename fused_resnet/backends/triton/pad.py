@@ -31,10 +31,10 @@ def pad_channels_kernel(
 
 
 def pad_channels(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x and weight with channels of zeros behind their own where these are fewer than eight and no multiple of four.
+    """x and weight, padded with channels of zeros if they have fewer than eight channels and no multiple of four.
 
-    Three channels of 16 bits are loaded element by element, too small for the asynchronous copies that keep the matrix
-    units fed; four are one copy of 8 bytes. That is worth reading x once more.
+    Three 16-bit channels are loaded element by element: they are too small for the asynchronous copies that keep the
+    matrix units busy. Four channels are one copy of 8 bytes. This gains more than reading x once more costs.
 
     Args:
         x: NHWC in memory.

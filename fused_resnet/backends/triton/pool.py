@@ -15,14 +15,14 @@ from fused_resnet.backends.triton.reduce import sum_partials
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, processors, wide
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
-# Elements of a tile, a square of pixels: neighbours share what their windows read.
+# Elements of a tile, a square of pixels: neighbouring windows share their loads.
 _TILE, _WIDEST, _WARPS = 1024, 64, 4
 _PROGRAMS = 4
 
 
 @triton.jit
 def _pixels(tile, H: tl.constexpr, W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, WIDE: tl.constexpr):
-    """Image, row and column of each pixel of a tile; tiles run over the columns, then the rows, then the images."""
+    """Image, row and column of each pixel of a tile. Tiles run over the columns, then the rows, then the images."""
     tiles_w: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
     tiles_h: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     lane = tl.arange(0, BLOCK_H * BLOCK_W)
@@ -59,7 +59,7 @@ def _bn_act_max_pool_kernel(
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """out = max over (r, s) of act(scale y + shift), argmax = r S + s of the first maximum; a NaN wins, padding never.
+    """out = max over (r, s) of act(scale y + shift), argmax = r S + s of the first maximum. A NaN wins, padding never.
 
     Tile: BLOCK_H x BLOCK_W outputs x BLOCK_C channels, one per program. Traffic: y read once (overlapping windows of a
     tile meet in L1, those of neighbouring tiles in L2), out and one byte per output written once.
@@ -80,7 +80,7 @@ def _bn_act_max_pool_kernel(
             mask = there[:, None] & (cols < C)[None, :]
             y = tl.load(y_ptr + ((n * H + h) * W + w)[:, None] * C + cols[None, :], mask=mask, other=0.0)
             a = formulas.act(affine(y, scale, shift), ACT, act_param)
-            # the first pixel wins over nothing, even where it is -inf
+            # the first pixel wins even if it is -inf
             take = mask & ((a > best) | (a != a) | (place < 0))
             best = tl.where(take, a, best)
             place = tl.where(take, r * S + s, place)
@@ -123,7 +123,7 @@ def _bn_act_max_pool_backward_kernel(
 ):
     """dz = act'(z) times the sum of dout over the windows whose maximum this pixel is; partial sums of dz, dz (y - mu).
 
-    A pixel looks at the ceil(R / STRIDE_H) x ceil(S / STRIDE_W) windows that can hold it, last one first: no atomics.
+    A pixel reads the ceil(R / STRIDE_H) x ceil(S / STRIDE_W) windows that can contain it, the last first: no atomics.
     Tile: BLOCK_H x BLOCK_W pixels x BLOCK_C channels, a loop over ``each`` tiles. Traffic: dout, argmax and y read
     once, dz written once.
     """
@@ -180,7 +180,7 @@ def _constants(y: Tensor, out: Tensor, act: Act, pool: PoolSpec) -> dict[str, in
 
 
 def _tile(t: Tensor) -> tuple[dict[str, int], int, int]:
-    """The tile, how many cover t's pixels, and how many its channels."""
+    """The tile, the number of tiles over t's pixels, and the number over its channels."""
     n, channels, h, w = t.shape
     block_c = min(triton.next_power_of_2(channels), _WIDEST)
     pixels = _TILE // block_c

@@ -1,6 +1,7 @@
-"""The last step of every reduction: partial results of the programs of one launch, merged in a fixed order.
+"""The last step of every reduction: merges the partial results of one launch's programs in a fixed order.
 
-No atomics: a program writes its row of [P, C], these kernels merge the rows, and the same input gives the same bits.
+There are no atomics. A program writes its row of [P, C], and these kernels merge the rows: the same input gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fused_resnet.backends.triton.formulas import merge_rows
 from fused_resnet.backends.triton.runtime import cdiv, launch
 
 _BLOCK_P, _BLOCK_C = 128, 16
-# One launch merges this many rows; of more, it makes this many first, so that the work is spread over the device.
+# One launch merges this many rows. More rows are first merged to this many, which spreads the work over the device.
 _ROWS = 640
 
 
@@ -106,7 +107,7 @@ def _sum_partials_kernel(
 
 
 def _groups(partials: int) -> tuple[int, int]:
-    """How many rows each program merges, and how many rows come out."""
+    """The rows that each program merges, and the rows that result."""
     group = partials if partials <= _ROWS else max(_BLOCK_P, cdiv(partials, _ROWS))
     return group, cdiv(partials, group)
 
@@ -115,12 +116,12 @@ def merge_moments(mean: Tensor, m2: Tensor, rows: int, total: int) -> tuple[Tens
     """Mean and biased variance per channel from the moments of pieces.
 
     Args:
-        mean, m2: float32 [P, C], contiguous; partial p covers rows p*rows .. min((p + 1)*rows, total) - 1, P of them
-            cover all of them.
-        rows, total: rows per partial, rows altogether.
+        mean, m2: float32 [P, C], contiguous. Partial p covers rows p*rows .. min((p + 1)*rows, total) - 1; the P
+            partials cover all rows.
+        rows, total: rows per partial, and all rows.
 
     Returns:
-        mean [C] and biased variance [C], float32; NaN of nothing, as PyTorch's.
+        mean [C] and biased variance [C], float32; NaN without rows, as in PyTorch.
     """
     partials, channels = mean.shape
     if partials == 0:
@@ -145,7 +146,7 @@ def merge_moments(mean: Tensor, m2: Tensor, rows: int, total: int) -> tuple[Tens
 
 
 def sum_partials(*partials: Tensor) -> tuple[Tensor, ...]:
-    """The sum over the rows of each float32 [P, C], all of the same shape, contiguous, three at most."""
+    """The sum over the rows of each float32 [P, C]: at most three, contiguous, of the same shape."""
     rows, channels = partials[0].shape
     if rows == 0:
         return tuple(p.new_zeros(channels) for p in partials)

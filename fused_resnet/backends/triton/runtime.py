@@ -1,8 +1,8 @@
-"""How kernels are started, and what they are known to read and write.
+"""Starts kernels, and records the bytes that they read and write.
 
-``launch`` is the one way into a kernel. It takes, beside the arguments, the tensors that are read and written, each
-once: a ``traffic`` context sums their bytes, and on meta tensors nothing else happens, so a whole network's traffic
-can be counted without a GPU.
+Every kernel starts through ``launch``. Beside the arguments it takes the tensors that are read and written, each once.
+A ``traffic`` context sums their bytes. On meta tensors nothing else happens, so a whole network's traffic can be
+counted without a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 # Triton decides at import whether kernels are compiled or interpreted: TRITON_INTERPRET=1 before the first import.
 INTERPRET: bool = triton.knobs.runtime.interpret
-# Elements from which a tensor's offsets need 64 bits; tiles reach a little beyond the last one.
+# Tensors with at least this many elements need 64-bit offsets; tiles reach a little beyond the last element.
 _WIDE = 2**31 - 2**24
 
 
@@ -41,7 +41,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """Bytes read and written."""
+        """The bytes read and written."""
         return sum(launch.read + launch.written for launch in self.launches)
 
 
@@ -51,7 +51,7 @@ _observer: ContextVar[Callable[..., None] | None] = ContextVar("fused_resnet_lau
 
 @contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Records every launch within it (of this thread)."""
+    """Records every launch of this thread within the context."""
     record = Traffic()
     token = _traffic.set(record)
     try:
@@ -62,7 +62,7 @@ def traffic() -> Iterator[Traffic]:
 
 @contextmanager
 def observe(call: Callable[..., None]) -> Iterator[None]:
-    """``call(kernel, args, constants)`` for every launch within it (of this thread), on meta tensors too."""
+    """Calls ``call(kernel, args, constants)`` for each launch of this thread in the context, on meta tensors too."""
     token = _observer.set(call)
     try:
         yield
@@ -83,8 +83,8 @@ def launch(
     writes: Sequence[Tensor | int | None],
     **constants: Any,
 ) -> None:
-    """kernel[grid](*args, **constants), recorded. ``reads``, ``writes``: tensors or bytes, each counted once; None is
-    an operand that isn't there."""
+    """kernel[grid](*args, **constants), recorded. ``reads``, ``writes``: tensors or bytes, each counted once; None:
+    the operand is absent."""
     record = _traffic.get()
     if record is not None:
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
@@ -92,7 +92,7 @@ def launch(
     observer = _observer.get()
     if observer is not None:
         observer(kernel, args, constants)
-    # forward and backward recompute z by one expression: both must contract it, whatever Triton's default
+    # forward and backward compute z by one expression: both must contract it, whatever Triton's default
     constants["enable_fp_fusion"] = True
     device = next(t.device for t in args if isinstance(t, Tensor))
     if device.type == "meta" or 0 in grid:
@@ -106,13 +106,16 @@ def launch(
         _start(kernel, device.index, grid, args, constants)
 
 
-# (kernel, device, what of the arguments decides the machine code) -> the compiled kernel and its constants in order
+# (kernel, device, the properties of arguments that decide the machine code) -> compiled kernel, constants in order
 _compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _start(kernel: Any, device: int, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """Starts the machine code of an earlier launch like this one. Triton's own launcher binds and specialises every
-    argument by name each time, which costs the host more than most of these kernels take."""
+    """Starts the machine code of an earlier launch with the same key.
+
+    Triton's own launcher binds and specialises every argument by name each time. That costs the host more than most of
+    these kernels take.
+    """
     key = (kernel, device, tuple(map(_special, args)), tuple(constants.items()))
     found = _compiled.get(key)
     if found is None:
@@ -124,8 +127,11 @@ def _start(kernel: Any, device: int, grid: tuple[int, ...], args: tuple[Any, ...
 
 
 def _special(a: Any) -> Any:
-    """What Triton specialises on: a tensor's dtype, its alignment and whether 32 bits reach all of it; of an integer
-    whether it is 1, divisible by 16, and its width."""
+    """The properties of an argument on which Triton specialises.
+
+    Of a tensor: its dtype, its alignment and whether 32 bits reach all of it. Of an integer: whether it is 1, whether
+    16 divides it, and its width.
+    """
     if isinstance(a, Tensor):
         return a.dtype, a.data_ptr() % 16 == 0, a.numel() * a.element_size() < 2**31
     if type(a) is int:
@@ -134,20 +140,20 @@ def _special(a: Any) -> Any:
 
 
 def wide(*tensors: Tensor | None) -> bool:
-    """Whether an offset into one of them can exceed 32 bits."""
+    """Whether an offset into one of the tensors can exceed 32 bits."""
     return any(t is not None and t.numel() >= _WIDE for t in tensors)
 
 
 @lru_cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; where none is asked (the interpreter, meta tensors), as many as an H100 has."""
+    """The multiprocessors of a GPU; without a GPU (the interpreter, meta tensors), those of an H100."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised [N, C, H, W] tensor whose memory is NHWC, whatever its sizes."""
+    """An uninitialised [N, C, H, W] tensor whose memory is NHWC for all sizes."""
     n, c, h, w = shape
     return torch.empty((n, h, w, c), dtype=dtype or like.dtype, device=like.device).permute(0, 3, 1, 2)
 

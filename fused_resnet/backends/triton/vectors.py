@@ -1,4 +1,4 @@
-"""BatchNorm's vectors of C elements: one small launch each, where composed operators would take a dozen."""
+"""BatchNorm's vectors of C elements: one small launch each; composed operators would take a dozen."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _bn_coefficients_kernel(
     FROZEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dgamma = rstd sum dz (y - mu);  B = -scale rstd dgamma / M,  C = -scale sum dz / M (none where frozen).
+    """dgamma = rstd sum dz (y - mu);  B = -scale rstd dgamma / M,  C = -scale sum dz / M (neither if frozen).
 
     Tile: BLOCK channels. Traffic: at most 28 bytes per channel.
     """

@@ -19,8 +19,8 @@ struct half_t {
 namespace fused_resnet::cuda {
 namespace {
 
-int runs = 0;         // since the library was loaded
-bool idle = false;    // launches succeed and write nothing
+int runs = 0;       // since the library was loaded
+bool idle = false;  // launches succeed and write nothing
 
 float load(float v) { return v; }
 float load(cutlass::bfloat16_t v) { return __bfloat162float(v.value); }
@@ -44,9 +44,11 @@ void products(const ConvProblem& g, F f) {
             for (int q = 0; q < g.q(); q++)
                 for (int r = 0; r < g.r; r++)
                     for (int s = 0; s < g.s; s++) {
-                        const int h = p * g.stride_h - g.pad_h + r * g.dil_h, w = q * g.stride_w - g.pad_w + s * g.dil_w;
+                        const int h = p * g.stride_h - g.pad_h + r * g.dil_h,
+                                  w = q * g.stride_w - g.pad_w + s * g.dil_w;
                         if (h < 0 || h >= g.h || w < 0 || w >= g.w) continue;
-                        const size_t x = ((size_t(n) * g.h + h) * g.w + w) * g.c, y = ((size_t(n) * g.p() + p) * g.q() + q) * g.k;
+                        const size_t x = ((size_t(n) * g.h + h) * g.w + w) * g.c,
+                                     y = ((size_t(n) * g.p() + p) * g.q() + q) * g.k;
                         for (int k = 0; k < g.k; k++)
                             for (int c = 0; c < g.c; c++) f(x + c, ((size_t(k) * g.r + r) * g.s + s) * g.c + c, y + k);
                     }
@@ -123,7 +125,7 @@ cudaError_t wgrad_sm90(const ConvProblem& g, const ConvWgrad& t, cudaStream_t) {
     return cudaSuccess;
 }
 
-#define FR_INSTANCES(T, M, N)                                                                           \
+#define FR_INSTANCES(T, M, N)                                                                         \
     template cudaError_t fprop_sm90<T, M, N>(const ConvProblem&, const ConvInference&, cudaStream_t); \
     template cudaError_t dgrad_sm90<T, M, N>(const ConvProblem&, const ConvDgrad&, cudaStream_t);     \
     template cudaError_t wgrad_sm90<T, M, N>(const ConvProblem&, const ConvWgrad&, cudaStream_t);

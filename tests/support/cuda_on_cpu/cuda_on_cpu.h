@@ -2,8 +2,8 @@
 //
 // The threads of a block are fibers that take turns: each runs until it ends or reaches a barrier, blocks run one after
 // another. What a GPU would leave to chance is made visible: shared memory starts as NaN in every block, a barrier that
-// only some threads reach ends the program, and with `backwards` threads and blocks run in the opposite order, so that a
-// result which depends on the order differs.
+// only some threads reach ends the program, and with `backwards` threads and blocks run in the opposite order, so that
+// a result which depends on the order differs.
 #pragma once
 
 #include <ucontext.h>
@@ -37,7 +37,9 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 template <class T>
-inline T __ldg(const T* from) { return *from; }
+inline T __ldg(const T* from) {
+    return *from;
+}
 
 // 16-bit floats, rounded to nearest even.
 struct __nv_bfloat16 {
@@ -64,7 +66,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
     if (v != v) return {0x7fff};
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+    return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
 inline float __half2float(__half v) { return float(v.value); }
 inline __half __float2half_rn(float v) { return {_Float16(v)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
@@ -152,7 +156,8 @@ inline void run_block(unsigned threads) {
             waiting += !machine.fibers[t]->done;
         }
         if (waiting != 0 && waiting != before) {
-            fprintf(stderr, "cuda_on_cpu: %u of %u threads wait at a barrier, the others have ended\n", waiting, before);
+            fprintf(stderr, "cuda_on_cpu: %u of %u threads wait at a barrier, the others have ended\n", waiting,
+                    before);
             abort();
         }
     }
@@ -164,7 +169,8 @@ void launch(dim3 grid, dim3 threads, size_t shared, Call call) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     const unsigned count = threads.x * threads.y * threads.z;
     if (count > 1024 || shared > 48 << 10 || grid.y > 65535 || grid.z > 65535) {
-        fprintf(stderr, "cuda_on_cpu: %u threads, %zu bytes of shared memory, a grid of %u x %u x %u: more than a GPU takes\n",
+        fprintf(stderr,
+                "cuda_on_cpu: %u threads, %zu bytes of shared memory, a grid of %u x %u x %u: more than a GPU takes\n",
                 count, shared, grid.x, grid.y, grid.z);
         abort();
     }

@@ -6,5 +6,7 @@ using cudaStream_t = struct CUstream_st*;
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t status) {
-    return status == cudaErrorNotSupported ? "operation not supported" : status == cudaSuccess ? "no error" : "unknown error";
+    return status == cudaErrorNotSupported ? "operation not supported"
+           : status == cudaSuccess         ? "no error"
+                                           : "unknown error";
 }

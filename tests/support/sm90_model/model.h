@@ -54,7 +54,7 @@ struct Meeting {
 
 inline struct State {
     std::vector<std::unique_ptr<Fiber>> fibers;
-    std::map<int, Meeting> barriers;  // by their ids; 0: __syncthreads
+    std::map<int, Meeting> barriers;           // by their ids; 0: __syncthreads
     std::vector<std::function<void()>> later;  // what the hardware does in its own time
     ucontext_t scheduler;
     std::function<void()> kernel;
