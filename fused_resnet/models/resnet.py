@@ -1,6 +1,6 @@
 """The ImageNet ResNet family (He et al., arXiv 1512.03385) in plain PyTorch, with torchvision's names throughout.
 
-Nothing here knows about kernels: a factory builds the plain network and then hands it to ``fused_resnet.convert.fuse``.
+Nothing here knows about kernels: a factory builds the plain network and then hands it to ``fused_resnet.fuse``.
 """
 
 from __future__ import annotations
