@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_report_page import CONVOLUTIONS, markdown, plot
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -40,7 +41,6 @@ from fused_resnet.cli.variants import CompileBudget, Variant
 from fused_resnet.spec import Act, PoolSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-CONVOLUTIONS = ("conv_bias_act", "conv_stats", "conv_backward")
 
 
 @dataclass
@@ -79,8 +79,8 @@ def limits(run: Run) -> dict[str, Any]:
 
 def tests(run: Run) -> dict[str, Any]:
     """The tests that need a GPU, and those of the CUDA kernels, which run on one where there is one."""
-    names = ("gpu",) if run.toy else ("gpu", "cuda_kernels", "cuda_conv")
-    files = [f"tests/test_{name}.py" for name in names]
+    names = ("project/test_gpu", "backends/test_cuda_kernels", "backends/test_cuda_conv")
+    files = [f"tests/{name}.py" for name in (names[:1] if run.toy else names)]
     return _command(run, [sys.executable, "-m", "pytest", *files, "-q", "--no-header", "-rf"], timeout_s=500)
 
 
@@ -91,17 +91,17 @@ def sanitizer(run: Run) -> dict[str, Any]:
     if tool is None:
         return {"ok": True, "skipped": "compute-sanitizer is not installed here"}
     picked = "(test_small_chains and triton and (basic or bottleneck_projection or stem) and batch) or odd_channels"
-    chains = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "--no-header", "-k", picked]
+    chains = [sys.executable, "-m", "pytest", "tests/project/test_gpu.py", "-q", "--no-header", "-k", picked]
     jobs = {"triton memcheck": ("memcheck", [], chains)}
     if load("cuda")[0] is not None:
         # ours alone: what PyTorch's kernels read and write is its own affair
         ours, cases = (
             ["--kernel-name", "kernel_substring=fused_resnet"],
-            [sys.executable, "tests/cuda_cases.py", "cuda"],
+            [sys.executable, "tests/support/cuda_cases.py", "cuda"],
         )
         jobs |= {f"cuda {name}": (name, ours, cases) for name in ("memcheck", "racecheck", "initcheck")}
         picked = "test_activations or test_backward or test_misaligned"
-        tiles = [sys.executable, "-m", "pytest", "tests/test_cuda_conv.py", "-q", "--no-header", "-k", picked]
+        tiles = [sys.executable, "-m", "pytest", "tests/backends/test_cuda_conv.py", "-q", "--no-header", "-k", picked]
         jobs["cutlass memcheck"] = ("memcheck", ["--kernel-name", "kernel_substring=ConvUniversal"], tiles)
     found = {}
     for name, (which, options, command) in jobs.items():
@@ -320,108 +320,6 @@ STEPS: dict[str, Callable[[Run], dict[str, Any]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
-def markdown(found: dict[str, Any]) -> str:
-    """The report as text: what was reached, and of what."""
-    lines = [f"# {found['device']}", "", f"{found['date']}, torch {found['versions']['torch']}, "]
-    lines[-1] += f"triton {found['versions']['triton']}, batch {found['config']['batch']}, {found['config']['size']} px"
-    bound = found.get("limits") or {}
-    if "bytes_per_s" in bound:
-        lines += [
-            "",
-            f"Copy {bound['bytes_per_s'] / 1e12:.2f} TB/s, bf16 product {bound['flops_per_s'] / 1e12:.0f} TFLOP/s.",
-        ]
-    for step in STEPS:
-        result = found.get(step)
-        if result is not None and (not result.get("ok", True) or "skipped" in result):
-            lines += [
-                "",
-                f"**{step}**: {result.get('skipped') or result.get('error') or result.get('output', '')[-1500:]}",
-            ]
-    rows = (found.get("passes") or {}).get("rows", [])
-    if rows:
-        lines += ["", "| pass | images | shape | backend | ms | of a copy's bandwidth |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        share = f"{row['of_copy']:.0%}" if "of_copy" in row else "–"
-        shape = "x".join(map(str, row["shape"]))
-        lines.append(
-            f"| {row['primitive']} | {row['operands']} | {shape} | {row['backend']} | {row['ms']:.4f} | {share} |"
-        )
-    rows = (found.get("kernels") or {}).get("rows", [])
-    if rows:
-        lines += ["", "| signature | chosen | ms | roofline ms | share | aten ms |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        choice = planner.Choice.decode(row["choice"])
-        ms, ideal = row["ms"][planner.label(choice)], row.get("roofline_ms")
-        share = f"{ideal:.4f} | {ideal / ms:.0%}" if ideal is not None else "– | –"
-        lines.append(f"| {row['signature']} | {choice} | {ms:.4f} | {share} | {row['ms']['aten']:.4f} |")
-    lines += convolutions(rows)
-    networks_found = (found.get("networks") or {}).get("cases", [])
-    if networks_found:
-        lines += ["", "| network | mode | variant | images/s | x plain |", "|---|---|---|---|---|"]
-    for case in networks_found:
-        for row in case["variants"]:
-            if row["status"] != "measured":
-                lines.append(
-                    f"| {case['model']} | {case['mode']} | {row['variant']} | {row['status']}: {row['note']} | |"
-                )
-                continue
-            speedup = row["speedup"]["median"]
-            lines.append(
-                f"| {case['model']} | {case['mode']} | {row['variant']} "
-                f"| {row['images_per_s']['median']:.1f} | {speedup:.2f} |"
-            )
-        for key, variant in (("cuda_graph", "fused, CUDA graph"), ("max_autotune", "compile, max-autotune")):
-            if f"{key}_images_per_s" in case:
-                rate = case[f"{key}_images_per_s"]
-                lines.append(f"| {case['model']} | {case['mode']} | {variant} | {rate:.1f} | |")
-    return "\n".join(lines) + "\n"
-
-
-def convolutions(rows: list[dict[str, Any]]) -> list[str]:
-    """The best time of every backend for each convolution, side by side."""
-    table = [(row["signature"], by_backend(row["ms"])) for row in rows if row["primitive"] in CONVOLUTIONS]
-    names = sorted({name for _, best in table for name in best})
-    if not table:
-        return []
-    lines = ["", f"| convolution, ms | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for signature, best in table:
-        times = (f"{best[name]:.4f}" if name in best else "–" for name in names)
-        lines.append(f"| {signature} | {' | '.join(times)} |")
-    return lines
-
-
-def by_backend(ms: dict[str, float]) -> dict[str, float]:
-    """The best of a backend's configurations; CUTLASS's tiles, which are those of ``cuda``, by themselves. A gradient
-    of conv_backward that was measured by itself comes as "input: triton", the best pair as "apart"."""
-    best: dict[str, float] = {}
-    for label, time_ms in ms.items():
-        part, _, choice = label.rpartition(": ")
-        name = "cutlass" if "cutlass" in choice else choice.split(" ")[0]
-        name = "apart" if part == "apart" else f"{part}: {name}" if part else name
-        best[name] = min(time_ms, best.get(name, time_ms))
-    return best
-
-
-def plot(found: dict[str, Any], output: Path) -> None:
-    """kernels.png: the share of its roofline that each signature reaches."""
-    from matplotlib.figure import Figure
-
-    rows = [r for r in (found.get("kernels") or {}).get("rows", []) if r.get("roofline_ms")]
-    if not rows:
-        return
-    figure = Figure(figsize=(8, 0.2 * len(rows) + 1.5), layout="constrained")
-    ax = figure.add_subplot()
-    for i, row in enumerate(rows):
-        ms = row["ms"][planner.label(planner.Choice.decode(row["choice"]))]
-        ax.barh(i, 100 * row["roofline_ms"] / ms, color="#e4572e")
-        ax.plot(100 * row["roofline_ms"] / row["ms"]["aten"], i, "|", color="#202124")
-    ax.set_yticks(range(len(rows)), [r["signature"][:70] for r in rows], fontsize=5)
-    ax.invert_yaxis()
-    ax.set_xlabel("% of roofline (bar: chosen, line: aten)")
-    figure.savefig(output / "kernels.png", dpi=130)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu-report"))
@@ -464,9 +362,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: {'ok' if found[name].get('ok', True) else 'FAILED'}, {seconds:.0f} s", flush=True)
         found[name].setdefault("seconds", round(seconds, 1))
         (args.output / "report.json").write_text(json.dumps(found, indent=1, default=str))
-        (args.output / "report.md").write_text(markdown(found))
+        (args.output / "report.md").write_text(markdown(found, STEPS))
     plot(found, args.output)
-    print(markdown(found))
+    print(markdown(found, STEPS))
     return 0 if ok else 1
 
 

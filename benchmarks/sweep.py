@@ -4,7 +4,8 @@ of transformers, segmentation_models_pytorch, ultralytics and resnest, those of 
     python benchmarks/sweep.py [--most-parameters 30e6] [--processes 2] [--names timm/resnet50 timm/hrnet_w18]
     python benchmarks/sweep.py --count      # what is in chains alone, on the meta device: writes coverage.json and .md
 
-Where torchvision has no build for this torch, PYTHONPATH=tests lets its models be imported (torchvision_shim.py).
+Where torchvision has no build for this torch, its models can be imported with PYTHONPATH=tests/support
+(torchvision_shim.py).
 
 Writes benchmarks/results/sweep.json, a row per network, and sweep.md. Per network, on small images, with telling norms:
 in float64 the output, every gradient and every buffer of a training step, of a step with frozen statistics and of an

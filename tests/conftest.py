@@ -41,8 +41,9 @@ INTERPRETED = ("triton", "cudnn", "cuda")
 
 
 def seed_of(nodeid: str) -> int:
-    """A fixed seed per test, another one for each."""
-    return zlib.crc32(nodeid.encode())
+    """A fixed seed per test, another one for each. It depends on the file's name, not on the folder of the file."""
+    file, _, test = nodeid.partition("::")
+    return zlib.crc32(f"tests/{Path(file).name}::{test}".encode())
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +56,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(autouse=True)
 def chains_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chains run at any size, in every thread: tests' images are small. tests/test_small.py does without."""
+    """Chains run at any size, in every thread: tests' images are small. tests/planner/test_sizes.py does without."""
     monkeypatch.setattr(sizes, "faster", lambda *args: sizes.CHAINS)
 
 
@@ -66,6 +67,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Dynamo knows nothing of what other tests captured, and they nothing of what this one does."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -81,12 +90,12 @@ def pytest_runtest_makereport(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all tests, also those marked full, in every variation")
-    parser.addoption("--beside-seconds", default=1, type=float, help="how long tests/test_beside.py serves, each test")
+    parser.addoption("--beside-seconds", default=1, type=float, help="how long each test of test_beside.py serves")
 
 
 # Files whose few tests take longest: they come first, so that no worker has them left when the others are done.
 LONGEST = [
-    "test_living_models.py", "test_real_sizes.py", "test_living_frozen.py", "test_architectures.py", "test_convert.py",
+    "test_living_models.py", "test_real_sizes.py", "test_living_frozen.py", "test_architectures.py", "test_swap.py",
     "test_cli.py", "test_studies.py", "test_other_architectures.py", "test_sync_batchnorm.py", "test_threads.py",
     "test_rows.py",
 ]  # fmt: skip

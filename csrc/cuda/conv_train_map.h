@@ -1,5 +1,5 @@
 // Where everything lies in conv_train_sm90.cu: tiles, windows, swizzled shared memory, register fragments, stages of
-// the pipeline, statistics. Host and device: tests/test_cuda_conv_train.py runs the kernel's source on a CPU.
+// the pipeline, statistics. Host and device: tests/backends/test_cuda_conv_train.py runs the kernel's source on a CPU.
 #pragma once
 
 #include <cstdint>

@@ -26,11 +26,12 @@
 // and marks padding by a NaN.
 //
 // It has never run on a GPU, and no backend lists it. What is known: it compiles to what it should
-// (tests/test_cuda_conv_codegen.py), and its source computes the right thing on a model of these instructions that does
-// each of them as late as it may (tests/test_cuda_conv_train.py). To be measured first: y and statistics against the
-// reference under compute-sanitizer (memcheck, racecheck, synccheck), im2col with stride 2 in particular; then time
-// against the Triton kernel and cuDNN on ResNet-50's layers, per BLOCK_N; then whether the two consumers should take a
-// tile each (the epilogue of one beneath the products of the other), and a cluster that shares w by multicast.
+// (tests/backends/test_cuda_conv_codegen.py), and its source computes the right thing on a model of these instructions
+// that does each of them as late as it may (tests/backends/test_cuda_conv_train.py). To be measured first: y and
+// statistics against the reference under compute-sanitizer (memcheck, racecheck, synccheck), im2col with stride 2 in
+// particular; then time against the Triton kernel and cuDNN on ResNet-50's layers, per BLOCK_N; then whether the two
+// consumers should take a tile each (the epilogue of one beneath the products of the other), and a cluster that shares
+// w by multicast.
 #include <cuda.h>
 #include <cuda_runtime.h>
 

@@ -1,6 +1,6 @@
 // What every kernel here is made of: vectors of lanes, 16-byte accesses, and how a kernel is started.
 //
-// The same source runs on a CPU: without nvcc, cuda_on_cpu.h (tests/cuda_on_cpu) stands in for CUDA's headers.
+// The same source runs on a CPU: without nvcc, cuda_on_cpu.h (tests/support/cuda_on_cpu) stands in for CUDA's headers.
 #pragma once
 
 #include <cstdint>

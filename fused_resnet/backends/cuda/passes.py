@@ -13,7 +13,7 @@ from fused_resnet.spec import Act, PoolSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.fused_resnet_cuda
-# Set by tests that have compiled the kernels for a CPU (tests/cuda_build.py).
+# Set by tests that have compiled the kernels for a CPU (tests/support/cuda_build.py).
 ON_CPU = False
 
 
