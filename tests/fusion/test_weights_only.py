@@ -34,7 +34,7 @@ with torch.serialization.safe_globals(fr.safe_globals(plain)):
         x, want = torch.load(f"{kind}_data.pt")
         model = torch.load(f"{kind}.pt", weights_only=True)
         assert torch.equal(model(x), want), kind
-        assert kind == "frozen" or any(isinstance(m, fr.classes.FusedModule) for m in model.modules())
+        assert kind == "frozen" or any(isinstance(m, fr.fusion.classes.FusedModule) for m in model.modules())
         print(kind)
 """
 
