@@ -71,10 +71,12 @@ def calls_in_parallel(source: str, helpers: bool = False) -> list[str]:
 
 def test_no_operator_runs_in_a_thread_without_the_callers_state() -> None:
     """The loops of csrc/cpu go through ``parallel``, without ATen inside, or through ``parallel_aten``."""
-    sources = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cpu").iterdir())}
+    folder, helper = ROOT / "csrc" / "cpu", "launch.h"
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sources = {path.relative_to(folder).as_posix(): path.read_text() for path in files}
     assert sum(len(PARALLEL.findall(source)) for source in sources.values()) > 10
-    assert {n: f for n, s in sources.items() if (f := calls_in_parallel(s, helpers=n == "launch.h"))} == {}
-    helpers = sources["launch.h"]
+    assert {n: f for n, s in sources.items() if (f := calls_in_parallel(s, helpers=n == helper))} == {}
+    helpers = sources[helper]
     assert len(RAW.findall(re.sub(r"//.*", "", helpers))) == 1, "launch.h has one loop of ATen's, that of parallel"
 
 

@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #define FR_WIDE_REGISTERS 4  // 64-byte vectors that the instruction set holds
-#include "kernels_impl.h"
+#include "../kernels_impl.h"
 
 namespace fused_resnet::cpu {
 extern const Table table_default = {

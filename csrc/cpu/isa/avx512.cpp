@@ -5,7 +5,7 @@
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")  // from here on, and so never for the standard library
 #define FR_WIDE_REGISTERS 32  // 64-byte vectors that the instruction set holds
-#include "kernels_impl.h"
+#include "../kernels_impl.h"
 
 namespace fused_resnet::cpu {
 extern const Table table_avx512 = {
