@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 namespace fused_resnet::cpu {
 

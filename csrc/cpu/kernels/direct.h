@@ -3,7 +3,7 @@
 // with bias, residual and activation.
 #pragma once
 
-#include "vectors_impl.h"
+#include "vectors.h"
 
 namespace {
 

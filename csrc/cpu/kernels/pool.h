@@ -1,8 +1,8 @@
 // The stem's tail: bn_act and the max-pool behind it, forward and backward.
 #pragma once
 
-#include "../pool_math.h"
-#include "vectors_impl.h"
+#include "../../pool_math.h"
+#include "vectors.h"
 
 namespace {
 

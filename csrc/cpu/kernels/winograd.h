@@ -4,7 +4,7 @@
 // largest.
 #pragma once
 
-#include "vectors_impl.h"
+#include "vectors.h"
 
 namespace {
 

@@ -10,8 +10,8 @@
 // the vectors are never passed through a call that isn't inlined, so their ABI doesn't matter
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-#include "../bn_math.h"
-#include "../dtype.h"
+#include "../../bn_math.h"
+#include "../../dtype.h"
 
 namespace fused_resnet::cpu {
 
@@ -67,30 +67,8 @@ struct Direct {
 constexpr int kDirectBlock = 64, kPoolRows = 16;  // of channels; the most rows of a pool's window
 
 struct Table {
-    // out = act(z); bytes: y (+ residual) read, out written
-    void (*bn_act)(const Args&, int64_t begin, int64_t end);
-    // dz = grad act'(z) to out and the sums of this range to sums; bytes: grad, y (+ residual) read, dz written
-    void (*bn_act_backward)(const Args&, int64_t begin, int64_t end);
-    // dy = A dz + B (y - center) + C to out; bytes: dz, y read, dy written
-    void (*bn_backward)(const Args&, int64_t begin, int64_t end);
-    // mean and M2 of blocks [begin, end) to sums[0], sums[1]; y (y_type) is first rounded into out (other_type) if given
-    void (*moments)(const Args&, int64_t begin, int64_t end);
-    // out = max over windows of act(z), and where; bytes: y read, out and one byte per output written
-    void (*bn_act_max_pool)(const Args&, const Pool&, int64_t begin, int64_t end);
-    // dz = act'(z) * (grad of the windows whose maximum is here), and sums; bytes: y, grad, argmax read, dz written
-    void (*bn_act_max_pool_backward)(const Args&, const Pool&, int64_t begin, int64_t end);
-    // Winograd, on channels_last; compute in float. V = B'dB of tiles [begin, end) of act(z) (raw y without norm)
-    void (*winograd_input)(const Args&, const Winograd&, float* v, int64_t begin, int64_t end);
-    // out = act(scale A'mA + shift (+ residual)): without scale where it is null, the bare A'mA where norm.shift is
-    void (*winograd_output)(const Args&, const Winograd&, const float* m, int64_t begin, int64_t end);
-    // U = GgG' [(M+2)^2, K, C] of rows [begin, end) of weights [K, 3, 3, C], turned by 180 degrees if flip
-    void (*winograd_weight)(int tile, const float* weight, float* u, int64_t out_channels, int64_t channels, bool flip, int64_t begin,
-                            int64_t end);
-    // out = max-pool(act(conv(y) + shift)), rows [begin, end) of N*oH, in float; bytes: y read, out written.
-    // scratch: kernel rows of the padded image, and as many rows of the convolution's output as the pool's window has
-    void (*stem)(const Args&, const Direct&, const Pool&, float* scratch, int64_t begin, int64_t end);
-    // out = act(y W + shift (+ residual)), a 1x1 convolution, pixels [begin, end), in float; bytes: y (+ residual) read, out written
-    void (*pointwise)(const Args&, const Direct&, int64_t begin, int64_t end);
+#define FR_KERNEL(name, ...) void (*name)(__VA_ARGS__);
+#include "kernels.inc"
     const char* name;
     int registers;  // how many 64-byte vectors the instruction set holds
 };
