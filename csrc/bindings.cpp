@@ -7,7 +7,7 @@
 #include <map>
 #include <string>
 
-#include "cpu/ops.h"
+#include "cpu/ops/ops.h"
 #ifdef FUSED_RESNET_WITH_CUDA
 #include "cuda/ops.h"
 #endif

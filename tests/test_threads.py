@@ -71,7 +71,7 @@ def calls_in_parallel(source: str, helpers: bool = False) -> list[str]:
 
 def test_no_operator_runs_in_a_thread_without_the_callers_state() -> None:
     """The loops of csrc/cpu go through ``parallel``, without ATen inside, or through ``parallel_aten``."""
-    folder, helper = ROOT / "csrc" / "cpu", "launch.h"
+    folder, helper = ROOT / "csrc" / "cpu", "ops/launch.h"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sources = {path.relative_to(folder).as_posix(): path.read_text() for path in files}
     assert sum(len(PARALLEL.findall(source)) for source in sources.values()) > 10

@@ -1,4 +1,4 @@
-// From tensors to kernels: checks, layouts, the split over threads, partial sums and their merge. Used by ops.cpp, conv.cpp.
+// From tensors to kernels: checks, layouts, the split over threads, partial sums and their merge. Used by all of ops/.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/kernels.h"
+#include "../kernels/kernels.h"
 
 namespace fused_resnet::cpu {
 
