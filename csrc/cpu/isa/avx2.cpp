@@ -4,12 +4,13 @@
 #include <type_traits>
 
 #pragma GCC target("avx2,fma,f16c")  // from here on, and so never for the standard library
-#define FR_WIDE_REGISTERS 8  // 64-byte vectors that the instruction set holds
+#define FR_VECTOR_BYTES 32
+#define FR_REGISTERS 16
 #include "../kernels/dispatch.h"
 
 namespace fused_resnet::cpu {
 extern const Table table_avx2 = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "avx2", FR_WIDE_REGISTERS};
+    "avx2", FR_REGISTERS};
 }

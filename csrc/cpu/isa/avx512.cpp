@@ -4,12 +4,13 @@
 #include <type_traits>
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")  // from here on, and so never for the standard library
-#define FR_WIDE_REGISTERS 32  // 64-byte vectors that the instruction set holds
+#define FR_VECTOR_BYTES 64
+#define FR_REGISTERS 32
 #include "../kernels/dispatch.h"
 
 namespace fused_resnet::cpu {
 extern const Table table_avx512 = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "avx512", FR_WIDE_REGISTERS};
+    "avx512", FR_REGISTERS};
 }

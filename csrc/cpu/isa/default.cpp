@@ -3,12 +3,13 @@
 #include <cstdint>
 #include <type_traits>
 
-#define FR_WIDE_REGISTERS 4  // 64-byte vectors that the instruction set holds
+#define FR_VECTOR_BYTES 16
+#define FR_REGISTERS 16
 #include "../kernels/dispatch.h"
 
 namespace fused_resnet::cpu {
 extern const Table table_default = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "default", FR_WIDE_REGISTERS};
+    "default", FR_REGISTERS};
 }

@@ -70,7 +70,7 @@ struct Table {
 #define FR_KERNEL(name, ...) void (*name)(__VA_ARGS__);
 #include "kernels.inc"
     const char* name;
-    int registers;  // how many 64-byte vectors the instruction set holds
+    int registers;  // of vectors
 };
 
 extern const Table table_default, table_avx2, table_avx512;

@@ -6,9 +6,9 @@
 
 namespace {
 
-typedef uint8_t U8x16 __attribute__((vector_size(16)));
-typedef uint8_t U8x8 __attribute__((vector_size(8)));
-typedef int64_t I64 __attribute__((vector_size(64)));
+typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+typedef uint8_t U8Half __attribute__((vector_size(kLanes / 2)));
+typedef int64_t I64 __attribute__((vector_size(FR_VECTOR_BYTES)));
 
 // One vector of a tensor's channels (channels_last), or one value of a plane (NCHW), and the places of maxima beside it.
 template <class V>
@@ -35,9 +35,9 @@ struct VectorPlace {
     static FR_INLINE void store_to(T* to, V v, int n) { store(to, v, n); }
 };
 template <>
-struct Place<F32> : VectorPlace<F32, I32, U8x16, 16> {};
+struct Place<F32> : VectorPlace<F32, I32, U8, kLanes> {};
 template <>
-struct Place<F64> : VectorPlace<F64, I64, U8x8, 8> {};
+struct Place<F64> : VectorPlace<F64, I64, U8Half, kLanes / 2> {};
 template <class S, class V>
 struct ScalarPlace {
     using places = int32_t;

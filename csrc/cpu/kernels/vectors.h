@@ -1,15 +1,17 @@
-// 64-byte vectors of the compiler's own: element types in memory, lanes in float or double, exp. Included after a file's
+// Vectors of the compiler's own: element types in memory, lanes in float or double, exp. Included after a file's
 // `#pragma GCC target`; includes no header of the standard library, whose code, compiled here, could be linked elsewhere.
 #pragma once
 
 #include "kernels.h"
 
-typedef float F32 __attribute__((vector_size(64)));
-typedef double F64 __attribute__((vector_size(64)));
-typedef int32_t I32 __attribute__((vector_size(64)));
-typedef uint32_t U32 __attribute__((vector_size(64)));
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef _Float16 F16 __attribute__((vector_size(32)));
+// Floats in a register: of wider vectors the compiler does comparisons and selections one element at a time.
+constexpr int kLanes = FR_VECTOR_BYTES / 4;
+typedef float F32 __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef double F64 __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef int32_t I32 __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef uint32_t U32 __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
+typedef _Float16 F16 __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
 
 namespace fused_resnet {
 
@@ -36,7 +38,7 @@ struct Exponential<F32> {
 template <>
 struct Exponential<F64> {
     static FR_INLINE F64 of(F64 x) {
-        for (int i = 0; i < 8; i++) x[i] = __builtin_exp(x[i]);
+        for (int i = 0; i < kLanes / 2; i++) x[i] = __builtin_exp(x[i]);
         return x;
     }
 };
@@ -51,6 +53,13 @@ using namespace fused_resnet::cpu;
 struct bf16 {
     uint16_t bits;
 };
+
+// f(0) ... f(N - 1) with constants, so that arrays indexed by them are registers: a loop is unrolled too late for that.
+template <int N, class F>
+FR_INLINE void unrolled(F f) {
+    if constexpr (N > 1) unrolled<N - 1>(f);
+    f(std::integral_constant<int, N - 1>{});
+}
 
 template <class T>
 struct Lanes {  // of a tensor's element type: the vector it is computed in
@@ -75,7 +84,7 @@ FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_convertvector(v, F
 
 // Part of a vector of floats; AVX-512 does it in one instruction, memcpy of a length that is not known in a call.
 FR_INLINE F32 load_part(const float* p, int n) {
-#if FR_WIDE_REGISTERS >= 32
+#if FR_VECTOR_BYTES == 64
     return __builtin_ia32_loadups512_mask(p, F32{}, uint16_t((1u << n) - 1));
 #else
     F32 v{};
@@ -84,7 +93,7 @@ FR_INLINE F32 load_part(const float* p, int n) {
 #endif
 }
 FR_INLINE void store_part(float* p, F32 v, int n) {
-#if FR_WIDE_REGISTERS >= 32
+#if FR_VECTOR_BYTES == 64
     __builtin_ia32_storeups512_mask(p, v, uint16_t((1u << n) - 1));
 #else
     __builtin_memcpy(p, &v, n * sizeof(float));
