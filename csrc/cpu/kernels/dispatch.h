@@ -5,6 +5,7 @@
 #include "pool.h"
 #include "winograd.h"
 #include "direct.h"
+#include "gemm.h"
 
 namespace {
 

@@ -66,11 +66,33 @@ struct Direct {
 };
 constexpr int kDirectBlock = 64, kPoolRows = 16;  // of channels; the most rows of a pool's window
 
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns], in float.
+struct Gemm {
+    int64_t rows, columns, depth;
+    const float* a;  // A[i, k] at i * a_row + k * a_depth
+    int64_t a_row, a_depth;
+    const float* b;  // in panels: [panels of Table::gemm_columns, depth, gemm_columns]
+    float* c;
+    int64_t c_row;
+    bool accumulate;
+};
+// B's panels from B[k, j] at k * row + j * column; 0 where the last one has no columns.
+struct GemmPack {
+    int64_t depth, columns;
+    const float* from;
+    int64_t row, column;
+    float* to;
+};
+// Rows of A per block, whole tiles of 6 and of 14; the depth that passes at most while a tile's sums are in registers; the
+// values of a block that is copied.
+constexpr int64_t kGemmBlock = 126, kMostGemmDepth = 256, kGemmScratch = kGemmBlock * (kMostGemmDepth + 4);
+
 struct Table {
 #define FR_KERNEL(name, ...) void (*name)(__VA_ARGS__);
 #include "kernels.inc"
     const char* name;
     int registers;  // of vectors
+    int gemm_rows, gemm_columns;  // of a tile of gemm
 };
 
 extern const Table table_default, table_avx2, table_avx512;

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
         Args in = prologue.empty() ? raw_args(x) : prologue_args(x, prologue, act, act_param), post = raw_args(y);
         in.y = x.data_ptr();
         post.out = y.data_ptr();
-        winograd(in, x, winograd_weight(weight, false, tile_for(y)).transpose(1, 2), post, y, padding[0]);
+        winograd(in, x, winograd_weight(weight, false, tile_for(y)), post, y, padding[0]);
         if (!stats) return {y, Tensor(), Tensor()};
         auto [mean, var] = bn_stats(y);
         return {y, mean, var};
@@ -47,7 +47,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntLis
         const Tensor y = winograd_output(x, weight.size(0), padding[0]);
         Args post = epilogue_args(y, act, act_param, residual);
         set_norm(post.norm, norm, y);
-        winograd(raw_args(x), x, winograd_weight(weight, false, tile_for(y)).transpose(1, 2), post, y, padding[0]);
+        winograd(raw_args(x), x, winograd_weight(weight, false, tile_for(y)), post, y, padding[0]);
         return y;
     }
     const Tensor y = std::get<0>(conv_stats(x, weight, stride, padding, dilation, groups, {}, 0, 0, false, compute, gemm));

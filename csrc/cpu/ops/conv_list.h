@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
 constexpr int64_t kWinogradPixels = 128, kWinogradPixelsInTraining = 256;
 bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
                  int64_t pixels = kWinogradPixelsInTraining);
-Tensor winograd_weight(const Tensor& weight, bool flip, int tile);
+Tensor winograd_weight(const Tensor& weight, bool backward, int tile);
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding);
 int tile_for(const Tensor& out);
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding);

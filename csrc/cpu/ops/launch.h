@@ -3,7 +3,6 @@
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
-#include <ATen/ThreadLocalState.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -65,19 +64,9 @@ void parallel(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     at::parallel_for(begin, end, grain, body);
 }
 
-// As `parallel`, for a body that calls ATen operators: every thread runs it in the caller's thread-local state.
-// Taking and setting that state costs about a microsecond per thread.
-template <class Body>
-void parallel_aten(int64_t begin, int64_t end, int64_t grain, const Body& body) {
-    const at::ThreadLocalState state;
-    parallel(begin, end, grain, [&](int64_t b, int64_t e) {
-        const at::ThreadLocalStateGuard guard(state);
-        body(b, e);
-    });
-}
-
-// Fixed chunks, whatever the number of threads, so that the bits depend on the shape alone.
-constexpr int64_t kChunkRows = 128;
+// Rows per chunk of a reduction, whatever the number of threads, so that the bits depend on the shape alone: whole tiles of
+// gemm, and of few rows several chunks.
+inline int64_t chunk_rows(int64_t rows) { return rows < 64 * kGemmBlock ? kGemmBlock / 3 : kGemmBlock; }
 
 // Sums (or moments) of ranges of rows or planes, and their merge into vectors.
 struct Partials {

@@ -1,6 +1,7 @@
 // 3x3 convolutions of channels_last tensors by Winograd's algorithm: matrix products between transforms.
 #include "args.h"
 #include "conv_list.h"
+#include "product.h"
 
 namespace fused_resnet::cpu {
 
@@ -25,22 +26,38 @@ bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList 
            x.numel() >= pixels * x.size(1) && x.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// The transformed weights [(tile + 2)^2, K, C].
-Tensor winograd_weight(const Tensor& weight, bool flip, int tile) {
+// The transformed weights, packed as right operands [(tile + 2)^2, panels, depth, gemm_columns]: of C x K, or, for the
+// gradient of the input, of K x C with the kernel turned.
+Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
     const Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
-    const int64_t K = w.size(0), C = w.size(1);
-    const Tensor u = at::empty({(tile + 2) * (tile + 2), K, C}, w.options().memory_format(at::MemoryFormat::Contiguous));
+    const int64_t K = w.size(0), C = w.size(1), products = (tile + 2) * (tile + 2), width = table().gemm_columns;
+    const int64_t depth = backward ? K : C, columns = backward ? C : K, panels = panels_of(columns), size = panels * depth * width;
+    const Tensor u = at::empty({products, panels, depth, width}, w.options().memory_format(at::MemoryFormat::Contiguous));
     const float* from = w.const_data_ptr<float>();
     float* to = u.mutable_data_ptr<float>();
-    parallel(0, K, 4, [&](int64_t b, int64_t e) { table().winograd_weight(tile, from, to, K, C, flip, b, e); });
+    parallel(0, panels_of(K), 1, [&](int64_t first, int64_t last) {
+        float* const part = scratch(products * width * C);  // of some output channels
+        for (int64_t i = first; i < last; i++) {
+            const int64_t begin = i * width, count = std::min(width, K - begin);
+            table().winograd_weight(tile, from + begin * 9 * C, part, count, C, backward, 0, count);
+            for (int64_t p = 0; p < products; p++) {
+                const float* product = part + p * count * C;
+                if (backward) {
+                    table().gemm_pack({depth, columns, product - begin * C, C, 1, to + p * size}, begin, begin + count, 0, panels);
+                } else {
+                    table().gemm_pack({depth, count, product, 1, C, to + p * size + i * depth * width}, 0, depth, 0, 1);
+                }
+            }
+        }
+    });
     return u;
 }
 
-// out = conv3x3(input as `in` sees it), by products with u [(tile + 2)^2, C, K]; what `post` says is applied to the result.
+// out = conv3x3(input as `in` sees it), by products with u = winograd_weight(); what `post` says is applied to the result.
 // Each thread takes slices of tiles from the input's transform to the output's; too few tiles, and it takes some of the
 // products of all of them, or the weights would be read once per thread.
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
-    const int64_t products = u.size(0), C = u.size(1), K = u.size(2);
+    const int64_t products = u.size(0), panels = u.size(1), C = x.size(1), K = out.size(1);
     const int tile = products == 36 ? 4 : 2;
     Winograd q{};
     q.tile = tile;
@@ -53,23 +70,28 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
     const int64_t most = std::max(kWinogradSlice / (4 * products * (C + K)), C * K / (C + K));
     // a multiple of the takers, so that all have the same to do
     const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers, slice = (tiles + slices - 1) / slices;
-    const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
-    const Tensor v = at::empty({takers, products * slice * C}, options), m = at::empty({takers, products * slice * K}, options);
-    parallel_aten(0, takers, 1, [&](int64_t first, int64_t last) {
+    const int64_t size = products * slice * (C + K), width = table().gemm_columns;
+    const Tensor transforms = at::empty({takers, size}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+    float* const memory = transforms.mutable_data_ptr<float>();
+    const float* weights = u.const_data_ptr<float>();
+    parallel(0, takers, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
             for (int64_t j = i; j < slices; j += takers) {
                 Winograd part = q;
                 part.first = j * slice;
                 part.count = std::min(slice, tiles - part.first);
                 if (part.count <= 0) continue;
+                float *const v = memory + i * size, *const m = v + products * slice * C;
                 const int64_t end = part.first + part.count;
-                const Tensor left = v[i].narrow(0, 0, products * part.count * C), right = m[i].narrow(0, 0, products * part.count * K);
-                Tensor product = right.view({products, part.count, K});
-                float *left_data = left.mutable_data_ptr<float>(), *right_data = right.mutable_data_ptr<float>();
                 // where there are several takers these loops run in the taker's thread
-                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, part, left_data, b, e); });
-                at::bmm_out(product, left.view({products, part.count, C}), u);
-                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_output(post, part, right_data, b, e); });
+                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, part, v, b, e); });
+                parallel(0, products * panels, std::max<int64_t>(1, panels / 2), [&](int64_t b, int64_t e) {
+                    for (int64_t p = b / panels; p * panels < e; p++)
+                        table().gemm({part.count, K, C, v + p * part.count * C, C, 1, weights + p * panels * C * width,
+                                      m + p * part.count * K, K, false},
+                                     nullptr, 0, part.count, std::max<int64_t>(0, b - p * panels), std::min(panels, e - p * panels));
+                });
+                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_output(post, part, m, b, e); });
             }
     });
 }
@@ -89,19 +111,19 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, Int
 
 Tensor winograd_prepack(const Tensor& weight, int64_t tile) {
     TORCH_CHECK(tile == 2 || tile == 4, "tile: expected 2 or 4, got ", tile);
-    // [(tile + 2)^2, C, K], contiguous: the right operand of the products
-    return winograd_weight(weight, false, int(tile)).transpose(1, 2).contiguous();
+    return winograd_weight(weight, false, int(tile));
 }
 
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual) {
-    TORCH_CHECK(packed.dim() == 3 && (packed.size(0) == 16 || packed.size(0) == 36),
+    TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) && packed.size(3) == table().gemm_columns &&
+                    packed.scalar_type() == at::kFloat && packed.is_contiguous(),
                 "packed: expected what winograd_prepack returns, got ", packed.sizes());
-    const int64_t C = packed.size(1), K = packed.size(2);
+    const int64_t C = packed.size(2), K = bias.numel();
     TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == C, "x: expected channels_last with ", C,
                 " channels, got ", x.sizes());
-    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && bias.numel() == K,
-                "bias: expected ", K, " float32 values");
+    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && panels_of(K) == packed.size(1),
+                "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
     const Tensor y = winograd_output(x, K, padding);
     Args post = epilogue_args(y, act, act_param, residual);
     post.norm.shift = bias.data_ptr();
