@@ -8,12 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from primitives import flat
 from torch import Tensor
 
-from fused_resnet.backends import load
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, aten, cpu, load
+from fused_resnet.spec import Act, ConvSpec
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
@@ -81,6 +84,43 @@ def test_threads(m: int, k: int, n: int, count: int, threads: Callable[[int], No
     assert share(alone[0], a, b) < 1 and share(alone[1], transposed, b) < 1
     for _ in range(3):
         torch.testing.assert_close((product(a, b), product(transposed, b)), alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("size", [(6, 31, 33), (1, 7, 7)], ids=["rows for all threads", "few rows"])
+@pytest.mark.parametrize("prologue", [True, False])
+@pytest.mark.parametrize("add", ["none", "another", "dz"])
+def test_1x1_convolutions(
+    count: int, size: tuple[int, int, int], prologue: bool, add: str, threads: Callable[[int], None]
+) -> None:
+    """Forward with statistics and both gradients on several threads: aten's values, the bits of one thread."""
+    n, h, w = size
+    c, k = (40, 40) if add == "dz" else (24, 40)
+
+    def image(channels: int) -> Tensor:
+        return torch.randn(n, channels, h, w).contiguous(memory_format=torch.channels_last)
+
+    x, y, dz, summand = image(c), image(k), image(k), image(c)
+    weight, conv = torch.randn(k, c, 1, 1) / c**0.5, ConvSpec()
+    pre = Prologue(Norm(*(torch.randn(c) for _ in range(4))), Act()) if prologue else None
+    coef = DyCoefficients(*(torch.randn(k) for _ in range(4)))
+
+    def run(backend: Any) -> tuple[Any, ...]:
+        given = {"none": None, "another": summand.clone(memory_format=torch.preserve_format), "dz": dz}[add]
+        onto = None if prologue else given
+        forward = backend.conv_stats(x, weight, conv, pre, True)
+        backward = backend.conv_backward(dz, y, coef, x, pre, weight, conv, True, True, onto)
+        return tuple(flat((forward, backward)))
+
+    want, before = run(aten), dz.clone()
+    threads(1)
+    alone = run(cpu)
+    threads(count)
+    got = run(cpu)
+    assert torch.equal(dz, before)
+    for g, a, t in zip(got, alone, want, strict=True):
+        assert torch.equal(g, a)
+        assert float((g - t).norm() / t.norm()) < 2e-5
 
 
 def test_rows_that_are_apart() -> None:
