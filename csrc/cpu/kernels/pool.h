@@ -10,7 +10,7 @@ typedef uint8_t U8 __attribute__((vector_size(kLanes)));
 typedef uint8_t U8Half __attribute__((vector_size(kLanes / 2)));
 typedef int64_t I64 __attribute__((vector_size(FR_VECTOR_BYTES)));
 
-// One vector of a tensor's channels (channels_last), or one value of a plane (NCHW), and the places of maxima beside it.
+// The places of maxima in their windows, beside a vector of values.
 template <class V>
 struct Place;
 template <class V, class P, class B, int N>
@@ -29,76 +29,49 @@ struct VectorPlace {
         if (n == N) __builtin_memcpy(to, &bytes, N);
         else __builtin_memcpy(to, &bytes, n);
     }
-    template <class T>
-    static FR_INLINE V load_from(const T* from, int n) { return load<V>(from, n); }
-    template <class T>
-    static FR_INLINE void store_to(T* to, V v, int n) { store(to, v, n); }
 };
 template <>
 struct Place<F32> : VectorPlace<F32, I32, U8, kLanes> {};
 template <>
 struct Place<F64> : VectorPlace<F64, I64, U8Half, kLanes / 2> {};
-template <class S, class V>
-struct ScalarPlace {
-    using places = int32_t;
-    static constexpr int lanes = 1;
-    static FR_INLINE int32_t every(int64_t value) { return int32_t(value); }
-    static FR_INLINE int32_t read(const uint8_t* from, int) { return *from; }
-    static FR_INLINE void write(uint8_t* to, int32_t place, int) { *to = uint8_t(place); }
-    template <class T>
-    static FR_INLINE S load_from(const T* from, int) {
-        if constexpr (sizeof(T) == sizeof(S)) return *from;
-        else return load<V>(from, 1)[0];
-    }
-    template <class T>
-    static FR_INLINE void store_to(T* to, S v, int) {
-        if constexpr (sizeof(T) == sizeof(S)) *to = v;
-        else store(to, V{} + v, 1);
-    }
-};
-template <>
-struct Place<float> : ScalarPlace<float, F32> {};
-template <>
-struct Place<double> : ScalarPlace<double, F64> {};
-
-// The element at (image, h, w) of an image; `image` counts planes for NCHW.
-FR_INLINE int64_t pixel(const Layout& l, int64_t image, int64_t h, int64_t w, int64_t height, int64_t width) {
-    return ((image * height + h) * width + w) * (l.plane ? 1 : l.channels);
+// ---------------------------------------------------------------------------------------------------- channels_last
+FR_INLINE int64_t pixel(int64_t image, int64_t h, int64_t w, int64_t height, int64_t width, int64_t channels) {
+    return ((image * height + h) * width + w) * channels;
 }
 
-template <class V, class T, class O, class K>
-FR_INLINE void pool_rows(const Args& a, const Pool& q, int64_t begin, int64_t end) {
+template <class T, class O, class K>
+FR_INLINE void pool_pixels(const Args& a, const Pool& q, int64_t begin, int64_t end) {
+    using V = typename Lanes<T>::vector;
+    using S = typename Lanes<T>::scalar;
     using Q = Place<V>;
     using P = typename Q::places;
-    using S = typename Lanes<T>::scalar;
     const V p = splat<V>(a.act_param), lowest = splat<V>(-__builtin_inf());
     const K k(a.act);
     const T* y = static_cast<const T*>(a.y);
     O* out = static_cast<O*>(a.out);
     const S* scale = static_cast<const S*>(a.norm.scale);
     const S* shift = static_cast<const S*>(a.norm.shift);
-    const int64_t lanes = a.layout.plane ? 1 : a.layout.channels;
+    const int64_t C = a.layout.channels;
     for (int64_t row = begin; row < end; row++) {
         const int64_t image = row / q.out_height, oh = row % q.out_height, top = oh * q.stride[0] - q.padding[0];
-        const int64_t plane_channel = a.layout.plane ? image % a.layout.channels : 0;
         for (int64_t ow = 0; ow < q.out_width; ow++) {
             const int64_t left = ow * q.stride[1] - q.padding[1];
-            const int64_t to = pixel(a.layout, image, oh, ow, q.out_height, q.out_width);
-            for (int64_t c = 0; c < lanes; c += Q::lanes) {
-                const int n = lanes - c < Q::lanes ? int(lanes - c) : Q::lanes;
-                const V s = Q::load_from(scale + plane_channel + c, n), t = Q::load_from(shift + plane_channel + c, n);
+            const int64_t to = pixel(image, oh, ow, q.out_height, q.out_width, C);
+            for (int64_t c = 0; c < C; c += Q::lanes) {
+                const int n = C - c < Q::lanes ? int(C - c) : Q::lanes;
+                const V s = load<V>(scale + c, n), t = load<V>(shift + c, n);
                 V best = lowest;
                 P place = Q::every(-1);
                 for (int64_t i = top < 0 ? -top : 0; i < q.kernel[0] && top + i < q.height; i++)
                     for (int64_t j = left < 0 ? -left : 0; j < q.kernel[1] && left + j < q.width; j++) {
-                        const int64_t from = pixel(a.layout, image, top + i, left + j, q.height, q.width) + c;
-                        const V v = k.forward(affine(Q::load_from(y + from, n), s, t), p);
+                        const int64_t from = pixel(image, top + i, left + j, q.height, q.width, C) + c;
+                        const V v = k.forward(affine(load<V>(y + from, n), s, t), p);
                         // as ATen: a NaN takes the place, and the first pixel does when all are -inf
-                        const auto take = (v > best) | (v != v) | (place < Q::every(0));
+                        const P take = (v > best) | (v != v) | (place < Q::every(0));
                         best = take ? v : best;
                         place = take ? Q::every(i * q.kernel[1] + j) : place;
                     }
-                Q::store_to(out + to + c, best, n);
+                store(out + to + c, best, n);
                 Q::write(q.argmax + to + c, place, n);
             }
         }
@@ -106,10 +79,11 @@ FR_INLINE void pool_rows(const Args& a, const Pool& q, int64_t begin, int64_t en
 }
 
 // Gathers instead of scattering: a pixel asks every window that covers it. sums[..][C] is this range's.
-template <class V, class T, class G, class K>
-FR_INLINE void pool_rows_backward(const Args& a, const Pool& q, int64_t begin, int64_t end) {
-    using Q = Place<V>;
+template <class T, class G, class K>
+FR_INLINE void pool_pixels_backward(const Args& a, const Pool& q, int64_t begin, int64_t end) {
+    using V = typename Lanes<T>::vector;
     using S = typename Lanes<T>::scalar;
+    using Q = Place<V>;
     const V p = splat<V>(a.act_param);
     const K k(a.act);
     const T* y = static_cast<const T*>(a.y);
@@ -120,47 +94,148 @@ FR_INLINE void pool_rows_backward(const Args& a, const Pool& q, int64_t begin, i
     const S* center = static_cast<const S*>(a.norm.center);
     S* s0 = static_cast<S*>(a.sums[0]);
     S* s1 = static_cast<S*>(a.sums[1]);
-    for (int64_t c = 0; c < a.layout.channels; c++) s0[c] = s1[c] = 0;
-    const int64_t lanes = a.layout.plane ? 1 : a.layout.channels;
+    const int64_t C = a.layout.channels;
     for (int64_t row = begin; row < end; row++) {
         const int64_t image = row / q.height, h = row % q.height;
-        const int64_t plane_channel = a.layout.plane ? image % a.layout.channels : 0;
         const Span<int64_t> rows = windows(h, q.kernel[0], q.stride[0], q.padding[0], q.out_height);
         for (int64_t w = 0; w < q.width; w++) {
             const Span<int64_t> columns = windows(w, q.kernel[1], q.stride[1], q.padding[1], q.out_width);
-            const int64_t here = pixel(a.layout, image, h, w, q.height, q.width);
-            for (int64_t c = 0; c < lanes; c += Q::lanes) {
-                const int n = lanes - c < Q::lanes ? int(lanes - c) : Q::lanes;
-                const int64_t channel = plane_channel + c;
+            const int64_t here = pixel(image, h, w, q.height, q.width, C);
+            for (int64_t c = 0; c < C; c += Q::lanes) {
+                const int n = C - c < Q::lanes ? int(C - c) : Q::lanes;
                 V da{};
                 for (int64_t oh = rows.first; oh <= rows.last; oh++)
                     for (int64_t ow = columns.first; ow <= columns.last; ow++) {
-                        const int64_t from = pixel(a.layout, image, oh, ow, q.out_height, q.out_width) + c;
+                        const int64_t from = pixel(image, oh, ow, q.out_height, q.out_width, C) + c;
                         const int64_t place = (h + q.padding[0] - oh * q.stride[0]) * q.kernel[1] + w + q.padding[1] -
                                               ow * q.stride[1];
-                        const V g = Q::load_from(grad + from, n);
+                        const V g = load<V>(grad + from, n);
                         da = da + (Q::read(q.argmax + from, n) == Q::every(place) ? g : V{});
                     }
-                const V v = Q::load_from(y + here + c, n);
-                const V z = affine(v, Q::load_from(scale + channel, n), Q::load_from(shift + channel, n));
-                const V dz = k.backward(da, z, p);
-                Q::store_to(out + here + c, dz, n);
-                Q::store_to(s0 + channel, Q::load_from(s0 + channel, n) + dz, n);
-                Q::store_to(s1 + channel, Q::load_from(s1 + channel, n) + dz * (v - Q::load_from(center + channel, n)), n);
+                const V v = load<V>(y + here + c, n);
+                const V dz = k.backward(da, affine(v, load<V>(scale + c, n), load<V>(shift + c, n)), p);
+                store(out + here + c, dz, n);
+                store(s0 + c, load<V>(s0 + c, n) + dz, n);
+                store(s1 + c, load<V>(s1 + c, n) + dz * (v - load<V>(center + c, n)), n);
             }
         }
     }
 }
 
+// ---------------------------------------------------------------------------------------------------- NCHW
+// Columns of a row of a plane that are worked on at a time; more than a window has.
+constexpr int64_t kPoolColumns = 512;
+
+// Each column's maximum over the window's rows, a vector of columns at a time; then each window's over its columns.
+template <class T, class O, class K>
+FR_INLINE void pool_planes(const Args& a, const Pool& q, int64_t begin, int64_t end) {
+    using V = typename Lanes<T>::vector;
+    using S = typename Lanes<T>::scalar;
+    using P = typename Place<V>::places;
+    constexpr int L = Place<V>::lanes;
+    const V p = splat<V>(a.act_param);
+    const K k(a.act);
+    S highest[kPoolColumns + L];
+    decltype(P{}[0] + 0) row_of[kPoolColumns + L];  // of a column's maximum
+    const int64_t outputs = (kPoolColumns - q.kernel[1]) / q.stride[1] + 1;
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t plane = row / q.out_height, oh = row % q.out_height, top = oh * q.stride[0] - q.padding[0];
+        const int64_t channel = plane % a.layout.channels, first_row = top < 0 ? -top : 0;
+        const int64_t last_row = top + q.kernel[0] < q.height ? q.kernel[0] : q.height - top;
+        const V s = at<V, S>(a.norm.scale, channel, L, true), t = at<V, S>(a.norm.shift, channel, L, true);
+        const T* y = static_cast<const T*>(a.y) + (plane * q.height + top) * q.width;
+        for (int64_t ow = 0; ow < q.out_width; ow += outputs) {
+            const int64_t last_out = ow + outputs < q.out_width ? ow + outputs : q.out_width;
+            const int64_t left = ow * q.stride[1] - q.padding[1], right = (last_out - 1) * q.stride[1] - q.padding[1] + q.kernel[1];
+            const int64_t first = left < 0 ? 0 : left, last = right < q.width ? right : q.width;
+            for (int64_t w = first; w < last; w += L) {
+                const int n = last - w < L ? int(last - w) : L;
+                V best = splat<V>(-__builtin_inf());
+                P place = Place<V>::every(-1);
+                for (int64_t i = first_row; i < last_row; i++) {
+                    const V v = k.forward(affine(load<V>(y + i * q.width + w, n), s, t), p);
+                    const P take = (v > best) | (v != v) | (place < Place<V>::every(0));
+                    best = take ? v : best;
+                    place = take ? Place<V>::every(i) : place;
+                }
+                __builtin_memcpy(highest + w - first, &best, sizeof best);
+                __builtin_memcpy(row_of + w - first, &place, sizeof place);
+            }
+            for (int64_t o = ow; o < last_out; o++) {
+                const int64_t from = o * q.stride[1] - q.padding[1];
+                S best = -__builtin_inf();
+                int64_t place = -1;
+                for (int64_t j = from < 0 ? -from : 0; j < q.kernel[1] && from + j < q.width; j++) {
+                    const S v = highest[from + j - first];
+                    const int64_t here = row_of[from + j - first] * q.kernel[1] + j;
+                    // as ATen, which goes by rows: the first of equals, the last NaN
+                    const bool nan = v != v, takes = nan ? best == best || here > place : v > best || (v == best && here < place);
+                    if (takes || place < 0) best = v, place = here;
+                }
+                const int64_t to = row * q.out_width + o;
+                store_value(static_cast<O*>(a.out) + to, best);
+                q.argmax[to] = uint8_t(place);
+            }
+        }
+    }
+}
+
+// Scatters the windows' gradients into a row of the plane. sums[..][C] is this range's.
+template <class T, class G, class K>
+FR_INLINE void pool_planes_backward(const Args& a, const Pool& q, int64_t begin, int64_t end) {
+    using V = typename Lanes<T>::vector;
+    using S = typename Lanes<T>::scalar;
+    constexpr int L = Place<V>::lanes;
+    const V p = splat<V>(a.act_param);
+    const K k(a.act);
+    const T* grad = static_cast<const T*>(a.grad);
+    S da[kPoolColumns + L];
+    for (int64_t row = begin; row < end; row++) {
+        const int64_t plane = row / q.height, h = row % q.height, channel = plane % a.layout.channels;
+        const V s = at<V, S>(a.norm.scale, channel, L, true), t = at<V, S>(a.norm.shift, channel, L, true);
+        const V center = at<V, S>(a.norm.center, channel, L, true);
+        const Span<int64_t> rows = windows(h, q.kernel[0], q.stride[0], q.padding[0], q.out_height);
+        V sum{}, sum_y{};
+        for (int64_t first = 0; first < q.width; first += kPoolColumns) {
+            const int64_t last = first + kPoolColumns < q.width ? first + kPoolColumns : q.width;
+            __builtin_memset(da, 0, sizeof da);
+            const int64_t left = windows(first, q.kernel[1], q.stride[1], q.padding[1], q.out_width).first;
+            const int64_t right = windows(last - 1, q.kernel[1], q.stride[1], q.padding[1], q.out_width).last;
+            for (int64_t oh = rows.first; oh <= rows.last; oh++) {
+                const int64_t places = (h + q.padding[0] - oh * q.stride[0]) * q.kernel[1];  // of this row in the window
+                const int64_t windows_row = (plane * q.out_height + oh) * q.out_width;
+                for (int64_t ow = left; ow <= right; ow++) {
+                    const int64_t j = q.argmax[windows_row + ow] - places, w = ow * q.stride[1] - q.padding[1] + j;
+                    if (j >= 0 && j < q.kernel[1] && w >= first && w < last) da[w - first] += load_value<S>(grad + windows_row + ow);
+                }
+            }
+            for (int64_t w = first; w < last; w += L) {
+                const int n = last - w < L ? int(last - w) : L;
+                const int64_t off = row * q.width + w;
+                const V v = load<V>(static_cast<const T*>(a.y) + off, n);
+                V dz = k.backward(load<V>(da + w - first, L), affine(v, s, t), p);
+                store(static_cast<G*>(a.out) + off, dz, n);
+                if (n == L) sum = sum + dz, sum_y = sum_y + dz * (v - center);
+                else for (int l = 0; l < n; l++) sum[l] += dz[l], sum_y[l] += dz[l] * (v[l] - center[l]);
+            }
+        }
+        static_cast<S*>(a.sums[0])[channel] += total(sum, L);
+        static_cast<S*>(a.sums[1])[channel] += total(sum_y, L);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- both
 template <class T, class O, class K>
 void bn_act_max_pool_impl(const Args& a, const Pool& q, int64_t begin, int64_t end) {
-    if (a.layout.plane) pool_rows<typename Lanes<T>::scalar, T, O, K>(a, q, begin, end);
-    else pool_rows<typename Lanes<T>::vector, T, O, K>(a, q, begin, end);
+    if (a.layout.plane) pool_planes<T, O, K>(a, q, begin, end);
+    else pool_pixels<T, O, K>(a, q, begin, end);
 }
 template <class T, class G, class K>
 void bn_act_max_pool_backward_impl(const Args& a, const Pool& q, int64_t begin, int64_t end) {
-    if (a.layout.plane) pool_rows_backward<typename Lanes<T>::scalar, T, G, K>(a, q, begin, end);
-    else pool_rows_backward<typename Lanes<T>::vector, T, G, K>(a, q, begin, end);
+    using S = typename Lanes<T>::scalar;
+    for (int64_t c = 0; c < a.layout.channels; c++) static_cast<S*>(a.sums[0])[c] = static_cast<S*>(a.sums[1])[c] = 0;
+    if (a.layout.plane) pool_planes_backward<T, G, K>(a, q, begin, end);
+    else pool_pixels_backward<T, G, K>(a, q, begin, end);
 }
 
 }  // namespace

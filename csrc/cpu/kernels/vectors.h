@@ -11,6 +11,7 @@ typedef double F64 __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef int32_t I32 __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef uint32_t U32 __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef uint16_t U16 __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
+typedef int16_t I16 __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
 typedef _Float16 F16 __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
 
 namespace fused_resnet {
@@ -73,19 +74,33 @@ struct Lanes<double> {
 };
 
 FR_INLINE F32 widen(U16 raw, bf16) { return (F32)(__builtin_convertvector(raw, U32) << 16); }
-FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_convertvector((F16)raw, F32); }
 FR_INLINE U16 narrow(F32 v, bf16) {  // to nearest, ties to even; NaN stays NaN
     const U32 u = (U32)v;
     const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const U32 nan = U32{} + 0x7fc0u;
     return __builtin_convertvector((u & 0x7fffffffu) > (U32{} + 0x7f800000u) ? nan : rounded, U16);
 }
+// The compiler converts half precision value by value, the processor a vector.
+#if FR_VECTOR_BYTES == 64
+FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_ia32_vcvtph2ps512_mask((I16)raw, F32{}, uint16_t(-1), 4); }
+FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_ia32_vcvtps2ph512_mask(v, 0, I16{}, uint16_t(-1)); }
+#elif FR_VECTOR_BYTES == 32
+FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_ia32_vcvtph2ps256((I16)raw); }
+FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_ia32_vcvtps2ph256(v, 0); }
+#else
+FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_convertvector((F16)raw, F32); }
 FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_convertvector(v, F16); }
+#endif
 
-// Part of a vector of floats; AVX-512 does it in one instruction, memcpy of a length that is not known in a call.
+// Part of a vector of floats; AVX does it in one instruction, memcpy of a length that is not known in a call.
+#if FR_VECTOR_BYTES == 32
+FR_INLINE I32 first_lanes(int n) { return I32{0, 1, 2, 3, 4, 5, 6, 7} < I32{} + n; }
+#endif
 FR_INLINE F32 load_part(const float* p, int n) {
 #if FR_VECTOR_BYTES == 64
     return __builtin_ia32_loadups512_mask(p, F32{}, uint16_t((1u << n) - 1));
+#elif FR_VECTOR_BYTES == 32
+    return __builtin_ia32_maskloadps256(reinterpret_cast<const F32*>(p), first_lanes(n));
 #else
     F32 v{};
     __builtin_memcpy(&v, p, n * sizeof(float));
@@ -95,6 +110,8 @@ FR_INLINE F32 load_part(const float* p, int n) {
 FR_INLINE void store_part(float* p, F32 v, int n) {
 #if FR_VECTOR_BYTES == 64
     __builtin_ia32_storeups512_mask(p, v, uint16_t((1u << n) - 1));
+#elif FR_VECTOR_BYTES == 32
+    __builtin_ia32_maskstoreps256(reinterpret_cast<F32*>(p), first_lanes(n), v);
 #else
     __builtin_memcpy(p, &v, n * sizeof(float));
 #endif
@@ -136,6 +153,18 @@ FR_INLINE void store(T* p, V v, int n) {
         if (n == lanes) __builtin_memcpy(p, &raw, sizeof raw);
         else __builtin_memcpy(p, &raw, n * sizeof(T));
     }
+}
+
+// One value.
+template <class S, class T>
+FR_INLINE S load_value(const T* p) {
+    if constexpr (sizeof(T) == sizeof(S)) return *p;
+    else return load<F32>(p, 1)[0];
+}
+template <class S, class T>
+FR_INLINE void store_value(T* p, S v) {
+    if constexpr (sizeof(T) == sizeof(S)) *p = v;
+    else store(p, F32{} + v, 1);
 }
 
 FR_INLINE double total(F64 v, int n) {
