@@ -235,7 +235,7 @@ def extension_arguments() -> dict:
         cxx.append("-fopenmp")
     nvcc_flags = ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
 
-    files = sources("bindings.cpp", "cpu/*.cpp")
+    files = sources("bindings.cpp", "cpu/**/*.cpp")
     macros: list[tuple[str, str | None]] = []
     make = cpp_extension.CppExtension
     if with_cuda:
@@ -249,7 +249,7 @@ def extension_arguments() -> dict:
     extension = make(
         "fused_resnet._C",
         files,
-        depends=sources("**/*.h", "**/*.cuh", CUTLASS),
+        depends=sources("**/*.h", "**/*.inc", "**/*.cuh", CUTLASS),
         define_macros=macros,
         extra_compile_args={"cxx": cxx, "nvcc": nvcc_flags},
     )

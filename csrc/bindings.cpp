@@ -7,7 +7,7 @@
 #include <map>
 #include <string>
 
-#include "cpu/ops.h"
+#include "cpu/ops/ops.h"
 #ifdef FUSED_RESNET_WITH_CUDA
 #include "cuda/ops.h"
 #endif
@@ -53,6 +53,7 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def(
         "winograd_bias_act(Tensor x, Tensor packed, Tensor bias, int padding, int act, float act_param, Tensor? residual) "
         "-> Tensor");
+    m.def("matmul(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
     m.def("pointwise_suits(Tensor x, Tensor weight, int[2] stride, int[2] padding, int groups) -> bool");
     m.def(
         "pointwise_bias_act(Tensor x, Tensor packed, Tensor bias, int act, float act_param, Tensor? residual, "
@@ -118,6 +119,7 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("winograd_tile", cpu::winograd_tile);
     m.impl("winograd_prepack", cpu::winograd_prepack);
     m.impl("winograd_bias_act", cpu::winograd_bias_act);
+    m.impl("matmul", cpu::matmul);
     m.impl("pointwise_suits", cpu::pointwise_suits);
     m.impl("pointwise_bias_act", cpu::pointwise_bias_act);
     m.impl("stem_suits", cpu::stem_suits);

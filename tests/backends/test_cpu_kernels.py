@@ -361,6 +361,7 @@ def test_schemas_of_the_compiled_operators() -> None:
         "winograd_tile": (y, w3, one, one, one, 1),
         "winograd_prepack": (w3, 4),
         "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),
+        "matmul": (torch.randn(5, 7), torch.randn(7, 3), torch.randn(5, 3), True),
         "pointwise_suits": (y, w1, one, none, 1),
         "pointwise_bias_act": (
             y,

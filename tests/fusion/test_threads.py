@@ -43,7 +43,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 # ---------------------------------------------------------------------------------------------------- the sources
-PARALLEL = re.compile(r"\b(parallel|parallel_aten)\(")
+PARALLEL = re.compile(r"\bparallel\(")
 RAW = re.compile(r"parallel_for|parallel_reduce|#pragma omp|std::(thread|async|jthread)|TaskThreadPool")
 METHODS = set(dir(Tensor)) - {"dim", "numel", "size", "stride"}  # which read what the caller's thread knows
 ATEN = re.compile(r"\bat::|\btorch::|\bTensor\b|data_ptr|(?:\.|->)(?:" + "|".join(METHODS) + r")\(")
@@ -59,24 +59,24 @@ def argument_list(source: str, start: int) -> str:
     raise AssertionError("a parenthesis that nothing closes")
 
 
-def calls_in_parallel(source: str, helpers: bool = False) -> list[str]:
-    """What of a C++ source runs in threads that it must not: one line each. ``helpers``: it defines ``parallel``."""
+def calls_in_parallel(source: str) -> list[str]:
+    """What of a C++ source runs in threads that it must not: one line each."""
     source = re.sub(r"//.*", "", source)
-    found = [] if helpers else [f"{m.group()} outside launch.h" for m in RAW.finditer(source)]
+    found = [f"{m.group()} outside launch.h" for m in RAW.finditer(source)]
     for loop in PARALLEL.finditer(source):
-        body = argument_list(source, loop.end())
-        if loop.group(1) == "parallel" and not helpers:
-            found += [f"{m.group()} inside parallel" for m in ATEN.finditer(body)]
+        found += [f"{m.group()} inside parallel" for m in ATEN.finditer(argument_list(source, loop.end()))]
     return found
 
 
 def test_no_operator_runs_in_a_thread_without_the_callers_state() -> None:
-    """The loops of csrc/cpu go through ``parallel``, without ATen inside, or through ``parallel_aten``."""
-    sources = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cpu").iterdir())}
+    """The loops of csrc/cpu go through ``parallel``, without ATen inside."""
+    folder, helper = ROOT / "csrc" / "cpu", "ops/launch.h"
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sources = {path.relative_to(folder).as_posix(): path.read_text() for path in files}
     assert sum(len(PARALLEL.findall(source)) for source in sources.values()) > 10
-    assert {n: f for n, s in sources.items() if (f := calls_in_parallel(s, helpers=n == "launch.h"))} == {}
-    helpers = sources["launch.h"]
-    assert len(RAW.findall(re.sub(r"//.*", "", helpers))) == 1, "launch.h has one loop of ATen's, that of parallel"
+    defined = sources.pop(helper)
+    assert {name: found for name, source in sources.items() if (found := calls_in_parallel(source))} == {}
+    assert len(RAW.findall(re.sub(r"//.*", "", defined))) == 1, "launch.h has one loop of ATen's, that of parallel"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_no_operator_runs_in_a_thread_without_the_callers_state() -> None:
         "at::parallel_for(0, n, 1, [&](int64_t b, int64_t e) { kernel(b, e); });",
         "parallel(0, n, 1, [&](int64_t b, int64_t e) { at::mm_out(c, a, w); });",
         "parallel(0, n, 1, [&](int64_t b, int64_t e) { kernel(x.narrow(0, b, (e - b)), b); });",
-        "parallel_aten(0, 2, 1, [&](auto b, auto e) { parallel(b, e, 1, [&](auto f, auto g) { y->copy_(x); }); });",
+        "parallel(0, 2, 1, [&](auto b, auto e) { parallel(b, e, 1, [&](auto f, auto g) { y->copy_(x); }); });",
         "#pragma omp parallel for",
     ],
 )

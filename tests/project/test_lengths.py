@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from source_tree import ROOT
 
-FOLDERS = ("tests", "benchmarks")
+FOLDERS = ("fused_resnet", "tests", "benchmarks")
 FILE, FUNCTION = 450, 60
 
 

@@ -69,7 +69,7 @@ def test_every_variable_is_documented() -> None:
     """No environment knob beyond the table in CONTRIBUTING."""
     files = [ROOT / "setup.py"]
     files += [path for path in (ROOT / PACKAGE).rglob("*.py")]
-    files += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    files += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".inc", ".cu", ".cuh")]
     read = re.compile(r'(?:environ\.get\(|environ\[|getenv\(|choice\()\s*"(FUSED_RESNET_\w+)"')
     used = {name for path in files for name in read.findall(path.read_text())}
     assert "FUSED_RESNET_CUDA" in used

@@ -23,7 +23,7 @@ Act act_of(int64_t index) {
 }
 
 Partials::Partials(const View& view, int kinds, at::ScalarType dtype)
-    : rows(view.blocks), chunk(view.layout.plane ? 1 : kChunkRows), planes(view.layout.plane ? view.layout.channels : 0) {
+    : rows(view.blocks), chunk(view.layout.plane ? 1 : chunk_rows(view.blocks)), planes(view.layout.plane ? view.layout.channels : 0) {
     const int64_t C = view.layout.channels;
     const int64_t chunks = planes ? rows / C : (rows + chunk - 1) / chunk;
     data = at::empty({kinds, chunks, C}, at::TensorOptions().dtype(dtype));

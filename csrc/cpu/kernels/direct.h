@@ -3,19 +3,12 @@
 // 1x1 convolutions with bias, residual and activation.
 #pragma once
 
-#include "vectors_impl.h"
+#include "vectors.h"
 
 namespace {
 
 // Vectors of output channels, and output pixels: their product is the number of sums in registers.
-constexpr int kDirectVectors = FR_WIDE_REGISTERS >= 32 ? 2 : 1, kDirectPixels = FR_WIDE_REGISTERS >= 32 ? 14 : 4;
-
-// f(0) ... f(N - 1) with constants, so that arrays indexed by them are registers. A loop would be unrolled too late.
-template <int N, class F>
-FR_INLINE void unrolled(F f) {
-    if constexpr (N > 1) unrolled<N - 1>(f);
-    f(std::integral_constant<int, N - 1>{});
-}
+constexpr int kDirectVectors = 2, kDirectPixels = FR_REGISTERS >= 32 ? 14 : 6;
 
 // A 1x1 convolution's inputs of this many pixels stay in cache while all output channels are computed.
 constexpr int64_t kPointwiseRows = 8 * kDirectPixels;
@@ -28,22 +21,22 @@ FR_INLINE void for_pixels(int64_t begin, int64_t end, Body body) {
     for (; at < end; at++) body(std::integral_constant<int, 1>{}, at);
 }
 
-// P pixels of output channels [k, k + 16 V). A pixel's patch is `rows` runs of `run` values, `row` apart; the next
-// pixel's patch starts `step` further. w: [rows, run, kDirectBlock].
+// P pixels of output channels [k, k + kLanes V): a pixel's patch is `rows` runs of `run` values, `row` apart, the next pixel's
+// starts `step` further. w: [rows, run, kDirectBlock].
 template <int P, int V, class K>
 FR_INLINE void direct_pixels(const float* x, int64_t rows, int64_t row, int64_t run, int64_t step, const float* w, const float* bias,
                              const float* residual, float* out, int64_t channels, const K& act, F32 p) {
     F32 sum[P][V];
     unrolled<P>([&](auto i) __attribute__((always_inline)) {
-        unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = load<F32>(bias + 16 * v, 16); });
+        unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = load<F32>(bias + kLanes * v, kLanes); });
     });
     if (residual) unrolled<P>([&](auto i) __attribute__((always_inline)) {
-        unrolled<V>([&](auto v) __attribute__((always_inline)) { __builtin_prefetch(residual + i * channels + 16 * v); });
+        unrolled<V>([&](auto v) __attribute__((always_inline)) { __builtin_prefetch(residual + i * channels + kLanes * v); });
     });
     for (int64_t r = 0; r < rows; r++, x += row) {
         for (int64_t j = 0; j < run; j++, w += kDirectBlock) {
             F32 here[V];
-            unrolled<V>([&](auto v) __attribute__((always_inline)) { here[v] = load<F32>(w + 16 * v, 16); });
+            unrolled<V>([&](auto v) __attribute__((always_inline)) { here[v] = load<F32>(w + kLanes * v, kLanes); });
             unrolled<P>([&](auto i) __attribute__((always_inline)) {
                 const F32 value = x[i * step + j] - F32{};  // the compiler drops - 0, but not + 0
                 unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = sum[i][v] + value * here[v]; });
@@ -53,8 +46,8 @@ FR_INLINE void direct_pixels(const float* x, int64_t rows, int64_t row, int64_t 
     unrolled<P>([&](auto i) __attribute__((always_inline)) {
         unrolled<V>([&](auto v) __attribute__((always_inline)) {
             F32 z = sum[i][v];
-            if (residual) z = z + load<F32>(residual + i * channels + 16 * v, 16);
-            store(out + i * channels + 16 * v, act.forward(z, p), 16);
+            if (residual) z = z + load<F32>(residual + i * channels + kLanes * v, kLanes);
+            store(out + i * channels + kLanes * v, act.forward(z, p), kLanes);
         });
     });
 }
@@ -81,7 +74,7 @@ void stem_row(const Args& a, const Direct& q, int64_t image, int64_t oh, float* 
     }
     const int64_t run = q.kernel[1] * q.channels, step = q.stride[1] * q.channels, C = q.out_channels;
     const float* bias = static_cast<const float*>(a.norm.shift);
-    for (int64_t k = 0; k < C; k += 16 * kDirectVectors) {
+    for (int64_t k = 0; k < C; k += kLanes * kDirectVectors) {
         const float* w = weight_of(q, k);
         for_pixels(0, q.out_width, [&](auto pixels, int64_t at) __attribute__((always_inline)) {
             direct_pixels<pixels, kDirectVectors>(rows + at * step, q.kernel[0], row, run, step, w, bias + k, nullptr,
@@ -101,7 +94,7 @@ void pointwise_impl(const Args& a, const Direct& q, int64_t begin, int64_t end) 
     float* out = static_cast<float*>(a.out);
     for (int64_t first = begin; first < end; first += kPointwiseRows) {
         const int64_t last = first + kPointwiseRows < end ? first + kPointwiseRows : end;
-        for (int64_t k = 0; k < C; k += 16 * kDirectVectors) {
+        for (int64_t k = 0; k < C; k += kLanes * kDirectVectors) {
             const float* w = weight_of(q, k);
             for_pixels(first, last, [&](auto pixels, int64_t at) __attribute__((always_inline)) {
                 const int64_t to = at * C + k;
@@ -129,14 +122,14 @@ void stem_impl(const Args& a, const Direct& q, const Pool& pool, float* scratch,
         float* out = static_cast<float*>(a.out) + r * pool.out_width * C;
         for (int64_t pw = 0; pw < pool.out_width; pw++, out += C) {
             const int64_t side = pw * pool.stride[1] - pool.padding[1], right = side + pool.kernel[1];
-            for (int64_t c = 0; c < C; c += 16) {
+            for (int64_t c = 0; c < C; c += kLanes) {
                 F32 best = splat<F32>(-__builtin_inf());
                 for (int64_t i = 0; i < last - first; i++)
                     for (int64_t w = side < 0 ? 0 : side; w < right && w < q.out_width; w++) {
-                        const F32 v = load<F32>(lines[i] + w * C + c, 16);
+                        const F32 v = load<F32>(lines[i] + w * C + c, kLanes);
                         best = (v > best) | (v != v) ? v : best;  // NaN stays, as in ATen
                     }
-                store(out + c, best, 16);
+                store(out + c, best, kLanes);
             }
         }
     }

@@ -59,4 +59,7 @@ Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tenso
 void pointwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t act, double act_param,
                         const OptTensor& residual, const Tensor& out);
 
+// out (+)= a b: float32 matrices, a and b with any strides. What tests and benchmarks see of the products above.
+void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate);
+
 }  // namespace fused_resnet::cpu

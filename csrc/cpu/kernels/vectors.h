@@ -1,16 +1,18 @@
-// 64-byte vectors of the compiler: element types in memory, lanes in float or double, exp. Files include this after
-// their `#pragma GCC target`. It includes no standard header: code compiled here for that target could be linked
-// elsewhere.
+// Vectors of the compiler's own: element types in memory, lanes in float or double, exp. Included after a file's
+// `#pragma GCC target`; includes no header of the standard library, whose code, compiled here, could be linked elsewhere.
 #pragma once
 
 #include "kernels.h"
 
-typedef float F32 __attribute__((vector_size(64)));
-typedef double F64 __attribute__((vector_size(64)));
-typedef int32_t I32 __attribute__((vector_size(64)));
-typedef uint32_t U32 __attribute__((vector_size(64)));
-typedef uint16_t U16 __attribute__((vector_size(32)));
-typedef _Float16 F16 __attribute__((vector_size(32)));
+// Floats in a register: of wider vectors the compiler does comparisons and selections one element at a time.
+constexpr int kLanes = FR_VECTOR_BYTES / 4;
+typedef float F32 __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef double F64 __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef int32_t I32 __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef uint32_t U32 __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef uint16_t U16 __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
+typedef int16_t I16 __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
+typedef _Float16 F16 __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
 
 namespace fused_resnet {
 
@@ -37,7 +39,7 @@ struct Exponential<F32> {
 template <>
 struct Exponential<F64> {
     static FR_INLINE F64 of(F64 x) {
-        for (int i = 0; i < 8; i++) x[i] = __builtin_exp(x[i]);
+        for (int i = 0; i < kLanes / 2; i++) x[i] = __builtin_exp(x[i]);
         return x;
     }
 };
@@ -53,6 +55,13 @@ struct bf16 {
     uint16_t bits;
 };
 
+// f(0) ... f(N - 1) with constants, so that arrays indexed by them are registers. A loop would be unrolled too late.
+template <int N, class F>
+FR_INLINE void unrolled(F f) {
+    if constexpr (N > 1) unrolled<N - 1>(f);
+    f(std::integral_constant<int, N - 1>{});
+}
+
 template <class T>
 struct Lanes {  // an element type's vector for computation
     using vector = F32;
@@ -65,19 +74,33 @@ struct Lanes<double> {
 };
 
 FR_INLINE F32 widen(U16 raw, bf16) { return (F32)(__builtin_convertvector(raw, U32) << 16); }
-FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_convertvector((F16)raw, F32); }
 FR_INLINE U16 narrow(F32 v, bf16) {  // to nearest, ties to even; NaN stays NaN
     const U32 u = (U32)v;
     const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const U32 nan = U32{} + 0x7fc0u;
     return __builtin_convertvector((u & 0x7fffffffu) > (U32{} + 0x7f800000u) ? nan : rounded, U16);
 }
+// The compiler converts half precision value by value, the processor a vector.
+#if FR_VECTOR_BYTES == 64
+FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_ia32_vcvtph2ps512_mask((I16)raw, F32{}, uint16_t(-1), 4); }
+FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_ia32_vcvtps2ph512_mask(v, 0, I16{}, uint16_t(-1)); }
+#elif FR_VECTOR_BYTES == 32
+FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_ia32_vcvtph2ps256((I16)raw); }
+FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_ia32_vcvtps2ph256(v, 0); }
+#else
+FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_convertvector((F16)raw, F32); }
 FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_convertvector(v, F16); }
+#endif
 
-// Part of a vector of floats. AVX-512 has one instruction for it; memcpy of a variable length would be a call.
+// Part of a vector of floats; AVX does it in one instruction, memcpy of a length that is not known in a call.
+#if FR_VECTOR_BYTES == 32
+FR_INLINE I32 first_lanes(int n) { return I32{0, 1, 2, 3, 4, 5, 6, 7} < I32{} + n; }
+#endif
 FR_INLINE F32 load_part(const float* p, int n) {
-#if FR_WIDE_REGISTERS >= 32
+#if FR_VECTOR_BYTES == 64
     return __builtin_ia32_loadups512_mask(p, F32{}, uint16_t((1u << n) - 1));
+#elif FR_VECTOR_BYTES == 32
+    return __builtin_ia32_maskloadps256(reinterpret_cast<const F32*>(p), first_lanes(n));
 #else
     F32 v{};
     __builtin_memcpy(&v, p, n * sizeof(float));
@@ -85,8 +108,10 @@ FR_INLINE F32 load_part(const float* p, int n) {
 #endif
 }
 FR_INLINE void store_part(float* p, F32 v, int n) {
-#if FR_WIDE_REGISTERS >= 32
+#if FR_VECTOR_BYTES == 64
     __builtin_ia32_storeups512_mask(p, v, uint16_t((1u << n) - 1));
+#elif FR_VECTOR_BYTES == 32
+    __builtin_ia32_maskstoreps256(reinterpret_cast<F32*>(p), first_lanes(n), v);
 #else
     __builtin_memcpy(p, &v, n * sizeof(float));
 #endif
@@ -128,6 +153,18 @@ FR_INLINE void store(T* p, V v, int n) {
         if (n == lanes) __builtin_memcpy(p, &raw, sizeof raw);
         else __builtin_memcpy(p, &raw, n * sizeof(T));
     }
+}
+
+// One value.
+template <class S, class T>
+FR_INLINE S load_value(const T* p) {
+    if constexpr (sizeof(T) == sizeof(S)) return *p;
+    else return load<F32>(p, 1)[0];
+}
+template <class S, class T>
+FR_INLINE void store_value(T* p, S v) {
+    if constexpr (sizeof(T) == sizeof(S)) *p = v;
+    else store(p, F32{} + v, 1);
 }
 
 FR_INLINE double total(F64 v, int n) {

@@ -6,9 +6,8 @@ namespace fused_resnet::cpu {
 
 namespace {
 
-// with fewer registers the sums are in memory, and oneDNN's convolution is faster
 bool direct_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
-    return table().registers >= 32 && x.scalar_type() == at::kFloat && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+    return x.scalar_type() == at::kFloat && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
            weight.size(0) % kDirectBlock == 0 && groups == 1;
 }
 
@@ -40,9 +39,11 @@ bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t
 }
 
 bool pointwise_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups) {
-    // more outputs than inputs: with fewer stores oneDNN is as fast, and more inputs would not fit into the L1 cache
-    return direct_suits(x, weight, groups) && weight.size(2) == 1 && weight.size(3) == 1 && stride[0] == 1 && stride[1] == 1 &&
-           padding[0] == 0 && padding[1] == 0 && weight.size(0) > weight.size(1) && weight.size(1) <= 512;
+    // more outputs than inputs: oneDNN is as fast where there is less to store; and more inputs would leave the first cache.
+    // With 16 registers the sums are of too few pixels per weight that is loaded: oneDNN's is faster by a tenth to a fifth.
+    return table().registers >= 32 && direct_suits(x, weight, groups) && weight.size(2) == 1 && weight.size(3) == 1 &&
+           stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0 &&
+           weight.size(0) > weight.size(1) && weight.size(1) <= 512;
 }
 
 Tensor direct_prepack(const Tensor& weight) {

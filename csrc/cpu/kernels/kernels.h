@@ -10,8 +10,8 @@
 // every call that passes these vectors is inlined, so their ABI doesn't matter
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-#include "../bn_math.h"
-#include "../dtype.h"
+#include "../../bn_math.h"
+#include "../../dtype.h"
 
 namespace fused_resnet::cpu {
 
@@ -66,34 +66,33 @@ struct Direct {
 };
 constexpr int kDirectBlock = 64, kPoolRows = 16;  // of channels; the most rows of a pool's window
 
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns], in float.
+struct Gemm {
+    int64_t rows, columns, depth;
+    const float* a;  // A[i, k] at i * a_row + k * a_depth
+    int64_t a_row, a_depth;
+    const float* b;  // in panels: [panels of Table::gemm_columns, depth, gemm_columns]
+    float* c;
+    int64_t c_row;
+    bool accumulate;
+};
+// B's panels from B[k, j] at k * row + j * column; 0 where the last one has no columns.
+struct GemmPack {
+    int64_t depth, columns;
+    const float* from;
+    int64_t row, column;
+    float* to;
+};
+// Rows of A per block, whole tiles of 6 and of 14; the depth that passes at most while a tile's sums are in registers; the
+// values of a block that is copied.
+constexpr int64_t kGemmBlock = 126, kMostGemmDepth = 256, kGemmScratch = kGemmBlock * (kMostGemmDepth + 4);
+
 struct Table {
-    // out = act(z); bytes: y (+ residual) read, out written
-    void (*bn_act)(const Args&, int64_t begin, int64_t end);
-    // dz = grad act'(z) to out and the sums of this range to sums; bytes: grad, y (+ residual) read, dz written
-    void (*bn_act_backward)(const Args&, int64_t begin, int64_t end);
-    // dy = A dz + B (y - center) + C to out; bytes: dz, y read, dy written
-    void (*bn_backward)(const Args&, int64_t begin, int64_t end);
-    // mean and M2 of blocks [begin, end) to sums[0], sums[1]. If out (other_type) is given, y is first rounded into it
-    void (*moments)(const Args&, int64_t begin, int64_t end);
-    // out = max over windows of act(z), and its position; bytes: y read, out and one byte per output written
-    void (*bn_act_max_pool)(const Args&, const Pool&, int64_t begin, int64_t end);
-    // dz = act'(z) * (grad of the windows whose maximum is here), and sums; bytes: y, grad, argmax read, dz written
-    void (*bn_act_max_pool_backward)(const Args&, const Pool&, int64_t begin, int64_t end);
-    // Winograd, on channels_last; compute in float. V = B'dB of tiles [begin, end) of act(z) (raw y without norm)
-    void (*winograd_input)(const Args&, const Winograd&, float* v, int64_t begin, int64_t end);
-    // out = act(scale A'mA + shift (+ residual)): without scale where it is null, the bare A'mA where norm.shift is
-    void (*winograd_output)(const Args&, const Winograd&, const float* m, int64_t begin, int64_t end);
-    // U = GgG' [(M+2)^2, K, C] of rows [begin, end) of weights [K, 3, 3, C], turned by 180 degrees if flip
-    void (*winograd_weight)(int tile, const float* weight, float* u, int64_t out_channels, int64_t channels, bool flip, int64_t begin,
-                            int64_t end);
-    // out = max-pool(act(conv(y) + shift)), rows [begin, end) of N*oH, in float; bytes: y read, out written.
-    // scratch: kernel rows of the padded image, and as many rows of the convolution's output as a window of the pool
-    void (*stem)(const Args&, const Direct&, const Pool&, float* scratch, int64_t begin, int64_t end);
-    // out = act(y W + shift (+ residual)), a 1x1 convolution, pixels [begin, end), in float; bytes: y (+ residual) read,
-    // out written
-    void (*pointwise)(const Args&, const Direct&, int64_t begin, int64_t end);
+#define FR_KERNEL(name, ...) void (*name)(__VA_ARGS__);
+#include "kernels.inc"
     const char* name;
-    int registers;  // the number of 64-byte vectors that the instruction set's registers hold
+    int registers;  // of vectors
+    int gemm_rows, gemm_columns;  // of a tile of gemm
 };
 
 extern const Table table_default, table_avx2, table_avx512;

@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "../kernels/kernels.h"
 
 namespace fused_resnet::cpu {
 

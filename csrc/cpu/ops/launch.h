@@ -1,15 +1,14 @@
-// From tensors to kernels: checks, layouts, the split over threads, partial sums and their merge.
+// From tensors to kernels: checks, layouts, the split over threads, partial sums and their merge. Used by all of ops/.
 #pragma once
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
-#include <ATen/ThreadLocalState.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "../kernels/kernels.h"
 
 namespace fused_resnet::cpu {
 
@@ -65,19 +64,9 @@ void parallel(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     at::parallel_for(begin, end, grain, body);
 }
 
-// Like `parallel`, for a body that calls ATen operators: every thread runs it with the caller's thread-local state.
-// Setting that state costs about a microsecond per thread.
-template <class Body>
-void parallel_aten(int64_t begin, int64_t end, int64_t grain, const Body& body) {
-    const at::ThreadLocalState state;
-    parallel(begin, end, grain, [&](int64_t b, int64_t e) {
-        const at::ThreadLocalStateGuard guard(state);
-        body(b, e);
-    });
-}
-
-// Chunks do not depend on the number of threads, so the bits depend only on the shape.
-constexpr int64_t kChunkRows = 128;
+// Rows per chunk of a reduction, whatever the number of threads, so that the bits depend on the shape alone: whole tiles of
+// gemm, and of few rows several chunks.
+inline int64_t chunk_rows(int64_t rows) { return rows < 64 * kGemmBlock ? kGemmBlock / 3 : kGemmBlock; }
 
 // Sums (or moments) of ranges of rows or planes, and their merge into vectors.
 struct Partials {

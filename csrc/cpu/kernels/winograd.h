@@ -4,7 +4,7 @@
 // and quarters the largest.
 #pragma once
 
-#include "vectors_impl.h"
+#include "vectors.h"
 
 namespace {
 
@@ -81,8 +81,8 @@ void winograd_input_impl(const Args& a, const Winograd& q, float* v, int64_t beg
     for (int64_t t = begin; t < end; t++) {
         const int64_t image = t / (q.tiles_h * q.tiles_w), in_image = t % (q.tiles_h * q.tiles_w);
         const int64_t top = in_image / q.tiles_w * M - q.padding, left = in_image % q.tiles_w * M - q.padding;
-        for (int64_t c = 0; c < C; c += 16) {
-            const int n = C - c < 16 ? int(C - c) : 16;
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const int n = C - c < kLanes ? int(C - c) : kLanes;
             F32 d[N * N];
             for (int i = 0; i < N; i++)
                 for (int j = 0; j < N; j++) {
@@ -114,8 +114,8 @@ void winograd_output_impl(const Args& a, const Winograd& q, const float* m, int6
     for (int64_t t = begin; t < end; t++) {
         const int64_t image = t / (q.tiles_h * q.tiles_w), in_image = t % (q.tiles_h * q.tiles_w);
         const int64_t top = in_image / q.tiles_w * M, left = in_image % q.tiles_w * M;
-        for (int64_t c = 0; c < C; c += 16) {
-            const int n = C - c < 16 ? int(C - c) : 16;
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const int n = C - c < kLanes ? int(C - c) : kLanes;
             const float* from = m + (t - q.first) * C + c;
             F32 d[N * N];
             for (int i = 0; i < N * N; i++) d[i] = load<F32>(from + i * q.count * C, n);
@@ -141,8 +141,8 @@ template <int M>
 void winograd_weight_impl(const float* weight, float* u, int64_t K, int64_t C, bool flip, int64_t begin, int64_t end) {
     constexpr int N = Tile<M>::kIn;
     for (int64_t k = begin; k < end; k++)
-        for (int64_t c = 0; c < C; c += 16) {
-            const int n = C - c < 16 ? int(C - c) : 16;
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const int n = C - c < kLanes ? int(C - c) : kLanes;
             F32 g[N * N];
             for (int i = 0; i < 3; i++)
                 for (int j = 0; j < 3; j++) {

@@ -1,0 +1,150 @@
+// From types to templates: the kernels behind a Table, written once and compiled by one file per instruction set.
+#pragma once
+
+#include "norm.h"
+#include "pool.h"
+#include "winograd.h"
+#include "direct.h"
+#include "gemm.h"
+
+namespace {
+
+template <class T>
+struct Tag {
+    using type = T;
+};
+
+template <class F>
+FR_INLINE void by_types(DType y, DType other, F f) {
+    if (y == DType::f64) return f(Tag<double>{}, Tag<double>{});
+    if (y == DType::f32) return f(Tag<float>{}, Tag<float>{});
+    if (y == DType::bf16 && other == DType::f32) return f(Tag<bf16>{}, Tag<float>{});
+    if (y == DType::bf16) return f(Tag<bf16>{}, Tag<bf16>{});
+    if (other == DType::f32) return f(Tag<_Float16>{}, Tag<float>{});
+    f(Tag<_Float16>{}, Tag<_Float16>{});
+}
+
+// identity and relu have separate loops. The other activations are chosen inside the loop, where their exp costs more.
+template <Act A>
+struct Fixed {
+    FR_INLINE explicit Fixed(Act) {}
+    template <class V>
+    FR_INLINE V forward(V z, V p) const { return act<A>(z, p); }
+    template <class V>
+    FR_INLINE V backward(V g, V z, V p) const { return act_backward<A>(g, z, p); }
+};
+struct Chosen {
+    Act chosen;
+    FR_INLINE explicit Chosen(Act a) : chosen(a) {}
+    template <class F>
+    FR_INLINE auto with(F f) const {
+        switch (chosen) {
+            case Act::leaky_relu: return f(Fixed<Act::leaky_relu>(chosen));
+            case Act::elu: return f(Fixed<Act::elu>(chosen));
+            case Act::sigmoid: return f(Fixed<Act::sigmoid>(chosen));
+            case Act::silu: return f(Fixed<Act::silu>(chosen));
+            case Act::relu6: return f(Fixed<Act::relu6>(chosen));
+            case Act::hardswish: return f(Fixed<Act::hardswish>(chosen));
+            default: return f(Fixed<Act::identity>(chosen));
+        }
+    }
+    template <class V>
+    FR_INLINE V forward(V z, V p) const {
+        return with([&](auto k) __attribute__((always_inline)) { return k.forward(z, p); });
+    }
+    template <class V>
+    FR_INLINE V backward(V g, V z, V p) const {
+        return with([&](auto k) __attribute__((always_inline)) { return k.backward(g, z, p); });
+    }
+};
+
+template <class F>
+FR_INLINE void by_act(Act a, F f) {
+    if (a == Act::identity) return f(Tag<Fixed<Act::identity>>{});
+    if (a == Act::relu) return f(Tag<Fixed<Act::relu>>{});
+    f(Tag<Chosen>{});
+}
+
+void bn_act_any(const Args& a, int64_t begin, int64_t end) {
+    by_types(a.y_type, a.other_type, [&](auto t, auto o) {
+        by_act(a.act, [&](auto k) {
+            bn_act_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, begin, end);
+        });
+    });
+}
+void bn_act_backward_any(const Args& a, int64_t begin, int64_t end) {
+    by_types(a.y_type, a.other_type, [&](auto t, auto o) {
+        by_act(a.act, [&](auto k) {
+            bn_act_backward_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, begin, end);
+        });
+    });
+}
+void bn_backward_any(const Args& a, int64_t begin, int64_t end) {
+    by_types(a.y_type, a.other_type, [&](auto t, auto o) {
+        bn_backward_impl<typename decltype(t)::type, typename decltype(o)::type>(a, begin, end);
+    });
+}
+void moments_any(const Args& a, int64_t begin, int64_t end) {
+    if (a.y_type == DType::f32 && a.other_type == DType::bf16) return moments_impl<float, bf16>(a, begin, end);
+    if (a.y_type == DType::f32 && a.other_type == DType::f16) return moments_impl<float, _Float16>(a, begin, end);
+    if (a.y_type == DType::f64) return moments_impl<double, double>(a, begin, end);
+    if (a.y_type == DType::f32) return moments_impl<float, float>(a, begin, end);
+    if (a.y_type == DType::bf16) return moments_impl<bf16, bf16>(a, begin, end);
+    moments_impl<_Float16, _Float16>(a, begin, end);
+}
+void bn_act_max_pool_any(const Args& a, const Pool& q, int64_t begin, int64_t end) {
+    by_types(a.y_type, a.other_type, [&](auto t, auto o) {
+        by_act(a.act, [&](auto k) {
+            bn_act_max_pool_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, q, begin, end);
+        });
+    });
+}
+void bn_act_max_pool_backward_any(const Args& a, const Pool& q, int64_t begin, int64_t end) {
+    by_types(a.y_type, a.other_type, [&](auto t, auto o) {
+        by_act(a.act, [&](auto k) {
+            bn_act_max_pool_backward_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, q, begin, end);
+        });
+    });
+}
+
+template <class F>
+FR_INLINE void by_float_type(DType t, F f) {
+    if (t == DType::bf16) return f(Tag<bf16>{});
+    if (t == DType::f16) return f(Tag<_Float16>{});
+    f(Tag<float>{});
+}
+template <class F>
+FR_INLINE void by_tile(int tile, F f) {
+    if (tile == 4) return f(std::integral_constant<int, 4>{});
+    f(std::integral_constant<int, 2>{});
+}
+void winograd_input_any(const Args& a, const Winograd& q, float* v, int64_t begin, int64_t end) {
+    by_tile(q.tile, [&](auto m) {
+        by_float_type(a.y_type, [&](auto t) {
+            by_act(a.act, [&](auto k) {
+                winograd_input_impl<m, typename decltype(t)::type, typename decltype(k)::type>(a, q, v, begin, end);
+            });
+        });
+    });
+}
+void winograd_output_any(const Args& a, const Winograd& q, const float* product, int64_t begin, int64_t end) {
+    by_tile(q.tile, [&](auto m) {
+        by_float_type(a.other_type, [&](auto t) {
+            by_act(a.act, [&](auto k) {
+                winograd_output_impl<m, typename decltype(t)::type, typename decltype(k)::type>(a, q, product, begin, end);
+            });
+        });
+    });
+}
+void winograd_weight_any(int tile, const float* weight, float* u, int64_t K, int64_t C, bool flip, int64_t begin,
+                         int64_t end) {
+    by_tile(tile, [&](auto m) { winograd_weight_impl<m>(weight, u, K, C, flip, begin, end); });
+}
+void pointwise_any(const Args& a, const Direct& q, int64_t begin, int64_t end) {
+    by_act(a.act, [&](auto k) { pointwise_impl<typename decltype(k)::type>(a, q, begin, end); });
+}
+void stem_any(const Args& a, const Direct& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
+    by_act(a.act, [&](auto k) { stem_impl<typename decltype(k)::type>(a, q, pool, scratch, begin, end); });
+}
+
+}  // namespace

@@ -1,0 +1,108 @@
+// Convolutions between their BatchNorms: what conv_list.h offers, or ATen's (oneDNN) between passes of their own.
+#include "args.h"
+#include "conv_list.h"
+
+namespace fused_resnet::cpu {
+
+std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
+                                              IntList dilation, int64_t groups, at::TensorList prologue, int64_t act,
+                                              double act_param, bool stats, at::ScalarType compute, bool gemm) {
+    if (gemm && is_gemm(x, weight, stride, padding, groups))
+        return gemm_stats(strided(x, stride), weight, prologue, act, act_param, stats, compute);
+    if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups)) {
+        const Tensor y = winograd_output(x, weight.size(0), padding[0]);
+        Args in = prologue.empty() ? raw_args(x) : prologue_args(x, prologue, act, act_param), post = raw_args(y);
+        in.y = x.data_ptr();
+        post.out = y.data_ptr();
+        winograd(in, x, winograd_weight(weight, false, tile_for(y)), post, y, padding[0]);
+        if (!stats) return {y, Tensor(), Tensor()};
+        auto [mean, var] = bn_stats(y);
+        return {y, mean, var};
+    }
+    const Tensor a = prologue.empty() ? x.to(compute) : bn_act(x, prologue, act, act_param, std::nullopt, {}, compute);
+    Tensor y = at::conv2d(a, weight.to(compute), std::nullopt, stride, padding, dilation, groups).contiguous(format_of(x));
+    TORCH_CHECK(y.scalar_type() == compute, "conv_stats: the convolution came back in ", y.scalar_type(), ", not in ", compute);
+    const View view = View::of(y);
+    if (compute == x.scalar_type() && !stats) return {y, Tensor(), Tensor()};
+    Args post{};
+    post.layout = view.layout;
+    post.y_type = dtype_of(compute);
+    post.other_type = dtype_of(x.scalar_type());
+    const Tensor computed = y;
+    post.y = computed.data_ptr();
+    if (compute != x.scalar_type()) {
+        y = empty_like(computed, x.scalar_type());
+        post.out = y.data_ptr();
+    }
+    Partials partials(view, 2, wide(x));
+    reduce(table().moments, post, partials, 0, partials.chunks());
+    if (!stats) return {y, Tensor(), Tensor()};
+    auto [mean, var] = partials.moments(view.layout.plane);
+    return {y, mean, var};
+}
+
+Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
+                   at::TensorList norm, int64_t act, double act_param, const OptTensor& residual, at::ScalarType compute, bool gemm) {
+    if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups)) {
+        const Tensor y = winograd_output(x, weight.size(0), padding[0]);
+        Args post = epilogue_args(y, act, act_param, residual);
+        set_norm(post.norm, norm, y);
+        winograd(raw_args(x), x, winograd_weight(weight, false, tile_for(y)), post, y, padding[0]);
+        return y;
+    }
+    const Tensor y = std::get<0>(conv_stats(x, weight, stride, padding, dilation, groups, {}, 0, 0, false, compute, gemm));
+    bn_act_in_place(y, norm, act, act_param, residual);
+    return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
+                                                         const Tensor& x, at::TensorList prologue, int64_t act,
+                                                         double act_param, const Tensor& weight, IntList stride,
+                                                         IntList padding, IntList dilation, int64_t groups,
+                                                         bool need_input, bool need_weight, const OptTensor& add,
+                                                         at::ScalarType compute, bool gemm) {
+    const bool epilogue = !prologue.empty();
+    const bool one = stride[0] == 1 && stride[1] == 1;
+    if (gemm && is_gemm(x, weight, stride, padding, groups) && (one || !epilogue)) {
+        if (one) return gemm_backward(dz, y, coef, x, prologue, act, act_param, weight, need_input, need_weight, add, compute);
+        // only the pixels that the convolution read have a gradient
+        auto [some, dw, s0, s1] = gemm_backward(dz, y, coef, strided(x, stride), {}, act, act_param, weight, need_input,
+                                                need_weight, std::nullopt, compute);
+        if (!need_input) return {Tensor(), dw, s0, s1};
+        Tensor dx = !add ? at::zeros_like(x) : add->is_alias_of(dz) ? add->clone() : *add;
+        dx.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]).add_(some);
+        return {dx, dw, s0, s1};
+    }
+    const Tensor dy = bn_backward(dz, y, coef, compute);
+    const Tensor a = epilogue ? bn_act(x, {prologue[0], prologue[1]}, act, act_param, std::nullopt, {}, compute) : x.to(compute);
+    const bool fast = need_input && gemm && compute == at::kFloat && padding[0] <= 1 &&
+                      is_winograd(dy, weight, stride, padding, dilation, groups);
+    auto [da, dw, _] = at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false,
+                                                {0, 0}, groups, {need_input && !fast, need_weight, false});
+    if (fast) {
+        // the gradient of a convolution is the convolution with the turned kernel, padded by 2 - padding
+        da = empty_like(x, compute);
+        Args post = raw_args(da);
+        post.out = da.data_ptr();
+        winograd(raw_args(dy), dy, winograd_weight(weight, true, tile_for(da)), post, da, 2 - padding[0]);
+    }
+    if (!need_input) return {Tensor(), dw, Tensor(), Tensor()};
+    TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ", compute);
+    da = da.contiguous(format_of(x));
+    if (!epilogue) return {add ? da.add_(*add) : da, dw, Tensor(), Tensor()};
+    // dz of the unit before replaces da
+    Args back{};
+    back.layout = View::of(x).layout;
+    back.y_type = dtype_of(x.scalar_type());
+    back.other_type = dtype_of(compute);
+    back.act = act_of(act);
+    back.act_param = act_param;
+    back.y = x.data_ptr();
+    set_norm(back.norm, prologue, x);
+    back.grad = back.out = da.data_ptr();
+    Partials partials(View::of(x), 2, wide(x));
+    reduce(table().bn_act_backward, back, partials, 0, partials.chunks());
+    return {da, dw, partials.sum(0), partials.sum(1)};
+}
+
+}  // namespace fused_resnet::cpu

@@ -1,0 +1,222 @@
+// 1x1 convolutions of channels_last tensors: matrix products of some rows at a time, so that what is applied to their
+// operands and results stays in cache. In float every thread takes chunks of rows from the prologue to the epilogue; in
+// other dtypes, or of few rows, all threads take each step together.
+#include <cstring>
+
+#include "args.h"
+#include "conv_list.h"
+#include "product.h"
+
+namespace fused_resnet::cpu {
+
+namespace {
+
+// Bytes of both operands that all threads take together.
+constexpr int64_t kSlice = 8 << 20;
+// Chunks of rows per thread from which each thread takes its own.
+constexpr int64_t kChunksApart = 4;
+
+// So many bytes of `size` each, as whole chunks, and slices of about the same size.
+int64_t slice_rows(int64_t bytes, int64_t size, int64_t rows, int64_t chunk) {
+    const int64_t most = std::max<int64_t>(1, bytes / (size * chunk)), chunks = (rows + chunk - 1) / chunk;
+    const int64_t slices = std::max<int64_t>(1, (chunks + most - 1) / most);
+    return (chunks + slices - 1) / slices * chunk;
+}
+
+char* row(const Tensor& t, int64_t i) { return bytes(t, i * t.size(1)); }
+
+// piece(begin, end) of rows [begin, end): at once, or by chunks that every thread takes for itself.
+template <class Piece>
+void in_pieces(bool apart, int64_t chunk, int64_t begin, int64_t end, const Piece& piece) {
+    if (!apart) return piece(begin, end);
+    parallel(begin / chunk, (end + chunk - 1) / chunk, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++) piece(i * chunk, std::min(end, (i + 1) * chunk));
+    });
+}
+
+// The right operand of products, in a dtype that they are computed in: packed for ours in float, ATen's in others.
+class Right {
+    Tensor matrix, packed;
+
+public:
+    Right() = default;
+    explicit Right(const Tensor& b) : matrix(b) {
+        if (b.scalar_type() == at::kFloat) packed = pack(b);
+    }
+    // out (+)= a b, rows of adjacent values. A piece that one thread takes for itself may call it in float.
+    void product(void* out, void* a, int64_t rows, bool accumulate) const {
+        const int64_t depth = matrix.size(0), columns = matrix.size(1);
+        if (packed.defined())
+            return multiply({rows, columns, depth, static_cast<const float*>(a), depth, 1, packed.const_data_ptr<float>(),
+                             static_cast<float*>(out), columns, accumulate});
+        const Tensor left = at::from_blob(a, {rows, depth}, matrix.options());
+        Tensor to = at::from_blob(out, {rows, columns}, matrix.options());
+        if (accumulate) at::addmm_out(to, to, left, matrix);
+        else at::mm_out(to, left, matrix);
+    }
+};
+
+// What a product's left operand is made of: x itself, x in another dtype, or act(s x + t).
+struct Operand {
+    const Tensor& x;
+    Args pre{};
+    bool prologue;
+    at::ScalarType compute;
+
+    Operand(const Tensor& x, at::TensorList norm, int64_t act, double act_param, at::ScalarType compute)
+        : x(x), prologue(!norm.empty()), compute(compute) {
+        if (prologue) pre = prologue_args(x, norm, act, act_param);
+    }
+    bool is_x() const { return !prologue && x.scalar_type() == compute; }
+    // Rows [begin, end), in `to` where they are not x's own.
+    char* rows(int64_t begin, int64_t end, void* to) const {
+        if (is_x()) return row(x, begin);
+        const int64_t C = x.size(1), n = end - begin;
+        if (prologue) {
+            Args mine = pre;
+            mine.y = row(x, begin);
+            mine.out = to;
+            mine.other_type = dtype_of(compute);
+            run(table().bn_act, mine, {mine.layout, n});
+        } else {
+            at::from_blob(to, {n, C}, x.options().dtype(compute)).copy_(rows_of(x).narrow(0, begin, n));
+        }
+        return static_cast<char*>(to);
+    }
+};
+
+}  // namespace
+
+bool is_gemm(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups) {
+    return weight.size(2) == 1 && weight.size(3) == 1 && groups == 1 && padding[0] == 0 && padding[1] == 0 &&
+           format_of(x) == at::MemoryFormat::ChannelsLast;
+}
+
+Tensor strided(const Tensor& x, IntList stride) {
+    if (stride[0] == 1 && stride[1] == 1) return x;
+    return x.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]).contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, at::TensorList prologue, int64_t act,
+                                              double act_param, bool stats, at::ScalarType compute) {
+    const int64_t C = x.size(1), K = weight.size(0), M = x.numel() / C;
+    const at::ScalarType dtype = x.scalar_type();
+    const Tensor y = at::empty({x.size(0), K, x.size(2), x.size(3)}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const Right wt(weight.view({K, C}).to(compute).t());
+    const Operand left(x, prologue, act, act_param, compute);
+    Args post{};
+    post.layout = rows_layout(K);
+    post.y_type = dtype_of(compute);
+    post.other_type = dtype_of(dtype);
+    Partials partials({post.layout, M}, 2, wide(x));
+    const int64_t chunk = partials.chunk;
+    const bool apart = dtype == at::kFloat && compute == at::kFloat && partials.chunks() >= kChunksApart * at::get_num_threads();
+    const int64_t slice = apart ? M : std::min(M, slice_rows(kSlice, (C + K) * y.element_size(), M, chunk));
+    const auto options = x.options().dtype(compute);
+    const Tensor operand = left.is_x() || apart ? Tensor() : at::empty({slice, C}, options);
+    const Tensor result = dtype == compute ? Tensor() : at::empty({slice, K}, options);
+    const auto piece = [&](int64_t begin, int64_t end) {
+        void* const to = operand.defined() ? operand.data_ptr() : left.is_x() ? nullptr : scratch(chunk * C);
+        char* const out = result.defined() ? bytes(result) : row(y, begin);
+        wt.product(out, left.rows(begin, end, to), end - begin, false);
+        if (dtype == compute && !stats) return;
+        Args mine = post;
+        // the kernel counts rows from the tensor's start
+        mine.y = out - begin * K * at::elementSize(compute);
+        mine.out = dtype == compute ? nullptr : y.data_ptr();
+        reduce(table().moments, mine, partials, begin / chunk, (end + chunk - 1) / chunk);
+    };
+    for (int64_t m = 0; m < M; m += slice) in_pieces(apart, chunk, m, std::min(M, m + slice), piece);
+    if (!stats) return {y, Tensor(), Tensor()};
+    auto [mean, var] = partials.moments(0);
+    return {y, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
+                                                         const Tensor& x, at::TensorList prologue, int64_t act,
+                                                         double act_param, const Tensor& weight, bool need_input,
+                                                         bool need_weight, const OptTensor& add, at::ScalarType compute) {
+    const int64_t C = x.size(1), K = weight.size(0), M = x.numel() / C;
+    const at::ScalarType dtype = x.scalar_type();
+    const bool epilogue = !prologue.empty(), floats = compute == at::kFloat, plain = floats && dtype == at::kFloat;
+    const auto options = x.options().dtype(compute);
+    const Right w = need_input ? Right(weight.view({K, C}).to(compute)) : Right();
+    const Operand right(x, prologue, act, act_param, compute);
+
+    Args form{};  // dy from (dz, y)
+    form.layout = rows_layout(K);
+    form.y_type = dtype_of(y.scalar_type());
+    form.other_type = dtype_of(compute);
+    form.grad_type = dtype_of(dz.scalar_type());
+    for (size_t i = 0; i < std::min<size_t>(3, coef.size()); i++) form.coef[i] = coef[i].data_ptr();
+    if (coef.size() == 4) form.norm.center = coef[3].data_ptr();
+
+    Partials partials({rows_layout(C), M}, 2, wide(x));
+    const int64_t chunk = partials.chunk;
+    const bool apart = plain && partials.chunks() >= kChunksApart * at::get_num_threads();
+    const int64_t slice = std::min(M, slice_rows(kSlice, 2 * (C + K) * at::elementSize(compute), M, chunk));
+    const Tensor dy_slice = at::empty({slice, K}, options);
+    const Tensor operand = right.is_x() || apart || !need_weight ? Tensor() : at::empty({slice, C}, options);
+    const Tensor panels = need_weight && floats ? at::empty({panels_of(C), slice, table().gemm_columns}, options) : Tensor();
+    Tensor dx, da_slice, dw;
+    const at::ScalarType dx_dtype = epilogue ? compute : dtype;
+    const bool in_place = add && dx_dtype == compute && add->scalar_type() == compute && !add->is_alias_of(dz);
+    if (need_input) {
+        dx = in_place ? *add : empty_like(x, dx_dtype);
+        if (dx_dtype != compute) da_slice = at::empty({slice, C}, options);
+    }
+    if (need_weight) dw = at::empty({K, C}, options);
+
+    int64_t start = 0, stop = 0;  // of the slice
+    const auto piece = [&](int64_t begin, int64_t end) {
+        const int64_t n = end - begin;
+        char* const dy = bytes(dy_slice, (begin - start) * K);
+        Args mine = form;
+        mine.y = row(y, begin);
+        mine.grad = row(dz, begin);
+        mine.out = dy;
+        run(table().bn_backward, mine, {mine.layout, n});
+        if (need_weight) {
+            void* const to = operand.defined() ? operand.data_ptr() : right.is_x() ? nullptr : scratch(chunk * C);
+            char* const a = right.rows(begin, end, to);
+            if (floats) {
+                const float* const from = reinterpret_cast<const float*>(a) - (begin - start) * C;
+                pack({stop - start, C, from, C, 1, panels.mutable_data_ptr<float>()}, begin - start, end - start);
+            } else {
+                const Tensor left = at::from_blob(dy, {n, K}, options).t(), matrix = at::from_blob(a, {n, C}, options);
+                if (begin == 0) at::mm_out(dw, left, matrix);
+                else at::addmm_out(dw, dw, left, matrix);
+            }
+        }
+        if (!need_input) return;
+        char* const da = da_slice.defined() ? bytes(da_slice) : row(dx, begin);
+        const bool onto = in_place || (add && plain && !epilogue);
+        if (onto && !in_place) std::memcpy(da, row(*add, begin), n * C * sizeof(float));
+        w.product(da, dy, n, onto);
+        if (onto) return;
+        if (epilogue) {
+            Args back = right.pre;
+            back.y = x.data_ptr();
+            back.other_type = dtype_of(compute);
+            back.grad = back.out = dx.data_ptr();
+            reduce(table().bn_act_backward, back, partials, begin / chunk, (end + chunk - 1) / chunk);
+        } else if (add || da_slice.defined()) {
+            Tensor to = rows_of(dx).narrow(0, begin, n);
+            const Tensor from = at::from_blob(da, {n, C}, options);
+            if (add) at::add_out(to, from, rows_of(*add).narrow(0, begin, n));
+            else to.copy_(from);
+        }
+    };
+    for (; start < M; start = stop) {
+        stop = std::min(M, start + slice);
+        in_pieces(apart, chunk, start, stop, piece);
+        if (need_weight && floats)
+            multiply({K, C, stop - start, dy_slice.const_data_ptr<float>(), 1, K, panels.const_data_ptr<float>(), dw.mutable_data_ptr<float>(), C,
+                      start > 0});
+    }
+    if (need_weight) dw = dw.view(weight.sizes());
+    if (!need_input || !epilogue) return {dx, dw, Tensor(), Tensor()};
+    return {dx, dw, partials.sum(0), partials.sum(1)};
+}
+
+}  // namespace fused_resnet::cpu

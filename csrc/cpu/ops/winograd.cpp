@@ -1,0 +1,134 @@
+// 3x3 convolutions of channels_last tensors by Winograd's algorithm: matrix products between transforms.
+#include "args.h"
+#include "conv_list.h"
+#include "product.h"
+
+namespace fused_resnet::cpu {
+
+namespace {
+
+// Bytes of Winograd's transforms per slice of tiles; with at least this many tiles per thread each thread has its own
+// slices; with at least this many channels the algorithm pays.
+constexpr int64_t kWinogradSlice = 2 << 20;
+constexpr int64_t kWinogradTiles = 32;
+constexpr int64_t kWinogradChannels = 64;
+// With at least this many output pixels, tiles of 4x4 pay for their larger transform of weights that change every step.
+constexpr int64_t kLargeTiles = 4096;
+
+}  // namespace
+
+// 3x3, stride 1, channels_last, and so wide that four ninths of the multiplications outweigh the transforms.
+bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
+                 int64_t pixels) {
+    return weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && stride[0] == 1 && stride[1] == 1 &&
+           dilation[0] == 1 && dilation[1] == 1 && padding[0] == padding[1] && padding[0] <= 2 &&
+           std::min(weight.size(0), weight.size(1)) >= kWinogradChannels && x.size(2) >= 4 && x.size(3) >= 4 &&
+           x.numel() >= pixels * x.size(1) && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// The transformed weights, packed as right operands [(tile + 2)^2, panels, depth, gemm_columns]: of C x K, or, for the
+// gradient of the input, of K x C with the kernel turned.
+Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
+    const Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
+    const int64_t K = w.size(0), C = w.size(1), products = (tile + 2) * (tile + 2), width = table().gemm_columns;
+    const int64_t depth = backward ? K : C, columns = backward ? C : K, panels = panels_of(columns), size = panels * depth * width;
+    const Tensor u = at::empty({products, panels, depth, width}, w.options().memory_format(at::MemoryFormat::Contiguous));
+    const float* from = w.const_data_ptr<float>();
+    float* to = u.mutable_data_ptr<float>();
+    parallel(0, panels_of(K), 1, [&](int64_t first, int64_t last) {
+        float* const part = scratch(products * width * C);  // of some output channels
+        for (int64_t i = first; i < last; i++) {
+            const int64_t begin = i * width, count = std::min(width, K - begin);
+            table().winograd_weight(tile, from + begin * 9 * C, part, count, C, backward, 0, count);
+            for (int64_t p = 0; p < products; p++) {
+                const float* product = part + p * count * C;
+                if (backward) {
+                    table().gemm_pack({depth, columns, product - begin * C, C, 1, to + p * size}, begin, begin + count, 0, panels);
+                } else {
+                    table().gemm_pack({depth, count, product, 1, C, to + p * size + i * depth * width}, 0, depth, 0, 1);
+                }
+            }
+        }
+    });
+    return u;
+}
+
+// out = conv3x3(input as `in` sees it), by products with u = winograd_weight(); what `post` says is applied to the result.
+// Each thread takes slices of tiles from the input's transform to the output's; too few tiles, and it takes some of the
+// products of all of them, or the weights would be read once per thread.
+void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
+    const int64_t products = u.size(0), panels = u.size(1), C = x.size(1), K = out.size(1);
+    const int tile = products == 36 ? 4 : 2;
+    Winograd q{};
+    q.tile = tile;
+    q.height = x.size(2), q.width = x.size(3), q.out_height = out.size(2), q.out_width = out.size(3);
+    q.tiles_h = (q.out_height + tile - 1) / tile, q.tiles_w = (q.out_width + tile - 1) / tile;
+    q.padding = padding;
+    const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w, threads = at::get_num_threads();
+    const int64_t takers = tiles >= kWinogradTiles * threads ? threads : 1;
+    // so many tiles that the weights are not read more often than the transforms
+    const int64_t most = std::max(kWinogradSlice / (4 * products * (C + K)), C * K / (C + K));
+    // a multiple of the takers, so that all have the same amount of work
+    const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers, slice = (tiles + slices - 1) / slices;
+    const int64_t size = products * slice * (C + K), width = table().gemm_columns;
+    const Tensor transforms = at::empty({takers, size}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+    float* const memory = transforms.mutable_data_ptr<float>();
+    const float* weights = u.const_data_ptr<float>();
+    parallel(0, takers, 1, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; i++)
+            for (int64_t j = i; j < slices; j += takers) {
+                Winograd part = q;
+                part.first = j * slice;
+                part.count = std::min(slice, tiles - part.first);
+                if (part.count <= 0) continue;
+                float *const v = memory + i * size, *const m = v + products * slice * C;
+                const int64_t end = part.first + part.count;
+                // with several takers these loops run in the taker's thread
+                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, part, v, b, e); });
+                parallel(0, products * panels, std::max<int64_t>(1, panels / 2), [&](int64_t b, int64_t e) {
+                    for (int64_t p = b / panels; p * panels < e; p++)
+                        table().gemm({part.count, K, C, v + p * part.count * C, C, 1, weights + p * panels * C * width,
+                                      m + p * part.count * K, K, false},
+                                     nullptr, 0, part.count, std::max<int64_t>(0, b - p * panels), std::min(panels, e - p * panels));
+                });
+                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_output(post, part, m, b, e); });
+            }
+    });
+}
+
+int tile_for(const Tensor& out) { return out.numel() / out.size(1) >= kLargeTiles ? 4 : 2; }
+
+// The output tensor of a 3x3 convolution of x at stride 1.
+Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding) {
+    return at::empty({x.size(0), channels, x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2},
+                     x.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                      int64_t groups) {
+    return is_winograd(x, weight, stride, padding, dilation, groups, kWinogradPixels) ? 4 : 0;
+}
+
+Tensor winograd_prepack(const Tensor& weight, int64_t tile) {
+    TORCH_CHECK(tile == 2 || tile == 4, "tile: expected 2 or 4, got ", tile);
+    return winograd_weight(weight, false, int(tile));
+}
+
+Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
+                         double act_param, const OptTensor& residual) {
+    TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) && packed.size(3) == table().gemm_columns &&
+                    packed.scalar_type() == at::kFloat && packed.is_contiguous(),
+                "packed: expected what winograd_prepack returns, got ", packed.sizes());
+    const int64_t C = packed.size(2), K = bias.numel();
+    TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == C, "x: expected channels_last with ", C,
+                " channels, got ", x.sizes());
+    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && panels_of(K) == packed.size(1),
+                "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
+    const Tensor y = winograd_output(x, K, padding);
+    Args post = epilogue_args(y, act, act_param, residual);
+    post.norm.shift = bias.data_ptr();
+    winograd(raw_args(x), x, packed, post, y, padding);
+    return y;
+}
+
+}  // namespace fused_resnet::cpu
