@@ -1,5 +1,5 @@
-// What the CUDA convolutions refuse and which instance they choose, for tests/backends/test_cuda_conv_choice.py: the files that
-// decide, with stubs for what CUTLASS compiles. Nothing of it needs a GPU.
+// What the CUDA convolutions refuse and which instance they choose, for tests/backends/test_cuda_conv_choice.py: the
+// files that decide, with stubs for what CUTLASS compiles. Nothing of it needs a GPU.
 #include <cstdint>
 #include <type_traits>
 

@@ -1,5 +1,6 @@
-// The kernel of csrc/cuda/conv_train_sm90.cu on a CPU: its very source, included by tests/backends/test_cuda_conv_train.py up to
-// what launches it (kernel.cu), on the model of the instructions in tests/support/sm90_model.
+// The kernel of csrc/cuda/conv_train_sm90.cu on a CPU: its very source, included by
+// tests/backends/test_cuda_conv_train.py up to what launches it (kernel.cu), on the model of the instructions in
+// tests/support/sm90_model.
 #include "kernel.cu"
 
 namespace fused_resnet::cuda {

@@ -1,4 +1,4 @@
-// The CPU backend's primitives on tensors; fused_resnet/backends/__init__.py says what each computes.
+// The CPU backend's primitives on tensors; fused_resnet/backends/primitives.py says what each computes.
 #pragma once
 
 #include <tuple>
