@@ -33,6 +33,18 @@ struct Tile<2> {
         g[2 * s] = (g0 - g1 + g2) * 0.5f;
         g[3 * s] = g2;
     }
+    static FR_INLINE void output_gradient(F32* m, int s) {  // Am
+        const F32 m0 = m[0], m1 = m[s];
+        m[s] = m0 + m1;
+        m[2 * s] = m0 - m1;
+        m[3 * s] = -m1;
+    }
+    static FR_INLINE void weight_gradient(F32* g, int s) {  // G'g
+        const F32 sum = (g[s] + g[2 * s]) * 0.5f, difference = (g[s] - g[2 * s]) * 0.5f;
+        g[0] = g[0] + sum;
+        g[s] = difference;
+        g[2 * s] = sum + g[3 * s];
+    }
 };
 
 template <>
@@ -68,6 +80,23 @@ struct Tile<4> {
         g[3 * s] = even_b + odd_b;
         g[4 * s] = even_b - odd_b;
         g[5 * s] = g2;
+    }
+    static FR_INLINE void output_gradient(F32* m, int s) {
+        const F32 m0 = m[0], m1 = m[s], m2 = m[2 * s], m3 = m[3 * s];
+        const F32 even_a = m0 + 0.5f * m2, odd_a = a * (m1 + 0.5f * m3);
+        const F32 even_b = m0 + 2.0f * m2, odd_b = b * (m1 + 2.0f * m3);
+        m[s] = even_a + odd_a;
+        m[2 * s] = even_a - odd_a;
+        m[3 * s] = even_b + odd_b;
+        m[4 * s] = even_b - odd_b;
+        m[5 * s] = m3;
+    }
+    static FR_INLINE void weight_gradient(F32* g, int s) {
+        const F32 even_a = (g[s] + g[2 * s]) * (-2.0f / 3), odd_a = (g[s] - g[2 * s]) * (a * -2.0f / 3);
+        const F32 even_b = (g[3 * s] + g[4 * s]) * (1.0f / 6), odd_b = (g[3 * s] - g[4 * s]) * (b / 6);
+        g[0] = g[0] + even_a + even_b;
+        g[s] = odd_a + odd_b;
+        g[2 * s] = 0.5f * even_a + 2.0f * even_b + g[5 * s];
     }
 };
 
@@ -153,6 +182,46 @@ void winograd_weight_impl(const float* weight, float* u, int64_t K, int64_t C, b
             for (int i = 0; i < N; i++) Tile<M>::weight(g + i * N, 1);
             float* to = u + k * C + c;
             for (int i = 0; i < N * N; i++) store(to + i * K * C, g[i], n);
+        }
+}
+
+// What winograd_output does with the products, backward, without an epilogue.
+template <int M>
+void winograd_output_gradient_impl(const float* dy, const Winograd& q, float* m, int64_t K, int64_t begin, int64_t end) {
+    constexpr int N = Tile<M>::kIn;
+    for (int64_t t = begin; t < end; t++) {
+        const int64_t image = t / (q.tiles_h * q.tiles_w), in_image = t % (q.tiles_h * q.tiles_w);
+        const int64_t top = in_image / q.tiles_w * M, left = in_image % q.tiles_w * M;
+        for (int64_t k = 0; k < K; k += kLanes) {
+            const int n = K - k < kLanes ? int(K - k) : kLanes;
+            F32 d[N * N];
+            for (int i = 0; i < M; i++)
+                for (int j = 0; j < M; j++) {
+                    const int64_t h = top + i, w = left + j;
+                    const bool inside = h < q.out_height && w < q.out_width;
+                    d[i * N + j] = inside ? load<F32>(dy + ((image * q.out_height + h) * q.out_width + w) * K + k, n) : F32{};
+                }
+            for (int j = 0; j < M; j++) Tile<M>::output_gradient(d + j, N);
+            for (int i = 0; i < N; i++) Tile<M>::output_gradient(d + i * N, 1);
+            float* to = m + (t - q.first) * K + k;
+            for (int i = 0; i < N * N; i++) store(to + i * q.count * K, d[i], n);
+        }
+    }
+}
+
+// What winograd_weight does, backward.
+template <int M>
+void winograd_weight_gradient_impl(const float* u, float* dw, int64_t K, int64_t C, int64_t begin, int64_t end) {
+    constexpr int N = Tile<M>::kIn;
+    for (int64_t k = begin; k < end; k++)
+        for (int64_t c = 0; c < C; c += kLanes) {
+            const int n = C - c < kLanes ? int(C - c) : kLanes;
+            F32 g[N * N];
+            for (int i = 0; i < N * N; i++) g[i] = load<F32>(u + (i * K + k) * C + c, n);
+            for (int j = 0; j < N; j++) Tile<M>::weight_gradient(g + j, N);
+            for (int i = 0; i < 3; i++) Tile<M>::weight_gradient(g + i * N, 1);
+            for (int i = 0; i < 3; i++)
+                for (int j = 0; j < 3; j++) store(dw + ((k * 3 + i) * 3 + j) * C + c, g[i * N + j], n);
         }
 }
 

@@ -74,11 +74,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
         return {dx, dw, s0, s1};
     }
     const Tensor dy = bn_backward(dz, y, coef, compute);
-    const Tensor a = epilogue ? bn_act(x, {prologue[0], prologue[1]}, act, act_param, std::nullopt, {}, compute) : x.to(compute);
-    const bool fast = need_input && gemm && compute == at::kFloat && padding[0] <= 1 &&
-                      is_winograd(dy, weight, stride, padding, dilation, groups);
-    auto [da, dw, _] = at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false,
-                                                {0, 0}, groups, {need_input && !fast, need_weight, false});
+    const bool in_float = gemm && compute == at::kFloat;
+    const bool fast = need_input && in_float && padding[0] <= 1 && is_winograd(dy, weight, stride, padding, dilation, groups);
+    const bool fast_weight = need_weight && in_float && is_winograd(x, weight, stride, padding, dilation, groups) &&
+                             dy.is_contiguous(at::MemoryFormat::ChannelsLast);
+    Tensor da, dw;
+    if ((need_input && !fast) || (need_weight && !fast_weight)) {
+        const Tensor a = epilogue ? bn_act(x, {prologue[0], prologue[1]}, act, act_param, std::nullopt, {}, compute) : x.to(compute);
+        std::tie(da, dw, std::ignore) = at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false,
+                                                                 {0, 0}, groups, {need_input && !fast, need_weight && !fast_weight, false});
+    }
+    if (fast_weight) {
+        Args in = epilogue ? prologue_args(x, prologue, act, act_param) : raw_args(x);
+        in.y = x.data_ptr();
+        dw = winograd_backward_weight(in, x, dy, padding[0]);
+    }
     if (fast) {
         // the gradient of a convolution is the convolution with the turned kernel, padded by 2 - padding
         da = empty_like(x, compute);

@@ -25,6 +25,7 @@ bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList 
                  int64_t pixels = kWinogradPixelsInTraining);
 Tensor winograd_weight(const Tensor& weight, bool backward, int tile);
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding);
+Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding);
 int tile_for(const Tensor& out);
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding);
 

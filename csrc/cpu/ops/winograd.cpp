@@ -14,6 +14,19 @@ constexpr int64_t kWinogradTiles = 32;
 constexpr int64_t kWinogradChannels = 64;
 // With at least this many output pixels, tiles of 4x4 pay for their larger transform of weights that change every step.
 constexpr int64_t kLargeTiles = 4096;
+// A weight's gradient is summed up over slices of tiles: of so many bytes of transforms, and of at least so many tiles,
+// for each slice reads and writes (tile + 2)^2 matrices as large as the weight's.
+constexpr int64_t kGradientSlice = 8 << 20, kGradientTiles = 256;
+
+// The tiles of a convolution of x to an output of this height and width.
+Winograd tiles_of(const Tensor& x, int tile, int64_t out_height, int64_t out_width, int64_t padding) {
+    Winograd q{};
+    q.tile = tile;
+    q.height = x.size(2), q.width = x.size(3), q.out_height = out_height, q.out_width = out_width;
+    q.tiles_h = (out_height + tile - 1) / tile, q.tiles_w = (out_width + tile - 1) / tile;
+    q.padding = padding;
+    return q;
+}
 
 }  // namespace
 
@@ -58,12 +71,7 @@ Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
 // products of all of them, or the weights would be read once per thread.
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
     const int64_t products = u.size(0), panels = u.size(1), C = x.size(1), K = out.size(1);
-    const int tile = products == 36 ? 4 : 2;
-    Winograd q{};
-    q.tile = tile;
-    q.height = x.size(2), q.width = x.size(3), q.out_height = out.size(2), q.out_width = out.size(3);
-    q.tiles_h = (q.out_height + tile - 1) / tile, q.tiles_w = (q.out_width + tile - 1) / tile;
-    q.padding = padding;
+    const Winograd q = tiles_of(x, products == 36 ? 4 : 2, out.size(2), out.size(3), padding);
     const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w, threads = at::get_num_threads();
     const int64_t takers = tiles >= kWinogradTiles * threads ? threads : 1;
     // so many tiles that the weights are not read more often than the transforms
@@ -94,6 +102,49 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
                 parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_output(post, part, m, b, e); });
             }
     });
+}
+
+// The gradient [K, C, 3, 3] of the weight of out = conv3x3(input as `in` sees it), from dy, in float: the sum over tiles of
+// G' [(A dy A') (B' input B)] G, the products by channels. All threads take each step together.
+Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding) {
+    const int64_t C = x.size(1), K = dy.size(1), width = table().gemm_columns, panels = panels_of(C);
+    Winograd q = tiles_of(x, tile_for(dy), dy.size(2), dy.size(3), padding);
+    const int64_t products = (q.tile + 2) * (q.tile + 2), tiles = x.size(0) * q.tiles_h * q.tiles_w;
+    const int64_t most = std::max(kGradientTiles, kGradientSlice / (4 * products * (C + K + panels * width)));
+    const int64_t slices = (tiles + most - 1) / most, slice = (tiles + slices - 1) / slices;
+    const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
+    const Tensor u = at::empty({products, K, C}, options), packed = at::empty({products, panels, slice, width}, options);
+    const Tensor v = at::empty({products, slice, C}, options), e = at::empty({products, slice, K}, options);
+    float *const v_data = v.mutable_data_ptr<float>(), *const e_data = e.mutable_data_ptr<float>();
+    float *const b_data = packed.mutable_data_ptr<float>(), *const u_data = u.mutable_data_ptr<float>();
+    const float* const dy_data = dy.const_data_ptr<float>();
+    // parts of the rows of each product, so that all threads have some
+    const int64_t height = table().gemm_rows, rows = (K + height - 1) / height;
+    const int64_t parts = std::min(rows, 1 + (2 * at::get_num_threads() - 1) / products);
+    for (q.first = 0; q.first < tiles; q.first += slice) {
+        q.count = std::min(slice, tiles - q.first);
+        const int64_t n = q.count, end = q.first + n;
+        parallel(q.first, end, 8, [&](int64_t b, int64_t t) {
+            table().winograd_input(in, q, v_data, b, t);
+            table().winograd_output_gradient(dy_data, q, e_data, K, b, t);
+        });
+        parallel(0, products, 1, [&](int64_t b, int64_t t) {
+            for (int64_t p = b; p < t; p++)
+                table().gemm_pack({n, C, v_data + p * n * C, C, 1, b_data + p * panels * n * width}, 0, n, 0, panels);
+        });
+        parallel(0, products * parts, 1, [&](int64_t b, int64_t t) {
+            for (int64_t i = b; i < t; i++) {
+                const int64_t p = i / parts, part = i % parts;
+                table().gemm({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C, C, q.first > 0},
+                             scratch(kGemmScratch), rows * part / parts * height,
+                             std::min(K, rows * (part + 1) / parts * height), 0, panels);
+            }
+        });
+    }
+    const Tensor dw = at::empty({K, C, 3, 3}, options.memory_format(at::MemoryFormat::ChannelsLast));
+    float* const dw_data = dw.mutable_data_ptr<float>();
+    parallel(0, K, 4, [&](int64_t b, int64_t t) { table().winograd_weight_gradient(q.tile, u_data, dw_data, K, C, b, t); });
+    return dw;
 }
 
 int tile_for(const Tensor& out) { return out.numel() / out.size(1) >= kLargeTiles ? 4 : 2; }
