@@ -30,7 +30,7 @@ REQUIREMENTS ?= requirements-dev.txt requirements-nodeps.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # What clang-format checks.
-CXX_FILES = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Directories are listed too: their time changes when a file comes or goes.
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
 

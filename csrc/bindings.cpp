@@ -46,12 +46,14 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool need_input, bool need_weight, "
         "Tensor(a!)? add, ScalarType compute, bool gemm) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "conv_bn_act(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor[] norm, "
+        "conv_bn_act(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor[] "
+        "norm, "
         "int act, float act_param, Tensor? residual, ScalarType compute, bool gemm) -> Tensor");
     m.def("winograd_tile(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> int");
     m.def("winograd_prepack(Tensor weight, int tile) -> Tensor");
     m.def(
-        "winograd_bias_act(Tensor x, Tensor packed, Tensor bias, int padding, int act, float act_param, Tensor? residual) "
+        "winograd_bias_act(Tensor x, Tensor packed, Tensor bias, int padding, int act, float act_param, Tensor? "
+        "residual) "
         "-> Tensor");
     m.def("matmul(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
     m.def("pointwise_suits(Tensor x, Tensor weight, int[2] stride, int[2] padding, int groups) -> bool");
@@ -69,7 +71,8 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
 TORCH_LIBRARY(fused_resnet_cuda, m) {
     m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
     m.def(
-        "bn_act(Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, Tensor[] residual_norm) -> Tensor");
+        "bn_act(Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, Tensor[] residual_norm) -> "
+        "Tensor");
     m.def(
         "bn_act_backward(Tensor dout, Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, "
         "Tensor[] residual_norm) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -93,7 +96,8 @@ TORCH_LIBRARY(fused_resnet_cuda, m) {
         "-> str?");
     m.def("conv_tiles(str kind, Tensor x) -> int[]");
     m.def(
-        "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+        "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int "
+        "groups, "
         "int act, float act_param, Tensor? residual, int[2] tile) -> Tensor");
     m.def(
         "conv_backward_input(Tensor dy, Tensor weight, int[2] size, int[2] stride, int[2] padding, int[2] dilation, "
@@ -132,32 +136,38 @@ TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) { fused_resnet::cuda::ops::implem
 #endif
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "The compiled part of fused_resnet: its operators live in torch.ops.fused_resnet_cpu and fused_resnet_cuda.";
-    m.def("build_info", [] {
-        return std::map<std::string, std::string>{
-            {"compiler", __VERSION__},
-            {"torch", TORCH_VERSION},
-            {"cpu_isa", fused_resnet::cpu::table().name},
+    m.doc() =
+        "The compiled part of fused_resnet: its operators live in torch.ops.fused_resnet_cpu and fused_resnet_cuda.";
+    m.def(
+        "build_info",
+        [] {
+            return std::map<std::string, std::string>{
+                {"compiler", __VERSION__},
+                {"torch", TORCH_VERSION},
+                {"cpu_isa", fused_resnet::cpu::table().name},
 #ifdef FUSED_RESNET_WITH_CUDA
-            {"cuda", fused_resnet::cuda::built_with()},
-            {"cuda_archs", FR_TEXT(FUSED_RESNET_CUDA_ARCHS)},
+                {"cuda", fused_resnet::cuda::built_with()},
+                {"cuda_archs", FR_TEXT(FUSED_RESNET_CUDA_ARCHS)},
 #else
-            {"cuda", "not built"},
-            {"cuda_archs", "none"},
+                {"cuda", "not built"},     {"cuda_archs", "none"},
 #endif
 #ifdef FUSED_RESNET_CUTLASS
-            {"cutlass", FR_TEXT(FUSED_RESNET_CUTLASS)},
+                {"cutlass", FR_TEXT(FUSED_RESNET_CUTLASS)},
 #else
-            {"cutlass", "none"},
+                {"cutlass", "none"},
 #endif
-        };
-    }, "How this extension was built and which instruction set it uses.");
-    m.def("cuda_status", []() -> std::string {
+            };
+        },
+        "How this extension was built and which instruction set it uses.");
+    m.def(
+        "cuda_status",
+        []() -> std::string {
 #ifdef FUSED_RESNET_WITH_CUDA
-        const char* const status = fused_resnet::cuda::usable();
-        return status == nullptr ? "" : status;
+            const char* const status = fused_resnet::cuda::usable();
+            return status == nullptr ? "" : status;
 #else
-        return "this build has no CUDA part";
+            return "this build has no CUDA part";
 #endif
-    }, "Why the CUDA kernels can't run on the current device, empty if they can.");
+        },
+        "Why the CUDA kernels can't run on the current device, empty if they can.");
 }

@@ -26,9 +26,13 @@ FR_INLINE T splat(double x) {
     return T{} + static_cast<decltype(T{}[0] + 0)>(x);
 }
 template <>
-FR_INLINE float splat<float>(double x) { return static_cast<float>(x); }
+FR_INLINE float splat<float>(double x) {
+    return static_cast<float>(x);
+}
 template <>
-FR_INLINE double splat<double>(double x) { return x; }
+FR_INLINE double splat<double>(double x) {
+    return x;
+}
 
 // exp; vector types have their own specialisations.
 template <class T>

@@ -48,12 +48,12 @@ Sized sized(const Kind& kind, at::ScalarType dtype, IntList x, IntList weight, I
             IntList dilation, int64_t groups) {
     TORCH_CHECK(groups > 0, "groups: expected at least 1, got ", groups);
     TORCH_CHECK(x.size() == 4, "x: expected [N, C, H, W], got ", x);
-    TORCH_CHECK(weight.size() == 4 && weight[1] * groups == x[1], "weight: expected [K, C / groups, R, S] of x's ", x[1],
-                " channels in ", groups, " groups, got ", weight);
+    TORCH_CHECK(weight.size() == 4 && weight[1] * groups == x[1], "weight: expected [K, C / groups, R, S] of x's ",
+                x[1], " channels in ", groups, " groups, got ", weight);
     for (int i = 0; i < 2; i++)
         TORCH_CHECK(stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
-                    "conv: expected a stride and dilation of at least 1 and a padding of at least 0, got ", stride, ", ",
-                    dilation, " and ", padding);
+                    "conv: expected a stride and dilation of at least 1 and a padding of at least 0, got ", stride,
+                    ", ", dilation, " and ", padding);
     const std::optional<ConvType> type = type_of(dtype);
     if (!type) return {{}, "the sm_90 convolutions take bfloat16, float16 and float32"};
     if (groups != 1) return {{}, "the sm_90 convolutions take no groups"};
@@ -61,8 +61,9 @@ Sized sized(const Kind& kind, at::ScalarType dtype, IntList x, IntList weight, I
         for (const int64_t size : sizes)
             if (size > std::numeric_limits<int>::max()) return {{}, "the sm_90 convolutions take sizes below 2^31"};
     const auto i = [](int64_t size) { return static_cast<int>(size); };
-    const ConvProblem g{i(x[0]),      i(x[2]),      i(x[3]),       i(x[1]),       i(weight[0]),   i(weight[2]), i(weight[3]),
-                        i(stride[0]), i(stride[1]), i(padding[0]), i(padding[1]), i(dilation[0]), i(dilation[1]), *type};
+    const ConvProblem g{i(x[0]),       i(x[2]),        i(x[3]),        i(x[1]),      i(weight[0]),
+                        i(weight[2]),  i(weight[3]),   i(stride[0]),   i(stride[1]), i(padding[0]),
+                        i(padding[1]), i(dilation[0]), i(dilation[1]), *type};
     return {g, kind.why_not(g)};
 }
 
@@ -80,14 +81,12 @@ ConvTile tile_of(IntList tile, const ConvProblem& g, const Kind& kind) {
 }
 
 // TMA reads from multiples of 16 bytes. A tensor that begins elsewhere is copied.
-Tensor aligned(const Tensor& t) {
-    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone();
-}
+Tensor aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone(); }
 
 // An operand in x's dtype on x's device.
 Tensor operand(const char* name, const Tensor& t, const Tensor& x) {
-    TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.device() == x.device(), name, ": expected ", x.scalar_type(), " on ",
-                x.device(), ", got ", t.scalar_type(), " on ", t.device());
+    TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.device() == x.device(), name, ": expected ", x.scalar_type(),
+                " on ", x.device(), ", got ", t.scalar_type(), " on ", t.device());
     return aligned(nhwc(name, t));
 }
 
@@ -146,14 +145,16 @@ Tensor conv_backward_input(const Tensor& dy, const Tensor& weight, IntList size,
     TORCH_CHECK(dy.dim() == 4 && weight.dim() == 4 && dy.size(1) == weight.size(0),
                 "dy: expected [N, K, P, Q] of a weight [K, C, R, S], got ", dy.sizes(), " and ", weight.sizes());
     const int64_t x[4] = {dy.size(0), weight.size(1) * groups, size[0], size[1]};
-    const ConvProblem g = checked(
-        sized(kDgrad, dy.scalar_type(), x, weight.sizes(), stride, padding, dilation, groups), "conv_backward_input");
-    TORCH_CHECK(dy.size(2) == g.p() && dy.size(3) == g.q(), "dy: expected images of ", g.p(), " x ", g.q(), ", got ", dy.sizes());
+    const ConvProblem g = checked(sized(kDgrad, dy.scalar_type(), x, weight.sizes(), stride, padding, dilation, groups),
+                                  "conv_backward_input");
+    TORCH_CHECK(dy.size(2) == g.p() && dy.size(3) == g.q(), "dy: expected images of ", g.p(), " x ", g.q(), ", got ",
+                dy.sizes());
     const ConvTile chosen = tile_of(tile, g, kDgrad);
     const Tensor from = operand("dy", dy, dy), w = operand("weight", weight, dy);
     const Tensor dx = empty_nhwc(x, dy.options());
     const Tensor a = add ? aligned(like("add", *add, dx, "x")) : Tensor();
-    const ConvDgrad t{from.const_data_ptr(), w.const_data_ptr(), a.defined() ? a.const_data_ptr() : nullptr, dx.mutable_data_ptr()};
+    const ConvDgrad t{from.const_data_ptr(), w.const_data_ptr(), a.defined() ? a.const_data_ptr() : nullptr,
+                      dx.mutable_data_ptr()};
     check(conv_dgrad_sm90(g, chosen, t, current_stream(dy.device())), "conv_backward_input");
     return dx;
 }
@@ -161,13 +162,13 @@ Tensor conv_backward_input(const Tensor& dy, const Tensor& weight, IntList size,
 Tensor conv_backward_weight(const Tensor& dy, const Tensor& x, IntList kernel, IntList stride, IntList padding,
                             IntList dilation, int64_t groups, IntList tile) {
     const c10::DeviceGuard guard(x.device());
-    TORCH_CHECK(dy.dim() == 4 && x.dim() == 4, "dy: expected [N, K, P, Q] beside x [N, C, H, W], got ", dy.sizes(), " and ",
-                x.sizes());
+    TORCH_CHECK(dy.dim() == 4 && x.dim() == 4, "dy: expected [N, K, P, Q] beside x [N, C, H, W], got ", dy.sizes(),
+                " and ", x.sizes());
     const int64_t weight[4] = {dy.size(1), x.size(1) / std::max<int64_t>(groups, 1), kernel[0], kernel[1]};
-    const ConvProblem g =
-        checked(sized(kWgrad, x.scalar_type(), x.sizes(), weight, stride, padding, dilation, groups), "conv_backward_weight");
-    TORCH_CHECK(dy.size(0) == g.n && dy.size(2) == g.p() && dy.size(3) == g.q(), "dy: expected ", g.n, " images of ", g.p(),
-                " x ", g.q(), ", got ", dy.sizes());
+    const ConvProblem g = checked(sized(kWgrad, x.scalar_type(), x.sizes(), weight, stride, padding, dilation, groups),
+                                  "conv_backward_weight");
+    TORCH_CHECK(dy.size(0) == g.n && dy.size(2) == g.p() && dy.size(3) == g.q(), "dy: expected ", g.n, " images of ",
+                g.p(), " x ", g.q(), ", got ", dy.sizes());
     const ConvTile chosen = tile_of(tile, g, kWgrad);
     const Tensor from = operand("dy", dy, x), a = operand("x", x, x);
     const Tensor dw = empty_nhwc(weight, x.options().dtype(at::kFloat));

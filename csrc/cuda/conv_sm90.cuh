@@ -78,9 +78,9 @@ struct InferenceTree {
     using Biased = cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::plus>,
                                                       cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float>,
                                                       cutlass::epilogue::fusion::Sm90AccFetch>;
-    using Summed = cutlass::epilogue::fusion::Sm90EVT<
-        Compute<cutlass::homogeneous_multiply_add>, cutlass::epilogue::fusion::Sm90ScalarBroadcast<float>,
-        cutlass::epilogue::fusion::Sm90SrcFetch<T>, Biased>;
+    using Summed = cutlass::epilogue::fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add>,
+                                                      cutlass::epilogue::fusion::Sm90ScalarBroadcast<float>,
+                                                      cutlass::epilogue::fusion::Sm90SrcFetch<T>, Biased>;
     using type = cutlass::epilogue::fusion::Sm90EVT<Compute<RuntimeAct, T>, Summed>;
 };
 
@@ -118,8 +118,8 @@ struct ConvSm90 {
         Cluster, cutlass::conv::collective::StageCountAutoCarveout<kLeft>,
         cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
     using Shape = cutlass::conv::ConvProblemShape<Op, 2>;
-    using Device = cutlass::conv::device::ConvUniversalAdapter<
-        cutlass::conv::kernel::ConvUniversal<Shape, Mainloop, Epilogue>>;
+    using Device =
+        cutlass::conv::device::ConvUniversalAdapter<cutlass::conv::kernel::ConvUniversal<Shape, Mainloop, Epilogue>>;
 
     // a, b: the operands in CUTLASS's order. c: the summand, or nullptr.
     static cudaError_t run(const ConvProblem& g, const void* a, const void* b, const void* c, void* d,

@@ -8,16 +8,16 @@
 
 namespace fused_resnet::cuda::train {
 
-constexpr int kBlockM = 128;       // pixels of a tile: 64 for each consumer warp group
-constexpr int kBlockK = 64;        // channels of a step: 128 bytes, one row of the swizzle
-constexpr int kStepK = 16;         // of one wgmma
-constexpr int kGroups = 2;         // consumer warp groups
+constexpr int kBlockM = 128;  // pixels of a tile: 64 for each consumer warp group
+constexpr int kBlockK = 64;   // channels of a step: 128 bytes, one row of the swizzle
+constexpr int kStepK = 16;    // of one wgmma
+constexpr int kGroups = 2;    // consumer warp groups
 constexpr int kConsumers = kGroups * 128, kThreads = kConsumers + 128;
 constexpr int kRowBytes = kBlockK * 2, kSlabBytes = kBlockM * kRowBytes;
 constexpr int kNormBytes = 2 * kBlockK * 4;  // scale and shift of a step
-constexpr int kParts = 4;          // of a tile's rows, in the statistics
+constexpr int kParts = 4;                    // of a tile's rows, in the statistics
 constexpr int kPartRows = kBlockM / kParts;
-constexpr int kMaxTaps = 32;       // bits of a row's mask
+constexpr int kMaxTaps = 32;  // bits of a row's mask
 
 // Shared memory. Every part is aligned to 1024 bytes, except the last three:
 //     stages x [A: 128 rows of 64 channels | B: BlockN rows of 64 channels]   as TMA writes them, 128-byte swizzle

@@ -51,7 +51,7 @@ enum class Pre { none, identity, relu };  // x as it is, or act of the prologue
 
 struct Args {
     Window window;
-    int m, c, k;  // pixels of y, channels of x and y
+    int m, c, k;                 // pixels of y, channels of x and y
     const float *scale, *shift;  // [C]
     float *mean, *m2;            // [tiles of m, K]
 };
@@ -89,8 +89,7 @@ __device__ __forceinline__ void produce(const Args& args, const CUtensorMap& x, 
                 float* norm = reinterpret_cast<float*>(smem + S::kNormAt + at.stage * kNormBytes);
                 sm90::barrier_wait(empty + at.stage, at.phase ^ 1);
                 sm90::barrier_arrive_expect(full + at.stage, S::kStage + (P == Pre::none ? 0 : kNormBytes));
-                if (window.flat())
-                    sm90::tma_load(stage, x, c, row + window.shift(tap), full + at.stage);
+                if (window.flat()) sm90::tma_load(stage, x, c, row + window.shift(tap), full + at.stage);
                 else
                     sm90::tma_load_im2col(stage, x, c, window.left(row), window.top(row), window.image(row),
                                           window.right(tap), window.down(tap), full + at.stage);
@@ -270,8 +269,7 @@ template <int BlockN, Pre P, class T>
 cudaError_t launch(const ConvProblem& g, const ConvTrain& t, const Args& args, cudaStream_t stream) {
     CUtensorMap x, w, y;
     const bool have_x = args.window.flat() ? matrix_map(&x, g.type, t.x, args.m, g.c, kBlockM) : image_map(&x, g, t.x);
-    if (!have_x ||
-        !matrix_map(&w, g.type, t.w, g.k, int64_t{g.r} * g.s * g.c, BlockN) ||
+    if (!have_x || !matrix_map(&w, g.type, t.w, g.k, int64_t{g.r} * g.s * g.c, BlockN) ||
         !matrix_map(&y, g.type, t.y, args.m, g.k, kBlockM))
         return cudaErrorInvalidValue;
     const auto kernel = conv_train_kernel<BlockN, P, T>;
@@ -282,7 +280,7 @@ cudaError_t launch(const ConvProblem& g, const ConvTrain& t, const Args& args, c
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Smem<BlockN>::kBytes);
     if (status != cudaSuccess) return status;
     const int tiles = Tiles::of(args.m, g.k, BlockN).count();
-    kernel<<<tiles < processors ? tiles : processors, kThreads, Smem<BlockN>::kBytes, stream>>>(x, w, y, args);
+    kernel < <<tiles<processors ? tiles : processors, kThreads, Smem<BlockN>::kBytes, stream>>>(x, w, y, args);
     return cudaGetLastError();
 }
 
@@ -325,7 +323,13 @@ const char* conv_train_sm90_why_not(const ConvProblem& g, Act act) {
 cudaError_t conv_train_sm90(const ConvProblem& g, const ConvTrain& t, cudaStream_t stream) {
     if (conv_train_sm90_why_not(g, t.act) != nullptr) return cudaErrorNotSupported;
     const Args args{{g.h, g.w, g.p(), g.q(), g.r, g.s, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dil_h, g.dil_w},
-                    static_cast<int>(g.pixels()), g.c, g.k, t.scale, t.shift, t.mean, t.m2};
+                    static_cast<int>(g.pixels()),
+                    g.c,
+                    g.k,
+                    t.scale,
+                    t.shift,
+                    t.mean,
+                    t.m2};
     return g.type == ConvType::bf16 ? launch_tile<BF16>(g, t, args, stream) : launch_tile<F16>(g, t, args, stream);
 }
 

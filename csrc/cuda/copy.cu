@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kSide; i += kHeight) {
         const int64_t r = row + i + threadIdx.y, c = column + threadIdx.x;
-        if (r < rows && c < columns) tile[(i + threadIdx.y) * (kSide + 1) + threadIdx.x] = __ldg(from + r * columns + c);
+        if (r < rows && c < columns)
+            tile[(i + threadIdx.y) * (kSide + 1) + threadIdx.x] = __ldg(from + r * columns + c);
     }
     __syncthreads();
 #pragma unroll
@@ -39,13 +40,14 @@ Status transpose_of(int64_t images, int64_t rows, int64_t columns, const void* i
     const int64_t tiles = (rows + kSide - 1) / kSide * ((columns + kSide - 1) / kSide);
     const unsigned most = 65535, down = unsigned(images < most ? images : most);
     const dim3 grid(unsigned(tiles), down, down > 0 ? unsigned((images + down - 1) / down) : 1);
-    return launch(transpose_kernel<W>, grid, dim3(kSide, kHeight), sizeof(W) * kSide * (kSide + 1), stream, images, rows, columns,
-                  static_cast<const W*>(in), static_cast<W*>(out));
+    return launch(transpose_kernel<W>, grid, dim3(kSide, kHeight), sizeof(W) * kSide * (kSide + 1), stream, images,
+                  rows, columns, static_cast<const W*>(in), static_cast<W*>(out));
 }
 
 }  // namespace
 
-Status transpose(int element_size, int64_t images, int64_t rows, int64_t columns, const void* in, void* out, Stream stream) {
+Status transpose(int element_size, int64_t images, int64_t rows, int64_t columns, const void* in, void* out,
+                 Stream stream) {
     switch (element_size) {
         case 1: return transpose_of<unsigned char>(images, rows, columns, in, out, stream);
         case 2: return transpose_of<unsigned short>(images, rows, columns, in, out, stream);

@@ -13,7 +13,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define FR_SHARED(S, name)                                        \
+#define FR_SHARED(S, name)                                           \
     extern __shared__ __align__(16) unsigned char name##_of_block[]; \
     S* const name = reinterpret_cast<S*>(name##_of_block)
 #else
@@ -55,12 +55,12 @@ struct Lanes {
     FR_INLINE A& operator[](int i) { return v[i]; }
     FR_INLINE const A& operator[](int i) const { return v[i]; }
 };
-#define FR_LANES_OPERATOR(op)                                                        \
-    template <class A, int V>                                                        \
+#define FR_LANES_OPERATOR(op)                                                       \
+    template <class A, int V>                                                       \
     FR_INLINE Lanes<A, V> operator op(const Lanes<A, V>& a, const Lanes<A, V>& b) { \
-        Lanes<A, V> to;                                                              \
-        _Pragma("unroll") for (int i = 0; i < V; i++) to[i] = a[i] op b[i];          \
-        return to;                                                                   \
+        Lanes<A, V> to;                                                             \
+        _Pragma("unroll") for (int i = 0; i < V; i++) to[i] = a[i] op b[i];         \
+        return to;                                                                  \
     }
 FR_LANES_OPERATOR(+)
 FR_LANES_OPERATOR(-)
@@ -80,15 +80,25 @@ FR_INLINE Lanes<A, V> operator+(const Lanes<A, V>&, A b) {
 template <int BYTES>
 struct WordOf;
 template <>
-struct WordOf<16> { using type = uint4; };
+struct WordOf<16> {
+    using type = uint4;
+};
 template <>
-struct WordOf<8> { using type = unsigned long long; };
+struct WordOf<8> {
+    using type = unsigned long long;
+};
 template <>
-struct WordOf<4> { using type = unsigned; };
+struct WordOf<4> {
+    using type = unsigned;
+};
 template <>
-struct WordOf<2> { using type = unsigned short; };
+struct WordOf<2> {
+    using type = unsigned short;
+};
 template <>
-struct WordOf<1> { using type = unsigned char; };
+struct WordOf<1> {
+    using type = unsigned char;
+};
 template <class T, int V>
 using Word = typename WordOf<sizeof(T) * V>::type;
 

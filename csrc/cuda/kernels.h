@@ -33,7 +33,7 @@ struct Pass {
     const void* y = nullptr;
     const void* residual = nullptr;  // null: none
     Affine norm;
-    Affine residual_norm;     // scale null: the residual is added as it is
+    Affine residual_norm;        // scale null: the residual is added as it is
     const void* grad = nullptr;  // dout or dz
     void* out = nullptr;         // out, dz or dy
     const void* coef[3] = {};    // A, B, C of dy; B null where BatchNorm is frozen
@@ -62,7 +62,8 @@ int64_t bn_act_max_pool_backward_partials(const Pass&, const Pool&);
 Status bn_stats(const Pass&, Stream);
 // Mean and biased variance from the moments of pieces; piece p covers rows [p*each, (p+1)*each) of `rows`. No rows:
 // NaN.
-Status merge_moments(DType, int64_t channels, int64_t rows, Split, const void* means, const void* m2s, void* mean, void* var, Stream);
+Status merge_moments(DType, int64_t channels, int64_t rows, Split, const void* means, const void* m2s, void* mean,
+                     void* var, Stream);
 // out[k] = sum over the rows of in[k], k < kinds <= 3.
 Status merge_sums(DType, int64_t channels, int64_t partials, int kinds, void* const in[3], void* const out[3], Stream);
 // out = act(z)

@@ -109,13 +109,15 @@ __global__ void __launch_bounds__(kThreads, fewer<T, ADD>(kReductionResident))
 // dy = A dz + B (y - mu) + C; with frozen BatchNorm A dz.
 // Tile: tile.cuh. Traffic: dz (and y) read once, dy written once: 3 (2) elements of T per element.
 template <class T, int V, bool FROZEN>
-__global__ void __launch_bounds__(kThreads, resident<T>(kResident - 1)) bn_backward_kernel(const Pass a, const int64_t each) {
+__global__ void __launch_bounds__(kThreads, resident<T>(kResident - 1))
+    bn_backward_kernel(const Pass a, const int64_t each) {
     using A = Wide<T>;
     constexpr int U = unroll_of(V);
     const int64_t c = first_channel<V>();
     if (c >= a.channels) return;
     const Lanes<A, V> scale = vector<A, V>(a.coef[0], c, a.channels), b = vector<A, V>(a.coef[1], c, a.channels);
-    const Lanes<A, V> shift = vector<A, V>(a.coef[2], c, a.channels), center = vector<A, V>(a.norm.center, c, a.channels);
+    const Lanes<A, V> shift = vector<A, V>(a.coef[2], c, a.channels),
+                      center = vector<A, V>(a.norm.center, c, a.channels);
     const T* dz = static_cast<const T*>(a.grad) + c;
     const T* y = static_cast<const T*>(a.y) + (FROZEN ? 0 : c);
     T* out = static_cast<T*>(a.out) + c;
@@ -149,9 +151,7 @@ Status with_add(Add add, Body body) {
 
 int lanes_of(const Pass& a) { return cuda::lanes_of(a.dtype, a.channels, {a.y, a.residual, a.grad, a.out}); }
 
-Tile backward_tile(const Pass& a) {
-    return tile_of(a.rows, a.channels, lanes_of(a), kReductionResident);
-}
+Tile backward_tile(const Pass& a) { return tile_of(a.rows, a.channels, lanes_of(a), kReductionResident); }
 
 }  // namespace
 
@@ -163,8 +163,8 @@ Status bn_act(const Pass& a, Stream stream) {
     return with_lanes(a.dtype, lanes, [&](auto type, auto v) {
         return with_add(add_of(a), [&](auto add) {
             using T = typename decltype(type)::type;
-            return launch(bn_act_kernel<T, decltype(v)::value, decltype(add)::value>, tile.grid, tile.threads, 0, stream, a,
-                          tile.each);
+            return launch(bn_act_kernel<T, decltype(v)::value, decltype(add)::value>, tile.grid, tile.threads, 0,
+                          stream, a, tile.each);
         });
     });
 }

@@ -11,7 +11,9 @@ namespace fused_resnet::cuda::ops {
 
 namespace {
 
-void check(Status status, const char* name) { TORCH_CHECK(status == nullptr, "fused_resnet_cuda::", name, ": ", status); }
+void check(Status status, const char* name) {
+    TORCH_CHECK(status == nullptr, "fused_resnet_cuda::", name, ": ", status);
+}
 
 DType dtype_of(const char* name, const Tensor& t) {
     switch (t.scalar_type()) {
@@ -36,16 +38,16 @@ Tensor nhwc(const char* name, const Tensor& t) {
     if (t.is_contiguous(at::MemoryFormat::ChannelsLast)) return t;
     if (!t.is_contiguous()) return t.contiguous(at::MemoryFormat::ChannelsLast);
     const Tensor to = empty_nhwc(t.sizes(), t.options());
-    check(cuda::transpose(int(t.element_size()), t.size(0), t.size(1), t.size(2) * t.size(3), t.const_data_ptr(), to.mutable_data_ptr(),
-                    current_stream(t.device())),
+    check(cuda::transpose(int(t.element_size()), t.size(0), t.size(1), t.size(2) * t.size(3), t.const_data_ptr(),
+                          to.mutable_data_ptr(), current_stream(t.device())),
           name);
     return to;
 }
 
 Tensor like(const char* name, const Tensor& t, const Tensor& y, const char* what) {
     TORCH_CHECK(t.sizes() == y.sizes() && t.scalar_type() == y.scalar_type() && t.device() == y.device(), name,
-                ": expected ", what, "'s shape, dtype and device, ", y.sizes(), " in ", y.scalar_type(), " on ", y.device(), ", got ",
-                t.sizes(), " in ", t.scalar_type(), " on ", t.device());
+                ": expected ", what, "'s shape, dtype and device, ", y.sizes(), " in ", y.scalar_type(), " on ",
+                y.device(), ", got ", t.sizes(), " in ", t.scalar_type(), " on ", t.device());
     return nhwc(name, t);
 }
 
@@ -62,17 +64,19 @@ Tensor empty_nhwc(const Tensor& like, int64_t height, int64_t width, at::ScalarT
 }
 
 // A vector of y's channels, in the wide dtype.
-const void* vector(const char* name, const Tensor& v, int64_t channels, at::ScalarType dtype, const at::Device& device) {
-    TORCH_CHECK(v.dim() == 1 && v.size(0) == channels && v.scalar_type() == dtype && v.is_contiguous() && v.device() == device, name,
-                ": expected contiguous vectors of ", channels, " values in ", dtype, " on ", device, ", got ", v.sizes(), " in ",
-                v.scalar_type(), " on ", v.device());
+const void* vector(const char* name, const Tensor& v, int64_t channels, at::ScalarType dtype,
+                   const at::Device& device) {
+    TORCH_CHECK(
+        v.dim() == 1 && v.size(0) == channels && v.scalar_type() == dtype && v.is_contiguous() && v.device() == device,
+        name, ": expected contiguous vectors of ", channels, " values in ", dtype, " on ", device, ", got ", v.sizes(),
+        " in ", v.scalar_type(), " on ", v.device());
     return v.const_data_ptr();
 }
 
 // [scale, shift] or [scale, shift, center].
 Affine affine_of(const char* name, at::TensorList norm, const Tensor& y, bool center) {
-    TORCH_CHECK(norm.size() == (center ? 3 : 2), name, ": expected [scale, shift", center ? ", center" : "", "], got ", norm.size(),
-                " tensors");
+    TORCH_CHECK(norm.size() == (center ? 3 : 2), name, ": expected [scale, shift", center ? ", center" : "", "], got ",
+                norm.size(), " tensors");
     const auto at = [&](size_t i) { return vector(name, norm[i], y.size(1), wide(y), y.device()); };
     return {at(0), at(1), center ? at(2) : nullptr};
 }
@@ -141,8 +145,8 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& given) {
     const Tensor partials = partials_of(a, 2, split.partials, y);
     check(cuda::bn_stats(a, stream), "bn_stats");
     const Vectors<2> to(a.channels, partials.options());
-    check(cuda::merge_moments(a.dtype, a.channels, a.rows, split, a.partials[0], a.partials[1], to.pointers[0], to.pointers[1],
-                              stream),
+    check(cuda::merge_moments(a.dtype, a.channels, a.rows, split, a.partials[0], a.partials[1], to.pointers[0],
+                              to.pointers[1], stream),
           "bn_stats");
     return {to[0], to[1]};
 }
@@ -167,7 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, c
                                                            int64_t act, double act_param, const OptTensor& residual,
                                                            at::TensorList residual_norm) {
     const c10::DeviceGuard guard(given.device());
-    const Tensor y = nhwc("y", given), r = residual ? like("residual", *residual, y) : Tensor(), g = like("dout", dout, y);
+    const Tensor y = nhwc("y", given), r = residual ? like("residual", *residual, y) : Tensor(),
+                 g = like("dout", dout, y);
     const Tensor dz = empty_nhwc(y, y.size(2), y.size(3), y.scalar_type());
     const Stream stream = current_stream(y.device());
     const bool third = r.defined() && !residual_norm.empty();
@@ -187,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, c
 
 Tensor bn_backward(const Tensor& dz, const Tensor& given, at::TensorList coef) {
     const c10::DeviceGuard guard(given.device());
-    TORCH_CHECK(coef.size() == 1 || coef.size() == 4, "coef: expected [a] or [a, b, c, center], got ", coef.size(), " tensors");
+    TORCH_CHECK(coef.size() == 1 || coef.size() == 4, "coef: expected [a] or [a, b, c, center], got ", coef.size(),
+                " tensors");
     const Tensor y = nhwc("y", given), g = like("dz", dz, y);
     const Tensor dy = empty_nhwc(y, y.size(2), y.size(3), y.scalar_type());
     Pass a = pass_of(y);
@@ -210,11 +216,12 @@ std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& given, at::TensorList n
     for (int i = 0; i < 2; i++) {
         TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 && 2 * padding[i] <= kernel[i] &&
                         y.size(2 + i) + 2 * padding[i] >= kernel[i],
-                    "kernel: expected a window inside the padded image, got kernel ", kernel, ", stride ", stride, ", padding ",
-                    padding, " for ", y.sizes());
+                    "kernel: expected a window inside the padded image, got kernel ", kernel, ", stride ", stride,
+                    ", padding ", padding, " for ", y.sizes());
         size[i] = (y.size(2 + i) + 2 * padding[i] - kernel[i]) / stride[i] + 1;
     }
-    const Tensor out = empty_nhwc(y, size[0], size[1], y.scalar_type()), argmax = empty_nhwc(y, size[0], size[1], at::kByte);
+    const Tensor out = empty_nhwc(y, size[0], size[1], y.scalar_type()),
+                 argmax = empty_nhwc(y, size[0], size[1], at::kByte);
     Pass a = pass_of(y);
     a.act = act_of(act);
     a.act_param = act_param;
@@ -225,14 +232,16 @@ std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& given, at::TensorList n
     return {out, argmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, const Tensor& argmax, const Tensor& given,
-                                                            at::TensorList norm, int64_t act, double act_param,
-                                                            IntList kernel, IntList stride, IntList padding) {
+std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, const Tensor& argmax,
+                                                            const Tensor& given, at::TensorList norm, int64_t act,
+                                                            double act_param, IntList kernel, IntList stride,
+                                                            IntList padding) {
     const c10::DeviceGuard guard(given.device());
     TORCH_CHECK(dout.scalar_type() == given.scalar_type(), "dout: expected y's dtype ", given.scalar_type(), ", got ",
                 dout.scalar_type());
-    TORCH_CHECK(argmax.scalar_type() == at::kByte && argmax.sizes() == dout.sizes(), "argmax: expected uint8 of dout's shape ",
-                dout.sizes(), ", got ", argmax.sizes(), " in ", argmax.scalar_type());
+    TORCH_CHECK(argmax.scalar_type() == at::kByte && argmax.sizes() == dout.sizes(),
+                "argmax: expected uint8 of dout's shape ", dout.sizes(), ", got ", argmax.sizes(), " in ",
+                argmax.scalar_type());
     const Tensor y = nhwc("y", given), g = nhwc("dout", dout), places = nhwc("argmax", argmax);
     const Tensor dz = empty_nhwc(y, y.size(2), y.size(3), y.scalar_type());
     const Stream stream = current_stream(y.device());
@@ -264,8 +273,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Ten
     for (int i = 0; i < 5; i++)
         if (in[i].defined()) from[i] = vector(names[i], in[i], channels, dtype, mean.device());
     const Vectors<4> to(channels, in[0].options());
-    check(cuda::bn_fold(dtype_of("mean", in[0]), channels, from[0], from[1], from[2], from[3], from[4], eps, to.pointers,
-                  current_stream(mean.device())),
+    check(cuda::bn_fold(dtype_of("mean", in[0]), channels, from[0], from[1], from[2], from[3], from[4], eps,
+                        to.pointers, current_stream(mean.device())),
           "bn_fold");
     return {to[0], to[1], to[2], to[3]};
 }
@@ -274,10 +283,13 @@ std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Te
                                                    const Tensor& sum_dz_y, std::optional<int64_t> count) {
     const c10::DeviceGuard guard(scale.device());
     const int64_t channels = scale.numel();
-    const auto at = [&](const char* name, const Tensor& v) { return vector(name, v, channels, wide(scale), scale.device()); };
+    const auto at = [&](const char* name, const Tensor& v) {
+        return vector(name, v, channels, wide(scale), scale.device());
+    };
     const Vectors<3> to(channels, scale.options(), count ? 3 : 1);
-    check(cuda::bn_coefficients(dtype_of("scale", scale), channels, at("scale", scale), at("rstd", rstd), at("sum_dz", sum_dz),
-                                at("sum_dz_y", sum_dz_y), count.value_or(0), to.pointers, current_stream(scale.device())),
+    check(cuda::bn_coefficients(dtype_of("scale", scale), channels, at("scale", scale), at("rstd", rstd),
+                                at("sum_dz", sum_dz), at("sum_dz_y", sum_dz_y), count.value_or(0), to.pointers,
+                                current_stream(scale.device())),
           "bn_coefficients");
     return {to[0], to[1], to[2]};
 }
@@ -292,8 +304,8 @@ Tensor contiguous(const Tensor& t) {
     const c10::DeviceGuard guard(t.device());
     const Tensor from = nhwc("t", t);
     const Tensor to = at::empty(t.sizes(), t.options());
-    check(cuda::transpose(int(t.element_size()), t.size(0), t.size(2) * t.size(3), t.size(1), from.const_data_ptr(), to.mutable_data_ptr(),
-                    current_stream(t.device())),
+    check(cuda::transpose(int(t.element_size()), t.size(0), t.size(2) * t.size(3), t.size(1), from.const_data_ptr(),
+                          to.mutable_data_ptr(), current_stream(t.device())),
           "contiguous");
     return to;
 }

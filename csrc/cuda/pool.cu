@@ -13,7 +13,8 @@ constexpr int kResident = 6, kBackwardResident = 4;
 // threadIdx.y, so that values which depend only on the row are computed once per row.
 template <class Row, class Body>
 __device__ __forceinline__ void pixels(int images, int height, int width, int64_t each, Row row, Body body) {
-    const int64_t first = blockIdx.y * each, all = int64_t(images) * height, end = all < first + each ? all : first + each;
+    const int64_t first = blockIdx.y * each, all = int64_t(images) * height,
+                  end = all < first + each ? all : first + each;
     // ops.cpp checks that the number of rows of images fits into 32 bits
     for (unsigned at = unsigned(first); at < unsigned(end); at++) {
         const int64_t n = at / unsigned(height);
@@ -32,7 +33,8 @@ __global__ void __launch_bounds__(kThreads, resident<T>(kResident))
     using A = Wide<T>;
     const int64_t c = first_channel<V>();
     if (c >= a.channels) return;
-    const Lanes<A, V> scale = vector<A, V>(a.norm.scale, c, a.channels), shift = vector<A, V>(a.norm.shift, c, a.channels);
+    const Lanes<A, V> scale = vector<A, V>(a.norm.scale, c, a.channels),
+                      shift = vector<A, V>(a.norm.shift, c, a.channels);
     const T* y = static_cast<const T*>(a.y) + c;
     T* out = static_cast<T*>(a.out) + c;
     pixels(
@@ -51,7 +53,8 @@ __global__ void __launch_bounds__(kThreads, resident<T>(kResident))
 #pragma unroll
                     for (int k = 0; k < V; k++)
                         // the first pixel wins even if it is -inf
-                        if (place[k] < 0 || v[k] > best[k] || v[k] != v[k]) best[k] = v[k], place[k] = i * q.kernel[1] + j;
+                        if (place[k] < 0 || v[k] > best[k] || v[k] != v[k])
+                            best[k] = v[k], place[k] = i * q.kernel[1] + j;
                 }
             store<T, V>(out + pixel * a.channels, best);
             unsigned char bytes[V];
@@ -74,7 +77,8 @@ __global__ void __launch_bounds__(kThreads, resident<T>(kBackwardResident))
     const int64_t c = first_channel<V>();
     Lanes<A, V> total{}, total_y{};
     if (c < a.channels) {
-        const Lanes<A, V> scale = vector<A, V>(a.norm.scale, c, a.channels), shift = vector<A, V>(a.norm.shift, c, a.channels);
+        const Lanes<A, V> scale = vector<A, V>(a.norm.scale, c, a.channels),
+                          shift = vector<A, V>(a.norm.shift, c, a.channels);
         const Lanes<A, V> center = vector<A, V>(a.norm.center, c, a.channels);
         const T* y = static_cast<const T*>(a.y) + c;
         const T* grad = static_cast<const T*>(a.grad) + c;
@@ -142,7 +146,8 @@ Status bn_act_max_pool(const Pass& a, const Pool& q, Stream stream) {
     const Tile tile = tile_of_rows(a, lanes, int64_t(q.images) * q.out_height, 2 * kResident);
     return with_lanes(a.dtype, lanes, [&](auto type, auto v) {
         using T = typename decltype(type)::type;
-        return launch(bn_act_max_pool_kernel<T, decltype(v)::value>, tile.grid, tile.threads, 0, stream, a, q, tile.each);
+        return launch(bn_act_max_pool_kernel<T, decltype(v)::value>, tile.grid, tile.threads, 0, stream, a, q,
+                      tile.each);
     });
 }
 

@@ -67,11 +67,10 @@ __device__ __forceinline__ void tma_load_im2col(void* to, const CUtensorMap& map
 }
 // Copies `bytes`, a multiple of 16, between addresses aligned to 16.
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
 }
 // Stores a box of a matrix from shared memory; elements outside are not written.
 __device__ __forceinline__ void tma_store(const CUtensorMap& map, int x, int y, const void* from) {
@@ -130,46 +129,45 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
     return static_cast<uint64_t>(address >> 4 & 0x3fff) | one << 16 | (one * 1024 >> 4) << 32 | one << 62;
 }
 
-#define FR_LIST_32 \
+#define FR_LIST_32                                                           \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FR_LIST_64 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define FR_LIST_64                                                                     \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FR_LIST_128 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+#define FR_LIST_128                                                                                \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                       \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "             \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "             \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "             \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define FR_D8(i) \
+#define FR_D8(i)                                                                                                \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define FR_D32 FR_D8(0), FR_D8(8), FR_D8(16), FR_D8(24)
 #define FR_D64 FR_D32, FR_D8(32), FR_D8(40), FR_D8(48), FR_D8(56)
 #define FR_D128 FR_D64, FR_D8(64), FR_D8(72), FR_D8(80), FR_D8(88), FR_D8(96), FR_D8(104), FR_D8(112), FR_D8(120)
-#define FR_WGMMA_OF(n, type, list, a0, a1, a2, a3, b, keep, registers)                                            \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, " keep ", 0;\n"                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list "}, {" a0 ", " a1 ", "  \
-                 a2 ", " a3 "}, " b ", p, 1, 1, 0; }"                                                             \
-                 : registers                                                                                       \
+#define FR_WGMMA_OF(n, type, list, a0, a1, a2, a3, b, keep, registers)                                               \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " keep                                                              \
+                 ", 0;\n"                                                                                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list "}, {" a0 ", " a1 ", " a2 \
+                 ", " a3 "}, " b ", p, 1, 1, 0; }"                                                                   \
+                 : registers                                                                                         \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(accumulate))
 #define FR_WGMMA(n, half_n, list, a0, a1, a2, a3, b, keep)                                                          \
-    template <>                                                                                                   \
-    struct Wgmma<n> {                                                                                             \
-        template <bool Bf16>                                                                                      \
+    template <>                                                                                                     \
+    struct Wgmma<n> {                                                                                               \
+        template <bool Bf16>                                                                                        \
         static __device__ __forceinline__ void run(float (&d)[half_n], const uint32_t (&a)[4], uint64_t descriptor, \
-                                                   int accumulate) {                                              \
-            if constexpr (Bf16)                                                                                   \
-                FR_WGMMA_OF(n, "bf16", list, a0, a1, a2, a3, b, keep, FR_D##half_n);                              \
-            else                                                                                                  \
-                FR_WGMMA_OF(n, "f16", list, a0, a1, a2, a3, b, keep, FR_D##half_n);                               \
-        }                                                                                                         \
+                                                   int accumulate) {                                                \
+            if constexpr (Bf16) FR_WGMMA_OF(n, "bf16", list, a0, a1, a2, a3, b, keep, FR_D##half_n);                \
+            else FR_WGMMA_OF(n, "f16", list, a0, a1, a2, a3, b, keep, FR_D##half_n);                                \
+        }                                                                                                           \
     };
 
 // d [64, N] = a [64, 16] b [16, N] (+ d): a in registers, b in shared memory, d in N / 2 registers of each thread of

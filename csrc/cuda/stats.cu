@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kThreads, resident<T>(kResident)) bn_stats_ker
 // Traffic: 8 bytes read per piece and channel. Source: as above.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    merge_moments_kernel(const int64_t channels, const int64_t rows, const Split split, const A* means, const A* m2s, A* mean, A* var) {
+    merge_moments_kernel(const int64_t channels, const int64_t rows, const Split split, const A* means, const A* m2s,
+                         A* mean, A* var) {
     const int64_t c = int64_t(blockIdx.x) * kMergeX + threadIdx.x;
     Moments<A, A> mine{};
     if (c < channels)
@@ -81,7 +82,8 @@ struct Sums {
 // out = sum over the rows of in, up to three at once (blockIdx.y).
 // Tile: as merge_moments. Traffic: 4 bytes read per row and channel of each.
 template <class A>
-__global__ void __launch_bounds__(kThreads) merge_sums_kernel(const int64_t channels, const int64_t partials, const Sums sums) {
+__global__ void __launch_bounds__(kThreads)
+    merge_sums_kernel(const int64_t channels, const int64_t partials, const Sums sums) {
     const int64_t c = int64_t(blockIdx.x) * kMergeX + threadIdx.x;
     const A* in = static_cast<const A*>(sums.in[blockIdx.y]);
     A total = 0;
@@ -123,7 +125,8 @@ __global__ void __launch_bounds__(kThreads) bn_fold_kernel(const int64_t channel
 // dgamma, B, C of dy = A dz + B (y - mu) + C, from scale, rstd, sum dz, sum dz (y - mu); frozen: dgamma alone.
 // Tile: a channel per thread. Traffic: at most 28 bytes per channel. Source: bn_math.h.
 template <class A>
-__global__ void __launch_bounds__(kThreads) bn_coefficients_kernel(const int64_t channels, const Vectors v, const A count) {
+__global__ void __launch_bounds__(kThreads)
+    bn_coefficients_kernel(const int64_t channels, const Vectors v, const A count) {
     const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (c >= channels) return;
     const Coefficients<A> k = fused_resnet::bn_coefficients(at<A>(v.in[0], c, 0), at<A>(v.in[1], c, 0),
@@ -153,13 +156,13 @@ Status bn_stats(const Pass& a, Stream stream) {
     const Tile tile = stats_tile(a);
     return with_lanes(a.dtype, lanes, [&](auto type, auto v) {
         using T = typename decltype(type)::type;
-        return launch(bn_stats_kernel<T, decltype(v)::value>, tile.grid, tile.threads, shared_bytes<Wide<T>>(2, lanes), stream,
-                      a, tile.each);
+        return launch(bn_stats_kernel<T, decltype(v)::value>, tile.grid, tile.threads, shared_bytes<Wide<T>>(2, lanes),
+                      stream, a, tile.each);
     });
 }
 
-Status merge_moments(DType dtype, int64_t channels, int64_t rows, Split split, const void* means, const void* m2s, void* mean,
-                     void* var, Stream stream) {
+Status merge_moments(DType dtype, int64_t channels, int64_t rows, Split split, const void* means, const void* m2s,
+                     void* mean, void* var, Stream stream) {
     return with_wide(dtype, [&](auto type) {
         using A = typename decltype(type)::type;
         return launch(merge_moments_kernel<A>, dim3(unsigned(cdiv(channels, kMergeX))), dim3(kMergeX, kMergeY),
@@ -174,8 +177,8 @@ Status merge_sums(DType dtype, int64_t channels, int64_t partials, int kinds, vo
     for (int k = 0; k < kinds; k++) sums.in[k] = in[k], sums.out[k] = out[k];
     return with_wide(dtype, [&](auto type) {
         using A = typename decltype(type)::type;
-        return launch(merge_sums_kernel<A>, dim3(unsigned(cdiv(channels, kMergeX)), unsigned(kinds)), dim3(kMergeX, kMergeY),
-                      kThreads * sizeof(A), stream, channels, partials, sums);
+        return launch(merge_sums_kernel<A>, dim3(unsigned(cdiv(channels, kMergeX)), unsigned(kinds)),
+                      dim3(kMergeX, kMergeY), kThreads * sizeof(A), stream, channels, partials, sums);
     });
 }
 
@@ -184,7 +187,8 @@ Status bn_fold(DType dtype, int64_t channels, const void* mean, const void* var,
     return with_wide(dtype, [&](auto type) {
         using A = typename decltype(type)::type;
         const Vectors v{{mean, var, gamma, beta, conv_bias}, {out[0], out[1], out[2], out[3]}};
-        return launch(bn_fold_kernel<A>, dim3(unsigned(cdiv(channels, kThreads))), dim3(kThreads), 0, stream, channels, v, A(eps));
+        return launch(bn_fold_kernel<A>, dim3(unsigned(cdiv(channels, kThreads))), dim3(kThreads), 0, stream, channels,
+                      v, A(eps));
     });
 }
 
@@ -193,8 +197,8 @@ Status bn_coefficients(DType dtype, int64_t channels, const void* scale, const v
     return with_wide(dtype, [&](auto type) {
         using A = typename decltype(type)::type;
         const Vectors v{{scale, rstd, sum_dz, sum_dz_y, nullptr}, {out[0], out[1], out[2], nullptr}};
-        return launch(bn_coefficients_kernel<A>, dim3(unsigned(cdiv(channels, kThreads))), dim3(kThreads), 0, stream, channels, v,
-                      A(count));
+        return launch(bn_coefficients_kernel<A>, dim3(unsigned(cdiv(channels, kThreads))), dim3(kThreads), 0, stream,
+                      channels, v, A(count));
     });
 }
 

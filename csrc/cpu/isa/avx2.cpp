@@ -13,4 +13,4 @@ extern const Table table_avx2 = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
     "avx2", FR_REGISTERS, kGemmRows, kGemmColumns};
-}
+}  // namespace fused_resnet::cpu

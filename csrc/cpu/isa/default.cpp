@@ -12,4 +12,4 @@ extern const Table table_default = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
     "default", FR_REGISTERS, kGemmRows, kGemmColumns};
-}
+}  // namespace fused_resnet::cpu

@@ -21,18 +21,22 @@ FR_INLINE void for_pixels(int64_t begin, int64_t end, Body body) {
     for (; at < end; at++) body(std::integral_constant<int, 1>{}, at);
 }
 
-// P pixels of output channels [k, k + kLanes V): a pixel's patch is `rows` runs of `run` values, `row` apart, the next pixel's
-// starts `step` further. w: [rows, run, kDirectBlock].
+// P pixels of output channels [k, k + kLanes V): a pixel's patch is `rows` runs of `run` values, `row` apart, the next
+// pixel's starts `step` further. w: [rows, run, kDirectBlock].
 template <int P, int V, class K>
-FR_INLINE void direct_pixels(const float* x, int64_t rows, int64_t row, int64_t run, int64_t step, const float* w, const float* bias,
-                             const float* residual, float* out, int64_t channels, const K& act, F32 p) {
+FR_INLINE void direct_pixels(const float* x, int64_t rows, int64_t row, int64_t run, int64_t step, const float* w,
+                             const float* bias, const float* residual, float* out, int64_t channels, const K& act,
+                             F32 p) {
     F32 sum[P][V];
     unrolled<P>([&](auto i) __attribute__((always_inline)) {
         unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = load<F32>(bias + kLanes * v, kLanes); });
     });
-    if (residual) unrolled<P>([&](auto i) __attribute__((always_inline)) {
-        unrolled<V>([&](auto v) __attribute__((always_inline)) { __builtin_prefetch(residual + i * channels + kLanes * v); });
-    });
+    if (residual)
+        unrolled<P>([&](auto i) __attribute__((always_inline)) {
+            unrolled<V>([&](auto v) __attribute__((always_inline)) {
+                __builtin_prefetch(residual + i * channels + kLanes * v);
+            });
+        });
     for (int64_t r = 0; r < rows; r++, x += row) {
         for (int64_t j = 0; j < run; j++, w += kDirectBlock) {
             F32 here[V];
@@ -54,8 +58,8 @@ FR_INLINE void direct_pixels(const float* x, int64_t rows, int64_t row, int64_t 
 
 // The weights of output channels from k on.
 FR_INLINE const float* weight_of(const Direct& q, int64_t k) {
-    return static_cast<const float*>(q.weight) + k / kDirectBlock * (q.kernel[0] * q.kernel[1] * q.channels * kDirectBlock) +
-           k % kDirectBlock;
+    return static_cast<const float*>(q.weight) +
+           k / kDirectBlock * (q.kernel[0] * q.kernel[1] * q.channels * kDirectBlock) + k % kDirectBlock;
 }
 
 // Row oh of act(conv(x) + b) of an image.
@@ -111,7 +115,8 @@ void stem_impl(const Args& a, const Direct& q, const Pool& pool, float* scratch,
     float* ring = scratch + q.kernel[0] * (q.width + 2 * q.padding[1]) * q.channels;
     int64_t next = 0, last_image = -1;  // the ring has this image's rows below `next` that a window may need
     for (int64_t r = begin; r < end; r++) {
-        const int64_t image = r / pool.out_height, ph = r % pool.out_height, top = ph * pool.stride[0] - pool.padding[0];
+        const int64_t image = r / pool.out_height, ph = r % pool.out_height,
+                      top = ph * pool.stride[0] - pool.padding[0];
         const int64_t first = top < 0 ? 0 : top, last = top + window < q.out_height ? top + window : q.out_height;
         if (image != last_image) next = 0, last_image = image;
         for (int64_t h = next < first ? first : next; h < last; h++)

@@ -29,9 +29,13 @@ template <Act A>
 struct Fixed {
     FR_INLINE explicit Fixed(Act) {}
     template <class V>
-    FR_INLINE V forward(V z, V p) const { return act<A>(z, p); }
+    FR_INLINE V forward(V z, V p) const {
+        return act<A>(z, p);
+    }
     template <class V>
-    FR_INLINE V backward(V g, V z, V p) const { return act_backward<A>(g, z, p); }
+    FR_INLINE V backward(V g, V z, V p) const {
+        return act_backward<A>(g, z, p);
+    }
 };
 struct Chosen {
     Act chosen;
@@ -68,14 +72,16 @@ FR_INLINE void by_act(Act a, F f) {
 void bn_act_any(const Args& a, int64_t begin, int64_t end) {
     by_types(a.y_type, a.other_type, [&](auto t, auto o) {
         by_act(a.act, [&](auto k) {
-            bn_act_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, begin, end);
+            bn_act_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, begin,
+                                                                                                            end);
         });
     });
 }
 void bn_act_backward_any(const Args& a, int64_t begin, int64_t end) {
     by_types(a.y_type, a.other_type, [&](auto t, auto o) {
         by_act(a.act, [&](auto k) {
-            bn_act_backward_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, begin, end);
+            bn_act_backward_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(
+                a, begin, end);
         });
     });
 }
@@ -95,14 +101,16 @@ void moments_any(const Args& a, int64_t begin, int64_t end) {
 void bn_act_max_pool_any(const Args& a, const Pool& q, int64_t begin, int64_t end) {
     by_types(a.y_type, a.other_type, [&](auto t, auto o) {
         by_act(a.act, [&](auto k) {
-            bn_act_max_pool_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, q, begin, end);
+            bn_act_max_pool_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(
+                a, q, begin, end);
         });
     });
 }
 void bn_act_max_pool_backward_any(const Args& a, const Pool& q, int64_t begin, int64_t end) {
     by_types(a.y_type, a.other_type, [&](auto t, auto o) {
         by_act(a.act, [&](auto k) {
-            bn_act_max_pool_backward_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(a, q, begin, end);
+            bn_act_max_pool_backward_impl<typename decltype(t)::type, typename decltype(o)::type,
+                                          typename decltype(k)::type>(a, q, begin, end);
         });
     });
 }
@@ -131,7 +139,8 @@ void winograd_output_any(const Args& a, const Winograd& q, const float* product,
     by_tile(q.tile, [&](auto m) {
         by_float_type(a.other_type, [&](auto t) {
             by_act(a.act, [&](auto k) {
-                winograd_output_impl<m, typename decltype(t)::type, typename decltype(k)::type>(a, q, product, begin, end);
+                winograd_output_impl<m, typename decltype(t)::type, typename decltype(k)::type>(a, q, product, begin,
+                                                                                                end);
             });
         });
     });
@@ -143,7 +152,8 @@ void winograd_weight_any(int tile, const float* weight, float* u, int64_t K, int
 void winograd_output_gradient_any(const float* dy, const Winograd& q, float* m, int64_t K, int64_t begin, int64_t end) {
     by_tile(q.tile, [&](auto t) { winograd_output_gradient_impl<t>(dy, q, m, K, begin, end); });
 }
-void winograd_weight_gradient_any(int tile, const float* u, float* dw, int64_t K, int64_t C, int64_t begin, int64_t end) {
+void winograd_weight_gradient_any(int tile, const float* u, float* dw, int64_t K, int64_t C, int64_t begin,
+                                  int64_t end) {
     by_tile(tile, [&](auto t) { winograd_weight_gradient_impl<t>(u, dw, K, C, begin, end); });
 }
 void pointwise_any(const Args& a, const Direct& q, int64_t begin, int64_t end) {

@@ -1,8 +1,8 @@
 // C[M, N] (+)= A[M, K] B[K, N] in float, a tile of C at a time.
-// Tile: kGemmRows x kGemmColumns sums in registers while kGemmDepth of K pass; meanwhile a panel of B, kGemmColumns wide,
-// stays in L1 and the rows of A in L2. Traffic per kGemmDepth of K: A once, B once per call, C read and written once.
-// An element of C adds its products in the order of K, whatever the range of a call.
-// Source: Goto & van de Geijn, Anatomy of High-Performance Matrix Multiplication (ACM TOMS 34, 2008), section 4.
+// Tile: kGemmRows x kGemmColumns sums in registers while kGemmDepth of K pass; meanwhile a panel of B, kGemmColumns
+// wide, stays in L1 and the rows of A in L2. Traffic per kGemmDepth of K: A once, B once per call, C read and written
+// once. An element of C adds its products in the order of K, whatever the range of a call. Source: Goto & van de Geijn,
+// Anatomy of High-Performance Matrix Multiplication (ACM TOMS 34, 2008), section 4.
 #pragma once
 
 #include "vectors.h"
@@ -45,7 +45,8 @@ void gemm_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, i
     });
     for (int64_t k = 0; k < depth; k++, a += a_depth, b += kGemmColumns) {
         F32 here[kGemmVectors];
-        unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) { here[v] = load<F32>(b + v * kLanes, kLanes); });
+        unrolled<kGemmVectors>([&](auto v)
+                                   __attribute__((always_inline)) { here[v] = load<F32>(b + v * kLanes, kLanes); });
         unrolled<R>([&](auto i) __attribute__((always_inline)) {
             const F32 value = a[i * a_row] - F32{};  // minus 0 is nothing, plus 0 is an addition
             unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += value * here[v]; });
@@ -71,7 +72,8 @@ void gemm_pack_a(const float* a, int64_t row, int64_t column, int64_t rows, int6
     for (int64_t k = 0; k < depth; k++, a += column, to += kGemmRows) {
         int64_t i = 0;
         if (row == 1)
-            for (; i + kGemmRows <= rows; i += kGemmRows) __builtin_memcpy(to + i / kGemmRows * kGemmTile, a + i, kGemmRows * sizeof(float));
+            for (; i + kGemmRows <= rows; i += kGemmRows)
+                __builtin_memcpy(to + i / kGemmRows * kGemmTile, a + i, kGemmRows * sizeof(float));
         for (; i < rows; i++) to[i / kGemmRows * kGemmTile + i % kGemmRows] = a[i * row];
     }
 }
@@ -80,7 +82,8 @@ void gemm_pack_a(const float* a, int64_t row, int64_t column, int64_t rows, int6
 void gemm_any(const Gemm& g, float* scratch, int64_t begin, int64_t end, int64_t first, int64_t last) {
     if (g.depth == 0 && !g.accumulate)
         for (int64_t i = begin; i < end; i++)
-            for (int64_t j = first * kGemmColumns; j < last * kGemmColumns && j < g.columns; j++) g.c[i * g.c_row + j] = 0;
+            for (int64_t j = first * kGemmColumns; j < last * kGemmColumns && j < g.columns; j++)
+                g.c[i * g.c_row + j] = 0;
     for (int64_t top = begin; top < end; top += kGemmBlock) {
         const int64_t bottom = top + kGemmBlock < end ? top + kGemmBlock : end;
         for (int64_t k = 0; k < g.depth; k += kGemmDepth) {
@@ -94,12 +97,14 @@ void gemm_any(const Gemm& g, float* scratch, int64_t begin, int64_t end, int64_t
             }
             for (int64_t p = first; p < last; p++) {
                 const float* b = g.b + (p * g.depth + k) * kGemmColumns;
-                const int64_t column = p * kGemmColumns, columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
+                const int64_t column = p * kGemmColumns,
+                              columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
                 for (int64_t i = top; i < bottom; i += kGemmRows)
-                    by_count<kGemmRows>(bottom - i < kGemmRows ? bottom - i : kGemmRows, [&](auto rows) __attribute__((always_inline)) {
-                        gemm_tile<rows>(a + (i - top) / kGemmRows * a_tile, a_row, a_depth, b, depth, g.c + i * g.c_row + column,
-                                        g.c_row, columns, g.accumulate || k > 0);
-                    });
+                    by_count<kGemmRows>(
+                        bottom - i < kGemmRows ? bottom - i : kGemmRows, [&](auto rows) __attribute__((always_inline)) {
+                            gemm_tile<rows>(a + (i - top) / kGemmRows * a_tile, a_row, a_depth, b, depth,
+                                            g.c + i * g.c_row + column, g.c_row, columns, g.accumulate || k > 0);
+                        });
             }
         }
     }
@@ -110,12 +115,13 @@ constexpr int64_t kPackRows = 32;
 
 // to[j][i] = from[i][j], 4 x 4
 FR_INLINE void transpose_4x4(const float* from, int64_t row, float* to, int64_t to_row) {
-    const Four a = load_four(from), b = load_four(from + row), c = load_four(from + 2 * row), d = load_four(from + 3 * row);
+    const Four a = load_four(from), b = load_four(from + row), c = load_four(from + 2 * row),
+               d = load_four(from + 3 * row);
     const FourIndices low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
     const Four ab = __builtin_shuffle(a, b, low), cd = __builtin_shuffle(c, d, low);
     const Four ab2 = __builtin_shuffle(a, b, high), cd2 = __builtin_shuffle(c, d, high);
-    const Four rows[4] = {__builtin_shuffle(ab, cd, first), __builtin_shuffle(ab, cd, second), __builtin_shuffle(ab2, cd2, first),
-                          __builtin_shuffle(ab2, cd2, second)};
+    const Four rows[4] = {__builtin_shuffle(ab, cd, first), __builtin_shuffle(ab, cd, second),
+                          __builtin_shuffle(ab2, cd2, first), __builtin_shuffle(ab2, cd2, second)};
     for (int i = 0; i < 4; i++) __builtin_memcpy(to + i * to_row, &rows[i], sizeof(Four));
 }
 
@@ -123,15 +129,18 @@ void gemm_pack_any(const GemmPack& q, int64_t begin, int64_t end, int64_t first,
     for (int64_t top = begin; top < end; top += kPackRows) {
         const int64_t bottom = top + kPackRows < end ? top + kPackRows : end;
         for (int64_t p = first; p < last; p++) {
-            const int64_t column = p * kGemmColumns, columns = q.columns - column < kGemmColumns ? q.columns - column : kGemmColumns;
+            const int64_t column = p * kGemmColumns,
+                          columns = q.columns - column < kGemmColumns ? q.columns - column : kGemmColumns;
             float* to = q.to + (p * q.depth + top) * kGemmColumns;
             const float* from = q.from + top * q.row + column * q.column;
             int64_t k = top;
             if (columns == kGemmColumns && q.column == 1) {
-                for (; k < bottom; k++, to += kGemmColumns, from += q.row) __builtin_memcpy(to, from, kGemmColumns * sizeof(float));
+                for (; k < bottom; k++, to += kGemmColumns, from += q.row)
+                    __builtin_memcpy(to, from, kGemmColumns * sizeof(float));
             } else if (columns == kGemmColumns && q.row == 1) {
                 for (; k + 4 <= bottom; k += 4, to += 4 * kGemmColumns, from += 4)
-                    for (int64_t j = 0; j < kGemmColumns; j += 4) transpose_4x4(from + j * q.column, q.column, to + j, kGemmColumns);
+                    for (int64_t j = 0; j < kGemmColumns; j += 4)
+                        transpose_4x4(from + j * q.column, q.column, to + j, kGemmColumns);
             }
             for (; k < bottom; k++, to += kGemmColumns, from += q.row)
                 for (int64_t j = 0; j < kGemmColumns; j++) to[j] = j < columns ? from[j * q.column] : 0;

@@ -37,11 +37,11 @@ struct Args {
     const void* y = nullptr;
     const void* residual = nullptr;  // null: none
     Affine norm;
-    Affine residual_norm;         // scale null: the residual is added as it is
-    const void* grad = nullptr;   // dout or dz
-    void* out = nullptr;          // out, dz or dy; may be grad
-    const void* coef[3] = {};     // A, B, C of dy; B null when BatchNorm is frozen
-    void* sums[3] = {};           // [chunks or blocks, C]: sum dz, sum dz (y - center), sum dz (residual - its center)
+    Affine residual_norm;        // scale null: the residual is added as it is
+    const void* grad = nullptr;  // dout or dz
+    void* out = nullptr;         // out, dz or dy; may be grad
+    const void* coef[3] = {};    // A, B, C of dy; B null when BatchNorm is frozen
+    void* sums[3] = {};          // [chunks or blocks, C]: sum dz, sum dz (y - center), sum dz (residual - its center)
 };
 
 // A max-pool after bn_act, and its image. `begin` and `end` count rows of images (N*oH; N*H in the backward).
@@ -83,15 +83,15 @@ struct GemmPack {
     int64_t row, column;
     float* to;
 };
-// Rows of A per block, whole tiles of 6 and of 14; the depth that passes at most while a tile's sums are in registers; the
-// values of a block that is copied.
+// Rows of A per block, whole tiles of 6 and of 14; the depth that passes at most while a tile's sums are in registers;
+// the values of a block that is copied.
 constexpr int64_t kGemmBlock = 126, kMostGemmDepth = 256, kGemmScratch = kGemmBlock * (kMostGemmDepth + 4);
 
 struct Table {
 #define FR_KERNEL(name, ...) void (*name)(__VA_ARGS__);
 #include "kernels.inc"
     const char* name;
-    int registers;  // of vectors
+    int registers;                // of vectors
     int gemm_rows, gemm_columns;  // of a tile of gemm
 };
 

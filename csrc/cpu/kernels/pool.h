@@ -107,8 +107,8 @@ FR_INLINE void pool_pixels_backward(const Args& a, const Pool& q, int64_t begin,
                 for (int64_t oh = rows.first; oh <= rows.last; oh++)
                     for (int64_t ow = columns.first; ow <= columns.last; ow++) {
                         const int64_t from = pixel(image, oh, ow, q.out_height, q.out_width, C) + c;
-                        const int64_t place = (h + q.padding[0] - oh * q.stride[0]) * q.kernel[1] + w + q.padding[1] -
-                                              ow * q.stride[1];
+                        const int64_t place =
+                            (h + q.padding[0] - oh * q.stride[0]) * q.kernel[1] + w + q.padding[1] - ow * q.stride[1];
                         const V g = load<V>(grad + from, n);
                         da = da + (Q::read(q.argmax + from, n) == Q::every(place) ? g : V{});
                     }
@@ -146,7 +146,8 @@ FR_INLINE void pool_planes(const Args& a, const Pool& q, int64_t begin, int64_t 
         const T* y = static_cast<const T*>(a.y) + (plane * q.height + top) * q.width;
         for (int64_t ow = 0; ow < q.out_width; ow += outputs) {
             const int64_t last_out = ow + outputs < q.out_width ? ow + outputs : q.out_width;
-            const int64_t left = ow * q.stride[1] - q.padding[1], right = (last_out - 1) * q.stride[1] - q.padding[1] + q.kernel[1];
+            const int64_t left = ow * q.stride[1] - q.padding[1],
+                          right = (last_out - 1) * q.stride[1] - q.padding[1] + q.kernel[1];
             const int64_t first = left < 0 ? 0 : left, last = right < q.width ? right : q.width;
             for (int64_t w = first; w < last; w += L) {
                 const int n = last - w < L ? int(last - w) : L;
@@ -169,7 +170,8 @@ FR_INLINE void pool_planes(const Args& a, const Pool& q, int64_t begin, int64_t 
                     const S v = highest[from + j - first];
                     const int64_t here = row_of[from + j - first] * q.kernel[1] + j;
                     // as ATen, which goes by rows: the first of equals, the last NaN
-                    const bool nan = v != v, takes = nan ? best == best || here > place : v > best || (v == best && here < place);
+                    const bool nan = v != v,
+                               takes = nan ? best == best || here > place : v > best || (v == best && here < place);
                     if (takes || place < 0) best = v, place = here;
                 }
                 const int64_t to = row * q.out_width + o;
@@ -202,11 +204,13 @@ FR_INLINE void pool_planes_backward(const Args& a, const Pool& q, int64_t begin,
             const int64_t left = windows(first, q.kernel[1], q.stride[1], q.padding[1], q.out_width).first;
             const int64_t right = windows(last - 1, q.kernel[1], q.stride[1], q.padding[1], q.out_width).last;
             for (int64_t oh = rows.first; oh <= rows.last; oh++) {
-                const int64_t places = (h + q.padding[0] - oh * q.stride[0]) * q.kernel[1];  // of this row in the window
+                const int64_t places =
+                    (h + q.padding[0] - oh * q.stride[0]) * q.kernel[1];  // of this row in the window
                 const int64_t windows_row = (plane * q.out_height + oh) * q.out_width;
                 for (int64_t ow = left; ow <= right; ow++) {
                     const int64_t j = q.argmax[windows_row + ow] - places, w = ow * q.stride[1] - q.padding[1] + j;
-                    if (j >= 0 && j < q.kernel[1] && w >= first && w < last) da[w - first] += load_value<S>(grad + windows_row + ow);
+                    if (j >= 0 && j < q.kernel[1] && w >= first && w < last)
+                        da[w - first] += load_value<S>(grad + windows_row + ow);
                 }
             }
             for (int64_t w = first; w < last; w += L) {
@@ -216,7 +220,8 @@ FR_INLINE void pool_planes_backward(const Args& a, const Pool& q, int64_t begin,
                 V dz = k.backward(load<V>(da + w - first, L), affine(v, s, t), p);
                 store(static_cast<G*>(a.out) + off, dz, n);
                 if (n == L) sum = sum + dz, sum_y = sum_y + dz * (v - center);
-                else for (int l = 0; l < n; l++) sum[l] += dz[l], sum_y[l] += dz[l] * (v[l] - center[l]);
+                else
+                    for (int l = 0; l < n; l++) sum[l] += dz[l], sum_y[l] += dz[l] * (v[l] - center[l]);
             }
         }
         static_cast<S*>(a.sums[0])[channel] += total(sum, L);

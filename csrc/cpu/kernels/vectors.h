@@ -1,5 +1,6 @@
 // Vectors of the compiler's own: element types in memory, lanes in float or double, exp. Included after a file's
-// `#pragma GCC target`; includes no header of the standard library, whose code, compiled here, could be linked elsewhere.
+// `#pragma GCC target`; includes no header of the standard library, whose code, compiled here, could be linked
+// elsewhere.
 #pragma once
 
 #include "kernels.h"
@@ -89,7 +90,7 @@ FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_ia32_vcvtph2ps256((I16
 FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_ia32_vcvtps2ph256(v, 0); }
 #else
 FR_INLINE F32 widen(U16 raw, _Float16) { return __builtin_convertvector((F16)raw, F32); }
-FR_INLINE U16 narrow(F32 v, _Float16) { return (U16)__builtin_convertvector(v, F16); }
+FR_INLINE U16 narrow(F32 v, _Float16) { return (U16) __builtin_convertvector(v, F16); }
 #endif
 
 // Part of a vector of floats; AVX does it in one instruction, memcpy of a length that is not known in a call.

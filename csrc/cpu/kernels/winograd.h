@@ -156,7 +156,8 @@ void winograd_output_impl(const Args& a, const Winograd& q, const float* m, int6
                     const int64_t off = ((image * q.out_height + top + i) * q.out_width + left + j) * C + c;
                     if (a.norm.shift) {
                         const F32 shift = load<F32>(static_cast<const float*>(a.norm.shift) + c, n);
-                        z = a.norm.scale ? affine(z, load<F32>(static_cast<const float*>(a.norm.scale) + c, n), shift) : z + shift;
+                        z = a.norm.scale ? affine(z, load<F32>(static_cast<const float*>(a.norm.scale) + c, n), shift)
+                                         : z + shift;
                         if (residual) z = z + load<F32>(residual + off, n);
                         z = k.forward(z, p);
                     }
@@ -187,7 +188,8 @@ void winograd_weight_impl(const float* weight, float* u, int64_t K, int64_t C, b
 
 // What winograd_output does with the products, backward, without an epilogue.
 template <int M>
-void winograd_output_gradient_impl(const float* dy, const Winograd& q, float* m, int64_t K, int64_t begin, int64_t end) {
+void winograd_output_gradient_impl(const float* dy, const Winograd& q, float* m, int64_t K, int64_t begin,
+                                   int64_t end) {
     constexpr int N = Tile<M>::kIn;
     for (int64_t t = begin; t < end; t++) {
         const int64_t image = t / (q.tiles_h * q.tiles_w), in_image = t % (q.tiles_h * q.tiles_w);
@@ -199,7 +201,8 @@ void winograd_output_gradient_impl(const float* dy, const Winograd& q, float* m,
                 for (int j = 0; j < M; j++) {
                     const int64_t h = top + i, w = left + j;
                     const bool inside = h < q.out_height && w < q.out_width;
-                    d[i * N + j] = inside ? load<F32>(dy + ((image * q.out_height + h) * q.out_width + w) * K + k, n) : F32{};
+                    d[i * N + j] =
+                        inside ? load<F32>(dy + ((image * q.out_height + h) * q.out_width + w) * K + k, n) : F32{};
                 }
             for (int j = 0; j < M; j++) Tile<M>::output_gradient(d + j, N);
             for (int i = 0; i < N; i++) Tile<M>::output_gradient(d + i * N, 1);

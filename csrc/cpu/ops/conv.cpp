@@ -20,8 +20,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
         return {y, mean, var};
     }
     const Tensor a = prologue.empty() ? x.to(compute) : bn_act(x, prologue, act, act_param, std::nullopt, {}, compute);
-    Tensor y = at::conv2d(a, weight.to(compute), std::nullopt, stride, padding, dilation, groups).contiguous(format_of(x));
-    TORCH_CHECK(y.scalar_type() == compute, "conv_stats: the convolution came back in ", y.scalar_type(), ", not in ", compute);
+    Tensor y =
+        at::conv2d(a, weight.to(compute), std::nullopt, stride, padding, dilation, groups).contiguous(format_of(x));
+    TORCH_CHECK(y.scalar_type() == compute, "conv_stats: the convolution came back in ", y.scalar_type(), ", not in ",
+                compute);
     const View view = View::of(y);
     if (compute == x.scalar_type() && !stats) return {y, Tensor(), Tensor()};
     Args post{};
@@ -41,8 +43,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
     return {y, mean, var};
 }
 
-Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
-                   at::TensorList norm, int64_t act, double act_param, const OptTensor& residual, at::ScalarType compute, bool gemm) {
+Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                   int64_t groups, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
+                   at::ScalarType compute, bool gemm) {
     if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups)) {
         const Tensor y = winograd_output(x, weight.size(0), padding[0]);
         Args post = epilogue_args(y, act, act_param, residual);
@@ -50,7 +53,8 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntLis
         winograd(raw_args(x), x, winograd_weight(weight, false, tile_for(y)), post, y, padding[0]);
         return y;
     }
-    const Tensor y = std::get<0>(conv_stats(x, weight, stride, padding, dilation, groups, {}, 0, 0, false, compute, gemm));
+    const Tensor y =
+        std::get<0>(conv_stats(x, weight, stride, padding, dilation, groups, {}, 0, 0, false, compute, gemm));
     bn_act_in_place(y, norm, act, act_param, residual);
     return y;
 }
@@ -64,7 +68,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     const bool epilogue = !prologue.empty();
     const bool one = stride[0] == 1 && stride[1] == 1;
     if (gemm && is_gemm(x, weight, stride, padding, groups) && (one || !epilogue)) {
-        if (one) return gemm_backward(dz, y, coef, x, prologue, act, act_param, weight, need_input, need_weight, add, compute);
+        if (one)
+            return gemm_backward(dz, y, coef, x, prologue, act, act_param, weight, need_input, need_weight, add,
+                                 compute);
         // only the pixels that the convolution read have a gradient
         auto [some, dw, s0, s1] = gemm_backward(dz, y, coef, strided(x, stride), {}, act, act_param, weight, need_input,
                                                 need_weight, std::nullopt, compute);
@@ -75,14 +81,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     }
     const Tensor dy = bn_backward(dz, y, coef, compute);
     const bool in_float = gemm && compute == at::kFloat;
-    const bool fast = need_input && in_float && padding[0] <= 1 && is_winograd(dy, weight, stride, padding, dilation, groups);
+    const bool fast =
+        need_input && in_float && padding[0] <= 1 && is_winograd(dy, weight, stride, padding, dilation, groups);
     const bool fast_weight = need_weight && in_float && is_winograd(x, weight, stride, padding, dilation, groups) &&
                              dy.is_contiguous(at::MemoryFormat::ChannelsLast);
     Tensor da, dw;
     if ((need_input && !fast) || (need_weight && !fast_weight)) {
-        const Tensor a = epilogue ? bn_act(x, {prologue[0], prologue[1]}, act, act_param, std::nullopt, {}, compute) : x.to(compute);
-        std::tie(da, dw, std::ignore) = at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false,
-                                                                 {0, 0}, groups, {need_input && !fast, need_weight && !fast_weight, false});
+        const Tensor a =
+            epilogue ? bn_act(x, {prologue[0], prologue[1]}, act, act_param, std::nullopt, {}, compute) : x.to(compute);
+        std::tie(da, dw, std::ignore) =
+            at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false, {0, 0},
+                                     groups, {need_input && !fast, need_weight && !fast_weight, false});
     }
     if (fast_weight) {
         Args in = epilogue ? prologue_args(x, prologue, act, act_param) : raw_args(x);
@@ -97,7 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
         winograd(raw_args(dy), dy, winograd_weight(weight, true, tile_for(da)), post, da, 2 - padding[0]);
     }
     if (!need_input) return {Tensor(), dw, Tensor(), Tensor()};
-    TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ", compute);
+    TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ",
+                compute);
     da = da.contiguous(format_of(x));
     if (!epilogue) return {add ? da.add_(*add) : da, dw, Tensor(), Tensor()};
     // dz of the unit before replaces da

@@ -8,12 +8,13 @@ namespace fused_resnet::cpu {
 // 1x1, gemm.cpp
 bool is_gemm(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups);
 Tensor strided(const Tensor& x, IntList stride);
-std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, at::TensorList prologue, int64_t act,
-                                              double act_param, bool stats, at::ScalarType compute);
+std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, at::TensorList prologue,
+                                              int64_t act, double act_param, bool stats, at::ScalarType compute);
 std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
                                                          const Tensor& x, at::TensorList prologue, int64_t act,
                                                          double act_param, const Tensor& weight, bool need_input,
-                                                         bool need_weight, const OptTensor& add, at::ScalarType compute);
+                                                         bool need_weight, const OptTensor& add,
+                                                         at::ScalarType compute);
 
 // 3x3, stride 1, winograd.cpp
 // The transformed weights are larger than the weights. With at least this many pixels over all images it pays to read
@@ -21,8 +22,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
 // took these multiples of the time with oneDNN's convolutions: frozen 2.3 at 16 pixels and 1.3 at 64, in training 1.5
 // and 1.3. At 256 pixels they took 0.6 and 0.95 of plain PyTorch's time.
 constexpr int64_t kWinogradPixels = 128, kWinogradPixelsInTraining = 256;
-bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
-                 int64_t pixels = kWinogradPixelsInTraining);
+bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                 int64_t groups, int64_t pixels = kWinogradPixelsInTraining);
 Tensor winograd_weight(const Tensor& weight, bool backward, int tile);
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding);
 Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding);

@@ -12,12 +12,16 @@ bool direct_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
 }
 
 void check_packed(const Tensor& packed, const Tensor& x, const Tensor& bias) {
-    TORCH_CHECK(packed.dim() == 5 && packed.scalar_type() == at::kFloat && packed.is_contiguous() && packed.size(4) == kDirectBlock,
+    TORCH_CHECK(packed.dim() == 5 && packed.scalar_type() == at::kFloat && packed.is_contiguous() &&
+                    packed.size(4) == kDirectBlock,
                 "packed: expected what direct_prepack returns, got ", packed.sizes());
-    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == packed.size(3),
-                "x: expected float32, channels_last, with ", packed.size(3), " channels, got ", x.scalar_type(), " ", x.sizes());
-    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && bias.numel() == packed.size(0) * kDirectBlock,
-                "bias: expected ", packed.size(0) * kDirectBlock, " float32 values");
+    TORCH_CHECK(
+        x.scalar_type() == at::kFloat && x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == packed.size(3),
+        "x: expected float32, channels_last, with ", packed.size(3), " channels, got ", x.scalar_type(), " ",
+        x.sizes());
+    TORCH_CHECK(
+        bias.scalar_type() == at::kFloat && bias.is_contiguous() && bias.numel() == packed.size(0) * kDirectBlock,
+        "bias: expected ", packed.size(0) * kDirectBlock, " float32 values");
 }
 
 Args direct_args(const Tensor& x, const Tensor& bias, int64_t act, double act_param, const Tensor& out) {
@@ -35,41 +39,60 @@ Args direct_args(const Tensor& x, const Tensor& bias, int64_t act, double act_pa
 }  // namespace
 
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel) {
-    return direct_suits(x, weight, groups) && x.size(1) <= 4 && dilation[0] == 1 && dilation[1] == 1 && pool_kernel[0] <= kPoolRows;
+    return direct_suits(x, weight, groups) && x.size(1) <= 4 && dilation[0] == 1 && dilation[1] == 1 &&
+           pool_kernel[0] <= kPoolRows;
 }
 
 bool pointwise_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups) {
-    // more outputs than inputs: oneDNN is as fast where there is less to store; and more inputs would leave the first cache.
-    // With 16 registers the sums are of too few pixels per weight that is loaded: oneDNN's is faster by a tenth to a fifth.
+    // more outputs than inputs: oneDNN is as fast where there is less to store; and more inputs would leave the first
+    // cache. With 16 registers the sums are of too few pixels per weight that is loaded: oneDNN's is faster by a tenth
+    // to a fifth.
     return table().registers >= 32 && direct_suits(x, weight, groups) && weight.size(2) == 1 && weight.size(3) == 1 &&
-           stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0 &&
-           weight.size(0) > weight.size(1) && weight.size(1) <= 512;
+           stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0 && weight.size(0) > weight.size(1) &&
+           weight.size(1) <= 512;
 }
 
 Tensor direct_prepack(const Tensor& weight) {
     const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-    TORCH_CHECK(weight.scalar_type() == at::kFloat && K % kDirectBlock == 0, "weight: expected float32 and a multiple of ", kDirectBlock,
-                " output channels, got ", weight.scalar_type(), " and ", K);
+    TORCH_CHECK(weight.scalar_type() == at::kFloat && K % kDirectBlock == 0,
+                "weight: expected float32 and a multiple of ", kDirectBlock, " output channels, got ",
+                weight.scalar_type(), " and ", K);
     return weight.view({K / kDirectBlock, kDirectBlock, C, R, S}).permute({0, 3, 4, 2, 1}).contiguous();
 }
 
-Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
-                              int64_t act, double act_param, IntList pool_kernel, IntList pool_stride, IntList pool_padding) {
+Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride,
+                              IntList padding, int64_t act, double act_param, IntList pool_kernel, IntList pool_stride,
+                              IntList pool_padding) {
     check_packed(packed, x, bias);
-    Direct q{x.size(2), x.size(3), x.size(1), 0, 0, packed.size(0) * kDirectBlock, {packed.size(1), packed.size(2)},
-           {stride[0], stride[1]}, {padding[0], padding[1]}, packed.data_ptr()};
-    TORCH_CHECK(pool_kernel[0] <= kPoolRows, "pool_kernel: expected at most ", kPoolRows, " rows, got ", pool_kernel[0]);
+    Direct q{x.size(2),
+             x.size(3),
+             x.size(1),
+             0,
+             0,
+             packed.size(0) * kDirectBlock,
+             {packed.size(1), packed.size(2)},
+             {stride[0], stride[1]},
+             {padding[0], padding[1]},
+             packed.data_ptr()};
+    TORCH_CHECK(pool_kernel[0] <= kPoolRows, "pool_kernel: expected at most ", kPoolRows, " rows, got ",
+                pool_kernel[0]);
     q.out_height = (q.height + 2 * padding[0] - q.kernel[0]) / stride[0] + 1;
     q.out_width = (q.width + 2 * padding[1] - q.kernel[1]) / stride[1] + 1;
-    Pool pool{q.out_height, q.out_width,
+    Pool pool{q.out_height,
+              q.out_width,
               (q.out_height + 2 * pool_padding[0] - pool_kernel[0]) / pool_stride[0] + 1,
               (q.out_width + 2 * pool_padding[1] - pool_kernel[1]) / pool_stride[1] + 1,
-              {pool_kernel[0], pool_kernel[1]}, {pool_stride[0], pool_stride[1]}, {pool_padding[0], pool_padding[1]}, nullptr};
+              {pool_kernel[0], pool_kernel[1]},
+              {pool_stride[0], pool_stride[1]},
+              {pool_padding[0], pool_padding[1]},
+              nullptr};
     const Tensor out = at::empty({x.size(0), q.out_channels, pool.out_height, pool.out_width},
                                  x.options().memory_format(at::MemoryFormat::ChannelsLast));
     const Args a = direct_args(x, bias, act, act_param, out);
-    const int64_t rows = x.size(0) * pool.out_height, threads = at::get_num_threads(), part = (rows + threads - 1) / threads;
-    const int64_t scratch = q.kernel[0] * (q.width + 2 * padding[1]) * q.channels + pool.kernel[0] * q.out_width * q.out_channels;
+    const int64_t rows = x.size(0) * pool.out_height, threads = at::get_num_threads(),
+                  part = (rows + threads - 1) / threads;
+    const int64_t scratch =
+        q.kernel[0] * (q.width + 2 * padding[1]) * q.channels + pool.kernel[0] * q.out_width * q.out_channels;
     const Tensor all = at::empty({threads, scratch}, at::TensorOptions().dtype(at::kFloat));
     float* const memory = all.mutable_data_ptr<float>();
     parallel(0, threads, 1, [&](int64_t first, int64_t last) {
@@ -84,9 +107,10 @@ void pointwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bia
     check_packed(packed, x, bias);
     TORCH_CHECK(packed.size(1) == 1 && packed.size(2) == 1, "packed: expected a 1x1 weight, got ", packed.sizes());
     const auto check = [&](const char* name, const Tensor& t) {
-        TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous(at::MemoryFormat::ChannelsLast) && t.size(0) == x.size(0) &&
-                        t.size(1) == bias.numel() && t.size(2) == x.size(2) && t.size(3) == x.size(3),
-                    name, ": expected the convolution's result, float32, channels_last, got ", t.scalar_type(), " ", t.sizes());
+        TORCH_CHECK(
+            t.scalar_type() == at::kFloat && t.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+                t.size(0) == x.size(0) && t.size(1) == bias.numel() && t.size(2) == x.size(2) && t.size(3) == x.size(3),
+            name, ": expected the convolution's result, float32, channels_last, got ", t.scalar_type(), " ", t.sizes());
     };
     check("out", out);
     Args a = direct_args(x, bias, act, act_param, out);

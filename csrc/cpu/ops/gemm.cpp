@@ -38,7 +38,7 @@ void in_pieces(bool apart, int64_t chunk, int64_t begin, int64_t end, const Piec
 class Right {
     Tensor matrix, packed;
 
-public:
+  public:
     Right() = default;
     explicit Right(const Tensor& b) : matrix(b) {
         if (b.scalar_type() == at::kFloat) packed = pack(b);
@@ -47,8 +47,8 @@ public:
     void product(void* out, void* a, int64_t rows, bool accumulate) const {
         const int64_t depth = matrix.size(0), columns = matrix.size(1);
         if (packed.defined())
-            return multiply({rows, columns, depth, static_cast<const float*>(a), depth, 1, packed.const_data_ptr<float>(),
-                             static_cast<float*>(out), columns, accumulate});
+            return multiply({rows, columns, depth, static_cast<const float*>(a), depth, 1,
+                             packed.const_data_ptr<float>(), static_cast<float*>(out), columns, accumulate});
         const Tensor left = at::from_blob(a, {rows, depth}, matrix.options());
         Tensor to = at::from_blob(out, {rows, columns}, matrix.options());
         if (accumulate) at::addmm_out(to, to, left, matrix);
@@ -94,14 +94,17 @@ bool is_gemm(const Tensor& x, const Tensor& weight, IntList stride, IntList padd
 
 Tensor strided(const Tensor& x, IntList stride) {
     if (stride[0] == 1 && stride[1] == 1) return x;
-    return x.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]).contiguous(at::MemoryFormat::ChannelsLast);
+    return x.slice(2, 0, std::nullopt, stride[0])
+        .slice(3, 0, std::nullopt, stride[1])
+        .contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, at::TensorList prologue, int64_t act,
-                                              double act_param, bool stats, at::ScalarType compute) {
+std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, at::TensorList prologue,
+                                              int64_t act, double act_param, bool stats, at::ScalarType compute) {
     const int64_t C = x.size(1), K = weight.size(0), M = x.numel() / C;
     const at::ScalarType dtype = x.scalar_type();
-    const Tensor y = at::empty({x.size(0), K, x.size(2), x.size(3)}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const Tensor y =
+        at::empty({x.size(0), K, x.size(2), x.size(3)}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
     const Right wt(weight.view({K, C}).to(compute).t());
     const Operand left(x, prologue, act, act_param, compute);
     Args post{};
@@ -110,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& wei
     post.other_type = dtype_of(dtype);
     Partials partials({post.layout, M}, 2, wide(x));
     const int64_t chunk = partials.chunk;
-    const bool apart = dtype == at::kFloat && compute == at::kFloat && partials.chunks() >= kChunksApart * at::get_num_threads();
+    const bool apart =
+        dtype == at::kFloat && compute == at::kFloat && partials.chunks() >= kChunksApart * at::get_num_threads();
     const int64_t slice = apart ? M : std::min(M, slice_rows(kSlice, (C + K) * y.element_size(), M, chunk));
     const auto options = x.options().dtype(compute);
     const Tensor operand = left.is_x() || apart ? Tensor() : at::empty({slice, C}, options);
@@ -135,7 +139,8 @@ std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& wei
 std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
                                                          const Tensor& x, at::TensorList prologue, int64_t act,
                                                          double act_param, const Tensor& weight, bool need_input,
-                                                         bool need_weight, const OptTensor& add, at::ScalarType compute) {
+                                                         bool need_weight, const OptTensor& add,
+                                                         at::ScalarType compute) {
     const int64_t C = x.size(1), K = weight.size(0), M = x.numel() / C;
     const at::ScalarType dtype = x.scalar_type();
     const bool epilogue = !prologue.empty(), floats = compute == at::kFloat, plain = floats && dtype == at::kFloat;
@@ -157,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
     const int64_t slice = std::min(M, slice_rows(kSlice, 2 * (C + K) * at::elementSize(compute), M, chunk));
     const Tensor dy_slice = at::empty({slice, K}, options);
     const Tensor operand = right.is_x() || apart || !need_weight ? Tensor() : at::empty({slice, C}, options);
-    const Tensor panels = need_weight && floats ? at::empty({panels_of(C), slice, table().gemm_columns}, options) : Tensor();
+    const Tensor panels =
+        need_weight && floats ? at::empty({panels_of(C), slice, table().gemm_columns}, options) : Tensor();
     Tensor dx, da_slice, dw;
     const at::ScalarType dx_dtype = epilogue ? compute : dtype;
     const bool in_place = add && dx_dtype == compute && add->scalar_type() == compute && !add->is_alias_of(dz);
@@ -211,8 +217,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
         stop = std::min(M, start + slice);
         in_pieces(apart, chunk, start, stop, piece);
         if (need_weight && floats)
-            multiply({K, C, stop - start, dy_slice.const_data_ptr<float>(), 1, K, panels.const_data_ptr<float>(), dw.mutable_data_ptr<float>(), C,
-                      start > 0});
+            multiply({K, C, stop - start, dy_slice.const_data_ptr<float>(), 1, K, panels.const_data_ptr<float>(),
+                      dw.mutable_data_ptr<float>(), C, start > 0});
     }
     if (need_weight) dw = dw.view(weight.sizes());
     if (!need_input || !epilogue) return {dx, dw, Tensor(), Tensor()};

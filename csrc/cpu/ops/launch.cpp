@@ -10,8 +10,8 @@ void set_norm(Affine& to, at::TensorList norm, const Tensor& y) {
     TORCH_CHECK(norm.size() == 2 || norm.size() == 3, "norm: expected [scale, shift] or [scale, shift, center]");
     for (const Tensor& v : norm)
         TORCH_CHECK(v.is_contiguous() && v.scalar_type() == wide(y) && v.dim() == 1 && v.size(0) == y.size(1),
-                    "norm: expected contiguous vectors of ", y.size(1), " values in ", wide(y), ", got ", v.sizes(), " in ",
-                    v.scalar_type());
+                    "norm: expected contiguous vectors of ", y.size(1), " values in ", wide(y), ", got ", v.sizes(),
+                    " in ", v.scalar_type());
     to.scale = norm[0].data_ptr();
     to.shift = norm[1].data_ptr();
     if (norm.size() == 3) to.center = norm[2].data_ptr();
@@ -23,7 +23,9 @@ Act act_of(int64_t index) {
 }
 
 Partials::Partials(const View& view, int kinds, at::ScalarType dtype)
-    : rows(view.blocks), chunk(view.layout.plane ? 1 : chunk_rows(view.blocks)), planes(view.layout.plane ? view.layout.channels : 0) {
+    : rows(view.blocks),
+      chunk(view.layout.plane ? 1 : chunk_rows(view.blocks)),
+      planes(view.layout.plane ? view.layout.channels : 0) {
     const int64_t C = view.layout.channels;
     const int64_t chunks = planes ? rows / C : (rows + chunk - 1) / chunk;
     data = at::empty({kinds, chunks, C}, at::TensorOptions().dtype(dtype));
@@ -31,7 +33,8 @@ Partials::Partials(const View& view, int kinds, at::ScalarType dtype)
 
 void Partials::aim(Args& args, int64_t i) const {
     // with planes, kernels write sums[block] of a [N, C] table
-    for (int64_t k = 0; k < data.size(0); k++) args.sums[k] = bytes(data, (k * chunks() + (planes ? 0 : i)) * data.size(2));
+    for (int64_t k = 0; k < data.size(0); k++)
+        args.sums[k] = bytes(data, (k * chunks() + (planes ? 0 : i)) * data.size(2));
 }
 
 template <class S>

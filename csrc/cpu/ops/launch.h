@@ -31,7 +31,8 @@ inline at::ScalarType wide(const Tensor& t) { return t.scalar_type() == at::kDou
 inline at::MemoryFormat format_of(const Tensor& t) {
     const bool rows = t.is_contiguous(at::MemoryFormat::ChannelsLast), planes = t.is_contiguous();
     TORCH_CHECK(rows || planes, "expected a dense NCHW or channels_last tensor");
-    if (rows && planes) return t.size(2) * t.size(3) == 1 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    if (rows && planes)
+        return t.size(2) * t.size(3) == 1 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     return rows ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
@@ -64,8 +65,8 @@ void parallel(int64_t begin, int64_t end, int64_t grain, const Body& body) {
     at::parallel_for(begin, end, grain, body);
 }
 
-// Rows per chunk of a reduction, whatever the number of threads, so that the bits depend on the shape alone: whole tiles of
-// gemm, and of few rows several chunks.
+// Rows per chunk of a reduction, whatever the number of threads, so that the bits depend on the shape alone: whole
+// tiles of gemm, and of few rows several chunks.
 inline int64_t chunk_rows(int64_t rows) { return rows < 64 * kGemmBlock ? kGemmBlock / 3 : kGemmBlock; }
 
 // Sums (or moments) of ranges of rows or planes, and their merge into vectors.

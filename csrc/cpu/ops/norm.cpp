@@ -28,9 +28,15 @@ void check_like(const char* name, const Tensor& t, const Tensor& y) {
                 t.sizes(), " for ", y.sizes());
 }
 
-Pool pool_of(const Tensor& y, const Tensor& out, const Tensor& argmax, IntList kernel, IntList stride, IntList padding) {
-    return {y.size(2), y.size(3), out.size(2), out.size(3),
-            {kernel[0], kernel[1]}, {stride[0], stride[1]}, {padding[0], padding[1]},
+Pool pool_of(const Tensor& y, const Tensor& out, const Tensor& argmax, IntList kernel, IntList stride,
+             IntList padding) {
+    return {y.size(2),
+            y.size(3),
+            out.size(2),
+            out.size(3),
+            {kernel[0], kernel[1]},
+            {stride[0], stride[1]},
+            {padding[0], padding[1]},
             static_cast<uint8_t*>(argmax.data_ptr())};
 }
 
@@ -42,8 +48,8 @@ void with_wide(at::ScalarType dtype, Body body) {
 }
 
 const void* vector(const char* name, const Tensor& v, int64_t channels, at::ScalarType dtype) {
-    TORCH_CHECK(v.dim() == 1 && v.size(0) == channels && v.is_contiguous() && v.scalar_type() == dtype, name, ": expected ", channels,
-                " values in ", dtype, ", got ", v.sizes(), " in ", v.scalar_type());
+    TORCH_CHECK(v.dim() == 1 && v.size(0) == channels && v.is_contiguous() && v.scalar_type() == dtype, name,
+                ": expected ", channels, " values in ", dtype, ", got ", v.sizes(), " in ", v.scalar_type());
     return v.const_data_ptr();
 }
 
@@ -88,13 +94,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, c
     a.out = dz.data_ptr();
     Partials partials(View::of(y), third ? 3 : 2, wide(y));
     reduce(table().bn_act_backward, a, partials, 0, partials.chunks());
-    return {dz, partials.sum(0), partials.sum(1), third ? partials.sum(2) : Tensor(at::empty({0}, partials.data.options()))};
+    return {dz, partials.sum(0), partials.sum(1),
+            third ? partials.sum(2) : Tensor(at::empty({0}, partials.data.options()))};
 }
 
 Tensor bn_backward(const Tensor& dz, const Tensor& y, at::TensorList coef, at::ScalarType out_dtype) {
     check_like("dz", dz, y);
-    TORCH_CHECK(dz.scalar_type() == y.scalar_type() || dz.scalar_type() == wide(y), "dz: expected y's dtype or ", wide(y),
-                ", got ", dz.scalar_type());
+    TORCH_CHECK(dz.scalar_type() == y.scalar_type() || dz.scalar_type() == wide(y), "dz: expected y's dtype or ",
+                wide(y), ", got ", dz.scalar_type());
     TORCH_CHECK(coef.size() == 1 || coef.size() == 4, "coef: expected [a] or [a, b, c, center]");
     Args a{};
     a.layout = View::of(y).layout;
@@ -130,8 +137,10 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, 
                                                             at::TensorList norm, int64_t act, double act_param,
                                                             IntList kernel, IntList stride, IntList padding,
                                                             at::ScalarType out_dtype) {
-    TORCH_CHECK(dout.scalar_type() == y.scalar_type() && dout.is_contiguous(format_of(y)), "dout: expected y's dtype and layout");
-    TORCH_CHECK(argmax.sizes() == dout.sizes() && argmax.is_contiguous(format_of(y)), "argmax: expected dout's shape and layout");
+    TORCH_CHECK(dout.scalar_type() == y.scalar_type() && dout.is_contiguous(format_of(y)),
+                "dout: expected y's dtype and layout");
+    TORCH_CHECK(argmax.sizes() == dout.sizes() && argmax.is_contiguous(format_of(y)),
+                "argmax: expected dout's shape and layout");
     Args a = args_of(y, norm, act, act_param, std::nullopt, {});
     const Tensor dz = empty_like(y, out_dtype);
     a.other_type = dtype_of(out_dtype);
@@ -172,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Ten
         for (int64_t c = 0; c < C; c++) {
             // In double: an error here affects every pixel of a channel, and no mean over pixels reduces it. The shift
             // is computed with the rounded scale, so that y = center still gives the bias.
-            const Fold<double> f = fused_resnet::bn_fold<double>(from[0][c], from[1][c], at(2, c, 1), 0, at(4, c, 0), eps);
+            const Fold<double> f =
+                fused_resnet::bn_fold<double>(from[0][c], from[1][c], at(2, c, 1), 0, at(4, c, 0), eps);
             to[0][c] = T(f.scale), to[2][c] = T(f.center), to[3][c] = T(f.rstd);
             to[1][c] = T(affine<double>(-f.center, to[0][c], at(3, c, 0)));
         }
@@ -188,8 +198,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Te
     for (int i = 0; i < (count ? 3 : 1); i++) out[i] = at::empty({C}, scale.options());
     with_wide(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const auto at = [&](const char* name, const Tensor& v) { return static_cast<const T*>(vector(name, v, C, dtype)); };
-        const T *s = at("scale", scale), *r = at("rstd", rstd), *dz = at("sum_dz", sum_dz), *dz_y = at("sum_dz_y", sum_dz_y);
+        const auto at = [&](const char* name, const Tensor& v) {
+            return static_cast<const T*>(vector(name, v, C, dtype));
+        };
+        const T *s = at("scale", scale), *r = at("rstd", rstd), *dz = at("sum_dz", sum_dz),
+                *dz_y = at("sum_dz_y", sum_dz_y);
         T* to[3] = {};
         for (int i = 0; i < 3; i++)
             if (out[i].defined()) to[i] = out[i].mutable_data_ptr<T>();

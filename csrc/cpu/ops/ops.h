@@ -38,8 +38,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
                                                          at::ScalarType compute, bool gemm);
 
 // Inference without folding: act(norm(conv(x)) (+ residual)).
-Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
-                   at::TensorList norm, int64_t act, double act_param, const OptTensor& residual, at::ScalarType compute, bool gemm);
+Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                   int64_t groups, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
+                   at::ScalarType compute, bool gemm);
 
 // Inference by Winograd: the outputs per side of a tile (0: not used), the transformed weights, and
 // act(conv(x) + bias (+ residual)).
@@ -54,8 +55,9 @@ Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bi
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel);
 bool pointwise_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups);
 Tensor direct_prepack(const Tensor& weight);
-Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
-                              int64_t act, double act_param, IntList pool_kernel, IntList pool_stride, IntList pool_padding);
+Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride,
+                              IntList padding, int64_t act, double act_param, IntList pool_kernel, IntList pool_stride,
+                              IntList pool_padding);
 void pointwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t act, double act_param,
                         const OptTensor& residual, const Tensor& out);
 

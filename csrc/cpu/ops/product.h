@@ -5,7 +5,8 @@
 
 namespace fused_resnet::cpu {
 
-// Scratch of the calling thread, at least so many floats; it lives as long as the thread, and the next call hands out the same.
+// Scratch of the calling thread, at least so many floats; it lives as long as the thread, and the next call hands out
+// the same.
 float* scratch(int64_t floats);
 
 // [depth, columns] with any strides as panels, the right operand of a product.

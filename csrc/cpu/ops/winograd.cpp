@@ -31,8 +31,8 @@ Winograd tiles_of(const Tensor& x, int tile, int64_t out_height, int64_t out_wid
 }  // namespace
 
 // 3x3, stride 1, channels_last, and so wide that four ninths of the multiplications outweigh the transforms.
-bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups,
-                 int64_t pixels) {
+bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                 int64_t groups, int64_t pixels) {
     return weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && stride[0] == 1 && stride[1] == 1 &&
            dilation[0] == 1 && dilation[1] == 1 && padding[0] == padding[1] && padding[0] <= 2 &&
            std::min(weight.size(0), weight.size(1)) >= kWinogradChannels && x.size(2) >= 4 && x.size(3) >= 4 &&
@@ -44,8 +44,10 @@ bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList 
 Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
     const Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
     const int64_t K = w.size(0), C = w.size(1), products = (tile + 2) * (tile + 2), width = table().gemm_columns;
-    const int64_t depth = backward ? K : C, columns = backward ? C : K, panels = panels_of(columns), size = panels * depth * width;
-    const Tensor u = at::empty({products, panels, depth, width}, w.options().memory_format(at::MemoryFormat::Contiguous));
+    const int64_t depth = backward ? K : C, columns = backward ? C : K, panels = panels_of(columns),
+                  size = panels * depth * width;
+    const Tensor u =
+        at::empty({products, panels, depth, width}, w.options().memory_format(at::MemoryFormat::Contiguous));
     const float* from = w.const_data_ptr<float>();
     float* to = u.mutable_data_ptr<float>();
     parallel(0, panels_of(K), 1, [&](int64_t first, int64_t last) {
@@ -56,7 +58,8 @@ Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
             for (int64_t p = 0; p < products; p++) {
                 const float* product = part + p * count * C;
                 if (backward) {
-                    table().gemm_pack({depth, columns, product - begin * C, C, 1, to + p * size}, begin, begin + count, 0, panels);
+                    table().gemm_pack({depth, columns, product - begin * C, C, 1, to + p * size}, begin, begin + count,
+                                      0, panels);
                 } else {
                     table().gemm_pack({depth, count, product, 1, C, to + p * size + i * depth * width}, 0, depth, 0, 1);
                 }
@@ -66,9 +69,9 @@ Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
     return u;
 }
 
-// out = conv3x3(input as `in` sees it), by products with u = winograd_weight(); what `post` says is applied to the result.
-// Each thread takes slices of tiles from the input's transform to the output's; too few tiles, and it takes some of the
-// products of all of them, or the weights would be read once per thread.
+// out = conv3x3(input as `in` sees it), by products with u = winograd_weight(); what `post` says is applied to the
+// result. Each thread takes slices of tiles from the input's transform to the output's; too few tiles, and it takes
+// some of the products of all of them, or the weights would be read once per thread.
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
     const int64_t products = u.size(0), panels = u.size(1), C = x.size(1), K = out.size(1);
     const Winograd q = tiles_of(x, products == 36 ? 4 : 2, out.size(2), out.size(3), padding);
@@ -77,9 +80,11 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
     // so many tiles that the weights are not read more often than the transforms
     const int64_t most = std::max(kWinogradSlice / (4 * products * (C + K)), C * K / (C + K));
     // a multiple of the takers, so that all have the same amount of work
-    const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers, slice = (tiles + slices - 1) / slices;
+    const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers,
+                  slice = (tiles + slices - 1) / slices;
     const int64_t size = products * slice * (C + K), width = table().gemm_columns;
-    const Tensor transforms = at::empty({takers, size}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+    const Tensor transforms =
+        at::empty({takers, size}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
     float* const memory = transforms.mutable_data_ptr<float>();
     const float* weights = u.const_data_ptr<float>();
     parallel(0, takers, 1, [&](int64_t first, int64_t last) {
@@ -97,15 +102,17 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
                     for (int64_t p = b / panels; p * panels < e; p++)
                         table().gemm({part.count, K, C, v + p * part.count * C, C, 1, weights + p * panels * C * width,
                                       m + p * part.count * K, K, false},
-                                     nullptr, 0, part.count, std::max<int64_t>(0, b - p * panels), std::min(panels, e - p * panels));
+                                     nullptr, 0, part.count, std::max<int64_t>(0, b - p * panels),
+                                     std::min(panels, e - p * panels));
                 });
-                parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_output(post, part, m, b, e); });
+                parallel(part.first, end, 8,
+                         [&](int64_t b, int64_t e) { table().winograd_output(post, part, m, b, e); });
             }
     });
 }
 
-// The gradient [K, C, 3, 3] of the weight of out = conv3x3(input as `in` sees it), from dy, in float: the sum over tiles of
-// G' [(A dy A') (B' input B)] G, the products by channels. All threads take each step together.
+// The gradient [K, C, 3, 3] of the weight of out = conv3x3(input as `in` sees it), from dy, in float: the sum over
+// tiles of G' [(A dy A') (B' input B)] G, the products by channels. All threads take each step together.
 Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding) {
     const int64_t C = x.size(1), K = dy.size(1), width = table().gemm_columns, panels = panels_of(C);
     Winograd q = tiles_of(x, tile_for(dy), dy.size(2), dy.size(3), padding);
@@ -113,7 +120,8 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
     const int64_t most = std::max(kGradientTiles, kGradientSlice / (4 * products * (C + K + panels * width)));
     const int64_t slices = (tiles + most - 1) / most, slice = (tiles + slices - 1) / slices;
     const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
-    const Tensor u = at::empty({products, K, C}, options), packed = at::empty({products, panels, slice, width}, options);
+    const Tensor u = at::empty({products, K, C}, options),
+                 packed = at::empty({products, panels, slice, width}, options);
     const Tensor v = at::empty({products, slice, C}, options), e = at::empty({products, slice, K}, options);
     float *const v_data = v.mutable_data_ptr<float>(), *const e_data = e.mutable_data_ptr<float>();
     float *const b_data = packed.mutable_data_ptr<float>(), *const u_data = u.mutable_data_ptr<float>();
@@ -135,7 +143,8 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
         parallel(0, products * parts, 1, [&](int64_t b, int64_t t) {
             for (int64_t i = b; i < t; i++) {
                 const int64_t p = i / parts, part = i % parts;
-                table().gemm({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C, C, q.first > 0},
+                table().gemm({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C, C,
+                              q.first > 0},
                              scratch(kGemmScratch), rows * part / parts * height,
                              std::min(K, rows * (part + 1) / parts * height), 0, panels);
             }
@@ -143,7 +152,8 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
     }
     const Tensor dw = at::empty({K, C, 3, 3}, options.memory_format(at::MemoryFormat::ChannelsLast));
     float* const dw_data = dw.mutable_data_ptr<float>();
-    parallel(0, K, 4, [&](int64_t b, int64_t t) { table().winograd_weight_gradient(q.tile, u_data, dw_data, K, C, b, t); });
+    parallel(0, K, 4,
+             [&](int64_t b, int64_t t) { table().winograd_weight_gradient(q.tile, u_data, dw_data, K, C, b, t); });
     return dw;
 }
 
@@ -167,8 +177,9 @@ Tensor winograd_prepack(const Tensor& weight, int64_t tile) {
 
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual) {
-    TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) && packed.size(3) == table().gemm_columns &&
-                    packed.scalar_type() == at::kFloat && packed.is_contiguous(),
+    TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) &&
+                    packed.size(3) == table().gemm_columns && packed.scalar_type() == at::kFloat &&
+                    packed.is_contiguous(),
                 "packed: expected what winograd_prepack returns, got ", packed.sizes());
     const int64_t C = packed.size(2), K = bias.numel();
     TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == C, "x: expected channels_last with ", C,
