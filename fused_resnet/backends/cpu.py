@@ -201,7 +201,6 @@ def conv_bias_act(
         y: Tensor = _ops.winograd_bias_act(x, packed.weight, bias, conv.padding[0], *_act(act), residual)
         return y
     compute = compute_dtype(x.dtype)
-    name, scalars = _POST_OPS.get(act.name, ("none", ()))
     # oneDNN's relu turns NaN into 0: acceptable for a frozen model (docs/limits.md says so), not in training
     exact = packed is not weight and act.name != "identity"
     if exact or act.name not in _POST_OPS or (residual is not None and act.name not in ("identity", "relu")):
@@ -210,24 +209,28 @@ def conv_bias_act(
         y = conv_bias_act(x, packed, bias, conv, Act("identity"), None)
         out = _ops.bn_act(y, [one, torch.zeros_like(one)], *_act(act), residual, [], y.dtype)
         return out
-    b, a = bias.to(compute), x.to(compute)
-    where = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    if residual is None:
-        values = [act.param if s == "param" else s for s in scalars]
-        y = torch.ops.mkldnn._convolution_pointwise(a, packed.weight, b, *where, name, values, "")
-    else:
-        unary = "relu" if act.name == "relu" else None
-        r = residual.to(compute)
-        if inplace or r is not residual:
-            y = torch.ops.mkldnn._convolution_pointwise_.binary(
-                r, a, packed.weight, b, *where, "add", 1.0, unary, [], ""
-            )
-        else:
-            y = torch.ops.mkldnn._convolution_pointwise.binary(
-                a, r, packed.weight, b, *where, "add", 1.0, unary, [], ""
-            )
+    y = _onednn(x.to(compute), packed.weight, bias.to(compute), conv, act, residual, inplace)
     fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return y.to(x.dtype).contiguous(memory_format=fmt)
+
+
+def _onednn(
+    x: Tensor, packed: Tensor, bias: Tensor, conv: ConvSpec, act: Act, residual: Tensor | None, inplace: bool
+) -> Tensor:
+    """oneDNN's convolution with its post-ops, in x's dtype. With ``inplace`` the result overwrites the residual."""
+    where = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    if residual is None:
+        name, scalars = _POST_OPS[act.name]
+        values = [act.param if s == "param" else s for s in scalars]
+        y: Tensor = _mkldnn._convolution_pointwise(x, packed, bias, *where, name, values, "")
+        return y
+    unary = "relu" if act.name == "relu" else None
+    r = residual.to(x.dtype)
+    if inplace or r is not residual:
+        y = _mkldnn._convolution_pointwise_.binary(r, x, packed, bias, *where, "add", 1.0, unary, [], "")
+    else:
+        y = _mkldnn._convolution_pointwise.binary(x, r, packed, bias, *where, "add", 1.0, unary, [], "")
+    return y
 
 
 def conv_bn_act(x: Tensor, weight: Tensor, norm: Norm, conv: ConvSpec, act: Act, residual: Tensor | None) -> Tensor:
