@@ -41,21 +41,21 @@ def folder() -> Path:
 
 
 def _built() -> dict[str, str]:
-    """The compiled extension's description of its build; empty without an extension."""
+    """The compiled extension's description of its build, with its file's time; empty without an extension."""
     if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
         return {}
     try:
         from fused_resnet import _C
     except ImportError:
         return {}
-    info: dict[str, str] = _C.build_info()
-    return info
+    # kernels of one version may change, as in a source tree
+    return {**_C.build_info(), "file": f"{Path(_C.__file__).stat().st_mtime_ns:x}"}
 
 
 def _extension() -> str:
-    """The GPU part of the compiled extension."""
+    """The compiled extension: its GPU part, and which build it is."""
     built = _built()
-    return f"cuda {built['cuda_archs']}, cutlass {built['cutlass']}" if built else "none"
+    return f"cuda {built['cuda_archs']}, cutlass {built['cutlass']}, built {built['file']}" if built else "none"
 
 
 # Environment variables that change the speed of the libraries behind PyTorch's operators, or of memory.

@@ -168,13 +168,18 @@ def test_tf32_is_another_signature() -> None:
     assert allowed["float16"] == exact["float16"] and allowed["pass"] == exact["pass"]
 
 
-def test_another_build_has_another_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was built in since is measured too."""
+def test_another_build_has_another_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was built in since is measured too, and kernels that changed are measured again."""
     from fused_resnet import _C
 
     mine = identity(CPU)
+    (tmp_path / "built_again.so").touch()
+    with monkeypatch.context() as later:
+        later.setattr(_C, "__file__", str(tmp_path / "built_again.so"))
+        assert identity(CPU) != mine
     monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "8.0;9.0a", "cutlass": "4.2.0"})
-    assert identity(CPU)["extension"] == "cuda 8.0;9.0a, cutlass 4.2.0" != mine["extension"]
+    assert identity(CPU)["extension"].startswith("cuda 8.0;9.0a, cutlass 4.2.0, built ")
+    assert identity(CPU)["extension"] != mine["extension"]
     monkeypatch.setenv("FUSED_RESNET_NO_EXT", "1")
     assert identity(CPU)["extension"] == "none"
 
