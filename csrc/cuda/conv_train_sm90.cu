@@ -280,7 +280,8 @@ cudaError_t launch(const ConvProblem& g, const ConvTrain& t, const Args& args, c
         status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Smem<BlockN>::kBytes);
     if (status != cudaSuccess) return status;
     const int tiles = Tiles::of(args.m, g.k, BlockN).count();
-    kernel < <<tiles<processors ? tiles : processors, kThreads, Smem<BlockN>::kBytes, stream>>>(x, w, y, args);
+    const int blocks = tiles < processors ? tiles : processors;
+    kernel<<<blocks, kThreads, Smem<BlockN>::kBytes, stream>>>(x, w, y, args);
     return cudaGetLastError();
 }
 
