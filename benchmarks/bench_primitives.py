@@ -10,7 +10,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, load
+from fused_resnet.backends import (
+    BnAct,
+    BnActBackward,
+    ConvBackward,
+    ConvStats,
+    DyCoefficients,
+    Norm,
+    Prologue,
+    load,
+)
 from fused_resnet.spec import Act, ConvSpec
 
 BATCH = 8
@@ -25,10 +34,10 @@ OUTPUTS = {f"{c} @{h}": (c, h) for c, h in ((256, 56), (512, 28), (1024, 14), (2
 
 @pytest.fixture(params=["aten", "cpu"])
 def backend(request):
-    module, reason = load(request.param)
-    if module is None:
+    found, reason = load(request.param)
+    if found is None:
         pytest.skip(reason)
-    return module
+    return found
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -51,7 +60,7 @@ def test_conv_stats(benchmark, backend, dtype, shape):
     c, k, r, h = CONVS[shape]
     x, w, conv = image(c, h, dtype), torch.randn(k, c, r, r), ConvSpec(padding=(r // 2, r // 2))
     prologue = Prologue(norm(c), Act())
-    benchmark(backend.conv_stats, x, w, conv, prologue, True)
+    benchmark(backend.conv_stats, ConvStats(x, w, conv, prologue, True))
     benchmark.extra_info["GFLOP/s"] = 2e-9 * BATCH * h * h * c * k * r * r / benchmark.stats["median"]
 
 
@@ -62,7 +71,7 @@ def test_conv_backward(benchmark, backend, dtype, shape):
     x, y, dz, w = image(c, h, dtype), image(k, h, dtype), image(k, h, dtype), torch.randn(k, c, r, r)
     coef, prologue = DyCoefficients(*norm(k)), Prologue(norm(c), Act())
     conv = ConvSpec(padding=(r // 2, r // 2))
-    benchmark(backend.conv_backward, dz, y, coef, x, prologue, w, conv, True, True, None)
+    benchmark(backend.conv_backward, ConvBackward(dz, y, coef, x, prologue, w, conv, True, True, None))
     benchmark.extra_info["GFLOP/s"] = 4e-9 * BATCH * h * h * c * k * r * r / benchmark.stats["median"]
 
 
@@ -71,7 +80,7 @@ def test_bn_act_residual(benchmark, backend, dtype, shape):
     """The closing pass of a block: two reads, one write."""
     c, h = OUTPUTS[shape]
     y, r = image(c, h, dtype), image(c, h, dtype)
-    benchmark(backend.bn_act, y, norm(c), Act(), r)
+    benchmark(backend.bn_act, BnAct(y, norm(c), Act(), r))
     benchmark.extra_info["GB/s"] = 3e-9 * y.nbytes / benchmark.stats["median"]
 
 
@@ -80,5 +89,5 @@ def test_bn_act_backward_residual(benchmark, backend, dtype, shape):
     """The first pass of a block's backward: three reads, one write, two sums."""
     c, h = OUTPUTS[shape]
     y, r, g = (image(c, h, dtype) for _ in range(3))
-    benchmark(backend.bn_act_backward, g, y, norm(c), Act(), r)
+    benchmark(backend.bn_act_backward, BnActBackward(g, y, norm(c), Act(), r))
     benchmark.extra_info["GB/s"] = 4e-9 * y.nbytes / benchmark.stats["median"]

@@ -28,13 +28,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_report_page import CONVOLUTIONS, markdown, plot
+from gpu_report_page import markdown, plot
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import fused_resnet as fr
 from fused_resnet import measure, planner
-from fused_resnet.backends import DyCoefficients, Norm, load
+from fused_resnet.backends import (
+    BnAct,
+    BnActBackward,
+    BnActMaxPool,
+    BnActMaxPoolBackward,
+    BnBackward,
+    BnStats,
+    Call,
+    ConvBackward,
+    ConvBiasAct,
+    ConvStats,
+    DyCoefficients,
+    Norm,
+    load,
+    loaded,
+)
 from fused_resnet.cli import cases, variants
 from fused_resnet.cli.env import describe, device_name
 from fused_resnet.cli.variants import CompileBudget, Variant
@@ -130,11 +145,11 @@ def passes(run: Run) -> dict[str, Any]:
     shapes = [(2, 64, 16, 16)] if run.toy else [(run.batch, c, s, s) for c, s in ((64, 112), (256, 56), (2048, 7))]
     rows: list[dict[str, Any]] = []
     for shape in shapes:
-        for primitive, args in pass_calls(shape, run.device):
-            _, moved = account(primitive, args)
-            for name in planner.measuring.candidates_for(primitive, planner.case_of(args[0])):
-                ms = planner.milliseconds(partial(getattr(load(name)[0], primitive), *args), run.device)
-                row = {"primitive": primitive, "operands": len(pytree_tensors(args)), "shape": shape, "backend": name}
+        for call in pass_calls(shape, run.device):
+            _, moved = account(call)
+            for name in planner.measuring.candidates_for(call):
+                ms = planner.milliseconds(partial(call.on, loaded(name)), run.device)
+                row = {"primitive": call.name, "operands": len(images_of(call)), "shape": shape, "backend": name}
                 row |= {"ms": ms, "bytes": moved}
                 if moved is not None:
                     row["of_copy"] = moved / ms * 1e3 / bound["bytes_per_s"]
@@ -142,12 +157,12 @@ def passes(run: Run) -> dict[str, Any]:
     return {"ok": bool(rows), "rows": rows}
 
 
-def pytree_tensors(args: tuple[Any, ...]) -> list[Tensor]:
+def images_of(call: Call[Any]) -> list[Tensor]:
     """The images among the arguments."""
-    return [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
+    return [t for t in call.arguments if isinstance(t, Tensor) and t.dim() == 4]
 
 
-def pass_calls(shape: tuple[int, ...], device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+def pass_calls(shape: tuple[int, ...], device: torch.device) -> list[Call[Any]]:
     """Every memory-bound primitive, in bfloat16, with and without a summand; the pool where it stands in a network."""
 
     def image(*size: int) -> Tensor:
@@ -156,23 +171,19 @@ def pass_calls(shape: tuple[int, ...], device: torch.device) -> list[tuple[str, 
     y, r, g = (image(*shape) for _ in range(3))
     norm, other = (Norm(*(torch.rand(shape[1], device=device) + 0.5 for _ in range(4))) for _ in range(2))
     relu = Act("relu")
-    calls: list[tuple[str, tuple[Any, ...]]] = [
-        ("bn_stats", (y,)),
-        ("bn_act", (y, norm, relu, None, None)),
-        ("bn_act", (y, norm, relu, r, None)),
-        ("bn_act", (y, norm, relu, r, other)),
-        ("bn_act_backward", (g, y, norm, relu, None, None)),
-        ("bn_act_backward", (g, y, norm, relu, r, None)),
-        ("bn_act_backward", (g, y, norm, relu, r, other)),
-        ("bn_backward", (g, y, DyCoefficients(*other))),
+    calls: list[Call[Any]] = [
+        BnStats(y),
+        BnAct(y, norm, relu),
+        BnAct(y, norm, relu, r),
+        BnAct(y, norm, relu, r, other),
+        BnActBackward(g, y, norm, relu),
+        BnActBackward(g, y, norm, relu, r),
+        BnActBackward(g, y, norm, relu, r, other),
+        BnBackward(g, y, DyCoefficients(*other)),
     ]
     if shape[1] == 64:
-        pool = PoolSpec.make(3, 2, 1)
-        out, argmax = load("aten")[0].bn_act_max_pool(y, norm, relu, pool)  # type: ignore[union-attr]
-        calls += [
-            ("bn_act_max_pool", (y, norm, relu, pool)),
-            ("bn_act_max_pool_backward", (out, argmax, y, norm, relu, pool)),
-        ]
+        pooled = BnActMaxPool(y, norm, relu, PoolSpec.make(3, 2, 1))
+        calls += [pooled, BnActMaxPoolBackward(*pooled.on(loaded("aten")), y, norm, relu, pooled.pool)]
     return calls
 
 
@@ -181,9 +192,9 @@ def kernels(run: Run) -> dict[str, Any]:
     bound = run.found.get("limits") or limits(run)
     rows: list[dict[str, Any]] = []
 
-    def note(primitive: str, args: tuple[Any, ...], entry: dict[str, Any]) -> None:
-        flops, moved = account(primitive, args)
-        row = {"primitive": primitive, "signature": planner.signature(primitive, args), **entry}
+    def note(call: Call[Any], entry: dict[str, Any]) -> None:
+        flops, moved = account(call)
+        row = {"primitive": call.name, "signature": call.signature, **entry}
         row |= {"flops": flops, "bytes": moved}
         if moved is not None:
             row["roofline_ms"] = 1e3 * max(moved / bound["bytes_per_s"], flops / bound["flops_per_s"])
@@ -219,22 +230,23 @@ def measuring(run: Run, note: Callable[..., None]) -> Any:
         planner.forget()
 
 
-def account(primitive: str, args: tuple[Any, ...]) -> tuple[float, int | None]:
+def account(call: Call[Any]) -> tuple[float, int | None]:
     """Operations of the convolutions (additions and multiplications), and the bytes that our fused kernels move."""
     flops = 0.0
-    if primitive in CONVOLUTIONS:
-        backward = primitive == "conv_backward"
-        conv, weight = (args[6], args[5]) if backward else (args[3 if primitive == "conv_bias_act" else 2], args[1])
-        h, w = conv.out_size((args[3] if backward else args[0]).shape[2:], weight.shape[2:])
-        flops = 2.0 * args[0].shape[0] * h * w * weight.numel() * (args[7] + args[8] if backward else 1)
-    module, _ = load("triton", to_run=False)
-    if module is None:
+    if isinstance(call, ConvBiasAct | ConvStats | ConvBackward):
+        h, w = call.conv.out_size(call.x.shape[2:], call.weight.shape[2:])
+        products = call.need_input + call.need_weight if isinstance(call, ConvBackward) else 1
+        flops = 2.0 * call.x.shape[0] * h * w * call.weight.numel() * products
+    triton, _ = load("triton", to_run=False)
+    if triton is None:
         return flops, None
     from fused_resnet.backends.triton.runtime import traffic
 
-    meta = tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta"), args)
+    def meta(t: Tensor) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
     with traffic() as record:
-        getattr(module, primitive)(*meta)
+        type(call)(*tree_map_only(Tensor, meta, call.arguments)).on(triton)
     return flops, record.total
 
 

@@ -10,7 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_resnet.backends import Case
+from fused_resnet.backends import (
+    BnAct,
+    BnActBackward,
+    BnActMaxPool,
+    BnActMaxPoolBackward,
+    Case,
+    ConvBackward,
+    ConvBiasAct,
+    ConvStats,
+    Packed,
+)
 from fused_resnet.chain.packing import packed_forms
 from fused_resnet.frozen.modules import Frozen
 from fused_resnet.frozen.rows import FoldedUnit, FrozenRow
@@ -248,12 +258,12 @@ def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
         return "PyTorch's own"
     if conv is None:
         case = Case(w.device.type, row.dtype, True)
-        return planned("bn_act", None, w.shape[0]) or why("bn_act", case)[0]
+        return planned(BnAct, None, w.shape[0]) or why(BnAct, case)[0]
     behind = ", its scale in a separate pass: folded, it would leave the dtype's range" if unit.spec.scaled else ""
-    if measured := planned("conv_bias_act", conv, tuple(w.shape)):
+    if measured := planned(ConvBiasAct, conv, tuple(w.shape)):
         return measured + behind
-    backend = why("conv_bias_act", Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
-    forms = sorted({getattr(form, "kind", "stem") for form in packed_forms(w)})
+    backend = why(ConvBiasAct, Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
+    forms = sorted({form.kind for form in packed_forms(w) if isinstance(form, Packed)})
     return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}{behind}"
 
 
@@ -281,12 +291,12 @@ def _serving(chains: Sequence[ChainReport]) -> dict[str, str]:
             if unit.conv is None:
                 continue
             case = Case(unit.device, unit.dtype, unit.channels_last, unit.conv, unit.weight[2:])  # type: ignore[arg-type]
-            for primitive in ("conv_stats", "conv_backward"):
-                label = f"{primitive} {unit.weight[2]}x{unit.weight[3]}"
-                served[label] = planned(primitive, unit.conv, unit.weight) or why(primitive, case)[0]
+            for convolution in (ConvStats, ConvBackward):
+                label = f"{convolution.name} {unit.weight[2]}x{unit.weight[3]}"
+                served[label] = planned(convolution, unit.conv, unit.weight) or why(convolution, case)[0]
         last = chain.units[-1]
-        tail = "bn_act_max_pool" if chain.max_pool is not None else "bn_act"
-        for primitive in (tail, f"{tail}_backward"):
-            case = Case(last.device, last.dtype, last.channels_last)
-            served[primitive] = planned(primitive, None, last.channels) or why(primitive, case)[0]
+        case = Case(last.device, last.dtype, last.channels_last)
+        pooled = chain.max_pool is not None
+        for primitive in (BnActMaxPool, BnActMaxPoolBackward) if pooled else (BnAct, BnActBackward):
+            served[primitive.name] = planned(primitive, None, last.channels) or why(primitive, case)[0]
     return served

@@ -56,6 +56,11 @@ class Act:
         _keep(self, "param", number(self.param, "act: the parameter"))
 
     @property
+    def text(self) -> str:
+        """Its text in signatures of the planner's file."""
+        return f"{self.name}({self.param:g})"
+
+    @property
     def index(self) -> int:
         """Its index in ``ACTIVATIONS``, which csrc uses."""
         return _INDEX[self.name]
@@ -130,6 +135,12 @@ class ConvSpec:
                 padding = (reach[0] // 2, reach[1] // 2)
         return ConvSpec(stride, pair(padding, "padding", 0), dilation, groups, bool(bias))
 
+    @property
+    def text(self) -> str:
+        """Its text in signatures of the planner's file."""
+        fields = f"stride={self.stride},padding={self.padding},dilation={self.dilation},groups={self.groups}"
+        return f"conv({fields})".replace(" ", "")
+
     def out_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         """Output height and width for an input of ``size`` (the formula of ``torch.nn.Conv2d``)."""
         h, w = (
@@ -157,6 +168,11 @@ class PoolSpec:
         flag(self.count_include_pad, "pool count_include_pad")
         if 2 * p[0] > k[0] or 2 * p[1] > k[1]:
             raise ValueError(f"pool padding: expected at most half the kernel {k}, got {p}")
+
+    @property
+    def text(self) -> str:
+        """Its text in signatures of the planner's file."""
+        return f"pool({self.kernel},{self.stride},{self.padding})".replace(" ", "")
 
     @staticmethod
     def make(

@@ -1,6 +1,6 @@
 """The registry of backends: their names, whether they can be used here, and which one is requested by name.
 
-``primitives`` defines the functions and types of a backend; this module re-exports its names.
+``primitives`` defines the calls that backends take, ``backend`` what a backend is; this module re-exports their names.
 """
 
 from __future__ import annotations
@@ -12,30 +12,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from types import ModuleType
 
+from fused_resnet.backends.backend import Backend, Packed
 from fused_resnet.backends.primitives import (
+    BnAct,
+    BnActBackward,
+    BnActMaxPool,
+    BnActMaxPoolBackward,
+    BnBackward,
+    BnCoefficients,
+    BnFold,
+    BnStats,
+    Call,
     Case,
     Closing,
+    ConvBackward,
+    ConvBiasAct,
+    ConvBnAct,
+    ConvStats,
     DyCoefficients,
     Norm,
-    Primitives,
     Prologue,
     Sums,
     allow_tf32,
+    text_of,
     vector_dtype,
 )
 
 __all__ = [
-    "COMPANIONS",
     "NAMES",
-    "OPTIONAL",
+    "Backend",
     "BackendUnavailable",
+    "BnAct",
+    "BnActBackward",
+    "BnActMaxPool",
+    "BnActMaxPoolBackward",
+    "BnBackward",
+    "BnCoefficients",
+    "BnFold",
+    "BnStats",
+    "Call",
     "Case",
     "Closing",
+    "ConvBackward",
+    "ConvBiasAct",
+    "ConvBnAct",
+    "ConvStats",
     "DyCoefficients",
     "Norm",
-    "Primitives",
+    "Packed",
     "Prologue",
     "Sums",
     "allow_tf32",
@@ -43,6 +68,8 @@ __all__ = [
     "forced",
     "forced_again",
     "load",
+    "loaded",
+    "text_of",
     "use_backend",
     "vector_dtype",
     "warn_lost_speed",
@@ -51,10 +78,6 @@ __all__ = [
 
 # The planner prefers them in this order if it has measured nothing. "aten" takes every case on every device.
 NAMES = ("cuda", "cudnn", "triton", "cpu", "aten")
-# Backends that serve the primitives which a backend requested by name lacks: cuDNN has no memory-bound ones.
-COMPANIONS = {"cudnn": ("triton",)}
-# Primitives on vectors of C elements. A backend that lacks them uses aten's, under ``use_backend`` too.
-OPTIONAL = ("bn_fold", "bn_coefficients")
 
 
 class BackendUnavailable(RuntimeError):
@@ -62,10 +85,10 @@ class BackendUnavailable(RuntimeError):
 
 
 @lru_cache
-def load(name: str, to_run: bool = True) -> tuple[ModuleType | None, str]:
-    """The backend's module and "ok", or None and the reason. The module is imported at its first use.
+def load(name: str, to_run: bool = True) -> tuple[Backend | None, str]:
+    """The backend and "ok", or None and the reason. Its module is imported at its first use.
 
-    ``to_run=False``: returns the module even if its kernels can't run here; meta tensors need no kernels.
+    ``to_run=False``: returns it even if its kernels can't run here; meta tensors need no kernels.
     """
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -75,8 +98,21 @@ def load(name: str, to_run: bool = True) -> tuple[ModuleType | None, str]:
         if missing.name != f"fused_resnet.backends.{name}":
             return None, f"not available: {missing}"
         return None, "not part of this version"
-    reason: str | None = module.unavailable() if to_run else None
-    return (None, reason) if reason else (module, "ok")
+    backend: Backend = module.BACKEND
+    reason = backend.unavailable() if to_run else None
+    return (None, reason) if reason else (backend, "ok")
+
+
+def loaded(name: str) -> Backend:
+    """The backend of this name.
+
+    Raises:
+        BackendUnavailable: it can't be used here; the message says why.
+    """
+    backend, reason = load(name)
+    if backend is None:
+        raise BackendUnavailable(f"backend {name!r}: {reason}")
+    return backend
 
 
 def backends() -> dict[str, str]:
@@ -110,9 +146,7 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: the name is unknown. BackendUnavailable: the backend can't be used here, or (later, at the call)
             it refuses a case; the message says why.
     """
-    module, reason = load(name)
-    if module is None:
-        raise BackendUnavailable(f"backend {name!r}: {reason}")
+    loaded(name)
     with forced_again(name):
         yield
 

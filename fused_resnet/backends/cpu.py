@@ -9,13 +9,37 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import Case, Closing, DyCoefficients, Norm, Prologue, Sums, warn_once
+from fused_resnet.backends import (
+    Backend,
+    BnAct,
+    BnActBackward,
+    BnActMaxPool,
+    BnActMaxPoolBackward,
+    BnBackward,
+    BnCoefficients,
+    BnFold,
+    BnStats,
+    Call,
+    Case,
+    ConvBackward,
+    ConvBiasAct,
+    ConvBnAct,
+    ConvStats,
+    DyCoefficients,
+    Norm,
+    Packed,
+    Prologue,
+    Sums,
+    aten,
+    warn_once,
+)
 from fused_resnet.base.locks import Lock
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
@@ -33,30 +57,6 @@ _POST_OPS = {
     "hardswish": ("hardswish", ()),
 }
 _ops, _mkldnn = torch.ops.fused_resnet_cpu, torch.ops.mkldnn
-
-
-def unavailable() -> str | None:
-    """The reason why the extension can't be used, or None."""
-    if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
-        reason = "switched off: FUSED_RESNET_NO_EXT=1"
-    else:
-        try:
-            from fused_resnet import _C  # noqa: F401
-
-            return None
-        except ImportError as error:
-            reason = f"the compiled extension is not built: {error}"
-    warn_once(f"fused_resnet runs without its compiled extension, which costs speed on a CPU ({reason})")
-    return reason
-
-
-def refuse(primitive: str, case: Case) -> str | None:
-    """Takes float32, bfloat16, float16 and float64 on the CPU."""
-    if case.device != "cpu":
-        return f"tensors are on {case.device}, not on the CPU"
-    if case.dtype not in _DTYPES:
-        return f"dtype {case.dtype}"
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------- compute dtype
@@ -124,37 +124,12 @@ def _coef(c: DyCoefficients) -> list[Tensor]:
     return [c.a] if c.b is None or c.c is None else [c.a, c.b, c.c, c.center]
 
 
-# ---------------------------------------------------------------------------------------------------- primitives
-class Packed(NamedTuple):
-    """A weight in the layout of the convolution that uses it: oneDNN's, Winograd's or our own for 1x1."""
-
-    weight: Tensor
-    kind: Literal["onednn", "winograd", "pointwise"]
+def _where(conv: ConvSpec) -> tuple[Any, ...]:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def prepack(weight: Tensor, conv: ConvSpec, x: Tensor, known: Sequence[Any] = ()) -> Packed | None:
-    """The weight packed for inputs like x; None for float64, which is not packed.
-
-    If one of ``known`` (packed earlier, for other inputs) has the same layout, that one is returned.
-    """
-    if weight.dtype == torch.float64:
-        return None
-    where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    others = [form for form in known if isinstance(form, Packed)]
-    if compute_dtype(x.dtype) == torch.float32 and _gemm():
-        tile = _ops.winograd_tile(x, weight, *where)
-        if tile:
-            same = [form for form in others if form.kind == "winograd"]
-            return same[0] if same else Packed(_ops.winograd_prepack(weight, tile), "winograd")
-        if _ops.pointwise_suits(x, weight, conv.stride, conv.padding, conv.groups):
-            same = [form for form in others if form.kind == "pointwise"]
-            return same[0] if same else Packed(_ops.direct_prepack(weight), "pointwise")
-    weight = weight.to(compute_dtype(x.dtype))
-    packed = torch.ops.mkldnn._reorder_convolution_weight(
-        weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
-    )
-    same = [form for form in others if form.kind == "onednn" and _layout(form.weight) == _layout(packed)]
-    return same[0] if same else Packed(packed, "onednn")
+def _prologue(prologue: Prologue | None) -> tuple[Norm | None, Act]:
+    return prologue if prologue is not None else (None, Act("identity"))
 
 
 def _layout(packed: Tensor) -> bytes:
@@ -167,197 +142,201 @@ def _layout(packed: Tensor) -> bytes:
     return bytes(description[:108] + description[112:])
 
 
-def conv_bias_act(
-    x: Tensor,
-    weight: Tensor | Packed,
-    bias: Tensor,
-    conv: ConvSpec,
-    act: Act,
-    residual: Tensor | None,
-    inplace: bool = False,
-) -> Tensor:
-    """See ``Primitives.conv_bias_act``. Bias, add and act are oneDNN's post-ops, or part of Winograd's output
-    transform.
-
-    ``weight`` may be packed, for this or another input. With ``inplace`` the result may overwrite the residual.
-    """
-    if not isinstance(weight, Packed):
-        if x.dtype == torch.float64:
-            from fused_resnet.backends import aten
-
-            return aten.conv_bias_act(x, weight, bias, conv, act, residual)
-        packed = prepack(weight, conv, x)
-        assert packed is not None
-    else:
-        packed = weight
-    if packed.kind == "pointwise":
-        out = residual
-        if out is None or not inplace:
-            shape = (x.shape[0], bias.shape[0], *x.shape[2:])
-            out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        _ops.pointwise_bias_act(x, packed.weight, bias, *_act(act), residual, out)
-        return out
-    if packed.kind == "winograd":
-        y: Tensor = _ops.winograd_bias_act(x, packed.weight, bias, conv.padding[0], *_act(act), residual)
-        return y
-    compute = compute_dtype(x.dtype)
-    # oneDNN's relu turns NaN into 0: acceptable for a frozen model (docs/limits.md says so), not in training
-    exact = packed is not weight and act.name != "identity"
-    if exact or act.name not in _POST_OPS or (residual is not None and act.name not in ("identity", "relu")):
-        # a separate pass does what oneDNN's post-ops can't
-        one = torch.ones_like(bias)
-        y = conv_bias_act(x, packed, bias, conv, Act("identity"), None)
-        out = _ops.bn_act(y, [one, torch.zeros_like(one)], *_act(act), residual, [], y.dtype)
-        return out
-    y = _onednn(x.to(compute), packed.weight, bias.to(compute), conv, act, residual, inplace)
-    fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return y.to(x.dtype).contiguous(memory_format=fmt)
-
-
-def _onednn(
-    x: Tensor, packed: Tensor, bias: Tensor, conv: ConvSpec, act: Act, residual: Tensor | None, inplace: bool
-) -> Tensor:
-    """oneDNN's convolution with its post-ops, in x's dtype. With ``inplace`` the result overwrites the residual."""
+def _onednn(call: ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:
+    """oneDNN's convolution with its post-ops. With ``owned`` the result overwrites the residual."""
+    compute, conv, act = compute_dtype(call.x.dtype), call.conv, call.act
+    assert call.bias is not None
+    x, bias = call.x.to(compute), call.bias.to(compute)
     where = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    if residual is None:
+    if call.residual is None:
         name, scalars = _POST_OPS[act.name]
         values = [act.param if s == "param" else s for s in scalars]
         y: Tensor = _mkldnn._convolution_pointwise(x, packed, bias, *where, name, values, "")
         return y
     unary = "relu" if act.name == "relu" else None
-    r = residual.to(x.dtype)
-    if inplace or r is not residual:
+    r = call.residual.to(compute)
+    if owned or r is not call.residual:
         y = _mkldnn._convolution_pointwise_.binary(r, x, packed, bias, *where, "add", 1.0, unary, [], "")
     else:
         y = _mkldnn._convolution_pointwise.binary(x, r, packed, bias, *where, "add", 1.0, unary, [], "")
     return y
 
 
-def conv_bn_act(x: Tensor, weight: Tensor, norm: Norm, conv: ConvSpec, act: Act, residual: Tensor | None) -> Tensor:
-    """A unit in inference that is not frozen: act(norm(conv(x, W)) [+ residual]).
+# ---------------------------------------------------------------------------------------------------- the backend
+class Cpu(Backend):
+    """Takes float32, bfloat16, float16 and float64 on the CPU."""
 
-    The norm is not folded into W, because W may change before the next call. Folding and packing it would cost more
-    than the pass that they save, over an output still in cache.
-    """
-    out: Tensor = _ops.conv_bn_act(
-        x, weight, conv.stride, conv.padding, conv.dilation, conv.groups, _pair(norm), *_act(act), residual,
-        compute_dtype(x.dtype), _gemm(),
-    )  # fmt: skip
-    return out
+    name = "cpu"
+    packs = True
 
+    def unavailable(self) -> str | None:
+        """The reason why the extension can't be used, or None."""
+        if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
+            reason = "switched off: FUSED_RESNET_NO_EXT=1"
+        else:
+            try:
+                from fused_resnet import _C  # noqa: F401
 
-def prepack_stem(weight: Tensor, conv: ConvSpec, x: Tensor, pool: PoolSpec) -> Tensor | None:
-    """The weight packed for ``conv_bias_act_max_pool``; None if a separate pass for the pool is faster."""
-    if not _ops.stem_suits(x, weight, conv.dilation, conv.groups, pool.kernel):
+                return None
+            except ImportError as error:
+                reason = f"the compiled extension is not built: {error}"
+        warn_once(f"fused_resnet runs without its compiled extension, which costs speed on a CPU ({reason})")
+        return reason
+
+    def refuse(self, primitive: type[Call[Any]], case: Case) -> str | None:
+        """The reason why this case is refused, or None."""
+        if case.device != "cpu":
+            return f"tensors are on {case.device}, not on the CPU"
+        if case.dtype not in _DTYPES:
+            return f"dtype {case.dtype}"
         return None
-    packed: Tensor = _ops.direct_prepack(weight)
-    return packed
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """See ``compute_dtype``."""
+        return compute_dtype(dtype)
+
+    # ------------------------------------------------------------------------------------------------ inference
+    def prepack(self, call: ConvBiasAct, known: Sequence[Any] = ()) -> Packed | None:
+        """The weight packed for the convolution that is fastest for inputs like x; None for float64."""
+        x, weight, conv = call.x, call.weight, call.conv
+        if torch.float64 in (x.dtype, weight.dtype):
+            return None
+        others = [form for form in known if isinstance(form, Packed)]
+        if compute_dtype(x.dtype) == torch.float32 and _gemm():
+            tile = _ops.winograd_tile(x, weight, *_where(conv))
+            if tile:
+                same = [form for form in others if form.kind == "winograd"]
+                return same[0] if same else Packed(_ops.winograd_prepack(weight, tile), "winograd")
+            if _ops.pointwise_suits(x, weight, conv.stride, conv.padding, conv.groups):
+                same = [form for form in others if form.kind == "pointwise"]
+                return same[0] if same else Packed(_ops.direct_prepack(weight), "pointwise")
+        weight = weight.to(compute_dtype(x.dtype))
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
+        )
+        same = [form for form in others if form.kind == "onednn" and _layout(form.weight) == _layout(packed)]
+        return same[0] if same else Packed(packed, "onednn")
+
+    def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
+        """Bias, add and act are oneDNN's post-ops, or part of Winograd's output transform."""
+        packed = self.prepack(call)
+        if packed is None:
+            return aten.BACKEND.conv_bias_act(call)
+        # oneDNN's relu turns NaN into 0: acceptable for a frozen model (docs/limits.md says so), not in training
+        return self._conv(call, packed, False, exact=True)
+
+    def conv_packed(self, call: ConvBiasAct, packed: Packed, owned: bool) -> Tensor:
+        return self._conv(call, packed, owned, exact=False)
+
+    def _conv(self, call: ConvBiasAct, packed: Packed, owned: bool, exact: bool) -> Tensor:
+        """``exact``: NaN goes where PyTorch's activation sends it."""
+        x, bias, conv, act, residual = call.x, call.bias, call.conv, call.act, call.residual
+        assert bias is not None
+        if packed.kind == "pointwise":
+            out = residual
+            if out is None or not owned:
+                shape = (x.shape[0], bias.shape[0], *x.shape[2:])
+                out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+            _ops.pointwise_bias_act(x, packed.weight, bias, *_act(act), residual, out)
+            return out
+        if packed.kind == "winograd":
+            y: Tensor = _ops.winograd_bias_act(x, packed.weight, bias, conv.padding[0], *_act(act), residual)
+            return y
+        apart = (exact and act.name != "identity") or act.name not in _POST_OPS
+        if apart or (residual is not None and act.name not in ("identity", "relu")):
+            # a separate pass does what oneDNN's post-ops can't
+            one = torch.ones_like(bias)
+            alone = replace(call, act=Act("identity"), residual=None)
+            y = self._conv(alone, packed, False, exact)
+            return self.bn_act(BnAct(y, Norm(one, torch.zeros_like(one), one, one), act, residual))
+        y = _onednn(call, packed.weight, owned)
+        fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        return y.to(x.dtype).contiguous(memory_format=fmt)
+
+    def prepack_pooled(self, call: ConvBiasAct, pool: PoolSpec) -> Packed | None:
+        conv, weight = call.conv, call.weight
+        if not _ops.stem_suits(call.x, weight, conv.dilation, conv.groups, pool.kernel):
+            return None
+        return Packed(_ops.direct_prepack(weight), "stem")
+
+    def conv_pooled(self, call: ConvBiasAct, packed: Packed, pool: PoolSpec) -> Tensor:
+        """The convolution's output is never written to memory."""
+        out: Tensor = _ops.stem_bias_act_max_pool(
+            call.x, packed.weight, call.bias, call.conv.stride, call.conv.padding, *_act(call.act),
+            pool.kernel, pool.stride, pool.padding,
+        )  # fmt: skip
+        return out
+
+    def conv_bn_act(self, call: ConvBnAct) -> Tensor:
+        out: Tensor = _ops.conv_bn_act(
+            call.x, call.weight, *_where(call.conv), _pair(call.norm), *_act(call.act), call.residual,
+            compute_dtype(call.x.dtype), _gemm(),
+        )  # fmt: skip
+        return out
+
+    # ------------------------------------------------------------------------------------------------ training
+    def conv_stats(self, call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        norm, act = _prologue(call.prologue)
+        out: tuple[Any, Any, Any] = _ops.conv_stats(
+            call.x, call.weight, *_where(call.conv), _pair(norm), *_act(act), call.stats,
+            compute_dtype(call.x.dtype), _gemm(),
+        )  # fmt: skip
+        return out
+
+    def conv_backward(self, call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
+        norm, act = _prologue(call.prologue)
+        dx, dw, s0, s1 = _ops.conv_backward(
+            call.dz, call.y, _coef(call.coef), call.x, _triple(norm), *_act(act), call.weight, *_where(call.conv),
+            call.need_input, call.need_weight, call.add, compute_dtype(call.x.dtype), _gemm(),
+        )  # fmt: skip
+        if not call.need_input or call.before is None:
+            return dx, dw, None, None
+        if call.closing is None:
+            return dx, dw, Sums(s0, s1), None
+        dz, sums, summand_sums = self.bn_act_backward(BnActBackward(dx, *call.closing))
+        return dz, dw, sums, summand_sums
+
+    def bn_stats(self, call: BnStats) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = _ops.bn_stats(call.y)
+        return out
+
+    def bn_act(self, call: BnAct) -> Tensor:
+        y, residual = call.y, call.residual
+        out: Tensor = _ops.bn_act(y, _pair(call.norm), *_act(call.act), residual, _pair(call.residual_norm), y.dtype)
+        return out
+
+    def bn_act_backward(self, call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
+        dz, s0, s1, s2 = _ops.bn_act_backward(
+            call.dout, call.y, _triple(call.norm), *_act(call.act), call.residual, _triple(call.residual_norm)
+        )
+        return dz, Sums(s0, s1), Sums(s0, s2) if call.residual_norm is not None else None
+
+    def bn_backward(self, call: BnBackward) -> Tensor:
+        out: Tensor = _ops.bn_backward(call.dz, call.y, _coef(call.coef), call.y.dtype)
+        return out
+
+    def bn_act_max_pool(self, call: BnActMaxPool) -> tuple[Tensor, Tensor]:
+        pool = call.pool
+        out: tuple[Tensor, Tensor] = _ops.bn_act_max_pool(
+            call.y, _pair(call.norm), *_act(call.act), pool.kernel, pool.stride, pool.padding
+        )
+        return out
+
+    def bn_act_max_pool_backward(self, call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
+        y, pool = call.y, call.pool
+        dz, s0, s1 = _ops.bn_act_max_pool_backward(
+            call.dout, call.argmax, y, _triple(call.norm), *_act(call.act), pool.kernel, pool.stride, pool.padding,
+            compute_dtype(y.dtype),
+        )  # fmt: skip
+        return dz, Sums(s0, s1)
+
+    def bn_fold(self, call: BnFold) -> Norm:
+        return Norm(*_ops.bn_fold(call.mean, call.var, call.weight, call.bias, call.conv_bias, call.eps))
+
+    def bn_coefficients(self, call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
+        norm = call.norm
+        dgamma, b, c = _ops.bn_coefficients(norm.scale, norm.rstd, *call.sums, call.count)
+        return dgamma, DyCoefficients(norm.scale, b, c, norm.center)
 
 
-def conv_bias_act_max_pool(x: Tensor, packed: Tensor, bias: Tensor, conv: ConvSpec, act: Act, pool: PoolSpec) -> Tensor:
-    """A stem in inference: max-pool(act(conv(x, W) + b)). The convolution's output is never written to memory.
-
-    ``packed``: from ``prepack_stem`` for an input like x.
-    """
-    out: Tensor = _ops.stem_bias_act_max_pool(
-        x, packed, bias, conv.stride, conv.padding, *_act(act), pool.kernel, pool.stride, pool.padding
-    )
-    return out
-
-
-def conv_stats(
-    x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See ``Primitives.conv_stats``."""
-    norm, act = prologue if prologue is not None else (None, Act("identity"))
-    out: tuple[Any, Any, Any] = _ops.conv_stats(
-        x, weight, conv.stride, conv.padding, conv.dilation, conv.groups, _pair(norm), *_act(act), stats,
-        compute_dtype(x.dtype), _gemm(),
-    )  # fmt: skip
-    return out
-
-
-def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``Primitives.bn_stats``."""
-    out: tuple[Tensor, Tensor] = _ops.bn_stats(y)
-    return out
-
-
-def bn_act(
-    y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
-) -> Tensor:
-    """See ``Primitives.bn_act``."""
-    out: Tensor = _ops.bn_act(y, _pair(norm), *_act(act), residual, _pair(residual_norm), y.dtype)
-    return out
-
-
-def bn_act_backward(
-    dout: Tensor, y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
-) -> tuple[Tensor, Sums, Sums | None]:
-    """See ``Primitives.bn_act_backward``."""
-    dz, s0, s1, s2 = _ops.bn_act_backward(dout, y, _triple(norm), *_act(act), residual, _triple(residual_norm))
-    return dz, Sums(s0, s1), Sums(s0, s2) if residual_norm is not None else None
-
-
-def bn_backward(dz: Tensor, y: Tensor, coef: DyCoefficients) -> Tensor:
-    """See ``Primitives.bn_backward``."""
-    out: Tensor = _ops.bn_backward(dz, y, _coef(coef), y.dtype)
-    return out
-
-
-def conv_backward(
-    dz: Tensor,
-    y: Tensor,
-    coef: DyCoefficients,
-    x: Tensor,
-    prologue: Prologue | None,
-    weight: Tensor,
-    conv: ConvSpec,
-    need_input: bool,
-    need_weight: bool,
-    add: Tensor | None,
-    closing: Closing | None = None,
-) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
-    """See ``Primitives.conv_backward``."""
-    norm, act = prologue if prologue is not None else (None, Act("identity"))
-    dx, dw, s0, s1 = _ops.conv_backward(
-        dz, y, _coef(coef), x, _triple(norm), *_act(act), weight, conv.stride, conv.padding, conv.dilation, conv.groups,
-        need_input, need_weight, add, compute_dtype(x.dtype), _gemm(),
-    )  # fmt: skip
-    if not need_input or (prologue is None and closing is None):
-        return dx, dw, None, None
-    if closing is None:
-        return dx, dw, Sums(s0, s1), None
-    dz, sums, summand_sums = bn_act_backward(dx, *closing)
-    return dz, dw, sums, summand_sums
-
-
-def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
-    """See ``Primitives.bn_act_max_pool``."""
-    out: tuple[Tensor, Tensor] = _ops.bn_act_max_pool(
-        y, _pair(norm), *_act(act), pool.kernel, pool.stride, pool.padding
-    )
-    return out
-
-
-def bn_act_max_pool_backward(
-    dout: Tensor, argmax: Tensor, y: Tensor, norm: Norm, act: Act, pool: PoolSpec
-) -> tuple[Tensor, Sums]:
-    """See ``Primitives.bn_act_max_pool_backward``."""
-    dz, s0, s1 = _ops.bn_act_max_pool_backward(
-        dout, argmax, y, _triple(norm), *_act(act), pool.kernel, pool.stride, pool.padding, compute_dtype(y.dtype)
-    )
-    return dz, Sums(s0, s1)
-
-
-def bn_fold(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, conv_bias: Tensor | None, eps: float
-) -> Norm:
-    """See ``Primitives.bn_fold``."""
-    return Norm(*_ops.bn_fold(mean, var, weight, bias, conv_bias, eps))
-
-
-def bn_coefficients(norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
-    """See ``Primitives.bn_coefficients``."""
-    dgamma, b, c = _ops.bn_coefficients(norm.scale, norm.rstd, *sums, count)
-    return dgamma, DyCoefficients(norm.scale, b, c, norm.center)
+BACKEND = Cpu()

@@ -5,25 +5,33 @@ The triton backend serves the memory-bound primitives.
 
 from __future__ import annotations
 
-from fused_resnet.backends import Case, forced, triton
+from typing import Any
+
+from fused_resnet.backends import Backend, Call, Case, forced
 from fused_resnet.backends.library_conv import Convolutions
-from fused_resnet.backends.triton import INTERPRET
-
-__all__ = ["INTERPRET", "conv_backward", "conv_bias_act", "conv_stats", "refuse", "unavailable"]
-
-_convolutions = Convolutions(triton)
-conv_bias_act = _convolutions.conv_bias_act
-conv_stats = _convolutions.conv_stats
-conv_backward = _convolutions.conv_backward
+from fused_resnet.backends.triton import BACKEND as TRITON
+from fused_resnet.backends.triton import INTERPRET, refuse_pass
 
 
-def unavailable() -> str | None:
-    """The reason why Triton's kernels can't run, or None: the passes are Triton's."""
-    return triton.unavailable()
+class Cudnn(Convolutions):
+    """Takes every convolution whose passes Triton takes."""
+
+    name = "cudnn"
+    companions = ("triton",)
+
+    @property
+    def passes(self) -> Backend:
+        return TRITON
+
+    def unavailable(self) -> str | None:
+        """The reason why Triton's kernels can't run, or None: the passes are Triton's."""
+        return TRITON.unavailable()
+
+    def refuse(self, primitive: type[Call[Any]], case: Case) -> str | None:
+        """The reason why the passes refuse the case, or None."""
+        if case.device == "cpu" and not (INTERPRET and forced() == "cudnn"):
+            return "on a CPU only in Triton's interpreter (TRITON_INTERPRET=1) and by use_backend('cudnn')"
+        return refuse_pass(case)
 
 
-def refuse(primitive: str, case: Case) -> str | None:
-    """The reason why the passes refuse the case, or None. Every convolution is taken."""
-    if case.device == "cpu" and not (INTERPRET and forced() == "cudnn"):
-        return "on a CPU only in Triton's interpreter (TRITON_INTERPRET=1) and by use_backend('cudnn')"
-    return triton.refuse_pass(case)
+BACKEND = Cudnn()

@@ -7,82 +7,71 @@ composition. A backend that also has plain convolutions overrides ``convolution`
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import Closing, DyCoefficients, Norm, Prologue, Sums, vector_dtype
+from fused_resnet.backends import (
+    Backend,
+    BnAct,
+    BnActBackward,
+    BnBackward,
+    BnStats,
+    ConvBackward,
+    ConvBiasAct,
+    ConvStats,
+    Norm,
+    Sums,
+    vector_dtype,
+)
 from fused_resnet.spec import Act, ConvSpec
 
 _IDENTITY = Act("identity")
 
 
-class Convolutions:
-    """``conv_bias_act``, ``conv_stats`` and ``conv_backward`` of ``Primitives``, for channels_last tensors.
+class Convolutions(Backend):
+    """The convolution primitives, for channels_last tensors, by PyTorch's convolutions and the passes of a backend."""
 
-    Args:
-        passes: a module with ``bn_act``, ``bn_act_backward``, ``bn_backward`` and ``bn_stats``.
-    """
+    @property
+    def passes(self) -> Backend:
+        """The backend whose ``bn_act``, ``bn_act_backward``, ``bn_backward`` and ``bn_stats`` run: itself."""
+        return self
 
-    def __init__(self, passes: Any) -> None:
-        self.passes = passes
-
-    def conv_bias_act(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
-    ) -> Tensor:
-        """See ``Primitives.conv_bias_act``."""
-        y = self.convolution(x, weight, conv)
-        if bias is None and act == _IDENTITY and residual is None:
+    def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
+        y = self.convolution(call.x, call.weight, call.conv)
+        if call.bias is None and call.act == _IDENTITY and call.residual is None:
             return y
         wide = vector_dtype(y.dtype)
         one = torch.ones(y.shape[1], dtype=wide, device=y.device)
-        shift = torch.zeros_like(one) if bias is None else bias.to(wide)
-        out: Tensor = self.passes.bn_act(y, Norm(one, shift, one, one), act, residual)
-        return out
+        shift = torch.zeros_like(one) if call.bias is None else call.bias.to(wide)
+        return self.passes.bn_act(BnAct(y, Norm(one, shift, one, one), call.act, call.residual))
 
-    def conv_stats(
-        self, x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See ``Primitives.conv_stats``."""
-        y = self.convolution(x if prologue is None else self.passes.bn_act(x, *prologue), weight, conv)
-        return (y, *self.passes.bn_stats(y)) if stats else (y, None, None)
+    def conv_stats(self, call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        a = call.x if call.prologue is None else self.passes.bn_act(BnAct(call.x, *call.prologue))
+        y = self.convolution(a, call.weight, call.conv)
+        return (y, *self.passes.bn_stats(BnStats(y))) if call.stats else (y, None, None)
 
-    def conv_backward(
-        self,
-        dz: Tensor,
-        y: Tensor,
-        coef: DyCoefficients,
-        x: Tensor,
-        prologue: Prologue | None,
-        weight: Tensor,
-        conv: ConvSpec,
-        need_input: bool,
-        need_weight: bool,
-        add: Tensor | None,
-        closing: Closing | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
-        """See ``Primitives.conv_backward``."""
+    def conv_backward(self, call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
+        x, weight, add = call.x, call.weight, call.add
         # only the weight's gradient needs the input's values
-        a = x if prologue is None or not need_weight else self.passes.bn_act(x, *prologue)
-        dy = self.passes.bn_backward(dz, y, coef)
-        spare = add is not None and not add.is_set_to(dz)
-        da, dw = self.gradients(dy, a, as_operand(weight, x.dtype), conv, (need_input, need_weight), add, spare)
+        a = x if call.prologue is None or not call.need_weight else self.passes.bn_act(BnAct(x, *call.prologue))
+        dy = self.passes.bn_backward(BnBackward(call.dz, call.y, call.coef))
+        spare = add is not None and not add.is_set_to(call.dz)
+        needs = (call.need_input, call.need_weight)
+        da, dw = self.gradients(dy, a, as_operand(weight, x.dtype), call.conv, needs, add, spare)
         dw = None if dw is None else dw.to(weight.dtype)
         if da is None:
             return None, dw, None, None
-        closing = Closing.before(x, prologue, closing)
+        closing = call.before
         if closing is None:
             return da, dw, None, None
         da = da.contiguous(memory_format=torch.channels_last)
-        previous, sums, summand_sums = self.passes.bn_act_backward(da, *closing)
+        previous, sums, summand_sums = self.passes.bn_act_backward(BnActBackward(da, *closing))
         return previous, dw, sums, summand_sums
 
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
         """conv(x, W), channels_last; W of any dtype."""
-        y = torch.conv2d(
-            x, as_operand(weight, x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups
-        )  # fmt: skip
+        w = as_operand(weight, x.dtype)
+        y = torch.conv2d(x, w, None, conv.stride, conv.padding, conv.dilation, conv.groups)
         return y.contiguous(memory_format=torch.channels_last)
 
     def gradients(

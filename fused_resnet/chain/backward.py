@@ -7,17 +7,32 @@ closing of the chain before: it gets a ``Closing`` and returns dz instead of dou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.backends import Closing, DyCoefficients, Norm, Prologue, Sums, vector_dtype
+from fused_resnet.backends import (
+    Backend,
+    BnActBackward,
+    BnActMaxPoolBackward,
+    BnBackward,
+    BnCoefficients,
+    BnFold,
+    Case,
+    Closing,
+    ConvBackward,
+    DyCoefficients,
+    Norm,
+    Prologue,
+    Sums,
+    vector_dtype,
+)
 from fused_resnet.chain import sync
 from fused_resnet.chain.folding import fold
 from fused_resnet.chain.forward import memory_format, raw_conv, summand_of
-from fused_resnet.planner import case_of, pick, run
+from fused_resnet.planner import pick, run
 from fused_resnet.spec import ChainSpec, RowSpec, UnitSpec
 
 
@@ -123,7 +138,7 @@ def _recall(
             ys.append(raw_conv(x, p, unit.conv, None, False, fmt)[0])
         else:
             ys.append(next(it))
-    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
+    wide, vectors = vector_dtype(x.dtype), pick(BnFold, Case.of(x))
     norms, counts = [], []
     for unit, p in zip(spec.all_units, parts, strict=True):
         mean, var = (next(it), next(it)) if unit.batch_stats else (p["running_mean"], p["running_var"])
@@ -136,9 +151,10 @@ def _recall(
 def _close(dout: Tensor, chain: _Chain) -> _Closed:
     """The pass through the row's last add and activation (and a stem's max-pool)."""
     if chain.spec.pool is None:
-        return _Closed(*run("bn_act_backward", dout, *chain.closing))
+        return _Closed(*run(BnActBackward(dout, *chain.closing)))
+    assert chain.argmax is not None
     y, norm, act, *_ = chain.closing
-    return _Closed(*run("bn_act_max_pool_backward", dout, chain.argmax, y, norm, act, chain.spec.pool))
+    return _Closed(*run(BnActMaxPoolBackward(dout, chain.argmax, y, norm, act, chain.spec.pool)))
 
 
 def _chain_backward(
@@ -172,7 +188,7 @@ class _Gradients:
     ) -> None:
         self.chain, self.closed, self.need_input, self.fmt = chain, closed, need_input, fmt
         self.needs = chain.spec.split(wanted)
-        self.vectors = pick("bn_coefficients", case_of(chain.x))
+        self.vectors = pick(BnCoefficients, Case.of(chain.x))
         self.grads: list[dict[str, Tensor]] = [{} for _ in chain.spec.all_units]
         self.means: dict[int, Sums] = {}
         if closed.summand_sums is not None:
@@ -240,13 +256,14 @@ class _Gradients:
         if not (need_start or need_weight):
             return None, None, None
         if unit.conv is None:
-            return run("bn_backward", dz, y, coef), None, None
-        dstart, dw, *sums_of_start = run(
-            "conv_backward", dz, y, coef, start, prologue, p["weight"], unit.conv, need_start, need_weight, add, closing
+            return run(BnBackward(dz, y, coef)), None, None
+        weight, needs = p["weight"], (need_start, need_weight)
+        dstart, dw, start_sums, summand_sums = run(
+            ConvBackward(dz, y, coef, start, prologue, weight, unit.conv, *needs, add, closing)
         )
         if dw is not None:
             self.grads[i]["weight"] = dw
-        return dstart, *sums_of_start
+        return dstart, start_sums, summand_sums
 
 
 def _means(chain: _Chain, sums: dict[int, Sums]) -> dict[int, Sums]:
@@ -260,16 +277,17 @@ def _means(chain: _Chain, sums: dict[int, Sums]) -> dict[int, Sums]:
 
 
 def _unit_gradients(
-    unit: UnitSpec, norm: Norm, sums: Sums, means: Sums | None, y: Tensor, vectors: Any
+    unit: UnitSpec, norm: Norm, sums: Sums, means: Sums | None, y: Tensor, vectors: Backend
 ) -> tuple[dict[str, Tensor], DyCoefficients]:
     """dgamma, dbeta (and the convolution bias's gradient) by name, from this process's sums; and A, B, C of dy.
 
     If a process group shares statistics, A, B and C come from ``means``: dy is the gradient of all processes' losses.
     """
     alone = unit.batch_stats and unit.group is None
-    dgamma, coef = vectors.bn_coefficients(norm, sums, y.numel() // y.shape[1] if alone else None)
+    count = y.numel() // y.shape[1] if alone else None
+    dgamma, coef = vectors.bn_coefficients(BnCoefficients(norm, sums, count))
     if means is not None:
-        _, coef = vectors.bn_coefficients(norm, means, 1)
+        _, coef = vectors.bn_coefficients(BnCoefficients(norm, means, 1))
     grads = {"bn_weight": dgamma, "bn_bias": sums.dz}
     if unit.conv is not None and unit.conv.bias:
         # y minus its mean does not depend on the bias

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdRef
 
-from fused_resnet.backends import Norm, load, vector_dtype
+from fused_resnet.backends import Backend, BnFold, Norm, loaded, vector_dtype
 from fused_resnet.chain.packing import pack_once, values_of
 
 
-def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Any = None) -> Norm:
+def fold(
+    p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Backend | None = None
+) -> Norm:
     """The unit's BatchNorm as vectors, computed by the backend ``vectors`` (aten)."""
-    vectors = vectors or load("aten")[0]
     bias = p.get("bias") if "running_mean" in p else None
-    norm: Norm = vectors.bn_fold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps)
-    return norm
+    call = BnFold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps)
+    return call.on(vectors or loaded("aten"))
 
 
 def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -9,10 +9,23 @@ import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.backends import Norm, Prologue, load, vector_dtype
+from fused_resnet.backends import (
+    BnAct,
+    BnActMaxPool,
+    BnFold,
+    BnStats,
+    Case,
+    ConvBiasAct,
+    ConvBnAct,
+    ConvStats,
+    Norm,
+    Prologue,
+    loaded,
+    vector_dtype,
+)
 from fused_resnet.chain import sync
 from fused_resnet.chain.folding import fold, fold_weight, folds
-from fused_resnet.planner import case_of, pick, run
+from fused_resnet.planner import pick, run
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, UnitSpec
 
 
@@ -40,7 +53,7 @@ def _channels_last(t: Tensor) -> bool:
 def raw_conv(
     x: Tensor, p: dict[str, Tensor], conv: ConvSpec, prologue: Prologue | None, stats: bool, fmt: torch.memory_format
 ) -> tuple[Tensor, Any, Any]:
-    y, mean, var = run("conv_stats", x, p["weight"], conv, prologue, stats)
+    y, mean, var = run(ConvStats(x, p["weight"], conv, prologue, stats))
     # copies only if sizes of 1 give a convolution another layout than the chain's
     return y.contiguous(memory_format=fmt), mean, var
 
@@ -59,7 +72,7 @@ def _raw(x: Tensor, p: dict[str, Tensor], unit: UnitSpec, prologue: Prologue | N
         y, mean, var = raw_conv(x, p, unit.conv, prologue, unit.batch_stats, fmt)
     else:
         y = x
-        mean, var = run("bn_stats", x) if unit.batch_stats else (None, None)
+        mean, var = run(BnStats(x)) if unit.batch_stats else (None, None)
     stats = [mean, var] if unit.batch_stats else []
     if y.numel() == 0:  # the mean of no values is NaN, which would spread to the other processes' statistics
         stats = [torch.zeros_like(s) for s in stats]
@@ -74,7 +87,7 @@ def _normalise(*raws: _Raw) -> list[tuple[Norm, list[Tensor]]]:
         kept |= zip(members, sync.statistics([kept[i] for i in members], y, group), strict=True)
     found = []
     for (unit, p, y, _), stats in zip(raws, kept.values(), strict=True):
-        wide, vectors = vector_dtype(y.dtype), pick("bn_fold", case_of(y))
+        wide, vectors = vector_dtype(y.dtype), pick(BnFold, Case.of(y))
         mean, var = stats[:2] if unit.batch_stats else (p["running_mean"], p["running_var"])
         found.append((fold(p, mean, var, unit.eps, wide, vectors), stats))
     return found
@@ -120,9 +133,9 @@ def _forward(
     stats += [s for unit_stats in kept for s in unit_stats]
     act = spec.units[-1].act
     if spec.pool is not None:
-        out, argmax = run("bn_act_max_pool", h, norms[0], act, spec.pool)
+        out, argmax = run(BnActMaxPool(h, norms[0], act, spec.pool))
         return [out, *ys, *stats, argmax]
-    out = run("bn_act", h, norms[0], act, summand, norms[1] if len(norms) > 1 else None)
+    out = run(BnAct(h, norms[0], act, summand, norms[1] if len(norms) > 1 else None))
     return [out, *ys, *stats]
 
 
@@ -145,23 +158,22 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
     fmt = memory_format(x, params)
     x = x.contiguous(memory_format=fmt)
     parts = spec.split(params)
-    wide, vectors = vector_dtype(x.dtype), pick("bn_fold", case_of(x))
+    wide, vectors = vector_dtype(x.dtype), pick(BnFold, Case.of(x))
 
     def unit(h: Tensor, p: dict[str, Tensor], u: UnitSpec, act: Act, summand: Tensor | None) -> Tensor:
         norm = fold(p, p["running_mean"], p["running_var"], u.eps, wide, vectors)
         if u.conv is None:
-            bn_act: Tensor = run("bn_act", h, norm, act, summand, None)
-            return bn_act
-        backend = pick("conv_bias_act", case_of(h, u.conv, p["weight"]))
-        if hasattr(backend, "conv_bn_act"):
-            out: Tensor = backend.conv_bn_act(h, p["weight"], norm, u.conv, act, summand)
+            return run(BnAct(h, norm, act, summand))
+        backend = pick(ConvBiasAct, Case.of(h, u.conv, p["weight"]))
+        if backend.offers(ConvBnAct):
+            out = backend.conv_bn_act(ConvBnAct(h, p["weight"], norm, u.conv, act, summand))
         elif folds(p, norm, u.eps, h.dtype):
             weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
-            out = run("conv_bias_act", h, weight, norm.shift, u.conv, act, summand)
+            out = run(ConvBiasAct(h, weight, norm.shift, u.conv, act, summand))
         else:
             weight, scale = fold_weight(p["weight"], norm, h.dtype)
             y = raw_conv(h, p | {"weight": weight}, u.conv, None, False, fmt)[0]
-            out = run("bn_act", y, norm if scale is None else norm._replace(scale=scale), act, summand, None)
+            out = run(BnAct(y, norm if scale is None else norm._replace(scale=scale), act, summand))
         return out.contiguous(memory_format=fmt)  # the layout that the fake kernel promises, as in raw_conv
 
     summand = summand_of(x, residual, spec, fmt)
@@ -184,10 +196,8 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
 
 
 def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:
-    backend = pick("bn_act_max_pool", case_of(y))
-    aten: Any = load("aten")[0]
+    backend, aten = pick(BnActMaxPool, Case.of(y)), loaded("aten")
     if backend is aten:  # aten would compute the positions too, in separate operators
-        a = aten.bn_act(y, norm, act)
+        a = aten.bn_act(BnAct(y, norm, act))
         return torch.nn.functional.max_pool2d(a, pool.kernel, pool.stride, pool.padding)
-    out: Tensor = backend.bn_act_max_pool(y, norm, act, pool)[0]
-    return out
+    return backend.bn_act_max_pool(BnActMaxPool(y, norm, act, pool))[0]

@@ -22,9 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.backends import Norm, aten, vector_dtype
+from fused_resnet.backends import (
+    BnAct,
+    BnActMaxPool,
+    ConvBiasAct,
+    Norm,
+    loaded,
+    text_of,
+    vector_dtype,
+)
 from fused_resnet.chain.packing import Packing, Packs, pack_once, values_of
-from fused_resnet.planner import case_of, pick, run, sizes, text_of
+from fused_resnet.planner import pick, run, sizes
 from fused_resnet.reference import shortcut_input
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec
 
@@ -131,15 +139,13 @@ class _Backends:
         packed: Packing,
     ) -> Tensor:  # fmt: skip
         if conv is None:
-            made: Tensor = run("bn_act", x, _affine(weight, bias), act, residual, None)
-            return made
-        backend = pick("conv_bias_act", case_of(x, conv, weight))
-        if not hasattr(backend, "prepack"):
-            out: Tensor = run("conv_bias_act", x, weight, bias, conv, act, residual)
-            return out
-        key = (backend.__name__, x.shape, x.dtype)
-        form = packed(weight, key, lambda known: backend.prepack(weight, conv, x, known))
-        return backend.conv_bias_act(x, weight if form is None else form, bias, conv, act, residual, owned)
+            return run(BnAct(x, _affine(weight, bias), act, residual))
+        call = ConvBiasAct(x, weight, bias, conv, act, residual)
+        backend = pick(ConvBiasAct, call.case)
+        if not backend.packs:
+            return run(call)
+        form = packed(weight, (backend.name, x.shape, x.dtype), partial(backend.prepack, call))
+        return backend.conv_bias_act(call) if form is None else backend.conv_packed(call, form, owned)
 
     @staticmethod
     def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
@@ -153,19 +159,17 @@ class _Backends:
         x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec, packed: Packing
     ) -> Tensor:
         if conv is None:
-            made: Tensor = run("bn_act_max_pool", x, _affine(weight, bias), act, pool)[0]
-            return made
-        backend = pick("conv_bias_act", case_of(x, conv, weight))
-        if hasattr(backend, "prepack_stem"):
-            key = (backend.__name__, x.dtype, pool)
-            stem = packed(weight, key, lambda _: backend.prepack_stem(weight, conv, x, pool))
+            return run(BnActMaxPool(x, _affine(weight, bias), act, pool))[0]
+        call = ConvBiasAct(x, weight, bias, conv, act, None)
+        backend = pick(ConvBiasAct, call.case)
+        if backend.packs:
+            key = (backend.name, x.dtype, pool)
+            stem = packed(weight, key, lambda _: backend.prepack_pooled(call, pool))
             if stem is not None:
-                out: Tensor = backend.conv_bias_act_max_pool(x, stem, bias, conv, act, pool)
-                return out
+                return backend.conv_pooled(call, stem, pool)
         h = _Backends.serve(x, weight, bias, conv, act, None, True, packed)
         one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
-        pooled: Tensor = run("bn_act_max_pool", h, _affine(one, torch.zeros_like(one)), Act("identity"), pool)[0]
-        return pooled
+        return run(BnActMaxPool(h, _affine(one, torch.zeros_like(one)), Act("identity"), pool))[0]
 
 
 class _Plain:
@@ -176,8 +180,8 @@ class _Plain:
         x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
     ) -> Tensor:
         if conv is None:
-            return aten.bn_act(x, _affine(weight, bias), act, residual)
-        return aten.conv_bias_act(x, weight, bias, conv, act, residual)
+            return loaded("aten").bn_act(BnAct(x, _affine(weight, bias), act, residual))
+        return loaded("aten").conv_bias_act(ConvBiasAct(x, weight, bias, conv, act, residual))
 
     @staticmethod
     def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from fused_resnet.planner.choice import Choice, label
 from fused_resnet.planner.dispatch import cache_of, forget, listeners, plan, planned, run
 from fused_resnet.planner.measuring import milliseconds
-from fused_resnet.planner.preference import case_of, pick, why
-from fused_resnet.planner.signatures import signature, text_of
+from fused_resnet.planner.preference import pick, why
 
 __all__ = [
     "Choice",
     "cache_of",
-    "case_of",
     "forget",
     "label",
     "listeners",
@@ -20,7 +18,5 @@ __all__ = [
     "plan",
     "planned",
     "run",
-    "signature",
-    "text_of",
     "why",
 ]

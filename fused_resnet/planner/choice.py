@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from fused_resnet.backends import load
-from fused_resnet.planner.signatures import NEEDS, WEIGHT_ONLY, with_changes
+from fused_resnet.backends import Call, loaded
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,16 @@ def _tuples(raw: Any) -> Any:
     return tuple(_tuples(v) for v in raw) if isinstance(raw, list | tuple) else raw
 
 
-def _configured(choice: Choice) -> AbstractContextManager[Any]:
-    if choice.config is None:
-        return nullcontext()
-    context: AbstractContextManager[Any] = load(choice.backend)[0].configured(choice.config)  # type: ignore[union-attr]
-    return context
-
-
-def call_choice(choice: Choice, primitive: str, args: tuple[Any, ...]) -> Any:
+def call_choice(choice: Choice, call: Call[Any]) -> Any:
+    """Runs the call as the choice says."""
     if choice.parts is not None:
-        for_input, for_weight = choice.parts
+        assert call.parts is not None
         # the weight's gradient first: the input's may overwrite ``add``
-        _, dw, *_ = call_choice(for_weight, primitive, with_changes(args, WEIGHT_ONLY))
-        dx, _, *sums = call_choice(for_input, primitive, with_changes(args, {NEEDS[1]: False}))
+        _, dw, *_ = call_choice(choice.parts[1], call.parts[1])
+        dx, _, *sums = call_choice(choice.parts[0], call.parts[0])
         return dx, dw, *sums
-    function = getattr(load(choice.backend)[0], primitive)
+    backend = loaded(choice.backend)
     if choice.config is None:
-        return function(*args)
-    with _configured(choice):
-        return function(*args)
+        return call.on(backend)
+    with backend.configured(choice.config):
+        return call.on(backend)

@@ -1,6 +1,6 @@
 """Chooses the backend of each primitive: by preference, or by measuring on the device.
 
-A chain calls a primitive by ``run(primitive, *args)``. If nothing is measured, the choice is the first of
+A chain calls a primitive by ``run(call)``. If nothing is measured, the choice is the first of
 ``backends.NAMES`` that is available and takes the case. On a GPU each new signature (shapes, dtype, hyper-parameters;
 the batch rounded up to a power of two) is measured once. The candidates are all backends that take it, with all their
 configurations, beside ``aten``. Caches are flushed between runs. A convolution's backward is also measured as two
@@ -16,48 +16,46 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from fused_resnet.backends import NAMES, Case, forced, load
+from fused_resnet.backends import NAMES, Call, forced, load
 from fused_resnet.base.locks import Lock
 from fused_resnet.planner.choice import Choice, call_choice, label
 from fused_resnet.planner.measuring import candidates_for, measure
-from fused_resnet.planner.preference import pick, refusal_of
-from fused_resnet.planner.signatures import CONV, case_of_call, key_of, signature
+from fused_resnet.planner.preference import pick
 from fused_resnet.spec import ConvSpec
 
 if TYPE_CHECKING:
     from fused_resnet.planner.cache import PlanCache
 
-
+R = TypeVar("R")
 _choosing = Lock()
-# key of the arguments -> choice; and for ``explain``: (primitive, conv, weight's shape or channels) -> entry
+# the call's key -> choice; and for ``explain``: (primitive, what it is about) -> entry
 _known: dict[Any, Choice] = {}
 _entries: dict[Any, dict[str, Any]] = {}
-# Called with (primitive, args, {"choice": ..., "ms": ...}) after each measurement, for reports.
-listeners: list[Callable[[str, tuple[Any, ...], dict[str, Any]], None]] = []
+# Called with (call, {"choice": ..., "ms": ...}) after each measurement, for reports.
+listeners: list[Callable[[Call[Any], dict[str, Any]], None]] = []
 
 
-def run(primitive: str, *args: Any) -> Any:
-    """Calls the primitive on the backend that serves these arguments (see ``Primitives``).
+def run(call: Call[R]) -> R:
+    """Runs the call on the backend that serves it.
 
     Raises:
         BackendUnavailable: ``use_backend`` asks for one that refuses the case.
     """
-    x = args[0]
-    if forced() is not None or not _measures(x.device.type):
-        return getattr(pick(primitive, case_of_call(primitive, args)), primitive)(*args)
-    key = key_of(primitive, args)
+    if forced() is not None or not _measures(call.like.device.type):
+        return call.on(pick(type(call), call.case))
+    key = call.key
     choice = _known.get(key)
     if choice is None:
         with _choosing.held():  # concurrent threads get one choice, and their timings do not overlap
-            choice = _choose(primitive, args)
+            choice = _choose(call)
         if choice is None:  # it can't be measured now: by preference, and a later call measures
-            return getattr(pick(primitive, case_of_call(primitive, args)), primitive)(*args)
+            return call.on(pick(type(call), call.case))
         _known[key] = choice
-    return call_choice(choice, primitive, args)
+    return cast(R, call_choice(choice, call))
 
 
 def plan() -> str:
@@ -84,43 +82,40 @@ def _cache(device: torch.device, threads: int) -> PlanCache:
     return PlanCache(identity(device))
 
 
-def _choose(primitive: str, args: tuple[Any, ...]) -> Choice | None:
+def _choose(call: Call[Any]) -> Choice | None:
     """The choice from the cache, or measured now. None: nothing to measure, or a CUDA graph is being captured."""
-    x, case = args[0], case_of_call(primitive, args)
-    device: torch.device = x.device
-    text = signature(primitive, args)
-    entry = cache_of(device).choices.get(text)
-    if entry is None or not _usable(Choice.decode(entry["choice"]), primitive, case):
+    x = call.like
+    cache, text = cache_of(x.device), call.signature
+    entry = cache.choices.get(text)
+    if entry is None or not _usable(Choice.decode(entry["choice"]), call):
         if x.numel() == 0 or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
-        candidates = candidates_for(primitive, case)
+        candidates = candidates_for(call)
         if len(candidates) == 1:
             return Choice(candidates[0])
-        choice, times = measure(primitive, candidates, args)
-        entry = cache_of(device).add(text, {"choice": choice.encode(), "ms": times}, instead_of=entry)
+        choice, times = measure(call, candidates)
+        entry = cache.add(text, {"choice": choice.encode(), "ms": times}, instead_of=entry)
         for listener in listeners:
-            listener(primitive, args, entry)
-    about = args[CONV[primitive][0]] if primitive in CONV else None
-    shape = tuple(args[CONV[primitive][1]].shape) if primitive in CONV else x.shape[1]
-    _entries[(primitive, about, shape)] = entry
+            listener(call, entry)
+    _entries[(call.name, *call.about)] = entry
     choice = Choice.decode(entry["choice"])
-    return choice if _usable(choice, primitive, case) else None
+    return choice if _usable(choice, call) else None
 
 
-def _usable(choice: Choice, primitive: str, case: Case) -> bool:
+def _usable(choice: Choice, call: Call[Any]) -> bool:
     """Whether a cached choice can be used: its backend may be gone since."""
     if choice.parts is not None:
-        return all(_usable(part, primitive, case) for part in choice.parts)
-    module = load(choice.backend)[0] if choice.backend in NAMES else None
-    return module is not None and refusal_of(module, primitive, case) is None
+        return all(_usable(part, call) for part in choice.parts)
+    backend = load(choice.backend)[0] if choice.backend in NAMES else None
+    return backend is not None and backend.declines(type(call), call.case) is None
 
 
-def planned(primitive: str, conv: ConvSpec | None, shape: Any) -> str | None:
+def planned(primitive: type[Call[Any]], conv: ConvSpec | None, shape: Any) -> str | None:
     """The choice for a convolution's weight shape (or a number of channels), its time and aten's.
 
     They are from the last measurement that this process looked up; None if nothing was measured.
     """
-    entry = _entries.get((primitive, conv, shape))
+    entry = _entries.get((primitive.name, conv, shape))
     if entry is None:
         return None
     choice, ms = Choice.decode(entry["choice"]), entry["ms"]

@@ -11,25 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fused_resnet.backends import NAMES, Case, load, vector_dtype, warn_once
+from fused_resnet.backends import NAMES, Call, load, loaded, vector_dtype, warn_once
 from fused_resnet.planner.choice import APART, Choice, call_choice, label
-from fused_resnet.planner.preference import refusal_of
-from fused_resnet.planner.signatures import ADD, NEEDS, WEIGHT_ONLY, signature, with_changes
 
 
-def candidates_for(primitive: str, case: Case) -> list[str]:
-    """The backends that take the case, in order of preference."""
-    modules = [(name, load(name)[0]) for name in NAMES]
-    return [name for name, m in modules if m is not None and refusal_of(m, primitive, case) is None]
+def candidates_for(call: Call[Any]) -> list[str]:
+    """The backends that take the call, in order of preference."""
+    backends = [backend for name in NAMES if (backend := load(name)[0]) is not None]
+    return [backend.name for backend in backends if backend.declines(type(call), call.case) is None]
 
 
-def measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[Choice, dict[str, float]]:
+def measure(call: Call[Any], names: list[str]) -> tuple[Choice, dict[str, float]]:
     """The fastest choice, and the milliseconds of all candidates."""
-    found = _times(primitive, names, args)
+    found = _times(call, names)
     ms = {label(choice): time for choice, time in found.items()}
-    if primitive == "conv_backward" and args[NEEDS[0]] and args[NEEDS[1]]:
-        for_input = _times(primitive, names, with_changes(args, {NEEDS[1]: False}))
-        for_weight = _times(primitive, names, with_changes(args, WEIGHT_ONLY))
+    if call.parts is not None:
+        for_input, for_weight = (_times(part, names) for part in call.parts)
         parts = min(for_input, key=for_input.__getitem__), min(for_weight, key=for_weight.__getitem__)
         apart = Choice(APART, parts=parts)
         found[apart] = ms[label(apart)] = for_input[parts[0]] + for_weight[parts[1]]
@@ -39,35 +36,30 @@ def measure(primitive: str, names: list[str], args: tuple[Any, ...]) -> tuple[Ch
     return min(found, key=found.__getitem__), ms
 
 
-def _times(primitive: str, names: list[str], args: tuple[Any, ...]) -> dict[Choice, float]:
+def _times(call: Call[Any], names: list[str]) -> dict[Choice, float]:
     found: dict[Choice, float] = {}
-    own = _own(primitive, args)
-    want = call_choice(Choice("aten"), primitive, _own(primitive, args)) if "aten" in names else None
+    own = call.again()
+    want = call_choice(Choice("aten"), call.again()) if "aten" in names else None
     for name in names:
-        module: Any = load(name)[0]
-        choices = [Choice(name)]
         try:
-            if hasattr(module, "configurations"):
-                choices += [
-                    Choice(name, c) for c in module.configurations(partial(call_choice, choices[0], primitive, own))
-                ]
+            choices = [Choice(name), *(Choice(name, c) for c in loaded(name).configurations(own))]
             for choice in choices:
                 if want is not None and name != "aten":
                     with _nan_filled():
-                        got = call_choice(choice, primitive, _own(primitive, args))
+                        got = call_choice(choice, call.again())
                     error = _error(got, want)
                     del got
-                    if not error <= _BOUND[args[0].dtype]:
+                    if not error <= _BOUND[call.like.dtype]:
                         warn_once(
-                            f"{label(choice)} is not used for {signature(primitive, args)}: its result differs from "
-                            f"aten's by {error:.2g} of its norm. Please report this"
+                            f"{label(choice)} is not used for {call.signature}: its result differs from aten's by "
+                            f"{error:.2g} of its norm. Please report this"
                         )
                         continue
-                found[choice] = milliseconds(partial(call_choice, choice, primitive, own), own[0].device)
+                found[choice] = milliseconds(partial(call_choice, choice, own), call.like.device)
         except Exception as error:  # the kernel does not compile here, or memory does not suffice
             if name == "aten":
                 raise
-            warn_once(f"backend {name!r} can't run {signature(primitive, args)}: {type(error).__name__}: {error}")
+            warn_once(f"backend {name!r} can't run {call.signature}: {type(error).__name__}: {error}")
     return found
 
 
@@ -86,13 +78,6 @@ def _nan_filled() -> Iterator[None]:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
-
-
-def _own(primitive: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A copy of ``add`` for each call, because a primitive may overwrite it."""
-    if primitive != "conv_backward" or args[ADD] is None:
-        return args
-    return with_changes(args, {ADD: args[ADD].clone(memory_format=torch.preserve_format)})
 
 
 def _error(got: Any, want: Any) -> float:

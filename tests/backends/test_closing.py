@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from primitives import Positional, aten
 from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
 from fused_resnet import planner
-from fused_resnet.backends import Closing, DyCoefficients, Norm, aten, load
+from fused_resnet.backends import Closing, ConvBackward, DyCoefficients, Norm, load
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec
 
 # name -> (input and output channels, kernel, convolution, image)
@@ -27,19 +28,19 @@ BACKENDS = ("aten", "cpu", "cudnn", "triton")
 
 @pytest.fixture(params=BACKENDS)
 def module(request: pytest.FixtureRequest, nan_filled: None) -> Iterator[Any]:
-    """A backend's module; a GPU's is interpreted, with tiles of which a tiny problem has several."""
+    """A backend; a GPU's is interpreted, with tiles of which a tiny problem has several."""
     found, reason = load(request.param)
     if found is None:
         pytest.skip(f"backend {request.param!r}: {reason}")
     if request.param != "triton":
-        yield found
+        yield Positional(found)
         return
-    if not found.INTERPRET:
+    if torch.cuda.is_available():
         pytest.skip("compiled here, not interpreted")
     from fused_resnet.backends.triton import configs
 
     with configs.use(dgrad=configs.Config(32, 32, 16, 4, 2), wgrad=configs.Config(32, 32, 16, 4, 2, splits=2)):
-        yield found
+        yield Positional(found)
 
 
 def image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
@@ -135,11 +136,12 @@ def test_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     told = []
 
     def milliseconds(call: Any, device: torch.device) -> float:
-        choice, _, args = call.args
-        told.append((args[7], args[8], args[10] is not None))
+        choice, timed = call.args
+        needs = timed.need_input, timed.need_weight
+        told.append((*needs, timed.closing is not None))
         # what is fastest: the input's gradient by cpu, the weight's by aten
-        return {(True, True): 9.0, (True, False): 1.0, (False, True): 2.0}[args[7:9]] + (
-            0.5 if (choice.backend == "cpu") == (not args[7]) else 0.0
+        return {(True, True): 9.0, (True, False): 1.0, (False, True): 2.0}[needs] + (
+            0.5 if (choice.backend == "cpu") == (not timed.need_input) else 0.0
         )
 
     monkeypatch.setattr(planner.measuring, "milliseconds", milliseconds)
@@ -149,7 +151,7 @@ def test_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
             args = arguments("1x1", "silu", summand, "given", torch.float32)
             add = args[9].clone()
             want = flat(aten.conv_backward(*args))
-            got = flat(planner.run("conv_backward", *args[:9], add, args[10]))
+            got = flat(planner.run(ConvBackward(*args[:9], add, args[10])))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
         names = planner.cache_of(torch.device("cpu")).choices
         kinds = {"closing(silu(0))", "closing(silu(0),summand)", "closing(silu(0),norm)"}

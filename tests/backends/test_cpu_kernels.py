@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from primitives import double, flat
+from primitives import aten, cpu, double, flat
 from source_tree import ROOT, SUPPORT
 from tolerances import FLOOR, assert_as_good, error
 from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import reference
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, Sums, aten, cpu, load
+from fused_resnet.backends import ConvBiasAct, DyCoefficients, Norm, Packed, Prologue, Sums, load
+from fused_resnet.backends.cpu import compute_dtype
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, PoolSpec
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
@@ -149,7 +150,7 @@ def compare_inference() -> dict[str, float]:
             conv, pool = ConvSpec.make((64, 3, *kernel), stride, pad), PoolSpec.make(3, 2, 1)
             x, w = nhwc(3, 3, *size), torch.randn(64, 3, *kernel) / 12
             want = torch.max_pool2d(aten.conv_bias_act(x, w, b, conv, a, None), 3, 2, 1)
-            got = cpu.conv_bias_act_max_pool(x, ops.direct_prepack(w), b, conv, a, pool)
+            got = cpu.conv_pooled(ConvBiasAct(x, w, b, conv, a, None), Packed(ops.direct_prepack(w), "stem"), pool)
             errors[f"stem {kernel} {act}-float32"] = worst((got,), (want,))
         for channels, size in ((64, (9, 5)), (24, (20, 31)), (3, (1, 1))):
             x, w, r = nhwc(2, channels, *size), torch.randn(64, channels, 1, 1) / channels**0.5, nhwc(2, 64, *size)
@@ -175,7 +176,8 @@ def test_not_a_number_goes_through_the_stem() -> None:
     x, w, b = nhwc(2, 3, 40, 40), torch.randn(64, 3, 7, 7) / 12, torch.randn(64)
     x[1, 2, 20, 33] = float("nan")
     conv, pool = ConvSpec.make(w.shape, 2, 3), PoolSpec.make(3, 2, 1)
-    got = cpu.conv_bias_act_max_pool(x, torch.ops.fused_resnet_cpu.direct_prepack(w), b, conv, Act(), pool)
+    packed = Packed(torch.ops.fused_resnet_cpu.direct_prepack(w), "stem")
+    got = cpu.conv_pooled(ConvBiasAct(x, w, b, conv, Act(), None), packed, pool)
     want = torch.max_pool2d(aten.conv_bias_act(x, w, b, conv, Act(), None), 3, 2, 1)
     assert 0 < int(want.isnan().sum()) < want.numel() / 2
     torch.testing.assert_close(got, want, equal_nan=True)
@@ -234,18 +236,18 @@ def test_native_where_the_cpu_has_it(dtype: torch.dtype, monkeypatch: pytest.Mon
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     for there in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda t=there: t)
-        assert cpu.compute_dtype.__wrapped__(dtype) == (dtype if there else torch.float32)
+        assert compute_dtype.__wrapped__(dtype) == (dtype if there else torch.float32)
     monkeypatch.undo()
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).eval()
     x = torch.randn(2, 8, 9, 9).to(dtype)
     monkeypatch.setenv("FUSED_RESNET_CPU_COMPUTE", "native")
-    cpu.compute_dtype.cache_clear()
+    compute_dtype.cache_clear()
     try:
         with torch.no_grad():
             exact, plain = copy.deepcopy(model).double()(x.double()), copy.deepcopy(model).to(dtype)(x)
         assert_as_good("frozen", [fused_resnet.freeze(model, x, dtype=dtype)(x)], [plain], [exact], dtype)
     finally:
-        cpu.compute_dtype.cache_clear()
+        compute_dtype.cache_clear()
 
 
 @needs_extension

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from primitives import cpu
 from torch import Tensor
 
-from fused_resnet.backends import Norm, cpu, load
+from fused_resnet.backends import Norm, load
 from fused_resnet.spec import Act, PoolSpec
 
 pytestmark = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")

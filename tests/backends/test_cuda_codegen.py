@@ -88,7 +88,7 @@ from fused_resnet.backends.cuda import passes as cuda
 found = {}
 real = cuda._built
 cuda._built = lambda: True
-found["no GPU"] = cuda.unavailable()
+found["no GPU"] = cuda.Passes().unavailable()
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda: (7, 5)
 from fused_resnet import _C
@@ -97,14 +97,14 @@ stub = types.SimpleNamespace(
     build_info=lambda: {"cuda_archs": "8.0;9.0a"})
 import fused_resnet
 fused_resnet._C = sys.modules["fused_resnet._C"] = stub
-found["other GPU"] = cuda.unavailable()
+found["other GPU"] = cuda.Passes().unavailable()
 stub.cuda_status = lambda: ""
-found["fine"] = cuda.unavailable()
+found["fine"] = cuda.Passes().unavailable()
 cuda._built = real
-found["not built"] = cuda.unavailable()
+found["not built"] = cuda.Passes().unavailable()
 del fused_resnet._C
 sys.modules["fused_resnet._C"] = None
-found["other torch"] = cuda.unavailable()
+found["other torch"] = cuda.Passes().unavailable()
 print(json.dumps(found))
 """
 

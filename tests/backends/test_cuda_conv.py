@@ -4,19 +4,20 @@ for this CPU (cuda_on_cpu/conv_on_cpu.cpp), all between the Python call and the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cuda_build
 import pytest
 import torch
-from primitives import double, flat, image, vectors
+from primitives import Positional, aten, double, flat, image, vectors
 from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
 from fused_resnet import planner, use_backend
-from fused_resnet.backends import Closing, DyCoefficients, Prologue, aten, cuda
+from fused_resnet.backends import BnAct, Call, Closing, ConvBackward, ConvBiasAct, DyCoefficients, Prologue
+from fused_resnet.backends.cuda import BACKEND as CUDA
 from fused_resnet.backends.cuda import cutlass
 from fused_resnet.planner import Choice
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("empty_is_nan", "tf32")
 KINDS = ("fprop", "dgrad", "wgrad")
 HALF = [torch.bfloat16, torch.float16]
 SMALL = ("cutlass fprop", 64, 64)
+cuda = Positional(CUDA)
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def compare(name: str, args: tuple[Any, ...], terms: int, device: str, config: A
     dtype = args[0].dtype
     plain, truth = (flat(getattr(aten, name)(*given)) for given in (fresh(args), double(args)))
     before = launched(device)
-    with cutlass.configured(config):
+    with CUDA.configured(config):
         got = flat(getattr(cuda, name)(*fresh(args)))
     assert launched(device) - before == (device == "cpu"), "not CUTLASS's"
     for i, (g, p, t) in enumerate(zip(got, plain, truth, strict=True)):
@@ -148,7 +150,7 @@ def test_the_summand_of_an_identity_shortcut_stays(device: str) -> None:
     closing = Closing(image(*x.shape, dtype=x.dtype, device=device), vectors(8, x.dtype, device), Act("silu"), x, None)
     args = (dz, y.contiguous(memory_format=torch.channels_last), coef, x, None, w, conv, True, True, dz, closing)
     want = aten.conv_backward(*fresh(args))
-    with cutlass.configured(("cutlass dgrad", 128, 64)):
+    with CUDA.configured(("cutlass dgrad", 128, 64)):
         got = cuda.conv_backward(*args)
     assert torch.equal(dz, kept)
     assert planner.measuring._error(got, want) < 0.05
@@ -161,7 +163,7 @@ def test_misaligned_operands_are_copied(device: str) -> None:
     off = memory[1:].view(2, 5, 4, 8).permute(0, 3, 1, 2).copy_(x)
     assert off.data_ptr() % 16 and off.is_contiguous(memory_format=torch.channels_last)
     conv, bias = ConvSpec(padding=(1, 1)), torch.randn(9, device=device)[1:]
-    with cutlass.configured(SMALL):
+    with CUDA.configured(SMALL):
         got, want = (cuda.conv_bias_act(t, w, bias, conv, Act(), t) for t in (off, x))
     assert torch.equal(got, want)
 
@@ -172,7 +174,7 @@ def test_without_the_planner_convolutions_are_pytorchs(device: str) -> None:
     cuda.conv_backward(*args)
     cuda.conv_stats(args[3], args[5], args[6], None, True)
     with use_backend("cuda"):
-        planner.run("conv_bias_act", args[3], args[5].bfloat16(), None, args[6], Act(), None)
+        planner.run(ConvBiasAct(args[3], args[5].bfloat16(), None, args[6], Act(), None))
     assert launched(device) == before
 
 
@@ -196,15 +198,15 @@ def test_refusals(device: str, reason: str) -> None:
     assert re.search(reason, said), said
     dz = image(2, k, *conv.out_size((6, 6), (3, 3)), dtype=dtype, device=device)
     coef = DyCoefficients(*vectors(k, dtype, device))
-    calls: dict[str, Callable[[], Any]] = {
-        "fprop": lambda: cuda.conv_bias_act(x, w, None, conv, Act(), None),
-        "dgrad": lambda: cuda.conv_backward(dz, dz, coef, x, None, w, conv, True, False, None),
-        "wgrad": lambda: cuda.conv_backward(dz, dz, coef, x, None, w, conv, False, True, None),
+    calls: dict[str, Call[Any]] = {
+        "fprop": ConvBiasAct(x, w, None, conv, Act(), None),
+        "dgrad": ConvBackward(dz, dz, coef, x, None, w, conv, True, False, None),
+        "wgrad": ConvBackward(dz, dz, coef, x, None, w, conv, False, True, None),
     }
-    assert cutlass.configurations(calls[kind]) == []
-    before, want = launched(device), calls[kind]()
-    with cutlass.configured((f"cutlass {kind}", 128, 128)):
-        got = calls[kind]()
+    assert CUDA.configurations(calls[kind]) == []
+    before, want = launched(device), calls[kind].on(CUDA)
+    with CUDA.configured((f"cutlass {kind}", 128, 128)):
+        got = calls[kind].on(CUDA)
     assert planner.measuring._error(got, want) < 1e-6 and launched(device) == before
 
 
@@ -214,7 +216,7 @@ def test_tf32_is_pytorchs_setting(device: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     assert "fp32_precision does not allow" in str(cutlass.refuse("fprop", x, w, ConvSpec()))
     before = launched(device)
-    with cutlass.configured(SMALL):
+    with CUDA.configured(SMALL):
         cuda.conv_bias_act(x, w, None, ConvSpec(), Act(), None)
     assert launched(device) == before
 
@@ -228,7 +230,7 @@ def test_refused_where_it_can_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     x: Any = Gpu()
     monkeypatch.setattr(cutlass, "built", lambda device: False)
     assert "nvidia-cutlass" in str(cutlass.refuse("fprop", x, x, ConvSpec()))
-    assert cutlass.configurations(lambda: pytest.fail("called for nothing")) == []
+    assert CUDA.configurations(BnAct(x, x, Act())) == [], "and the call does not run"
     monkeypatch.setattr(cutlass, "built", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert str(cutlass.refuse("fprop", x, x, ConvSpec())).endswith("this GPU has 8.0")
@@ -275,15 +277,15 @@ def measured(device: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         pytest.skip("test_gpu.py has the planner of a GPU")
     monkeypatch.setenv("FUSED_RESNET_PLAN", "measure")
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path))
-    monkeypatch.setattr(cuda, "refuse", lambda primitive, case: None)
+    monkeypatch.setattr(CUDA, "refuse", lambda primitive, case: None)
     monkeypatch.setattr(planner.measuring, "NAMES", ("cuda", "aten"))
     times: dict[str, float] = {}
 
     def read(call: Any, device: torch.device) -> float:
-        choice, primitive, args = call.args
+        choice, timed = call.args
         part = ""
-        if primitive == "conv_backward" and args[7] != args[8]:
-            part = "input: " if args[7] else "weight: "
+        if isinstance(timed, ConvBackward) and timed.need_input != timed.need_weight:
+            part = "input: " if timed.need_input else "weight: "
         return times.get(part + planner.label(choice), 5.0)
 
     monkeypatch.setattr(planner.measuring, "milliseconds", read)
@@ -306,22 +308,22 @@ def test_a_faster_tile_is_chosen_and_kept(measured: dict[str, float]) -> None:
     label = planner.label(Choice("cuda", ("cutlass fprop", 128, 64)))
     measured |= {"aten": 3.0, "cuda": 2.0, label: 1.0}
     args = inference_args()
-    planner.run("conv_bias_act", *args)
+    planner.run(ConvBiasAct(*args))
     assert Choice.decode(entry_of()["choice"]) == Choice("cuda", ("cutlass fprop", 128, 64))
     assert len([name for name in entry_of()["ms"] if "cutlass" in name]) == 3, "every tile was timed"
     planner.forget()  # as another process starts
     before = cuda_build.convolutions()
-    got = planner.run("conv_bias_act", *args)
+    got = planner.run(ConvBiasAct(*args))
     assert cuda_build.convolutions() == before + 1
     assert planner.measuring._error(got, aten.conv_bias_act(*args)) < 0.02
 
 
 def test_a_slower_tile_is_not(measured: dict[str, float]) -> None:
     measured |= {"aten": 3.0, "cuda": 2.0}
-    planner.run("conv_bias_act", *inference_args())
+    planner.run(ConvBiasAct(*inference_args()))
     assert Choice.decode(entry_of()["choice"]) == Choice("cuda")
     before = cuda_build.convolutions()
-    planner.run("conv_bias_act", *inference_args())
+    planner.run(ConvBiasAct(*inference_args()))
     assert cuda_build.convolutions() == before
 
 
@@ -335,7 +337,7 @@ def test_a_tile_that_writes_nothing_is_dropped(measured: dict[str, float]) -> No
     try:
         torch.use_deterministic_algorithms(False)  # as users run; new memory holds whatever it held
         with pytest.warns(UserWarning, match="cutlass fprop.* is not used"):
-            got = planner.run("conv_bias_act", *(args := inference_args()))
+            got = planner.run(ConvBiasAct(*(args := inference_args())))
         assert not torch.are_deterministic_algorithms_enabled()
     finally:
         cuda_build.idle_convolutions(False)
@@ -348,18 +350,18 @@ def test_input_and_weight_on_cutlass_apart(measured: dict[str, float]) -> None:
     measured |= {f"input: {planner.label(dgrad)}": 1.0, f"weight: {planner.label(wgrad)}": 1.5}
     args = backward_args(CASES["3x3"], torch.bfloat16, "cpu", add=True)
     want = aten.conv_backward(*fresh(args))
-    planner.run("conv_backward", *fresh(args))
+    planner.run(ConvBackward(*fresh(args)))
     assert Choice.decode(entry_of()["choice"]).parts == (dgrad, wgrad)
     before = cuda_build.convolutions()
-    got = planner.run("conv_backward", *args)
+    got = planner.run(ConvBackward(*args))
     assert cuda_build.convolutions() == before + 2 and planner.measuring._error(got, want) < 0.05
 
 
 def test_a_batch_that_cutlass_can_not_take(measured: dict[str, float]) -> None:
     """The plan's signature rounds batches up; an empty one is PyTorch's."""
     measured |= {planner.label(Choice("cuda", SMALL)): 1.0}
-    planner.run("conv_bias_act", *inference_args(2))
-    with cutlass.configured(SMALL):
+    planner.run(ConvBiasAct(*inference_args(2)))
+    with CUDA.configured(SMALL):
         x, *others = inference_args(0)
         assert cuda.conv_bias_act(x, *others).shape == (0, 16, 6, 6)
 
@@ -372,7 +374,7 @@ def test_a_batch_that_cutlass_can_not_take(measured: dict[str, float]) -> None:
 def test_several_tiles_of_every_axis(device: str, case: str, kind: str, dtype: torch.dtype) -> None:
     args = backward_args(LARGE[case], dtype, device, batch=8, add=True)
     for config in tiles(kind, dtype, device):
-        with cutlass.configured(config):
+        with CUDA.configured(config):
             if kind == "fprop":
                 given = (args[3], args[5].to(dtype), None, args[6], Act(), args[0])
                 got, want = cuda.conv_bias_act(*given), aten.conv_bias_act(*given)

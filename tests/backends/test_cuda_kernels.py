@@ -12,11 +12,11 @@ import cuda_cases
 import pytest
 import torch
 from cuda_cases import ACTS, POOLS
-from primitives import image, vectors
+from primitives import aten, image, vectors
 from source_tree import ROOT, SUPPORT
 
 from fused_resnet import functional, use_backend
-from fused_resnet.backends import BackendUnavailable, Norm, aten
+from fused_resnet.backends import BackendUnavailable, Norm
 from fused_resnet.backends.cuda import cutlass
 from fused_resnet.spec import Act, ConvSpec
 

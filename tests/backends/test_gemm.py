@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from primitives import flat
+from primitives import aten, cpu, flat
 from source_tree import ROOT, SUPPORT
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, aten, cpu, load
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, load
 from fused_resnet.spec import Act, ConvSpec
 
 pytestmark = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")

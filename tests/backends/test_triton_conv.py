@@ -8,22 +8,25 @@ from itertools import count
 
 import pytest
 import torch
+from primitives import Positional, aten
 from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
 from fused_resnet import functional
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, allow_tf32, aten, use_backend
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, allow_tf32, use_backend
 from fused_resnet.base.arguments import pair
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from fused_resnet.backends.triton import configs, conv, runtime  # noqa: E402
+from fused_resnet.backends.triton import configs, runtime  # noqa: E402
+from fused_resnet.backends.triton import conv as conv_module  # noqa: E402
 
 if not runtime.INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs a GPU or Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
 DEVICE = "cpu" if runtime.INTERPRET else "cuda"
+conv = Positional(conv_module)
 # Small tiles: several of them along every axis of a tiny problem, with rests, and several steps of every sum.
 SMALL = configs.Config(32, 32, 32, num_warps=4, num_stages=2)
 SMALL_WGRAD = configs.Config(32, 64, 16, num_warps=4, num_stages=2, splits=2)

@@ -7,22 +7,24 @@ from functools import partial
 import primitives
 import pytest
 import torch
-from primitives import check, double, flat
+from primitives import Positional, aten, check, double, flat
 from tolerances import assert_as_good, assert_close
 
-from fused_resnet.backends import DyCoefficients, Norm, Sums, aten
+from fused_resnet.backends import DyCoefficients, Norm, Sums
 from fused_resnet.spec import ACTIVATIONS, Act, PoolSpec
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from fused_resnet.backends import triton  # noqa: E402
-from fused_resnet.backends.triton import norm, pool, reduce, runtime  # noqa: E402
+from fused_resnet.backends.triton import BACKEND, reduce, runtime  # noqa: E402
+from fused_resnet.backends.triton import norm as norm_module  # noqa: E402
+from fused_resnet.backends.triton import pool as pool_module  # noqa: E402
 
 if not runtime.INTERPRET and not torch.cuda.is_available():
     pytest.skip("needs a GPU or Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
 DEVICE = "cpu" if runtime.INTERPRET else "cuda"
+norm, pool, triton = map(Positional, (norm_module, pool_module, BACKEND))
 DTYPES = [torch.float32, torch.bfloat16]
 # Batch, channels, height, width: channels on both sides of a tile and of 16 bytes, rows that fill no tile, no row.
 SIZES = [(1, 3, 7, 5), (3, 8, 9, 11), (2, 24, 5, 7), (3, 64, 3, 5), (1, 65, 5, 3), (0, 8, 3, 3), (2, 130, 1, 1)]
@@ -79,7 +81,7 @@ def test_bn_stats_of_nothing() -> None:
 @pytest.mark.parametrize("channels", [3, 64])
 def test_variance_of_a_large_mean(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mean 1e4, standard deviation 1, and a first image that is constant: the variance keeps three digits."""
-    monkeypatch.setattr(norm, "processors", lambda device: 2)  # several rows per lane, several programs
+    monkeypatch.setattr(norm_module, "processors", lambda device: 2)  # several rows per lane, several programs
     y = image(3, channels, 33, 31)
     y = (y - 0.7) / 1.5 + 1e4
     y[0] = 9990

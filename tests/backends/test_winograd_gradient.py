@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from primitives import double
+from primitives import aten, cpu, double
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Norm, Prologue, aten, cpu, load
+from fused_resnet.backends import DyCoefficients, Norm, Prologue, load
 from fused_resnet.spec import Act, ConvSpec
 
 pytestmark = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")

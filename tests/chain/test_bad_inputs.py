@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import BackendUnavailable, use_backend
+from fused_resnet.backends import BackendUnavailable, BnAct, Case, loaded, use_backend
 from fused_resnet.functional import Unit, bn_act, conv_bn_act, residual_chain
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec
 
@@ -398,10 +398,12 @@ def test_unknown_backend(name: str) -> None:
 def test_backend_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """An explicit request that can't be met says which primitive, which backend and why, and changes no statistic."""
     from fused_resnet import planner
-    from fused_resnet.backends import aten
+
+    def refuse(primitive: type[Any], case: Case) -> str | None:
+        return "not on a Sunday" if primitive is BnAct else None
 
     planner.preference._pick.cache_clear()
-    monkeypatch.setattr(aten, "refuse", lambda primitive, case: "not on a Sunday" if primitive == "bn_act" else None)
+    monkeypatch.setattr(loaded("aten"), "refuse", refuse)
     s = statistics()
     before = {n: v.clone() for n, v in s.items()}
     try:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fused_resnet import functional as fr
+from fused_resnet.backends import BnAct, Call
 from fused_resnet.functional import Unit
 from fused_resnet.spec import PoolSpec
 
@@ -283,10 +284,10 @@ def test_statistics_untouched_after_an_error(backend: str, monkeypatch: pytest.M
     before = case.clone()
     real = fused_resnet.chain.forward.run
 
-    def run(primitive: str, *args: Any) -> Any:
-        if primitive == "bn_act":
+    def run(call: Call[Any]) -> Any:
+        if isinstance(call, BnAct):
             raise RuntimeError("out of memory")
-        return real(primitive, *args)
+        return real(call)
 
     monkeypatch.setattr(fused_resnet.chain.forward, "run", run)
     with pytest.raises(RuntimeError, match="out of memory"):

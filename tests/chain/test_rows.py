@@ -15,6 +15,7 @@ from torch import Tensor
 from watching import saved_tensors
 
 import fused_resnet.chain.backward
+from fused_resnet.backends import Call, ConvBackward
 from fused_resnet.spec import RowSpec
 
 ops = torch.ops.fused_resnet
@@ -157,9 +158,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     calls: list[tuple[str, bool]] = []
     real = fused_resnet.chain.backward.run
 
-    def run(primitive: str, *args: Any) -> Any:
-        calls.append((primitive, primitive == "conv_backward" and args[10] is not None))
-        return real(primitive, *args)
+    def run(call: Call[Any]) -> Any:
+        calls.append((call.name, isinstance(call, ConvBackward) and call.closing is not None))
+        return real(call)
 
     monkeypatch.setattr(fused_resnet.chain.backward, "run", run)
     return calls

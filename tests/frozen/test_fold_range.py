@@ -14,7 +14,7 @@ from networks import blocks, relative
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.backends import aten, cpu, load, use_backend
+from fused_resnet.backends import cpu, load, loaded, use_backend
 from fused_resnet.chain.folding import fold, fold_weight
 from fused_resnet.frozen import forward as frozen_forward
 
@@ -192,10 +192,8 @@ def test_backends_take_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 16-bit weights on any CPU; and what ``explain`` says of it."""
     native(monkeypatch)
     monkeypatch.setattr(frozen_forward, "_is_served", lambda *_: True)
-    monkeypatch.setattr(cpu, "prepack", lambda *_: None)
-    monkeypatch.setattr(
-        cpu, "conv_bias_act", lambda x, w, b, c, a, r, owned=False: aten.conv_bias_act(x, w, b, c, a, r)
-    )
+    monkeypatch.setattr(loaded("cpu"), "prepack", lambda *_: None)
+    monkeypatch.setattr(loaded("cpu"), "conv_bias_act", loaded("aten").conv_bias_act)
     for change in ("tiny gamma", "tiny gamma, pooled", "tiny gamma of the summands"):
         model, x = trained(change), image(change).half()
         frozen = fr.freeze(model, x, dtype=torch.float16)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from networks import blocks, images, relative, small
+from primitives import aten, cpu
 
 import fused_resnet as fr
-from fused_resnet.backends import aten, load
+from fused_resnet.backends import ConvBiasAct, load
 from fused_resnet.chain import packing
 from fused_resnet.spec import Act, ConvSpec
 
@@ -42,15 +43,17 @@ def test_packed_weights_are_as_many_as_layouts(monkeypatch):
 @needs_extension
 def test_weights_packed_for_another_shape_serve():
     """oneDNN reorders what it finds in another layout."""
-    from fused_resnet.backends import cpu
-
     conv, weight, bias = ConvSpec((1, 1), (0, 0)), torch.randn(48, 96, 1, 1), torch.randn(48)
-    forms = [cpu.prepack(weight, conv, torch.randn(n, 96, s, s)) for n, s in ((1, 7), (8, 40), (3, 13))]
+
+    def call(x):
+        return ConvBiasAct(x, weight, bias, conv, Act(), None)
+
+    forms = [cpu.prepack(call(torch.randn(n, 96, s, s))) for n, s in ((1, 7), (8, 40), (3, 13))]
     x = torch.randn(2, 96, 21, 21).to(memory_format=torch.channels_last)
     want = aten.conv_bias_act(x, weight, bias, conv, Act(), None)
     for form in forms:
-        assert relative(cpu.conv_bias_act(x, form, bias, conv, Act(), None), want) < 1e-5
-        again = cpu.prepack(weight, conv, torch.randn(1, 96, 7, 7), forms)
+        assert relative(cpu.conv_packed(call(x), form, False), want) < 1e-5
+        again = cpu.prepack(call(torch.randn(1, 96, 7, 7)), forms)
         assert any(again is other for other in forms)
 
 
@@ -93,10 +96,10 @@ def test_threads(monkeypatch):
     want = [frozen(x) for x in inputs]
     fresh = copy.deepcopy(frozen)
     packed: list[Any] = []
-    cpu: Any = load("cpu")[0]
+    cpu, _ = load("cpu")
     if cpu is not None:
         prepack = cpu.prepack
-        record = lambda w, conv, x, known: packed.append((id(w), x.shape)) or prepack(w, conv, x, known)  # noqa: E731
+        record = lambda call, known: packed.append((id(call.weight), call.x.shape)) or prepack(call, known)  # noqa: E731
         monkeypatch.setattr(cpu, "prepack", record)
     wrong: list[Any] = []
 

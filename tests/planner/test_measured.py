@@ -404,7 +404,7 @@ def test_frozen_units_do_what_was_measured(monkeypatch: pytest.MonkeyPatch, pays
         pytest.skip("the compiled extension is not built")
     says(monkeypatch, pays)
     plain, x, calls = network().eval(), images(), []
-    for name in ("conv_bias_act", "conv_bias_act_max_pool"):
+    for name in ("conv_bias_act", "conv_packed", "conv_pooled"):
         real = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *args, real=real: calls.append(args) or real(*args))
     frozen = fr.freeze(plain, x)

@@ -15,7 +15,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_resnet as fr
 from fused_resnet import planner
-from fused_resnet.backends import BackendUnavailable, DyCoefficients, Norm, Prologue, load, use_backend
+from fused_resnet.backends import (
+    BackendUnavailable,
+    BnAct,
+    Call,
+    ConvBackward,
+    ConvStats,
+    DyCoefficients,
+    Norm,
+    Prologue,
+    load,
+    loaded,
+    use_backend,
+)
 from fused_resnet.planner import Choice
 from fused_resnet.planner.cache import PlanCache, identity
 from fused_resnet.spec import Act, ConvSpec
@@ -43,10 +55,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     def read(call: Any, device: torch.device) -> float:
         times["calls"] += 1
-        choice, _, args = call.args
+        choice, timed = call.args
         label = planner.label(choice)
-        if len(args) == 10 and args[7] != args[8]:
-            label = f"{'input' if args[7] else 'weight'}: {label}"
+        if isinstance(timed, ConvBackward) and timed.need_input != timed.need_weight:
+            label = f"{'input' if timed.need_input else 'weight'}: {label}"
         call()
         return times.get(label, 5.0)
 
@@ -62,10 +74,11 @@ def norm(channels: int) -> Norm:
     return Norm(*(torch.randn(channels) for _ in range(4)))
 
 
-def backward_args(add: Tensor | None, prologue: bool = False) -> tuple[Any, ...]:
+def backward_call(add: Tensor | None, prologue: bool = False) -> ConvBackward:
     coef = DyCoefficients(*(torch.randn(5) for _ in range(4)))
     before = Prologue(norm(4), Act("relu")) if prologue else None
-    return nhwc(2, 5, 6, 7), nhwc(2, 5, 6, 7), coef, nhwc(2, 4, 6, 7), before, nhwc(5, 4, 3, 3), CONV, True, True, add
+    dz, y, x, weight = nhwc(2, 5, 6, 7), nhwc(2, 5, 6, 7), nhwc(2, 4, 6, 7), nhwc(5, 4, 3, 3)
+    return ConvBackward(dz, y, coef, x, before, weight, CONV, True, True, add)
 
 
 def entries(folder: Path) -> dict[str, Any]:
@@ -77,28 +90,28 @@ def entries(folder: Path) -> dict[str, Any]:
 def test_the_fastest_is_kept_and_not_measured_again(measuring: Path, clock: dict[str, float]) -> None:
     clock |= {"cpu": 2.0, "aten": 3.0}
     x, w = nhwc(3, 4, 6, 7), nhwc(5, 4, 3, 3)
-    want = load("aten")[0].conv_stats(x, w, CONV, None, True)  # type: ignore[union-attr]
-    got = planner.run("conv_stats", x, w, CONV, None, True)
+    want = ConvStats(x, w, CONV, None, True).on(loaded("aten"))
+    got = planner.run(ConvStats(x, w, CONV, None, True))
     torch.testing.assert_close(got, want)
     (entry,) = entries(measuring).values()
     assert entry == {"choice": {"backend": "cpu", "config": None}, "ms": {"cpu": 2.0, "aten": 3.0}}
     timed = clock["calls"]
-    planner.run("conv_stats", x, w, CONV, None, True)
+    planner.run(ConvStats(x, w, CONV, None, True))
     planner.forget()  # as another process would start
     clock |= {"cpu": 9.0}
-    planner.run("conv_stats", x, w, CONV, None, True)
+    planner.run(ConvStats(x, w, CONV, None, True))
     assert clock["calls"] == timed, "measured again"
-    planner.run("conv_stats", nhwc(4, 4, 6, 7), w, CONV, None, True)
+    planner.run(ConvStats(nhwc(4, 4, 6, 7), w, CONV, None, True))
     assert clock["calls"] == timed, "a batch of 4 has the signature of one of 3"
-    planner.run("conv_stats", nhwc(5, 4, 6, 7), w, CONV, None, True)
+    planner.run(ConvStats(nhwc(5, 4, 6, 7), w, CONV, None, True))
     assert clock["calls"] > timed
 
 
 def test_never_slower_than_aten(measuring: Path, clock: dict[str, float]) -> None:
     clock |= {"cpu": 3.0001, "aten": 3.0}
-    planner.run("bn_act", nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None)
+    planner.run(BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu")))
     clock |= {"cpu": 3.0, "aten": 3.0}
-    planner.run("bn_act", nhwc(2, 4, 6, 8), norm(4), Act("relu"), None, None)
+    planner.run(BnAct(nhwc(2, 4, 6, 8), norm(4), Act("relu")))
     first, second = entries(measuring).values()
     assert first["choice"]["backend"] == "aten"
     assert second["choice"]["backend"] == "cpu", "of equals the preferred"
@@ -110,14 +123,14 @@ def test_other_numbers_are_never_chosen(
 ) -> None:
     """However fast: a kernel that a driver or a compiler broke gives way to aten, and the user hears of it."""
     clock |= {"cpu": 1.0, "aten": 3.0}
-    cpu: Any = load("cpu")[0]
+    cpu = loaded("cpu")
     right = cpu.bn_act
-    monkeypatch.setattr(cpu, "bn_act", lambda *args: wrong(right(*args)))
+    monkeypatch.setattr(cpu, "bn_act", lambda call: wrong(right(call)))
     planner.measuring.warn_once.cache_clear()
-    args = nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None
+    call = BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu"))
     with pytest.warns(UserWarning, match="^cpu is not used for bn_act .*differs from aten's by"):
-        got = planner.run("bn_act", *args)
-    torch.testing.assert_close(got, load("aten")[0].bn_act(*args))  # type: ignore[union-attr]
+        got = planner.run(call)
+    torch.testing.assert_close(got, call.on(loaded("aten")))
     (entry,) = entries(measuring).values()
     assert entry == {"choice": {"backend": "aten", "config": None}, "ms": {"aten": 3.0}}
 
@@ -127,17 +140,17 @@ def test_what_is_not_written_is_never_chosen(
 ) -> None:
     """A kernel that does nothing is fast, and the memory that it gets may hold another candidate's right result."""
     clock |= {"cpu": 1.0, "aten": 3.0}
-    args = nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None
-    right = load("aten")[0].bn_act(*args)  # type: ignore[union-attr]
+    call = BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu"))
+    right = call.on(loaded("aten"))
 
-    def nothing(y: Tensor, *others: Any) -> Tensor:
-        out = torch.empty_like(y)
+    def nothing(call: BnAct) -> Tensor:
+        out = torch.empty_like(call.y)
         return out if out.isnan().all() else right.clone()  # as freed memory would come back
 
-    monkeypatch.setattr(load("cpu")[0], "bn_act", nothing)
+    monkeypatch.setattr(loaded("cpu"), "bn_act", nothing)
     planner.measuring.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="^cpu is not used for bn_act .*differs from aten's by nan"):
-        planner.run("bn_act", *args)
+        planner.run(call)
     assert torch.get_deterministic_debug_mode() == 0, "switched on for good"
     (entry,) = entries(measuring).values()
     assert entry["choice"]["backend"] == "aten"
@@ -151,16 +164,16 @@ def test_tf32_is_another_signature() -> None:
         conv = [torch.empty(2, 4, 6, 6, device="cuda"), torch.empty(4, 4, 3, 3, device="cuda"), CONV, None, True]
         half = [t.half() if isinstance(t, Tensor) else t for t in conv]
         vectors = Norm(*(torch.empty(4, device="cuda") for _ in range(4)))
-        calls = {
-            "float32": ("conv_stats", tuple(conv)),
-            "float16": ("conv_stats", tuple(half)),
-            "pass": ("bn_act", (conv[0], vectors, Act("relu"), None, None)),
+        calls: dict[str, Call[Any]] = {
+            "float32": ConvStats(*conv),
+            "float16": ConvStats(*half),
+            "pass": BnAct(conv[0], vectors, Act("relu")),
         }
         found = []
         try:
             for setting in ("tf32", "ieee"):
                 settings.fp32_precision = setting
-                found.append({n: (planner.signature(*c), planner.signatures.key_of(*c)) for n, c in calls.items()})
+                found.append({n: (c.signature, c.key) for n, c in calls.items()})
         finally:
             settings.fp32_precision = before
     allowed, exact = found
@@ -188,7 +201,7 @@ def test_no_numbers_in_the_same_places_are_the_same(measuring: Path, clock: dict
     clock |= {"cpu": 1.0, "aten": 3.0}
     x = nhwc(2, 4, 6, 7)
     x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
-    planner.run("bn_act", x, norm(4), Act("identity"), None, None)
+    planner.run(BnAct(x, norm(4), Act("identity")))
     (entry,) = entries(measuring).values()
     assert entry["choice"]["backend"] == "cpu"
 
@@ -198,9 +211,9 @@ def test_input_and_weight_apart(measuring: Path, clock: dict[str, float], prolog
     """Where two backends are better than one, each computes its part; ``add`` is still added once."""
     clock |= {"input: cpu": 1.0, "weight: cpu": 4.0, "input: aten": 4.0, "weight: aten": 1.0, "cpu": 2.5, "aten": 2.5}
     add = None if prologue else nhwc(2, 4, 6, 7)
-    args = backward_args(add, prologue)
-    want = load("aten")[0].conv_backward(*args)  # type: ignore[union-attr]
-    got = planner.run("conv_backward", *args)
+    call = backward_call(add, prologue)
+    want = call.on(loaded("aten"))
+    got = planner.run(call)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     (entry,) = entries(measuring).values()
     parts = [{"backend": "cpu", "config": None}, {"backend": "aten", "config": None}]
@@ -210,11 +223,11 @@ def test_input_and_weight_apart(measuring: Path, clock: dict[str, float], prolog
 
 def test_measuring_leaves_add_as_it_was(clock: dict[str, float]) -> None:
     add = nhwc(2, 4, 6, 7)
-    args, before = backward_args(add), add.clone()
-    want = load("aten")[0].conv_backward(*args)  # type: ignore[union-attr]
-    planner.measuring.measure("conv_backward", ["cpu", "aten"], args)
+    call, before = backward_call(add), add.clone()
+    want = call.on(loaded("aten"))
+    planner.measuring.measure(call, ["cpu", "aten"])
     assert torch.equal(add, before)
-    torch.testing.assert_close(planner.run("conv_backward", *args), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(planner.run(call), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -231,14 +244,14 @@ def test_measuring_leaves_add_as_it_was(clock: dict[str, float]) -> None:
 def test_a_corrupt_or_foreign_file_is_ignored_with_a_warning(
     measuring: Path, clock: dict[str, float], damage: Callable[[str], str]
 ) -> None:
-    args = nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None
-    planner.run("bn_act", *args)
+    call = BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu"))
+    planner.run(call)
     (file,) = measuring.glob("plan-*.json")
     file.write_text(damage(file.read_text()))
     planner.forget()
     timed = clock["calls"]
     with pytest.warns(UserWarning, match=r"plan cache .* is ignored"):
-        planner.run("bn_act", *args)
+        planner.run(call)
     assert clock["calls"] > timed
     planner.forget()
     assert list(entries(measuring)), "and is replaced by a good one"
@@ -251,9 +264,9 @@ def test_a_folder_that_cannot_be_written(
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "file" / "folder"))
     planner.forget()
     with pytest.warns(UserWarning, match=r"can't be written|is ignored"):
-        planner.run("bn_act", nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None)
+        planner.run(BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu")))
     timed = clock["calls"]
-    planner.run("bn_act", nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None)
+    planner.run(BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu")))
     assert clock["calls"] == timed, "the choice holds for this process"
 
 
@@ -288,9 +301,9 @@ def test_a_backend_that_fails_is_left_out(
         raise RuntimeError("no kernel image is available")
 
     clock |= {"cpu": 1.0, "aten": 2.0}
-    monkeypatch.setattr(load("cpu")[0], "bn_act", broken)
+    monkeypatch.setattr(loaded("cpu"), "bn_act", broken)
     with pytest.warns(UserWarning, match="backend 'cpu' can't run bn_act .* no kernel image"):
-        planner.run("bn_act", nhwc(2, 4, 5, 7), norm(4), Act("relu"), None, None)
+        planner.run(BnAct(nhwc(2, 4, 5, 7), norm(4), Act("relu")))
     (entry,) = entries(measuring).values()
     assert entry["choice"]["backend"] == "aten"
 
@@ -298,31 +311,31 @@ def test_a_backend_that_fails_is_left_out(
 def test_a_cached_backend_that_is_gone(measuring: Path, clock: dict[str, float]) -> None:
     """Is measured again, once, and its entry replaced; nothing fails."""
     clock |= {"cpu": 1.0, "aten": 2.0}
-    args = nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None
-    want = planner.run("bn_act", *args)
+    call = BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu"))
+    want = planner.run(call)
     (file,) = measuring.glob("plan-*.json")
     file.write_text(file.read_text().replace('"backend": "cpu"', '"backend": "gone"'))
     planner.forget()
     timed = clock["calls"]
-    torch.testing.assert_close(planner.run("bn_act", *args), want)
+    torch.testing.assert_close(planner.run(call), want)
     assert clock["calls"] == timed + 2
     (entry,) = entries(measuring).values()
     assert entry["choice"] == {"backend": "cpu", "config": None}
-    planner.run("bn_act", *args)
+    planner.run(call)
     planner.forget()
-    planner.run("bn_act", *args)
+    planner.run(call)
     assert clock["calls"] == timed + 2, "measured again and again"
 
 
 def test_an_empty_batch_is_not_measured(measuring: Path, clock: dict[str, float]) -> None:
-    out = planner.run("bn_act", nhwc(0, 4, 6, 7), norm(4), Act("relu"), None, None)
+    out = planner.run(BnAct(nhwc(0, 4, 6, 7), norm(4), Act("relu")))
     assert out.shape == (0, 4, 6, 7) and clock["calls"] == 0 and not list(measuring.glob("plan-*"))
 
 
 def test_use_backend_overrides(measuring: Path, clock: dict[str, float]) -> None:
     clock |= {"cpu": 1.0, "aten": 2.0}
     with use_backend("aten"):
-        planner.run("bn_act", nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None)
+        planner.run(BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu")))
     assert clock["calls"] == 0
     with pytest.raises(BackendUnavailable, match="cuda"), use_backend("cuda"):
         pass
@@ -331,7 +344,7 @@ def test_use_backend_overrides(measuring: Path, clock: dict[str, float]) -> None
 def test_a_wrong_wish_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_RESNET_PLAN", "fast")
     with pytest.raises(ValueError, match="FUSED_RESNET_PLAN: expected auto, measure or preference, got 'fast'"):
-        planner.run("bn_act", nhwc(2, 4, 6, 7), norm(4), Act("relu"), None, None)
+        planner.run(BnAct(nhwc(2, 4, 6, 7), norm(4), Act("relu")))
 
 
 def test_a_network_is_planned_and_explained(measuring: Path, clock: dict[str, float]) -> None:
@@ -354,14 +367,13 @@ def test_choices_survive_their_text() -> None:
 
 def test_configurations_of_the_triton_backend() -> None:
     """Every configuration that it offers for a call gives the same result."""
-    module, reason = load("triton")
-    if module is None or not module.INTERPRET:
+    triton, reason = load("triton")
+    if triton is None or torch.cuda.is_available():
         pytest.skip(f"triton: {reason}")
     with use_backend("triton"):
-        x, w = nhwc(1, 16, 5, 5), nhwc(8, 16, 3, 3)
-        want = load("aten")[0].conv_stats(x, w, CONV, None, True)  # type: ignore[union-attr]
-        found = module.configurations(lambda: module.conv_stats(x, w, CONV, None, True))
+        call = ConvStats(nhwc(1, 16, 5, 5), nhwc(8, 16, 3, 3), CONV, None, True)
+        want, found = call.on(loaded("aten")), triton.configurations(call)
         assert found and all(kind == "fprop" for kind, _ in found)
         for config in found[:2]:
-            got = planner.choice.call_choice(Choice("triton", config), "conv_stats", (x, w, CONV, None, True))
+            got = planner.choice.call_choice(Choice("triton", config), call)
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

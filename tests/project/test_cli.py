@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet import measure
-from fused_resnet.backends import aten
+from fused_resnet.backends.aten import BACKEND as ATEN
 from fused_resnet.cli import bench, cases, data, digits, main, options, subjects, validate, variants
 from fused_resnet.cli import check as check_module
 
@@ -118,7 +118,7 @@ def test_check_notices_a_broken_kernel(
     words = ["check", "--models", "resnet20", "--dtypes", dtype, "--device", "cpu", "--json", str(file)]
     with fr.use_backend("aten"):
         assert main(words) == 0
-        monkeypatch.setattr(aten, primitive, off_by_one_percent(getattr(aten, primitive)))
+        monkeypatch.setattr(ATEN, primitive, off_by_one_percent(getattr(ATEN, primitive)))
         assert main(words) == 1
     found = read(file)
     assert not found["ok"] and found["results"][0]["failed"]
@@ -323,7 +323,7 @@ def test_bench_reports(
 def test_bench_does_not_time_what_is_wrong(
     primitive: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(aten, primitive, off_by_one_percent(getattr(aten, primitive)))
+    monkeypatch.setattr(ATEN, primitive, off_by_one_percent(getattr(ATEN, primitive)))
     monkeypatch.setattr(bench, "DTYPES", ("fp32",))
     with fr.use_backend("aten"):
         code = main(["bench", *TINY, "--no-compile", "--no-digits", "--output", str(tmp_path)])

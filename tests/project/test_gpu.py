@@ -14,7 +14,7 @@ from tolerances import assert_as_good, assert_close
 
 import fused_resnet as fr
 from fused_resnet import planner
-from fused_resnet.backends import Norm, load, use_backend
+from fused_resnet.backends import BnAct, Norm, load, use_backend
 from fused_resnet.spec import Act
 
 pytestmark = pytest.mark.gpu
@@ -292,7 +292,7 @@ def test_host_time_of_a_primitive(backend: str) -> None:
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(100):
-                planner.run("bn_act", y, norm, Act("relu"), None, None)
+                planner.run(BnAct(y, norm, Act("relu"), None, None))
             best = min(best, (time.perf_counter() - start) / 100)
     torch.cuda.synchronize()
     assert best < 15e-6, f"{best * 1e6:.1f} us"

@@ -10,11 +10,11 @@ from typing import Any
 
 import cuda_build
 import torch
-from primitives import check, double, flat, image, vectors
+from primitives import Positional, aten, check, double, flat, image, vectors
 from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Sums, aten, vector_dtype
+from fused_resnet.backends import DyCoefficients, Sums, vector_dtype
 from fused_resnet.spec import ACTIVATIONS, Act, PoolSpec
 
 ACTS = [Act.make(name) for name in ACTIVATIONS]
@@ -23,9 +23,9 @@ POOLS = [PoolSpec.make(3, 2, 1), PoolSpec.make(2), PoolSpec.make((3, 2), (1, 3),
 
 def backend() -> Any:
     """Imported late: where it runs is decided by then."""
-    from fused_resnet.backends import cuda
+    from fused_resnet.backends.cuda import BACKEND
 
-    return cuda
+    return Positional(BACKEND)
 
 
 def misaligned(t: Tensor) -> Tensor:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
-from fused_resnet.backends import Norm, aten, vector_dtype
+from fused_resnet.backends import Call, Norm, vector_dtype
+from fused_resnet.backends import primitives as calls
+from fused_resnet.backends.aten import BACKEND as ATEN
+from fused_resnet.backends.cpu import BACKEND as CPU
+
+CALLS = {c.name: c for c in vars(calls).values() if is_dataclass(c) and issubclass(c, Call)}
+
+
+class Positional:
+    """A backend, or a module of primitives, that takes a call's arguments: ``aten.bn_act(y, norm, act)``."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.of, name)
+        return function if name not in CALLS else lambda *args: function(CALLS[name](*args))
+
+
+aten, cpu = Positional(ATEN), Positional(CPU)
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:

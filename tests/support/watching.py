@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_resnet.chain.backward
+from fused_resnet.backends import Call, ConvBackward
 from fused_resnet.chain import call as chain_call
 
 
@@ -56,9 +57,9 @@ class Calls:
         self.conv_backward: list[tuple[bool, bool]] = []
         real = fused_resnet.chain.backward.run
 
-        def run(primitive: str, *args: Any) -> Any:
-            if primitive == "conv_backward":
-                self.conv_backward.append((args[7], args[8]))  # need_input, need_weight
-            return real(primitive, *args)
+        def run(call: Call[Any]) -> Any:
+            if isinstance(call, ConvBackward):
+                self.conv_backward.append((call.need_input, call.need_weight))
+            return real(call)
 
         monkeypatch.setattr(fused_resnet.chain.backward, "run", run)

@@ -6,40 +6,14 @@ CUTLASS's (``cutlass``) if these are built in and the planner has measured them 
 
 from __future__ import annotations
 
-from fused_resnet.backends.cuda import passes
-from fused_resnet.backends.cuda.cutlass import Convolutions, configurations, configured
-from fused_resnet.backends.cuda.passes import (
-    bn_act,
-    bn_act_backward,
-    bn_act_max_pool,
-    bn_act_max_pool_backward,
-    bn_backward,
-    bn_coefficients,
-    bn_fold,
-    bn_stats,
-    refuse,
-    unavailable,
-)
+from fused_resnet.backends.cuda.cutlass import Convolutions
+from fused_resnet.backends.cuda.passes import Passes
 
-__all__ = [
-    "bn_act",
-    "bn_act_backward",
-    "bn_act_max_pool",
-    "bn_act_max_pool_backward",
-    "bn_backward",
-    "bn_coefficients",
-    "bn_fold",
-    "bn_stats",
-    "configurations",
-    "configured",
-    "conv_backward",
-    "conv_bias_act",
-    "conv_stats",
-    "refuse",
-    "unavailable",
-]
 
-_convolutions = Convolutions(passes)
-conv_bias_act = _convolutions.conv_bias_act
-conv_stats = _convolutions.conv_stats
-conv_backward = _convolutions.conv_backward
+class Cuda(Passes, Convolutions):
+    """Takes float32, bfloat16, float16 and float64 in channels_last; convolutions of any kind."""
+
+    name = "cuda"
+
+
+BACKEND = Cuda()

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import allow_tf32, library_conv
+from fused_resnet.backends import Call, ConvBiasAct, allow_tf32, library_conv
+from fused_resnet.backends.backend import Config
 from fused_resnet.spec import Act, ConvSpec
 
-# "cutlass fprop", "cutlass dgrad" or "cutlass wgrad", and the rows and columns of a block's tile.
-Config = tuple[str, int, int]
 Asked = tuple[str, Tensor, Tensor, ConvSpec]  # kind, x, weight, conv
 _ops = torch.ops.fused_resnet_cuda
+# A configuration: "cutlass fprop", "cutlass dgrad" or "cutlass wgrad", and the rows and columns of a block's tile.
 _imposed: ContextVar[Config | None] = ContextVar("fused_resnet_cutlass_config", default=None)
 _asked: ContextVar[list[Asked] | None] = ContextVar("fused_resnet_cutlass_asked", default=None)
 
@@ -49,53 +49,45 @@ def built(device: str) -> bool:
     return found
 
 
-def configurations(call: Callable[[], Any]) -> list[Config]:
-    """The configurations that the planner may try for a call: CUTLASS's tiles for one of its convolutions at a time.
-
-    The call runs once, to find out which convolutions it makes.
-    """
-    if not (built("cuda") or built("cpu")):
-        return []
-    convolutions: list[Asked] = []
-    token = _asked.set(convolutions)
-    try:
-        call()
-    finally:
-        _asked.reset(token)
-    found: list[Config] = []
-    for kind, x, weight, conv in convolutions:
-        if refuse(kind, x, weight, conv) is None:
-            flat = _ops.conv_tiles(kind, x)
-            found += [(f"cutlass {kind}", m, n) for m, n in zip(flat[::2], flat[1::2], strict=True)]
-    return list(dict.fromkeys(found))
-
-
-@contextmanager
-def configured(config: Config) -> Iterator[None]:
-    """Within this context (and thread) convolutions of one kind run with one of ``configurations``.
-
-    Convolutions that the configuration can't take run as they would without the context.
-    """
-    token = _imposed.set(config)
-    try:
-        yield
-    finally:
-        _imposed.reset(token)
-
-
 class Convolutions(library_conv.Convolutions):
     """See ``library_conv.Convolutions``. CUTLASS's epilogue, where used, applies bias, residual, act and ``add``."""
 
-    def conv_bias_act(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
-    ) -> Tensor:
-        """See ``Primitives.conv_bias_act``."""
-        y = _fprop(x, weight, conv, bias, act, residual)
-        return super().conv_bias_act(x, weight, bias, conv, act, residual) if y is None else y
+    def configurations(self, call: Call[Any]) -> list[Config]:
+        """CUTLASS's tiles for one of the call's convolutions at a time. Runs the call, to find out which it makes."""
+        if not (built("cuda") or built("cpu")):
+            return []
+        convolutions: list[Asked] = []
+        token = _asked.set(convolutions)
+        try:
+            call.on(self)
+        finally:
+            _asked.reset(token)
+        found: list[Config] = []
+        for kind, x, weight, conv in convolutions:
+            if refuse(kind, x, weight, conv) is None:
+                flat = _ops.conv_tiles(kind, x)
+                found += [(f"cutlass {kind}", m, n) for m, n in zip(flat[::2], flat[1::2], strict=True)]
+        return list(dict.fromkeys(found))
+
+    @contextmanager
+    def configured(self, config: Config) -> Iterator[None]:
+        """Within this context (and thread) convolutions of one kind run with one of ``configurations``.
+
+        Convolutions that the configuration can't take run as they would without the context.
+        """
+        token = _imposed.set(config)
+        try:
+            yield
+        finally:
+            _imposed.reset(token)
+
+    def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
+        y = _fprop(call)
+        return super().conv_bias_act(call) if y is None else y
 
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
         """See ``library_conv.Convolutions``."""
-        y = _fprop(x, weight, conv, None, Act("identity"), None)
+        y = _fprop(ConvBiasAct(x, weight, None, conv, Act("identity"), None))
         return super().convolution(x, weight, conv) if y is None else y
 
     def gradients(
@@ -127,18 +119,18 @@ class Convolutions(library_conv.Convolutions):
         return dx, dw
 
 
-def _fprop(
-    x: Tensor, weight: Tensor, conv: ConvSpec, bias: Tensor | None, act: Act, residual: Tensor | None
-) -> Tensor | None:
+def _fprop(call: ConvBiasAct) -> Tensor | None:
+    x, weight, conv, act = call.x, call.weight, call.conv, call.act
     return _run(
         ("fprop", x, weight, conv),
         lambda tile: _ops.conv_bias_act(
-            x, library_conv.as_operand(weight, x.dtype), bias, *_sizes(conv), act.index, act.param, residual, tile
+            x, library_conv.as_operand(weight, x.dtype), call.bias, *_sizes(conv), act.index, act.param,
+            call.residual, tile,
         ),
-    )
+    )  # fmt: skip
 
 
-def _run(asked: Asked, launch: Callable[[tuple[int, int]], Tensor]) -> Tensor | None:
+def _run(asked: Asked, launch: Callable[[tuple[int, ...]], Tensor]) -> Tensor | None:
     """``launch(tile)`` if a tile is imposed on this kind of convolution and can take it, else None."""
     if (convolutions := _asked.get()) is not None:
         convolutions.append(asked)

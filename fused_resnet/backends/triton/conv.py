@@ -2,79 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from fused_resnet.backends import Closing, DyCoefficients, Prologue, Sums
+from fused_resnet.backends import ConvBackward, ConvBiasAct, ConvStats, Sums
 from fused_resnet.backends.triton.conv_dgrad import conv_dgrad
 from fused_resnet.backends.triton.conv_fprop import conv_fprop
 from fused_resnet.backends.triton.conv_wgrad import conv_wgrad
 from fused_resnet.backends.triton.geometry import Geometry, krsc, nhwc
 from fused_resnet.backends.triton.pad import pad_channels
 from fused_resnet.backends.triton.reduce import merge_moments, sum_partials
-from fused_resnet.spec import Act, ConvSpec
 
 
-def conv_bias_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, act: Act, residual: Tensor | None
-) -> Tensor:
-    """See ``Primitives.conv_bias_act``."""
-    x, weight = pad_channels(nhwc(x), weight)
-    residual = None if residual is None else nhwc(residual)
-    g = Geometry.of(x, weight, conv)
-    return conv_fprop(x, krsc(weight, x.dtype), g, bias=bias, residual=residual, act=act)[0]
+def conv_bias_act(call: ConvBiasAct) -> Tensor:
+    """See ``ConvBiasAct``."""
+    x, weight = pad_channels(nhwc(call.x), call.weight)
+    residual = None if call.residual is None else nhwc(call.residual)
+    g = Geometry.of(x, weight, call.conv)
+    return conv_fprop(x, krsc(weight, x.dtype), g, bias=call.bias, residual=residual, act=call.act)[0]
 
 
-def conv_stats(
-    x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See ``Primitives.conv_stats``."""
-    x = nhwc(x)
-    if prologue is None:
+def conv_stats(call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See ``ConvStats``."""
+    x, weight = nhwc(call.x), call.weight
+    if call.prologue is None:
         x, weight = pad_channels(x, weight)
-    g = Geometry.of(x, weight, conv)
-    y, means, m2s, rows = conv_fprop(x, krsc(weight, x.dtype), g, prologue, stats=stats)
+    g = Geometry.of(x, weight, call.conv)
+    y, means, m2s, rows = conv_fprop(x, krsc(weight, x.dtype), g, call.prologue, stats=call.stats)
     if means is None or m2s is None:
         return y, None, None
     return y, *merge_moments(means, m2s, rows, g.m)
 
 
-def conv_backward(
-    dz: Tensor,
-    y: Tensor,
-    coef: DyCoefficients,
-    x: Tensor,
-    prologue: Prologue | None,
-    weight: Tensor,
-    conv: ConvSpec,
-    need_input: bool,
-    need_weight: bool,
-    add: Tensor | None,
-    closing: Closing | None = None,
-) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
-    """See ``Primitives.conv_backward``."""
-    dz, y, x = nhwc(dz), nhwc(y), nhwc(x)
+def conv_backward(call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
+    """See ``ConvBackward``."""
+    call = replace(call, dz=nhwc(call.dz), y=nhwc(call.y), x=nhwc(call.x))
     # runs before dgrad, which may overwrite ``add``
-    dw = _weight_gradient(dz, y, coef, x, prologue, weight, conv) if need_weight else None
-    if not need_input:
+    dw = _weight_gradient(call) if call.need_weight else None
+    if not call.need_input:
         return None, dw, None, None
-    closing = Closing.before(x, prologue, closing)
+    closing = call.before
     if closing is not None:
         summand = None if closing.summand is None else nhwc(closing.summand)
         closing = closing._replace(y=nhwc(closing.y), summand=summand)
-    add = None if add is None else nhwc(add)
-    g = Geometry.of(x, weight, conv)
-    dx, sums = conv_dgrad(dz, y, coef, x, krsc(weight, x.dtype), g, add, closing)
+    add = None if call.add is None else nhwc(call.add)
+    g = Geometry.of(call.x, call.weight, call.conv)
+    dx, sums = conv_dgrad(call.dz, call.y, call.coef, call.x, krsc(call.weight, call.x.dtype), g, add, closing)
     if not sums:
         return dx, dw, None, None
     total, *others = sum_partials(*sums)
     return dx, dw, Sums(total, others[0]), Sums(total, others[1]) if len(others) > 1 else None
 
 
-def _weight_gradient(
-    dz: Tensor, y: Tensor, coef: DyCoefficients, x: Tensor, prologue: Prologue | None, weight: Tensor, conv: ConvSpec
-) -> Tensor:
-    channels = x.shape[1]
-    if prologue is None:
+def _weight_gradient(call: ConvBackward) -> Tensor:
+    """dW, for NHWC tensors."""
+    x, weight, channels = call.x, call.weight, call.x.shape[1]
+    if call.prologue is None:
         x, weight = pad_channels(x, weight)
-    dw = conv_wgrad(dz, y, coef, x, prologue, weight, Geometry.of(x, weight, conv))
+    dw = conv_wgrad(call.dz, call.y, call.coef, x, call.prologue, weight, Geometry.of(x, weight, call.conv))
     return dw if dw.shape[1] == channels else nhwc(dw[:, :channels])

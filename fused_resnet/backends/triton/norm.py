@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Norm, Sums
+from fused_resnet.backends import BnAct, BnActBackward, BnBackward, BnStats, Norm, Sums
 from fused_resnet.backends.triton import formulas
 from fused_resnet.backends.triton.formulas import ACT_INDEX, act_backward, load_vector, merge_rows, narrow
 from fused_resnet.backends.triton.geometry import nhwc
 from fused_resnet.backends.triton.reduce import merge_moments, sum_partials
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, processors, wide
-from fused_resnet.spec import Act
 
 __all__ = ["bn_act", "bn_act_backward", "bn_backward", "bn_stats", "merge_moments", "sum_partials"]
 # Elements of a tile: 8 per thread, one 16-byte access of 16-bit elements. A reduction has fewer programs with twice as
@@ -267,9 +266,9 @@ def _residual(residual: Tensor | None, residual_norm: Norm | None) -> tuple[Tens
     return nhwc(residual), 1 if residual_norm is None else 2
 
 
-def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``Primitives.bn_stats``."""
-    y = nhwc(y)
+def bn_stats(call: BnStats) -> tuple[Tensor, Tensor]:
+    """See ``BnStats``."""
+    y = nhwc(call.y)
     m, channels = _size(y)
     grid, rows, tile = _partials(m, channels, y.device)
     mean, m2 = (torch.empty((grid[1], channels), dtype=torch.float32, device=y.device) for _ in range(2))
@@ -281,15 +280,14 @@ def bn_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return merge_moments(mean, m2, rows, m)
 
 
-def bn_act(
-    y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
-) -> Tensor:
-    """See ``Primitives.bn_act``."""
-    y, (summand, kind) = nhwc(y), _residual(residual, residual_norm)
+def bn_act(call: BnAct) -> Tensor:
+    """See ``BnAct``."""
+    y, norm, act, other = nhwc(call.y), call.norm, call.act, call.residual_norm
+    summand, kind = _residual(call.residual, other)
     m, channels = _size(y)
     out = empty_nhwc(y, y.shape)
     grid, tile = _each(m, channels)
-    r_scale, r_shift = (residual_norm.scale, residual_norm.shift) if residual_norm is not None else (None, None)
+    r_scale, r_shift = (other.scale, other.shift) if other is not None else (None, None)
     vectors = (norm.scale, norm.shift, r_scale, r_shift)
     launch(
         _bn_act_kernel, grid, y, summand, *vectors, out, m, float(act.param),
@@ -299,18 +297,17 @@ def bn_act(
     return out
 
 
-def bn_act_backward(
-    dout: Tensor, y: Tensor, norm: Norm, act: Act, residual: Tensor | None = None, residual_norm: Norm | None = None
-) -> tuple[Tensor, Sums, Sums | None]:
-    """See ``Primitives.bn_act_backward``."""
-    dout, y, (summand, kind) = nhwc(dout), nhwc(y), _residual(residual, residual_norm)
+def bn_act_backward(call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
+    """See ``BnActBackward``."""
+    dout, y, norm, act, other = nhwc(call.dout), nhwc(call.y), call.norm, call.act, call.residual_norm
+    summand, kind = _residual(call.residual, other)
     m, channels = _size(y)
     dz = empty_nhwc(y, y.shape, dout.dtype)
     grid, rows, tile = _partials(m, channels, y.device, _TILE if kind == 2 else 2 * _TILE)
     sums = [torch.empty((grid[1], channels), dtype=torch.float32, device=y.device) for _ in range(2 + (kind == 2))]
     vectors: list[Any] = [norm.scale, norm.shift, norm.center]
-    if residual_norm is not None:
-        vectors += [residual_norm.scale, residual_norm.shift, residual_norm.center]
+    if other is not None:
+        vectors += [other.scale, other.shift, other.center]
     launch(
         _bn_act_backward_kernel, grid,
         dout, y, summand, *vectors, *[None] * (6 - len(vectors)), dz, *sums, *[None] * (3 - len(sums)),
@@ -322,10 +319,10 @@ def bn_act_backward(
     return dz, Sums(s0, rest[0]), Sums(s0, rest[1]) if kind == 2 else None
 
 
-def bn_backward(dz: Tensor, y: Tensor, coef: DyCoefficients) -> Tensor:
-    """See ``Primitives.bn_backward``."""
+def bn_backward(call: BnBackward) -> Tensor:
+    """See ``BnBackward``."""
+    dz, y, coef = nhwc(call.dz), nhwc(call.y), call.coef
     frozen = coef.b is None
-    dz, y = nhwc(dz), nhwc(y)
     m, channels = _size(y)
     dy = empty_nhwc(y, y.shape)
     grid, tile = _each(m, channels)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.backends import Norm, Sums
+from fused_resnet.backends import BnActMaxPool, BnActMaxPoolBackward, Sums
 from fused_resnet.backends.triton import formulas
 from fused_resnet.backends.triton.formulas import ACT_INDEX, act_backward, affine, load_vector, narrow
 from fused_resnet.backends.triton.geometry import nhwc
@@ -189,9 +189,9 @@ def _tile(t: Tensor) -> tuple[dict[str, int], int, int]:
     return tile, n * cdiv(h, block_h) * cdiv(w, tile["BLOCK_W"]), cdiv(channels, block_c)
 
 
-def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Tensor, Tensor]:
-    """See ``Primitives.bn_act_max_pool``."""
-    y = nhwc(y)
+def bn_act_max_pool(call: BnActMaxPool) -> tuple[Tensor, Tensor]:
+    """See ``BnActMaxPool``."""
+    y, norm, act, pool = nhwc(call.y), call.norm, call.act, call.pool
     shape = (*y.shape[:2], *ConvSpec(pool.stride, pool.padding).out_size(y.shape[2:], pool.kernel))
     out, argmax = empty_nhwc(y, shape), empty_nhwc(y, shape, torch.uint8)
     tile, tiles, c_tiles = _tile(out)
@@ -203,11 +203,10 @@ def bn_act_max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> tuple[Te
     return out, argmax
 
 
-def bn_act_max_pool_backward(
-    dout: Tensor, argmax: Tensor, y: Tensor, norm: Norm, act: Act, pool: PoolSpec
-) -> tuple[Tensor, Sums]:
-    """See ``Primitives.bn_act_max_pool_backward``."""
-    dout, argmax, y = nhwc(dout), nhwc(argmax), nhwc(y)
+def bn_act_max_pool_backward(call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
+    """See ``BnActMaxPoolBackward``."""
+    dout, argmax, y = nhwc(call.dout), nhwc(call.argmax), nhwc(call.y)
+    norm, act, pool = call.norm, call.act, call.pool
     dz = empty_nhwc(y, y.shape, dout.dtype)
     tile, tiles, c_tiles = _tile(y)
     each = max(1, cdiv(tiles, max(1, _PROGRAMS * processors(y.device) // c_tiles)))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.backends import DyCoefficients, Norm, Sums
+from fused_resnet.backends import BnCoefficients, BnFold, DyCoefficients, Norm
 from fused_resnet.backends.triton.formulas import load_vector
 from fused_resnet.backends.triton.runtime import cdiv, launch
 
@@ -80,22 +80,21 @@ def _bn_coefficients_kernel(
         tl.store(c_ptr + cols, share * load_vector(sum_ptr, cols, C), mask=mask)
 
 
-def bn_fold(
-    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, conv_bias: Tensor | None, eps: float
-) -> Norm:
-    """See ``Primitives.bn_fold``."""
-    given = (mean, var, weight, bias, conv_bias)
-    channels = mean.numel()
-    norm = Norm(*(torch.empty(channels, dtype=torch.float32, device=mean.device) for _ in range(4)))
+def bn_fold(call: BnFold) -> Norm:
+    """See ``BnFold``."""
+    given = (call.mean, call.var, call.weight, call.bias, call.conv_bias)
+    channels = call.mean.numel()
+    norm = Norm(*(torch.empty(channels, dtype=torch.float32, device=call.mean.device) for _ in range(4)))
     launch(
-        _bn_fold_kernel, (cdiv(channels, _BLOCK),), *given, *norm, float(eps),
+        _bn_fold_kernel, (cdiv(channels, _BLOCK),), *given, *norm, float(call.eps),
         C=channels, BLOCK=_BLOCK, reads=given, writes=norm,
     )  # fmt: skip
     return norm
 
 
-def bn_coefficients(norm: Norm, sums: Sums, count: int | None) -> tuple[Tensor, DyCoefficients]:
-    """See ``Primitives.bn_coefficients``."""
+def bn_coefficients(call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
+    """See ``BnCoefficients``."""
+    norm, sums, count = call.norm, call.sums, call.count
     channels, frozen = norm.scale.numel(), count is None
     dgamma, *bc = (
         torch.empty(channels, dtype=torch.float32, device=norm.scale.device) for _ in range(1 if frozen else 3)
