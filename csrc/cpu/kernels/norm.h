@@ -68,6 +68,22 @@ FR_INLINE void tiles(const Layout& layout, int64_t begin, int64_t end, Body body
     }
 }
 
+// The vectors of one channel group, loaded once for all values of the group.
+template <class V, class S>
+struct Channels {
+    V scale, shift, center, residual_scale, residual_shift, residual_center;
+
+    FR_INLINE Channels(const Args& a, int64_t c, int n) {
+        const bool plane = a.layout.plane;
+        scale = at<V, S>(a.norm.scale, c, n, plane), shift = at<V, S>(a.norm.shift, c, n, plane);
+        center = at<V, S>(a.norm.center, c, n, plane);
+        if (!a.residual_norm.scale) return;
+        residual_scale = at<V, S>(a.residual_norm.scale, c, n, plane);
+        residual_shift = at<V, S>(a.residual_norm.shift, c, n, plane);
+        residual_center = at<V, S>(a.residual_norm.center, c, n, plane);
+    }
+};
+
 template <class T, class G, class K>
 void bn_act_backward_impl(const Args& a, int64_t begin, int64_t end) {
     using V = typename Lanes<T>::vector;
@@ -75,47 +91,48 @@ void bn_act_backward_impl(const Args& a, int64_t begin, int64_t end) {
     constexpr int L = sizeof(V) / sizeof(V{}[0]);
     const V p = splat<V>(a.act_param);
     const K k(a.act);
-    const bool plane = a.layout.plane;
     const T* y = static_cast<const T*>(a.y);
     const T* residual = static_cast<const T*>(a.residual);
     const G* grad = static_cast<const G*>(a.grad);
     G* out = static_cast<G*>(a.out);
-    const bool third = a.sums[2];
+    const bool normed = a.residual_norm.scale;
     S* sums[3] = {static_cast<S*>(a.sums[0]), static_cast<S*>(a.sums[1]), static_cast<S*>(a.sums[2])};
-    V s0{}, s1{}, s2{};
-    auto one = [&](int64_t off, int64_t c, int n) __attribute__((always_inline)) {
-        const V v = load<V>(y + off, n);
-        const V dz = k.backward(load<V>(grad + off, n), z_at<T>(a, v, off, c, n), p);
-        store(out + off, dz, n);
-        s0 = s0 + dz;
-        s1 = s1 + dz * (v - at<V, S>(a.norm.center, c, n, plane));
-        if (third) s2 = s2 + dz * (load<V>(residual + off, n) - at<V, S>(a.residual_norm.center, c, n, plane));
-    };
-    if (plane) {
-        const int64_t size = a.layout.plane, C = a.layout.channels;
+    // adds `count` vectors of one channel group, `stride` values apart, to their sums
+    auto add = [&](const Channels<V, S>& of, int64_t off, int64_t count, int64_t stride, int n, V(&sum)[3])
+                   __attribute__((always_inline)) {
+                       for (int64_t i = 0; i < count; i++, off += stride) {
+                           const V v = load<V>(y + off, n);
+                           V z = affine(v, of.scale, of.shift), r{};
+                           if (residual) {
+                               r = load<V>(residual + off, n);
+                               z = z + (normed ? affine(r, of.residual_scale, of.residual_shift) : r);
+                           }
+                           const V dz = k.backward(load<V>(grad + off, n), z, p);
+                           store(out + off, dz, n);
+                           sum[0] = sum[0] + dz;
+                           sum[1] = sum[1] + dz * (v - of.center);
+                           if (normed) sum[2] = sum[2] + dz * (r - of.residual_center);
+                       }
+                   };
+    if (a.layout.plane) {
+        const int64_t size = a.layout.plane, whole = size / L;
+        const int n = int(size - whole * L);
         for (int64_t b = begin; b < end; b++) {
-            V t0{}, t1{}, t2{};
-            int64_t i = 0;
-            s0 = s1 = s2 = V{};
-            for (; i + L <= size; i += L) one(b * size + i, b % C, L);
-            t0 = s0, t1 = s1, t2 = s2;
-            s0 = s1 = s2 = V{};
-            const int n = int(size - i);
-            if (n) one(b * size + i, b % C, n);
-            sums[0][b] = total(t0, L) + total(s0, n);
-            sums[1][b] = total(t1, L) + total(s1, n);
-            if (third) sums[2][b] = total(t2, L) + total(s2, n);
+            const Channels<V, S> of(a, b % a.layout.channels, L);
+            V sum[3] = {}, rest[3] = {};
+            add(of, b * size, whole, L, L, sum);
+            if (n) add(of, b * size + whole * L, 1, L, n, rest);
+            for (int i = 0; i < 2 + normed; i++) sums[i][b] = total(sum[i], L) + total(rest[i], n);
         }
         return;
     }
     for (int64_t c = 0; c < a.layout.channels; c++)
-        for (int i = 0; i < 2 + third; i++) sums[i][c] = 0;
+        for (int i = 0; i < 2 + normed; i++) sums[i][c] = 0;
     tiles<L>(a.layout, begin, end, [&](int64_t c, int n, int64_t off, int64_t rows) __attribute__((always_inline)) {
-        s0 = s1 = s2 = V{};
-        for (int64_t r = 0; r < rows; r++) one(off + r * a.layout.channels, c, n);
-        store(sums[0] + c, load<V>(sums[0] + c, n) + s0, n);
-        store(sums[1] + c, load<V>(sums[1] + c, n) + s1, n);
-        if (third) store(sums[2] + c, load<V>(sums[2] + c, n) + s2, n);
+        const Channels<V, S> of(a, c, n);
+        V sum[3] = {};
+        add(of, off, rows, a.layout.channels, n, sum);
+        for (int i = 0; i < 2 + normed; i++) store(sums[i] + c, load<V>(sums[i] + c, n) + sum[i], n);
     });
 }
 
