@@ -49,6 +49,15 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "conv_bn_act(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor[] "
         "norm, "
         "int act, float act_param, Tensor? residual, ScalarType compute, bool gemm) -> Tensor");
+    m.def(
+        "row_forward(Tensor x, Tensor? residual, Tensor[] params, int[] ints, float[] reals, ScalarType compute, "
+        "bool gemm) -> Tensor[]");
+    m.def(
+        "row_backward(Tensor dout, Tensor x, Tensor? residual, Tensor[] params, Tensor[] saved, int[] ints, "
+        "float[] reals, bool[] needs, ScalarType compute, bool gemm) -> Tensor[]");
+    m.def(
+        "row_inference(Tensor x, Tensor? residual, Tensor[] params, int[] ints, float[] reals, ScalarType compute, "
+        "bool gemm) -> Tensor");
     m.def("winograd_tile(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> int");
     m.def("winograd_prepack(Tensor weight, int tile) -> Tensor");
     m.def(
@@ -120,6 +129,9 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("conv_stats", cpu::conv_stats);
     m.impl("conv_backward", cpu::conv_backward);
     m.impl("conv_bn_act", cpu::conv_bn_act);
+    m.impl("row_forward", cpu::row_forward);
+    m.impl("row_backward", cpu::row_backward);
+    m.impl("row_inference", cpu::row_inference);
     m.impl("winograd_tile", cpu::winograd_tile);
     m.impl("winograd_prepack", cpu::winograd_prepack);
     m.impl("winograd_bias_act", cpu::winograd_bias_act);

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from fused_resnet.base.arguments import flag, integer, number, pair
@@ -348,6 +348,11 @@ class RowSpec:
     @property
     def n_params(self) -> int:
         return sum(chain.n_params for chain in self.chains)
+
+    @cached_property
+    def shares_statistics(self) -> bool:
+        """Whether a process group shares the statistics of a unit."""
+        return any(unit.group is not None for chain in self.chains for unit in chain.all_units)
 
     def split(self, values: Sequence[Any]) -> list[Sequence[Any]]:
         """Splits values, one per parameter of the row, into one list per chain."""

@@ -26,6 +26,9 @@ from fused_resnet.backends.primitives import (
     ConvStats,
     DyCoefficients,
     Norm,
+    RowBackward,
+    RowForward,
+    RowInference,
     Sums,
 )
 from fused_resnet.spec import PoolSpec
@@ -139,4 +142,14 @@ class Backend:
         raise NotImplementedError
 
     def bn_coefficients(self, call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------ whole rows
+    def row_forward(self, call: RowForward) -> list[Tensor]:
+        raise NotImplementedError
+
+    def row_backward(self, call: RowBackward) -> list[Tensor]:
+        raise NotImplementedError
+
+    def row_inference(self, call: RowInference) -> Tensor:
         raise NotImplementedError

@@ -36,12 +36,15 @@ from fused_resnet.backends import (
     Norm,
     Packed,
     Prologue,
+    RowBackward,
+    RowForward,
+    RowInference,
     Sums,
     aten,
     warn_once,
 )
 from fused_resnet.base.locks import Lock
-from fused_resnet.spec import Act, ConvSpec, PoolSpec
+from fused_resnet.spec import SHORTCUTS, Act, ConvSpec, PoolSpec, RowSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # oneDNN's names of the dtypes that only some CPUs compute in
@@ -130,6 +133,31 @@ def _where(conv: ConvSpec) -> tuple[Any, ...]:
 
 def _prologue(prologue: Prologue | None) -> tuple[Norm | None, Act]:
     return prologue if prologue is not None else (None, Act("identity"))
+
+
+def _setting(call: RowForward | RowBackward | RowInference) -> tuple[Any, ...]:
+    return *ints_and_reals(call.spec), compute_dtype(call.x.dtype), _gemm()
+
+
+@lru_cache(maxsize=4096)
+def ints_and_reals(spec: str) -> tuple[list[int], list[float]]:
+    """A row's spec as two flat lists, in the order in which csrc/cpu/ops/row.cpp reads them."""
+    row = RowSpec.decode(spec)
+    ints, reals = [len(row.chains)], []
+    for chain in row.chains:
+        shortcut = chain.shortcut
+        ints += [SHORTCUTS.index(shortcut.kind), chain.recompute]
+        for pool in (chain.pool, shortcut.pool):
+            ints.append(pool is not None)
+            if pool is not None:
+                ints += [*pool.kernel, *pool.stride, *pool.padding, pool.ceil_mode, pool.count_include_pad]
+        ints += [*shortcut.stride, shortcut.channels, len(chain.all_units)]
+        for unit in chain.all_units:
+            conv = unit.conv or ConvSpec()
+            ints += [unit.conv is not None, *conv.stride, *conv.padding, *conv.dilation, conv.groups, conv.bias]
+            ints += [unit.act.index, unit.batch_stats, unit.bn_weight, unit.bn_bias]
+            reals += [unit.act.param, unit.eps]
+    return [int(i) for i in ints], reals
 
 
 def _layout(packed: Tensor) -> bytes:
@@ -337,6 +365,22 @@ class Cpu(Backend):
         norm = call.norm
         dgamma, b, c = _ops.bn_coefficients(norm.scale, norm.rstd, *call.sums, call.count)
         return dgamma, DyCoefficients(norm.scale, b, c, norm.center)
+
+    # ------------------------------------------------------------------------------------------------ whole rows
+    def row_forward(self, call: RowForward) -> list[Tensor]:
+        out: list[Tensor] = _ops.row_forward(call.x, call.residual, call.params, *_setting(call))
+        return out
+
+    def row_backward(self, call: RowBackward) -> list[Tensor]:
+        numbers, setting = _setting(call)[:2], _setting(call)[2:]
+        out: list[Tensor] = _ops.row_backward(
+            call.dout, call.x, call.residual, call.params, call.saved, *numbers, call.needs, *setting
+        )
+        return out
+
+    def row_inference(self, call: RowInference) -> Tensor:
+        out: Tensor = _ops.row_inference(call.x, call.residual, call.params, *_setting(call))
+        return out
 
 
 BACKEND = Cpu()

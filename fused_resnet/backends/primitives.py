@@ -7,6 +7,7 @@ primitive returns new tensors and changes none of its arguments except ``add``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
@@ -409,6 +410,58 @@ class BnCoefficients(Call[tuple[Tensor, DyCoefficients]]):
     norm: Norm
     sums: Sums
     count: int | None
+
+
+# ---------------------------------------------------------------------------------------------------- whole rows
+class _WholeRow(Call[R]):
+    """The work of an operator of ``chain/operators.py`` in one call. ``spec``: the row's, as text.
+
+    A row is not measured beside other backends. Without a backend that offers it, ``chain`` composes it of the
+    primitives above.
+    """
+
+    x: Tensor
+    spec: str
+
+    @property
+    def like(self) -> Tensor:
+        return self.x
+
+
+@dataclass(frozen=True, eq=False)
+class RowForward(_WholeRow[list[Tensor]]):
+    """The operator ``fused_resnet::chain``."""
+
+    name: ClassVar[str] = "row_forward"
+    x: Tensor
+    residual: Tensor | None
+    params: Sequence[Tensor]
+    spec: str
+
+
+@dataclass(frozen=True, eq=False)
+class RowBackward(_WholeRow[list[Tensor]]):
+    """The operator ``fused_resnet::chain_backward``."""
+
+    name: ClassVar[str] = "row_backward"
+    dout: Tensor
+    x: Tensor
+    residual: Tensor | None
+    params: Sequence[Tensor]
+    saved: Sequence[Tensor]
+    spec: str
+    needs: Sequence[bool]
+
+
+@dataclass(frozen=True, eq=False)
+class RowInference(_WholeRow[Tensor]):
+    """The operator ``fused_resnet::chain_inference``."""
+
+    name: ClassVar[str] = "row_inference"
+    x: Tensor
+    residual: Tensor | None
+    params: Sequence[Tensor]
+    spec: str
 
 
 # ---------------------------------------------------------------------------------------------------- dtypes

@@ -30,9 +30,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_resnet import reference
-from fused_resnet.backends import forced, forced_again, vector_dtype
+from fused_resnet.backends import (
+    RowBackward,
+    RowForward,
+    RowInference,
+    forced,
+    forced_again,
+    vector_dtype,
+)
 from fused_resnet.chain.backward import row_backward
 from fused_resnet.chain.forward import inference, memory_format, row_forward
+from fused_resnet.planner import run_whole
 from fused_resnet.spec import ChainSpec, ConvSpec, RowSpec, UnitSpec
 
 _lib = torch.library.Library("fused_resnet", "DEF")
@@ -230,9 +238,20 @@ def _below_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_lib.impl("chain", _below_autocast(row_forward), "CompositeExplicitAutograd")
-_lib.impl("chain_backward", _below_autocast(row_backward), "CompositeExplicitAutograd")
-_lib.impl("chain_inference", _below_autocast(inference), "CompositeExplicitAutograd")
+def _whole(kind: type[RowForward | RowBackward | RowInference], composed: Callable[..., Any]) -> Callable[..., Any]:
+    """The whole row in one call of a backend that offers it, or else ``composed`` of primitives."""
+
+    def run(*args: Any) -> Any:
+        call: Any = kind(*args)
+        found = None if RowSpec.decode(call.spec).shares_statistics else run_whole(call)
+        return composed(*args) if found is None else found
+
+    return run
+
+
+_lib.impl("chain", _below_autocast(_whole(RowForward, row_forward)), "CompositeExplicitAutograd")
+_lib.impl("chain_backward", _below_autocast(_whole(RowBackward, row_backward)), "CompositeExplicitAutograd")
+_lib.impl("chain_inference", _below_autocast(_whole(RowInference, inference)), "CompositeExplicitAutograd")
 torch.library.register_fake("fused_resnet::chain", _forward_fake, lib=_lib)
 torch.library.register_fake("fused_resnet::chain_backward", _backward_fake, lib=_lib)
 torch.library.register_fake("fused_resnet::chain_inference", _inference_fake, lib=_lib)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fused_resnet.planner.choice import Choice, label
-from fused_resnet.planner.dispatch import cache_of, forget, listeners, plan, planned, run
+from fused_resnet.planner.dispatch import cache_of, forget, listeners, plan, planned, run, run_whole
 from fused_resnet.planner.measuring import milliseconds
 from fused_resnet.planner.preference import pick, why
 
@@ -18,5 +18,6 @@ __all__ = [
     "plan",
     "planned",
     "run",
+    "run_whole",
     "why",
 ]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from fused_resnet.backends import NAMES, Call, forced, load
+from fused_resnet.backends import NAMES, BnFold, Call, forced, load
 from fused_resnet.base.locks import Lock
 from fused_resnet.planner.choice import Choice, call_choice, label
 from fused_resnet.planner.measuring import candidates_for, measure
@@ -56,6 +56,17 @@ def run(call: Call[R]) -> R:
             return call.on(pick(type(call), call.case))
         _known[key] = choice
     return cast(R, call_choice(choice, call))
+
+
+def run_whole(call: Call[R]) -> R | None:
+    """Runs the call of a whole row, on the backend that serves rows of this kind; None: the primitives run one by one.
+
+    So they do where each is measured, and for a backend without whole rows.
+    """
+    if call.like.numel() == 0 or _measures(call.like.device.type):
+        return None
+    backend = pick(BnFold, call.case)
+    return call.on(backend) if backend.declines(type(call), call.case) is None else None
 
 
 def plan() -> str:

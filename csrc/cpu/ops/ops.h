@@ -42,6 +42,16 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntLis
                    int64_t groups, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
                    at::ScalarType compute, bool gemm);
 
+// A row of chains, its backward, and inference (one chain): the operators of fused_resnet/chain/operators.py, whose
+// spec is given as the two lists that `ints_and_reals` in fused_resnet/backends/cpu.py makes of it.
+std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
+                                at::ArrayRef<double> reals, at::ScalarType compute, bool gemm);
+std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, at::TensorList params,
+                                 at::TensorList saved, IntList ints, at::ArrayRef<double> reals,
+                                 const c10::List<bool>& needs, at::ScalarType compute, bool gemm);
+Tensor row_inference(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
+                     at::ArrayRef<double> reals, at::ScalarType compute, bool gemm);
+
 // Inference by Winograd: the outputs per side of a tile (0: not used), the transformed weights, and
 // act(conv(x) + bias (+ residual)).
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,

@@ -1,0 +1,459 @@
+// A row of chains in one call: its forward, its backward, and inference. The steps and their formulas are those of
+// fused_resnet/chain/forward.py and backward.py, which compose any backend's primitives.
+#include <array>
+#include <memory>
+
+#include "ops.h"
+
+namespace fused_resnet::cpu {
+
+namespace {
+
+// Reads the numbers of a row's spec in the order in which fused_resnet/backends/cpu.py writes them.
+struct Reader {
+    IntList ints;
+    at::ArrayRef<double> reals;
+    size_t i = 0, r = 0;
+
+    int64_t next() {
+        TORCH_CHECK(i < ints.size(), "row: the spec ends after ", ints.size(), " integers");
+        return ints[i++];
+    }
+    double real() {
+        TORCH_CHECK(r < reals.size(), "row: the spec ends after ", reals.size(), " real numbers");
+        return reals[r++];
+    }
+    std::array<int64_t, 2> pair() {
+        const int64_t first = next();
+        return {first, next()};
+    }
+};
+
+struct Window {
+    std::array<int64_t, 2> kernel, stride, padding;
+    bool ceil_mode, count_include_pad;
+
+    static std::optional<Window> read(Reader& from) {
+        if (!from.next()) return std::nullopt;
+        Window w{from.pair(), from.pair(), from.pair(), false, false};
+        w.ceil_mode = from.next();
+        w.count_include_pad = from.next();
+        return w;
+    }
+};
+
+// [scale, shift, center, rstd]
+struct Norm : std::array<Tensor, 4> {
+    at::TensorList pair() const { return {data(), 2}; }
+    at::TensorList triple() const { return {data(), 3}; }
+};
+
+// A unit's hyper-parameters and tensors; undefined: it has none. `place`: where each tensor is among the row's.
+enum Param { kWeight, kBias, kGamma, kBeta, kMean, kVar, kParams };
+struct Unit {
+    bool conv, batch_stats;
+    std::array<int64_t, 2> stride, padding, dilation;
+    int64_t groups, act;
+    double act_param, eps;
+    std::array<Tensor, kParams> tensors;
+    std::array<int64_t, kParams> place;
+
+    Unit(Reader& from, at::TensorList params, int64_t& next) {
+        conv = from.next();
+        stride = from.pair(), padding = from.pair(), dilation = from.pair();
+        groups = from.next();
+        const bool bias = from.next();
+        act = from.next();
+        batch_stats = from.next();
+        const bool gamma = from.next(), beta = from.next();
+        act_param = from.real(), eps = from.real();
+        const bool has[kParams] = {conv, bias, gamma, beta, !batch_stats, !batch_stats};
+        for (int p = 0; p < kParams; p++) {
+            place[p] = has[p] ? next++ : -1;
+            if (!has[p]) continue;
+            TORCH_CHECK(place[p] < int64_t(params.size()), "row: expected more than ", params.size(), " parameters");
+            tensors[p] = params[place[p]];
+        }
+    }
+    OptTensor given(Param p) const { return tensors[p].defined() ? OptTensor(tensors[p]) : std::nullopt; }
+    Norm fold(const Tensor& mean, const Tensor& var, at::ScalarType dtype) const {
+        auto [scale, shift, center, rstd] = bn_fold(mean.to(dtype), var.to(dtype), given(kGamma), given(kBeta),
+                                                    batch_stats ? std::nullopt : given(kBias), eps);
+        return {{scale, shift, center, rstd}};
+    }
+};
+
+enum Shortcut { kNone, kIdentity, kTensor, kProjection, kPad };
+struct Chain {
+    Shortcut shortcut;
+    bool recompute;
+    std::optional<Window> pool, average;
+    std::array<int64_t, 2> stride;  // of the shortcut "pad"
+    int64_t channels, first;        // of the sum of "pad"; its first parameter among the row's
+    std::vector<Unit> units;        // the projection is the last
+
+    Chain(Reader& from, at::TensorList params, int64_t& next) : first(next) {
+        shortcut = Shortcut(from.next());
+        recompute = from.next();
+        pool = Window::read(from), average = Window::read(from);
+        stride = from.pair();
+        channels = from.next();
+        const int64_t count = from.next();
+        for (int64_t i = 0; i < count; i++) units.emplace_back(from, params, next);
+    }
+    bool projection() const { return shortcut == kProjection; }
+    size_t length() const { return units.size() - projection(); }
+    const Unit& last() const { return units[length() - 1]; }
+
+    // The input of the shortcut: x, x averaged, x strided and padded, or a given tensor; undefined: there is none.
+    Tensor start(const Tensor& x, const OptTensor& residual, at::MemoryFormat format) const {
+        if (shortcut == kNone) return Tensor();
+        Tensor t = shortcut == kTensor ? *residual : x;
+        if (average)
+            t = at::avg_pool2d(t, average->kernel, average->stride, average->padding, average->ceil_mode,
+                               average->count_include_pad);
+        if (shortcut == kPad) t = at::constant_pad_nd(pixels(t), {0, 0, 0, 0, 0, channels - x.size(1)});
+        return t.contiguous(format);
+    }
+    // The pixels of t that the shortcut "pad" reads.
+    Tensor pixels(const Tensor& t) const {
+        return t.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]);
+    }
+};
+
+std::vector<Chain> read_chains(IntList ints, at::ArrayRef<double> reals, at::TensorList params) {
+    Reader from{ints, reals};
+    std::vector<Chain> chains;
+    int64_t next = 0;
+    for (int64_t n = from.next(); n > 0; n--) chains.emplace_back(from, params, next);
+    TORCH_CHECK(next == int64_t(params.size()), "row: expected ", next, " parameters, got ", params.size());
+    return chains;
+}
+
+// What all convolutions of a call share.
+struct Setting {
+    at::MemoryFormat format;
+    at::ScalarType compute;
+    bool gemm;
+
+    // The layout: channels_last if x or a weight is, as in PyTorch's convolutions.
+    Setting(const Tensor& x, at::TensorList params, at::ScalarType compute, bool gemm) : compute(compute), gemm(gemm) {
+        const auto last = [](const Tensor& t) {
+            return t.dim() == 4 && t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+        };
+        const bool rows = last(x) || std::any_of(params.begin(), params.end(), last);
+        format = rows ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    }
+    // A unit after its convolution of act(norm(x)), or of x without a norm: y, and its mean and variance if they count.
+    std::tuple<Tensor, Tensor, Tensor> raw(const Unit& u, const Tensor& x, const Norm* norm, const Unit* before,
+                                           bool stats) const {
+        if (!u.conv) {
+            if (!stats) return {x, Tensor(), Tensor()};
+            auto [mean, var] = bn_stats(x);
+            return {x, mean, var};
+        }
+        auto [y, mean, var] = conv_stats(x, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups,
+                                         norm ? norm->pair() : at::TensorList(), norm ? before->act : 0,
+                                         norm ? before->act_param : 0, stats, compute, gemm);
+        return {y.contiguous(format), mean, var};
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------- forward
+// Appends the chain's raw outputs, statistics and positions to `saved`. Returns its output.
+Tensor forward(const Chain& chain, const Tensor& x, const OptTensor& residual, const Setting& set,
+               std::vector<Tensor>& saved) {
+    const at::ScalarType dtype = wide(x);
+    std::vector<Tensor> stats;
+    std::vector<Norm> norms;
+    const auto unit = [&](size_t i, const Tensor& start) {
+        const Unit& u = chain.units[i];
+        const bool inner = i > 0 && i < chain.length();
+        auto [y, mean, var] =
+            set.raw(u, start, inner ? &norms.back() : nullptr, inner ? &chain.units[i - 1] : nullptr, u.batch_stats);
+        if (u.conv && !(chain.recompute && i == 0)) saved.push_back(y);
+        if (u.batch_stats) stats.insert(stats.end(), {mean, var});
+        norms.push_back(u.fold(u.batch_stats ? mean : u.tensors[kMean], u.batch_stats ? var : u.tensors[kVar], dtype));
+        return y;
+    };
+    Tensor y = x;
+    for (size_t i = 0; i < chain.length(); i++) y = unit(i, y);
+    const Norm norm = norms.back();
+    const Unit& last = chain.last();
+    Tensor out, argmax, summand = chain.start(x, residual, set.format);
+    if (chain.projection()) summand = unit(chain.length(), summand);
+    if (chain.pool)
+        std::tie(out, argmax) = bn_act_max_pool(y, norm.pair(), last.act, last.act_param, chain.pool->kernel,
+                                                chain.pool->stride, chain.pool->padding);
+    else
+        out = bn_act(y, norm.pair(), last.act, last.act_param, summand.defined() ? OptTensor(summand) : std::nullopt,
+                     chain.projection() ? norms.back().pair() : at::TensorList(), y.scalar_type());
+    saved.insert(saved.end(), stats.begin(), stats.end());
+    if (argmax.defined()) saved.push_back(argmax);
+    return out;
+}
+
+// ---------------------------------------------------------------------------------------------------- backward
+// The step that takes a gradient through a chain's add and activation.
+struct Closing {
+    Tensor y;
+    Norm norm;
+    int64_t act;
+    double act_param;
+    Tensor summand;
+    std::optional<Norm> summand_norm;
+};
+
+// dz after a closing; its sums with y, and with the summand if that has a norm.
+struct Closed {
+    Tensor dz, sum, sum_y, sum_summand;
+};
+
+Closed close(const Tensor& dout, const Closing& c) {
+    auto [dz, s0, s1, s2] = bn_act_backward(dout, c.y, c.norm.triple(), c.act, c.act_param,
+                                            c.summand.defined() ? OptTensor(c.summand) : std::nullopt,
+                                            c.summand_norm ? c.summand_norm->triple() : at::TensorList());
+    return {dz, s0, s1, s2};
+}
+
+// A chain's values from its forward; ys and norms are those of its units.
+struct Recalled {
+    const Chain& chain;
+    Tensor x;
+    std::vector<Tensor> ys;
+    std::vector<Norm> norms;
+    Tensor summand, argmax;
+
+    Recalled(const Chain& chain, const Tensor& x, const OptTensor& residual, const Tensor* saved, const Setting& set)
+        : chain(chain), x(x) {
+        for (size_t i = 0; i < chain.units.size(); i++) {
+            const Unit& u = chain.units[i];
+            const bool again = u.conv && chain.recompute && i == 0;
+            ys.push_back(!u.conv ? x : again ? std::get<0>(set.raw(u, x, nullptr, nullptr, false)) : *saved++);
+        }
+        for (const Unit& u : chain.units) {
+            norms.push_back(u.fold(u.batch_stats ? saved[0] : u.tensors[kMean],
+                                   u.batch_stats ? saved[1] : u.tensors[kVar], wide(x)));
+            if (u.batch_stats) saved += 2;
+        }
+        summand = chain.projection() ? ys.back() : chain.start(x, residual, set.format);
+        if (chain.pool) argmax = *saved;
+    }
+    Closing closing() const {
+        const size_t k = chain.length() - 1;
+        const Unit& last = chain.last();
+        return {ys[k],          norms[k], last.act,
+                last.act_param, summand,  chain.projection() ? std::optional<Norm>(norms.back()) : std::nullopt};
+    }
+};
+
+// How many values a chain saves beside its output.
+size_t count_saved(const Chain& chain) {
+    size_t n = chain.pool.has_value() - chain.recompute;
+    for (const Unit& u : chain.units) n += u.conv + 2 * u.batch_stats;
+    return n;
+}
+
+// The gradients of one chain: of its input, and of its parameters at their places in `grads`.
+struct Gradients {
+    const Recalled& of;
+    const Closed& closed;
+    const Setting& set;
+    bool need_input;
+    at::ArrayRef<uint8_t> needs;  // of the row's parameters
+    std::vector<Tensor>& grads;
+
+    bool wanted(const Unit& u) const {
+        return std::any_of(u.place.begin(), u.place.end(), [&](int64_t p) { return p >= 0 && needs[p]; });
+    }
+    void put(const Unit& u, Param p, const Tensor& grad) const {
+        if (u.place[p] >= 0) grads[u.place[p]] = grad;
+    }
+    // Unit i's gradients from dz and its sums; returns its input's, through the closing before that, if there is one.
+    Closed unit(size_t i, const Tensor& dz, const Tensor& sum, const Tensor& sum_y, const Tensor& start,
+                bool need_start, const Tensor& add, const Closing* before) const {
+        const Unit& u = of.chain.units[i];
+        const Norm& norm = of.norms[i];
+        const Tensor& y = of.ys[i];
+        const bool inner = i > 0 && i < of.chain.length(),
+                   need_weight = u.place[kWeight] >= 0 && needs[u.place[kWeight]];
+        const auto count = u.batch_stats ? std::optional<int64_t>(y.numel() / y.size(1)) : std::nullopt;
+        auto [dgamma, b, c] = bn_coefficients(norm[0], norm[3], sum, sum_y, count);
+        put(u, kGamma, dgamma);
+        put(u, kBeta, sum);
+        // y minus its mean does not depend on the convolution's bias
+        if (u.place[kBias] >= 0) put(u, kBias, u.batch_stats ? at::zeros_like(sum) : at::mul(norm[0], sum));
+        if (!need_start && !need_weight) return {};
+        const std::array<Tensor, 4> all = {norm[0], b, c, norm[2]};
+        const at::TensorList coef(all.data(), u.batch_stats ? 4 : 1);
+        if (!u.conv) return {bn_backward(dz, y, coef, y.scalar_type()), {}, {}, {}};
+        const Unit& previous = of.chain.units[inner ? i - 1 : i];
+        auto [dx, dw, s0, s1] = conv_backward(
+            dz, y, coef, start, inner ? of.norms[i - 1].triple() : at::TensorList(), inner ? previous.act : 0,
+            inner ? previous.act_param : 0, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups, need_start,
+            need_weight, add.defined() ? OptTensor(add) : std::nullopt, set.compute, set.gemm);
+        if (dw.defined()) put(u, kWeight, dw);
+        if (need_start && before) return close(dx, *before);
+        return {dx, s0, s1, {}};
+    }
+    // The projection's unit, whose input is the shortcut's.
+    Closed projection(const Tensor& add, const Closing* before) const {
+        const Chain& chain = of.chain;
+        const Tensor start = chain.start(of.x, std::nullopt, set.format);
+        // dbeta is the last unit's too, copied because an operator's outputs must not share memory
+        return unit(chain.length(), closed.dz, closed.sum.clone(), closed.sum_summand, start, need_input, add, before);
+    }
+    // The gradient of x through the shortcut; undefined for a projection of x itself, which runs after the units.
+    Tensor shortcut() const {
+        const Chain& chain = of.chain;
+        if (chain.shortcut == kIdentity && need_input) return closed.dz;
+        if (chain.shortcut == kPad && need_input) {
+            const Tensor dx = at::zeros_like(of.x, of.x.options().dtype(closed.dz.scalar_type()));
+            chain.pixels(dx).copy_(closed.dz.narrow(1, 0, of.x.size(1)));
+            return dx;
+        }
+        if (!chain.average) return Tensor();
+        const Tensor dstart = projection(Tensor(), nullptr).dz;
+        if (!dstart.defined()) return Tensor();
+        const Window& w = *chain.average;
+        return at::avg_pool2d_backward(dstart.to(of.x.scalar_type()), of.x, w.kernel, w.stride, w.padding, w.ceil_mode,
+                                       w.count_include_pad, std::nullopt);
+    }
+    // The units, last to first; their gradient of x is added to dx, the sum goes through the closing before.
+    Closed all_units(const Tensor& dx, const Closing* before) const {
+        const std::vector<Unit>& units = of.chain.units;
+        Closed now{closed.dz, closed.sum, closed.sum_y, {}};
+        for (size_t i = of.chain.length() - 1; i > 0; i--) {
+            const bool need_start =
+                need_input || std::any_of(units.begin(), units.begin() + i, [&](const Unit& u) { return wanted(u); });
+            now = unit(i, now.dz, now.sum, now.sum_y, of.ys[i - 1], need_start, Tensor(), nullptr);
+            if (!need_start) return {dx, {}, {}, {}};
+        }
+        const bool conv = units[0].conv;
+        const Closed first =
+            unit(0, now.dz, now.sum, now.sum_y, of.x, need_input, conv ? dx : Tensor(), conv ? before : nullptr);
+        if (!first.dz.defined()) return {dx, {}, {}, {}};
+        return conv || !dx.defined() ? first : Closed{at::add(dx, first.dz), {}, {}, {}};
+    }
+    // dx, or dz of the closing before x with its sums.
+    Closed run(const Closing* before) const {
+        const bool direct = of.chain.projection() && !of.chain.average;
+        const Closed found = all_units(shortcut(), direct ? nullptr : before);
+        return direct ? projection(found.dz, before) : found;
+    }
+};
+
+// The gradient in its tensor's dtype and strides, otherwise autograd would copy it later; 0 if there is none.
+Tensor like(const Tensor& grad, const Tensor& t) {
+    if (!grad.defined()) return at::zeros_like(t);
+    const Tensor g = grad.to(t.scalar_type());
+    if (g.strides() == t.strides()) return g;
+    const Tensor want = at::empty_like(t, t.options().device(at::kMeta));
+    if (g.strides() == want.strides()) return g;
+    bool same = true;
+    for (int64_t d = 0; d < t.dim(); d++) same = same && (t.size(d) == 1 || g.stride(d) == want.stride(d));
+    return same ? g.as_strided(t.sizes(), want.strides()) : at::empty_like(t).copy_(g);
+}
+
+}  // namespace
+
+std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
+                                at::ArrayRef<double> reals, at::ScalarType compute, bool gemm) {
+    const std::vector<Chain> chains = read_chains(ints, reals, params);
+    const Setting set(x, params, compute, gemm);
+    std::vector<Tensor> outs, saved;
+    Tensor h = x;
+    for (const Chain& chain : chains) {
+        h = forward(chain, h.contiguous(set.format), residual, set, saved);
+        outs.push_back(h);
+    }
+    std::vector<Tensor> all = {outs.back()};
+    all.insert(all.end(), outs.begin(), outs.end() - 1);
+    all.insert(all.end(), saved.begin(), saved.end());
+    return all;
+}
+
+std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, at::TensorList params,
+                                 at::TensorList saved, IntList ints, at::ArrayRef<double> reals,
+                                 const c10::List<bool>& needs, at::ScalarType compute, bool gemm) {
+    const std::vector<Chain> chains = read_chains(ints, reals, params);
+    const Setting set(x, params, compute, gemm);
+    TORCH_CHECK(needs.size() == 2 + params.size(), "needs: expected ", 2 + params.size(), " flags, got ", needs.size());
+    std::vector<uint8_t> wanted;  // of the parameters
+    for (size_t p = 0; p < params.size(); p++) wanted.push_back(needs.get(2 + p));
+    const size_t last = chains.size() - 1;
+    std::vector<size_t> first = {last};  // of each chain's values among `saved`
+    for (const Chain& chain : chains) first.push_back(first.back() + count_saved(chain));
+    TORCH_CHECK(first.back() == saved.size(), "saved: expected ", first.back(), " tensors, got ", saved.size());
+    std::vector<Tensor> grads(params.size());
+    const auto recall = [&](size_t i) {
+        const Tensor start = i ? saved[i - 1] : x.contiguous(set.format);
+        return std::make_unique<Recalled>(chains[i], start, residual, saved.data() + first[i], set);
+    };
+
+    auto now = recall(last);
+    const Tensor top = dout.contiguous(set.format);
+    Closed closed;
+    const Closing closing = now->closing();
+    if (const auto& pool = chains[last].pool) {
+        auto [dz, s0, s1] =
+            bn_act_max_pool_backward(top, now->argmax, closing.y, closing.norm.triple(), closing.act, closing.act_param,
+                                     pool->kernel, pool->stride, pool->padding, compute);
+        closed = {dz, s0, s1, {}};
+    } else {
+        closed = close(top, closing);
+    }
+    Tensor dx, dresidual;
+    for (size_t i = last;; i--) {
+        // the parameters of the chains before come first
+        const auto own = wanted.begin() + chains[i].first;
+        const bool need_input = needs.get(0) || std::find(wanted.begin(), own, 1) != own;
+        if (chains[i].shortcut == kTensor && needs.get(1)) dresidual = closed.dz;
+        auto before = i && need_input ? recall(i - 1) : nullptr;
+        const auto closing = before ? std::optional<Closing>(before->closing()) : std::nullopt;
+        const Closed found = Gradients{*now, closed, set, need_input, wanted, grads}.run(closing ? &*closing : nullptr);
+        if (!before) {
+            dx = found.dz;
+            break;
+        }
+        closed = found;
+        now = std::move(before);
+    }
+    std::vector<Tensor> out;
+    if (needs.get(0)) out.push_back(like(dx, x));
+    if (needs.get(1) && residual) out.push_back(like(dresidual, *residual));
+    for (size_t p = 0; p < params.size(); p++)
+        if (wanted[p]) out.push_back(like(grads[p], params[p]));
+    return out;
+}
+
+Tensor row_inference(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
+                     at::ArrayRef<double> reals, at::ScalarType compute, bool gemm) {
+    const std::vector<Chain> chains = read_chains(ints, reals, params);
+    TORCH_CHECK(chains.size() == 1, "row_inference: expected one chain, got ", chains.size());
+    const Chain& chain = chains[0];
+    const Setting set(x, params, compute, gemm);
+    const Tensor start = x.contiguous(set.format);
+    const auto unit = [&](const Unit& u, const Tensor& h, int64_t act, double act_param, const Tensor& summand) {
+        const Norm norm = u.fold(u.tensors[kMean], u.tensors[kVar], wide(h));
+        const OptTensor r = summand.defined() ? OptTensor(summand) : std::nullopt;
+        if (!u.conv) return bn_act(h, norm.pair(), act, act_param, r, {}, h.scalar_type());
+        return conv_bn_act(h, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups, norm.pair(), act,
+                           act_param, r, compute, gemm)
+            .contiguous(set.format);
+    };
+    Tensor summand = chain.start(start, residual, set.format);
+    if (chain.projection()) summand = unit(chain.units.back(), summand, 0, 0, Tensor());
+    Tensor h = start;
+    for (size_t i = 0; i + 1 < chain.length(); i++)
+        h = unit(chain.units[i], h, chain.units[i].act, chain.units[i].act_param, Tensor());
+    const Unit& last = chain.last();
+    if (!chain.pool) return unit(last, h, last.act, last.act_param, summand);
+    // the pool normalises on load
+    const Tensor y = std::get<0>(set.raw(last, h, nullptr, nullptr, false));
+    const Norm norm = last.fold(last.tensors[kMean], last.tensors[kVar], wide(h));
+    return std::get<0>(bn_act_max_pool(y, norm.pair(), last.act, last.act_param, chain.pool->kernel, chain.pool->stride,
+                                       chain.pool->padding));
+}
+
+}  // namespace fused_resnet::cpu
