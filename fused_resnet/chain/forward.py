@@ -149,14 +149,23 @@ def summand_of(x: Tensor, residual: Tensor | None, spec: ChainSpec, fmt: torch.m
 
 
 def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> Tensor:
-    """The operator fused_resnet::chain_inference, for one chain.
+    """The operator fused_resnet::chain_inference.
 
     BatchNorm with running statistics is folded into the convolutions, conv(x, s W) + t, or applied to their outputs, or
     applied in a closing max-pool.
     """
-    (spec,) = RowSpec.decode(text).chains
+    row = RowSpec.decode(text)
     fmt = memory_format(x, params)
-    x = x.contiguous(memory_format=fmt)
+    h = x
+    for spec, p in zip(row.chains, row.split(params), strict=True):
+        h = _inference(h.contiguous(memory_format=fmt), residual, p, spec, fmt)
+    # an operator must not return one of its inputs
+    return h.clone() if h is x or h is residual else h
+
+
+def _inference(
+    x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: ChainSpec, fmt: torch.memory_format
+) -> Tensor:
     parts = spec.split(params)
     wide, vectors = vector_dtype(x.dtype), pick(BnFold, Case.of(x))
 
@@ -191,8 +200,7 @@ def inference(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text
         raw = _raw(h, p, last, None, fmt)
         ((norm, _),) = _normalise(raw)
         h = _max_pool(raw.y, norm, last.act, spec.pool)
-    # an operator must not return one of its inputs
-    return h.clone() if h is x or h is residual else h
+    return h
 
 
 def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:

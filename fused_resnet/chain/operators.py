@@ -113,9 +113,11 @@ def _closing_fake(x: Tensor, shape: Sequence[Any], spec: ChainSpec, fmt: torch.m
 
 
 def _inference_fake(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> Tensor:
-    (spec,) = RowSpec.decode(text).chains
+    row = RowSpec.decode(text)
     fmt = memory_format(x, params)
-    return _closing_fake(x, unit_shapes(x, params, spec)[len(spec.units) - 1], spec, fmt)
+    for spec, p in zip(row.chains, row.split(params), strict=True):
+        x = _closing_fake(x, unit_shapes(x, p, spec)[len(spec.units) - 1], spec, fmt)
+    return x
 
 
 def _backward_fake(

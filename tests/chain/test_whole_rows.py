@@ -80,6 +80,17 @@ def test_inference(shape: str) -> None:
 
 
 @pytest.mark.parametrize("name", rows.ROWS)
+def test_inference_of_rows(name: str) -> None:
+    row = rows.make(name, mode="frozen-beta_or_gamma", width=3, size=(9, 8))
+    drawn = rows.draw(row, 0)
+    for layout in chains.LAYOUTS.values():
+        for dtype in DTYPES:
+            t = rows.cast(row, drawn, dtype, layout)
+            args = t.x, None, t.params, row.spec.encode()
+            assert_same(whole("chain_inference", *args), [forward.inference(*args)])
+
+
+@pytest.mark.parametrize("name", rows.ROWS)
 def test_rows(name: str) -> None:
     row = rows.make(name)
     drawn = rows.draw(row, 0)

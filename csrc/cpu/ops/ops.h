@@ -42,7 +42,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntLis
                    int64_t groups, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
                    at::ScalarType compute, bool gemm);
 
-// A row of chains, its backward, and inference (one chain): the operators of fused_resnet/chain/operators.py, whose
+// A row of chains, its backward, and inference: the operators of fused_resnet/chain/operators.py, whose
 // spec is given as the two lists that `ints_and_reals` in fused_resnet/backends/cpu.py makes of it.
 std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
                                 at::ArrayRef<double> reals, at::ScalarType compute, bool gemm);

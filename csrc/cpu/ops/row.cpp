@@ -193,6 +193,31 @@ Tensor forward(const Chain& chain, const Tensor& x, const OptTensor& residual, c
     return out;
 }
 
+// ---------------------------------------------------------------------------------------------------- inference
+// The chain's output by running statistics, which nothing is saved for.
+Tensor inference(const Chain& chain, const Tensor& x, const OptTensor& residual, const Setting& set) {
+    const auto unit = [&](const Unit& u, const Tensor& h, int64_t act, double act_param, const Tensor& summand) {
+        const Norm norm = u.fold(u.tensors[kMean], u.tensors[kVar], wide(h));
+        const OptTensor r = summand.defined() ? OptTensor(summand) : std::nullopt;
+        if (!u.conv) return bn_act(h, norm.pair(), act, act_param, r, {}, h.scalar_type());
+        return conv_bn_act(h, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups, norm.pair(), act,
+                           act_param, r, set.compute, set.gemm)
+            .contiguous(set.format);
+    };
+    Tensor summand = chain.start(x, residual, set.format);
+    if (chain.projection()) summand = unit(chain.units.back(), summand, 0, 0, Tensor());
+    Tensor h = x;
+    for (size_t i = 0; i + 1 < chain.length(); i++)
+        h = unit(chain.units[i], h, chain.units[i].act, chain.units[i].act_param, Tensor());
+    const Unit& last = chain.last();
+    if (!chain.pool) return unit(last, h, last.act, last.act_param, summand);
+    // the pool normalises on load
+    const Tensor y = std::get<0>(set.raw(last, h, nullptr, nullptr, false));
+    const Norm norm = last.fold(last.tensors[kMean], last.tensors[kVar], wide(h));
+    return std::get<0>(bn_act_max_pool(y, norm.pair(), last.act, last.act_param, chain.pool->kernel, chain.pool->stride,
+                                       chain.pool->padding));
+}
+
 // ---------------------------------------------------------------------------------------------------- backward
 // The step that takes a gradient through a chain's add and activation.
 struct Closing {
@@ -429,31 +454,10 @@ std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptT
 
 Tensor row_inference(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
                      at::ArrayRef<double> reals, at::ScalarType compute, bool gemm) {
-    const std::vector<Chain> chains = read_chains(ints, reals, params);
-    TORCH_CHECK(chains.size() == 1, "row_inference: expected one chain, got ", chains.size());
-    const Chain& chain = chains[0];
     const Setting set(x, params, compute, gemm);
-    const Tensor start = x.contiguous(set.format);
-    const auto unit = [&](const Unit& u, const Tensor& h, int64_t act, double act_param, const Tensor& summand) {
-        const Norm norm = u.fold(u.tensors[kMean], u.tensors[kVar], wide(h));
-        const OptTensor r = summand.defined() ? OptTensor(summand) : std::nullopt;
-        if (!u.conv) return bn_act(h, norm.pair(), act, act_param, r, {}, h.scalar_type());
-        return conv_bn_act(h, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups, norm.pair(), act,
-                           act_param, r, compute, gemm)
-            .contiguous(set.format);
-    };
-    Tensor summand = chain.start(start, residual, set.format);
-    if (chain.projection()) summand = unit(chain.units.back(), summand, 0, 0, Tensor());
-    Tensor h = start;
-    for (size_t i = 0; i + 1 < chain.length(); i++)
-        h = unit(chain.units[i], h, chain.units[i].act, chain.units[i].act_param, Tensor());
-    const Unit& last = chain.last();
-    if (!chain.pool) return unit(last, h, last.act, last.act_param, summand);
-    // the pool normalises on load
-    const Tensor y = std::get<0>(set.raw(last, h, nullptr, nullptr, false));
-    const Norm norm = last.fold(last.tensors[kMean], last.tensors[kVar], wide(h));
-    return std::get<0>(bn_act_max_pool(y, norm.pair(), last.act, last.act_param, chain.pool->kernel, chain.pool->stride,
-                                       chain.pool->padding));
+    Tensor h = x.contiguous(set.format);
+    for (const Chain& chain : read_chains(ints, reals, params)) h = inference(chain, h, residual, set);
+    return h;
 }
 
 }  // namespace fused_resnet::cpu
