@@ -1,5 +1,7 @@
 // A row of chains in one call: its forward, its backward, and inference. The steps and their formulas are those of
 // fused_resnet/chain/forward.py and backward.py, which compose any backend's primitives.
+#include <ATen/record_function.h>
+
 #include <array>
 #include <memory>
 
@@ -8,6 +10,9 @@
 namespace fused_resnet::cpu {
 
 namespace {
+
+// What a profiler sees of the rest of a scope: the step's name, and its tensors' shapes.
+#define FR_STEP(name, ...) RECORD_FUNCTION("fused_resnet_cpu::" name, std::vector<c10::IValue>({__VA_ARGS__}))
 
 // Reads the numbers of a row's spec in the order in which fused_resnet/backends/cpu.py writes them.
 struct Reader {
@@ -149,9 +154,11 @@ struct Setting {
                                            bool stats) const {
         if (!u.conv) {
             if (!stats) return {x, Tensor(), Tensor()};
+            FR_STEP("bn_stats", x);
             auto [mean, var] = bn_stats(x);
             return {x, mean, var};
         }
+        FR_STEP("conv_stats", x, u.tensors[kWeight]);
         auto [y, mean, var] = conv_stats(x, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups,
                                          norm ? norm->pair() : at::TensorList(), norm ? before->act : 0,
                                          norm ? before->act_param : 0, stats, compute, gemm);
@@ -182,12 +189,15 @@ Tensor forward(const Chain& chain, const Tensor& x, const OptTensor& residual, c
     const Unit& last = chain.last();
     Tensor out, argmax, summand = chain.start(x, residual, set.format);
     if (chain.projection()) summand = unit(chain.length(), summand);
-    if (chain.pool)
+    if (chain.pool) {
+        FR_STEP("bn_act_max_pool", y);
         std::tie(out, argmax) = bn_act_max_pool(y, norm.pair(), last.act, last.act_param, chain.pool->kernel,
                                                 chain.pool->stride, chain.pool->padding);
-    else
+    } else {
+        FR_STEP("bn_act", y);
         out = bn_act(y, norm.pair(), last.act, last.act_param, summand.defined() ? OptTensor(summand) : std::nullopt,
                      chain.projection() ? norms.back().pair() : at::TensorList(), y.scalar_type());
+    }
     saved.insert(saved.end(), stats.begin(), stats.end());
     if (argmax.defined()) saved.push_back(argmax);
     return out;
@@ -200,6 +210,7 @@ Tensor inference(const Chain& chain, const Tensor& x, const OptTensor& residual,
         const Norm norm = u.fold(u.tensors[kMean], u.tensors[kVar], wide(h));
         const OptTensor r = summand.defined() ? OptTensor(summand) : std::nullopt;
         if (!u.conv) return bn_act(h, norm.pair(), act, act_param, r, {}, h.scalar_type());
+        FR_STEP("conv_bn_act", h, u.tensors[kWeight]);
         return conv_bn_act(h, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups, norm.pair(), act,
                            act_param, r, set.compute, set.gemm)
             .contiguous(set.format);
@@ -235,6 +246,7 @@ struct Closed {
 };
 
 Closed close(const Tensor& dout, const Closing& c) {
+    FR_STEP("bn_act_backward", dout, c.y);
     auto [dz, s0, s1, s2] = bn_act_backward(dout, c.y, c.norm.triple(), c.act, c.act_param,
                                             c.summand.defined() ? OptTensor(c.summand) : std::nullopt,
                                             c.summand_norm ? c.summand_norm->triple() : at::TensorList());
@@ -313,10 +325,14 @@ struct Gradients {
         const at::TensorList coef(all.data(), u.batch_stats ? 4 : 1);
         if (!u.conv) return {bn_backward(dz, y, coef, y.scalar_type()), {}, {}, {}};
         const Unit& previous = of.chain.units[inner ? i - 1 : i];
-        auto [dx, dw, s0, s1] = conv_backward(
-            dz, y, coef, start, inner ? of.norms[i - 1].triple() : at::TensorList(), inner ? previous.act : 0,
-            inner ? previous.act_param : 0, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups, need_start,
-            need_weight, add.defined() ? OptTensor(add) : std::nullopt, set.compute, set.gemm);
+        const auto convolve = [&] {
+            FR_STEP("conv_backward", dz, start, u.tensors[kWeight]);
+            return conv_backward(dz, y, coef, start, inner ? of.norms[i - 1].triple() : at::TensorList(),
+                                 inner ? previous.act : 0, inner ? previous.act_param : 0, u.tensors[kWeight], u.stride,
+                                 u.padding, u.dilation, u.groups, need_start, need_weight,
+                                 add.defined() ? OptTensor(add) : std::nullopt, set.compute, set.gemm);
+        };
+        auto [dx, dw, s0, s1] = convolve();
         if (dw.defined()) put(u, kWeight, dw);
         if (need_start && before) return close(dx, *before);
         return {dx, s0, s1, {}};
@@ -421,6 +437,7 @@ std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptT
     Closed closed;
     const Closing closing = now->closing();
     if (const auto& pool = chains[last].pool) {
+        FR_STEP("bn_act_max_pool_backward", top, closing.y);
         auto [dz, s0, s1] =
             bn_act_max_pool_backward(top, now->argmax, closing.y, closing.norm.triple(), closing.act, closing.act_param,
                                      pool->kernel, pool->stride, pool->padding, compute);
