@@ -49,6 +49,9 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "conv_bn_act(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor[] "
         "norm, "
         "int act, float act_param, Tensor? residual, ScalarType compute, bool gemm) -> Tensor");
+    m.def(
+        "conv_algorithm(str kind, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+        "bool prologue, ScalarType compute, bool gemm) -> str");
     m.def("winograd_tile(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> int");
     m.def("winograd_prepack(Tensor weight, int tile) -> Tensor");
     m.def(
@@ -120,6 +123,7 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("conv_stats", cpu::conv_stats);
     m.impl("conv_backward", cpu::conv_backward);
     m.impl("conv_bn_act", cpu::conv_bn_act);
+    m.impl("conv_algorithm", cpu::conv_algorithm);
     m.impl("winograd_tile", cpu::winograd_tile);
     m.impl("winograd_prepack", cpu::winograd_prepack);
     m.impl("winograd_bias_act", cpu::winograd_bias_act);

@@ -28,7 +28,7 @@ from fused_resnet.backends.primitives import (
     Norm,
     Sums,
 )
-from fused_resnet.spec import PoolSpec
+from fused_resnet.spec import ConvSpec, PoolSpec
 
 Config = tuple[Any, ...]
 
@@ -69,6 +69,15 @@ class Backend:
     def declines(self, primitive: type[Call[Any]], case: Case) -> str | None:
         """The reason why it can't serve a call, or None."""
         return self.refuse(primitive, case) if self.offers(primitive) else f"does not implement {primitive.name}"
+
+    def algorithm(
+        self, primitive: type[Call[Any]], x: Tensor, weight: Tensor, conv: ConvSpec, prologue: bool
+    ) -> str | None:
+        """The name of the algorithm that runs a convolution, for ``explain``; None: it has no name.
+
+        Of x and the weight only the sizes, the dtypes and the layouts count. ``prologue``: x is a raw output.
+        """
+        return None
 
     # ------------------------------------------------------------------------------------------------ configurations
     def configurations(self, call: Call[Any]) -> Sequence[Config]:

@@ -7,8 +7,8 @@ primitive returns new tensors and changes none of its arguments except ``add``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fused_resnet.spec import Act, ConvSpec, PoolSpec
 if TYPE_CHECKING:
     from fused_resnet.backends.backend import Backend
 
+C = TypeVar("C")
 R = TypeVar("R")
 
 
@@ -149,6 +150,12 @@ class Case(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------- calls
+@dataclass_transform(eq_default=False, frozen_default=True)
+def _call(cls: type[C]) -> type[C]:
+    """A dataclass that is frozen for type checkers alone: to make a frozen one takes seven times as long."""
+    return dataclass(eq=False, repr=False)(cls)
+
+
 class Call(Generic[R]):
     """A call of a primitive, with a result of type R.
 
@@ -167,7 +174,7 @@ class Call(Generic[R]):
     @property
     def like(self) -> Tensor:
         """The tensor whose device, dtype and layout decide who takes the call: the first argument."""
-        first: Tensor = getattr(self, self.__match_args__[0])  # type: ignore[attr-defined]
+        first: Tensor = self.arguments[0]
         return first
 
     @property
@@ -187,8 +194,7 @@ class Call(Generic[R]):
 
     @property
     def arguments(self) -> list[Any]:
-        names: tuple[str, ...] = self.__match_args__  # type: ignore[attr-defined]
-        return [getattr(self, name) for name in names]
+        return [*vars(self).values()]
 
     @property
     def key(self) -> Any:
@@ -204,6 +210,10 @@ class Call(Generic[R]):
     def parts(self) -> tuple[Call[R], Call[R]] | None:
         """Two calls that together do the same, if there are such: for the input's gradient, and for the weight's."""
         return None
+
+    def replace(self: C, **changes: Any) -> C:
+        """The same call, but for some arguments."""
+        return type(self)(**vars(self) | changes)
 
     def again(self) -> Call[R]:
         """The same call, with copies of the arguments that a backend may overwrite."""
@@ -234,7 +244,7 @@ class _Convolution(Call[R]):
         return self.conv, tuple(self.weight.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class ConvBiasAct(_Convolution[Tensor]):
     """act(conv(x, W) + b [+ residual]): an inference unit, BatchNorm folded into W and b."""
 
@@ -247,7 +257,7 @@ class ConvBiasAct(_Convolution[Tensor]):
     residual: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class ConvBnAct(_Convolution[Tensor]):
     """act(scale*conv(x, W) + shift [+ residual]): an inference unit that is not frozen, BatchNorm not folded into W.
 
@@ -264,7 +274,7 @@ class ConvBnAct(_Convolution[Tensor]):
     residual: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class ConvStats(_Convolution[tuple[Tensor, Tensor | None, Tensor | None]]):
     """y = conv(prologue(x), W), zero padding after the prologue; mean and biased variance of y if ``stats``."""
 
@@ -276,7 +286,7 @@ class ConvStats(_Convolution[tuple[Tensor, Tensor | None, Tensor | None]]):
     stats: bool
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnStats(Call[tuple[Tensor, Tensor]]):
     """Mean and biased variance per channel."""
 
@@ -284,7 +294,7 @@ class BnStats(Call[tuple[Tensor, Tensor]]):
     y: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnAct(Call[Tensor]):
     """act(scale*y + shift [+ residual, or + residual_norm of it])."""
 
@@ -296,7 +306,7 @@ class BnAct(Call[Tensor]):
     residual_norm: Norm | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnActBackward(Call[tuple[Tensor, Sums, Sums | None]]):
     """dz = dout*act'(z), its sums with y, and its sums with the residual if that has a norm of its own."""
 
@@ -309,7 +319,7 @@ class BnActBackward(Call[tuple[Tensor, Sums, Sums | None]]):
     residual_norm: Norm | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnBackward(Call[Tensor]):
     """dy, for a unit whose convolution is not part of the chain."""
 
@@ -319,7 +329,7 @@ class BnBackward(Call[Tensor]):
     coef: DyCoefficients
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class ConvBackward(_Convolution[tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]]):
     """The gradient of the input and dW. dy is formed from (dz, y).
 
@@ -351,15 +361,15 @@ class ConvBackward(_Convolution[tuple[Tensor | None, Tensor | None, Sums | None,
     def parts(self) -> tuple[ConvBackward, ConvBackward] | None:
         if not (self.need_input and self.need_weight):
             return None
-        return replace(self, need_weight=False), replace(self, need_input=False, add=None, closing=None)
+        return self.replace(need_weight=False), self.replace(need_input=False, add=None, closing=None)
 
     def again(self) -> ConvBackward:
         if self.add is None:
             return self
-        return replace(self, add=self.add.clone(memory_format=torch.preserve_format))
+        return self.replace(add=self.add.clone(memory_format=torch.preserve_format))
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnActMaxPool(Call[tuple[Tensor, Tensor]]):
     """max-pool of act(scale*y + shift), and each maximum's position in its window (uint8, row-major)."""
 
@@ -370,7 +380,7 @@ class BnActMaxPool(Call[tuple[Tensor, Tensor]]):
     pool: PoolSpec
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnActMaxPoolBackward(Call[tuple[Tensor, Sums]]):
     """dz = act'(z) * (dout at the positions of the maxima, else 0), and its sums with y."""
 
@@ -383,7 +393,7 @@ class BnActMaxPoolBackward(Call[tuple[Tensor, Sums]]):
     pool: PoolSpec
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnFold(Call[Norm]):
     """BatchNorm as vectors, in ``vector_dtype`` of the mean's: scale = weight*rstd, shift = bias - center*scale.
 
@@ -400,7 +410,7 @@ class BnFold(Call[Norm]):
     eps: float
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnCoefficients(Call[tuple[Tensor, DyCoefficients]]):
     """dgamma = rstd*sums.dz_y, and A, B, C of dy over ``count`` values per channel; None: frozen."""
 
