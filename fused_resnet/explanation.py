@@ -15,6 +15,7 @@ from fused_resnet.backends import (
     BnActBackward,
     BnActMaxPool,
     BnActMaxPoolBackward,
+    Call,
     Case,
     ConvBackward,
     ConvBiasAct,
@@ -30,7 +31,7 @@ from fused_resnet.fusion.patterns import looks_like_norm, original
 from fused_resnet.fusion.report import ChainReport, UnitReport
 from fused_resnet.fusion.swap import fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
-from fused_resnet.planner import planned, why
+from fused_resnet.planner import pick, planned, why
 
 _DIFFERS = "captured, the network differs from itself on the example"
 _NOT_CAPTURED = "no call of it was captured; TORCH_LOGS=graph_breaks says what dynamo did not capture"
@@ -286,17 +287,33 @@ def _shared(chains: Sequence[ChainReport], norms: dict[str, nn.Module]) -> str:
 def _serving(chains: Sequence[ChainReport]) -> dict[str, str]:
     """Primitive -> backend for the chains' training step, in the captured tensors' device, dtype and layout."""
     served: dict[str, str] = {}
+    names: dict[str, dict[str, None]] = {}
     for chain in chains:
-        for unit in chain.units:
+        for i, unit in enumerate(chain.units):
             if unit.conv is None:
                 continue
+            prologue = 0 < i < len(chain.units) - (chain.shortcut == "projection")
             case = Case(unit.device, unit.dtype, unit.channels_last, unit.conv, unit.weight[2:])  # type: ignore[arg-type]
             for convolution in (ConvStats, ConvBackward):
                 label = f"{convolution.name} {unit.weight[2]}x{unit.weight[3]}"
-                served[label] = planned(convolution, unit.conv, unit.weight) or why(convolution, case)[0]
+                measured = planned(convolution, unit.conv, unit.weight)
+                # a block may have several convolutions of one size
+                names.setdefault(label, {})[_algorithm(convolution, case, unit, prologue)] = None
+                served[label] = measured or " and ".join(names[label])
         last = chain.units[-1]
         case = Case(last.device, last.dtype, last.channels_last)
         pooled = chain.max_pool is not None
         for primitive in (BnActMaxPool, BnActMaxPoolBackward) if pooled else (BnAct, BnActBackward):
             served[primitive.name] = planned(primitive, None, last.channels) or why(primitive, case)[0]
     return served
+
+
+def _algorithm(primitive: type[Call[Any]], case: Case, unit: UnitReport, prologue: bool) -> str:
+    """The backend that serves a convolution by preference, and its algorithm if it has a name."""
+    backend = pick(primitive, case)
+    if not unit.image or unit.conv is None:
+        return backend.name
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    x, weight = (torch.empty(shape, dtype=case.dtype, memory_format=layout) for shape in (unit.image, unit.weight))
+    algorithm = backend.algorithm(primitive, x, weight, unit.conv, prologue)
+    return backend.name if algorithm is None else f"{backend.name} ({algorithm})"

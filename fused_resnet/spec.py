@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from itertools import compress, product
 from typing import Any, Literal
 
 from fused_resnet.base.arguments import flag, integer, number, pair
@@ -31,6 +32,8 @@ _INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 # "pad": option A of the paper, x strided with zero channels appended.
 SHORTCUTS = ("none", "identity", "tensor", "projection", "pad")
 PARAM_NAMES = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+# which of these there are (both or none of the last two) -> their names
+_NAMES = {has: tuple(compress(PARAM_NAMES, (*has, has[-1]))) for has in product((False, True), repeat=5)}
 
 
 def _keep(spec: Any, name: str, value: Any) -> None:
@@ -223,8 +226,7 @@ class UnitSpec:
     def param_names(self) -> tuple[str, ...]:
         """The names of the unit's tensors, in the order of the operators' arguments (``PARAM_NAMES``)."""
         conv, running = self.conv, not self.batch_stats
-        has = (conv is not None, conv is not None and conv.bias, self.bn_weight, self.bn_bias, running, running)
-        return tuple(name for name, there in zip(PARAM_NAMES, has, strict=True) if there)
+        return _NAMES[conv is not None, conv is not None and conv.bias, self.bn_weight, self.bn_bias, running]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The registry of backends: their names, whether they can be used here, and which one is requested by name.
 
-``primitives`` defines the calls that backends take, ``backend`` what a backend is; this module re-exports their names.
+``primitives`` defines the calls that backends take, ``values`` their arguments, ``backend`` what a backend is; this
+module re-exports their names.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ from fused_resnet.backends.primitives import (
     BnFold,
     BnStats,
     Call,
-    Case,
-    Closing,
     ConvBackward,
     ConvBiasAct,
     ConvBnAct,
     ConvStats,
-    DyCoefficients,
-    Norm,
-    Prologue,
     RowBackward,
     RowForward,
     RowInference,
+)
+from fused_resnet.backends.values import (
+    Case,
+    Closing,
+    DyCoefficients,
+    Norm,
+    Prologue,
     Sums,
     allow_tf32,
     text_of,

@@ -19,19 +19,21 @@ from fused_resnet.backends.primitives import (
     BnFold,
     BnStats,
     Call,
-    Case,
     ConvBackward,
     ConvBiasAct,
     ConvBnAct,
     ConvStats,
-    DyCoefficients,
-    Norm,
     RowBackward,
     RowForward,
     RowInference,
+)
+from fused_resnet.backends.values import (
+    Case,
+    DyCoefficients,
+    Norm,
     Sums,
 )
-from fused_resnet.spec import PoolSpec
+from fused_resnet.spec import ConvSpec, PoolSpec
 
 Config = tuple[Any, ...]
 
@@ -72,6 +74,15 @@ class Backend:
     def declines(self, primitive: type[Call[Any]], case: Case) -> str | None:
         """The reason why it can't serve a call, or None."""
         return self.refuse(primitive, case) if self.offers(primitive) else f"does not implement {primitive.name}"
+
+    def algorithm(
+        self, primitive: type[Call[Any]], x: Tensor, weight: Tensor, conv: ConvSpec, prologue: bool
+    ) -> str | None:
+        """The name of the algorithm that runs a convolution, for ``explain``; None: it has no name.
+
+        Of x and the weight only the sizes, the dtypes and the layouts count. ``prologue``: x is a raw output.
+        """
+        return None
 
     # ------------------------------------------------------------------------------------------------ configurations
     def configurations(self, call: Call[Any]) -> Sequence[Config]:

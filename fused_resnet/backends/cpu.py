@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,18 +159,76 @@ def ints_and_reals(spec: str) -> tuple[list[int], list[float]]:
     return [int(i) for i in ints], reals
 
 
-def _layout(packed: Tensor) -> bytes:
+# ---------------------------------------------------------------------------------------------------- inference
+class Convolution(NamedTuple):
+    """An algorithm for the convolutions of inference.
+
+    Attributes:
+        name: what ``explain`` calls it. takes: whether it is for inputs like the call's x. pack: packs the call's
+            weight. layout: a packed weight's layout, which may depend on x; None: there is one.
+        run: (call, packed weight, owned, exact) -> the result. ``owned``: it may overwrite the residual. ``exact``: NaN
+            goes where PyTorch's activations send it.
+    """
+
+    name: str
+    takes: Callable[[ConvBiasAct], bool]
+    pack: Callable[[ConvBiasAct], Tensor]
+    layout: Callable[[Tensor], bytes] | None
+    run: Callable[[ConvBiasAct, Tensor, bool, bool], Tensor]
+
+
+def _in_float(call: ConvBiasAct) -> bool:
+    return compute_dtype(call.x.dtype) == torch.float32 and _gemm()
+
+
+def _winograd(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+    y: Tensor = _ops.winograd_bias_act(call.x, packed, call.bias, call.conv.padding[0], *_act(call.act), call.residual)
+    return y
+
+
+def _pointwise(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+    x, out = call.x, call.residual
+    if out is None or not owned:
+        shape = (x.shape[0], call.weight.shape[0], *x.shape[2:])
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    _ops.pointwise_bias_act(x, packed, call.bias, *_act(call.act), call.residual, out)
+    return out
+
+
+def _onednn_weight(call: ConvBiasAct) -> Tensor:
+    x, conv = call.x, call.conv
+    packed: Tensor = _mkldnn._reorder_convolution_weight(
+        call.weight.to(compute_dtype(x.dtype)), conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
+    )
+    return packed
+
+
+def _onednn_layout(packed: Tensor) -> bytes:
     """oneDNN's description of a tensor's layout, without its uninitialised bytes.
 
     It is int ndims, int64 dims[12], int data_type, 4 bytes of uninitialised padding, and the rest. If a later version
     has another structure, equal layouts compare as different, and weights are kept twice.
     """
-    description = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).numpy(force=True).tobytes()
+    description = _mkldnn._get_mkldnn_serialized_md(packed).numpy(force=True).tobytes()
     return bytes(description[:108] + description[112:])
 
 
-def _onednn(call: ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:
-    """oneDNN's convolution with its post-ops. With ``owned`` the result overwrites the residual."""
+def _onednn(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+    x, bias, act, residual = call.x, call.bias, call.act, call.residual
+    assert bias is not None
+    # oneDNN's relu turns NaN into 0: acceptable for a frozen model (docs/limits.md says so), not in training
+    apart = (exact and act.name != "identity") or act.name not in _POST_OPS
+    if apart or (residual is not None and act.name not in ("identity", "relu")):
+        # a separate pass does what oneDNN's post-ops can't
+        one = torch.ones_like(bias)
+        y = _onednn(call.replace(act=Act("identity"), residual=None), packed, False, False)
+        return BnAct(y, Norm(one, torch.zeros_like(one), one, one), act, residual).on(BACKEND)
+    y = _with_post_ops(call, packed, owned)
+    fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return y.to(x.dtype).contiguous(memory_format=fmt)
+
+
+def _with_post_ops(call: ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:
     compute, conv, act = compute_dtype(call.x.dtype), call.conv, call.act
     assert call.bias is not None
     x, bias = call.x.to(compute), call.bias.to(compute)
@@ -188,6 +245,30 @@ def _onednn(call: ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:
     else:
         y = _mkldnn._convolution_pointwise.binary(x, r, packed, bias, *where, "add", 1.0, unary, [], "")
     return y
+
+
+# The first that takes a call runs it. Which instruction sets an algorithm is for is part of what it takes.
+CONVOLUTIONS = (
+    Convolution(
+        "winograd",
+        lambda call: _in_float(call) and _ops.winograd_tile(call.x, call.weight, *_where(call.conv)) != 0,
+        lambda call: _ops.winograd_prepack(call.weight, _ops.winograd_tile(call.x, call.weight, *_where(call.conv))),
+        None,
+        _winograd,
+    ),
+    Convolution(
+        "pointwise",
+        lambda call: (
+            _in_float(call)
+            and _ops.pointwise_suits(call.x, call.weight, call.conv.stride, call.conv.padding, call.conv.groups)
+        ),
+        lambda call: _ops.direct_prepack(call.weight),
+        None,
+        _pointwise,
+    ),
+    Convolution("onednn", lambda call: True, _onednn_weight, _onednn_layout, _onednn),
+)
+_BY_NAME = {convolution.name: convolution for convolution in CONVOLUTIONS}
 
 
 # ---------------------------------------------------------------------------------------------------- the backend
@@ -223,63 +304,45 @@ class Cpu(Backend):
         """See ``compute_dtype``."""
         return compute_dtype(dtype)
 
+    def algorithm(
+        self, primitive: type[Call[Any]], x: Tensor, weight: Tensor, conv: ConvSpec, prologue: bool
+    ) -> str | None:
+        """csrc/cpu/ops/conv.cpp chooses it."""
+
+        def name(kind: str) -> str:
+            compute = compute_dtype(x.dtype)
+            found: str = _ops.conv_algorithm(kind, x, weight, *_where(conv), prologue, compute, _gemm())
+            return found
+
+        if primitive is ConvStats:
+            return name("fprop")
+        if primitive is ConvBackward:
+            dgrad, wgrad = name("dgrad"), name("wgrad")
+            return dgrad if dgrad == wgrad else f"{dgrad} for the input, {wgrad} for the weight"
+        return None
+
     # ------------------------------------------------------------------------------------------------ inference
     def prepack(self, call: ConvBiasAct, known: Sequence[Any] = ()) -> Packed | None:
-        """The weight packed for the convolution that is fastest for inputs like x; None for float64."""
-        x, weight, conv = call.x, call.weight, call.conv
-        if torch.float64 in (x.dtype, weight.dtype):
+        """The weight packed for the first of ``CONVOLUTIONS`` that takes the call; None for float64."""
+        if torch.float64 in (call.x.dtype, call.weight.dtype):
             return None
-        others = [form for form in known if isinstance(form, Packed)]
-        if compute_dtype(x.dtype) == torch.float32 and _gemm():
-            tile = _ops.winograd_tile(x, weight, *_where(conv))
-            if tile:
-                same = [form for form in others if form.kind == "winograd"]
-                return same[0] if same else Packed(_ops.winograd_prepack(weight, tile), "winograd")
-            if _ops.pointwise_suits(x, weight, conv.stride, conv.padding, conv.groups):
-                same = [form for form in others if form.kind == "pointwise"]
-                return same[0] if same else Packed(_ops.direct_prepack(weight), "pointwise")
-        weight = weight.to(compute_dtype(x.dtype))
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
-        )
-        same = [form for form in others if form.kind == "onednn" and _layout(form.weight) == _layout(packed)]
-        return same[0] if same else Packed(packed, "onednn")
+        name, _, pack, layout, _ = next(convolution for convolution in CONVOLUTIONS if convolution.takes(call))
+        same = [form for form in known if isinstance(form, Packed) and form.kind == name]
+        if same and layout is None:
+            return same[0]
+        packed = Packed(pack(call), name)
+        if layout is None:
+            return packed
+        return next((form for form in same if layout(form.weight) == layout(packed.weight)), packed)
 
     def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
-        """Bias, add and act are oneDNN's post-ops, or part of Winograd's output transform."""
         packed = self.prepack(call)
         if packed is None:
             return aten.BACKEND.conv_bias_act(call)
-        # oneDNN's relu turns NaN into 0: acceptable for a frozen model (docs/limits.md says so), not in training
-        return self._conv(call, packed, False, exact=True)
+        return _BY_NAME[packed.kind].run(call, packed.weight, False, True)
 
     def conv_packed(self, call: ConvBiasAct, packed: Packed, owned: bool) -> Tensor:
-        return self._conv(call, packed, owned, exact=False)
-
-    def _conv(self, call: ConvBiasAct, packed: Packed, owned: bool, exact: bool) -> Tensor:
-        """``exact``: NaN goes where PyTorch's activation sends it."""
-        x, bias, conv, act, residual = call.x, call.bias, call.conv, call.act, call.residual
-        assert bias is not None
-        if packed.kind == "pointwise":
-            out = residual
-            if out is None or not owned:
-                shape = (x.shape[0], bias.shape[0], *x.shape[2:])
-                out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-            _ops.pointwise_bias_act(x, packed.weight, bias, *_act(act), residual, out)
-            return out
-        if packed.kind == "winograd":
-            y: Tensor = _ops.winograd_bias_act(x, packed.weight, bias, conv.padding[0], *_act(act), residual)
-            return y
-        apart = (exact and act.name != "identity") or act.name not in _POST_OPS
-        if apart or (residual is not None and act.name not in ("identity", "relu")):
-            # a separate pass does what oneDNN's post-ops can't
-            one = torch.ones_like(bias)
-            alone = replace(call, act=Act("identity"), residual=None)
-            y = self._conv(alone, packed, False, exact)
-            return self.bn_act(BnAct(y, Norm(one, torch.zeros_like(one), one, one), act, residual))
-        y = _onednn(call, packed.weight, owned)
-        fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        return y.to(x.dtype).contiguous(memory_format=fmt)
+        return _BY_NAME[packed.kind].run(call, packed.weight, owned, False)
 
     def prepack_pooled(self, call: ConvBiasAct, pool: PoolSpec) -> Packed | None:
         conv, weight = call.conv, call.weight

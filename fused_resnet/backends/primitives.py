@@ -1,4 +1,4 @@
-"""The primitives of a chain: the types of their arguments, and one class of calls for each.
+"""The primitives of a chain: one class of calls for each (the types of their arguments: ``values.py``).
 
 A call is a value: ``BnAct(y, norm, act)``. A backend's method of the same name takes it (``backend.py``).
 Every tensor is [N, C, H, W], dense, NCHW or channels_last. Per-channel vectors are [C] in ``vector_dtype``. Every
@@ -8,148 +8,39 @@ primitive returns new tensors and changes none of its arguments except ``add``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor
 
+from fused_resnet.backends.values import (
+    Case,
+    Closing,
+    DyCoefficients,
+    Norm,
+    Prologue,
+    Sums,
+    allow_tf32,
+    key_of,
+    text_of,
+)
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 if TYPE_CHECKING:
     from fused_resnet.backends.backend import Backend
 
+C = TypeVar("C")
 R = TypeVar("R")
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
-# ``key``: the hashable properties on which a measurement depends; ``text``: their text in the planner's file.
-class Norm(NamedTuple):
-    """A unit's BatchNorm as vectors: z = scale*y + shift; ``center`` is the mean that it subtracts, ``rstd`` 1/std."""
-
-    scale: Tensor
-    shift: Tensor
-    center: Tensor
-    rstd: Tensor
-
-    @property
-    def key(self) -> Any:
-        return True
-
-    @property
-    def text(self) -> str:
-        return "norm"
-
-
-class Prologue(NamedTuple):
-    """Applied to a raw convolution output when it is loaded: act(scale*y + shift)."""
-
-    norm: Norm
-    act: Act
-
-    @property
-    def key(self) -> Any:
-        return self.act
-
-    @property
-    def text(self) -> str:
-        return f"prologue({self.act.text})"
-
-
-class Closing(NamedTuple):
-    """The step of the backward that takes a gradient g into a unit, or into a chain through its add.
-
-    dz = g*act'(z), z = scale*y + shift [+ summand, or + summand_norm of it].
-    """
-
-    y: Tensor
-    norm: Norm
-    act: Act
-    summand: Tensor | None = None
-    summand_norm: Norm | None = None
-
-    @property
-    def key(self) -> Any:
-        return self.act, self.summand is None, self.summand_norm is None
-
-    @property
-    def text(self) -> str:
-        summand = "" if self.summand is None else ",summand" if self.summand_norm is None else ",norm"
-        return f"closing({self.act.text}{summand})"
-
-
-class DyCoefficients(NamedTuple):
-    """dy = a*dz + b*(y - center) + c, the gradient through BatchNorm; frozen BN has b = c = None (zero)."""
-
-    a: Tensor
-    b: Tensor | None
-    c: Tensor | None
-    center: Tensor
-
-    @property
-    def key(self) -> Any:
-        return self.b is None
-
-    @property
-    def text(self) -> str:
-        return "frozen" if self.b is None else "batch"
-
-
-class Sums(NamedTuple):
-    """Per channel over N, H, W: dz = sum dz; dz_y = sum dz*(y - center)."""
-
-    dz: Tensor
-    dz_y: Tensor
-
-    @property
-    def key(self) -> Any:
-        return True
-
-    @property
-    def text(self) -> str:
-        return "sums"
-
-
-_TUPLES = (Norm, Prologue, Closing, DyCoefficients, Sums)
-
-
-def _key_of(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.is_contiguous()
-    return argument.key if isinstance(argument, _TUPLES) else argument
-
-
-def text_of(argument: Any) -> str:
-    """The text of a primitive's argument in a signature. Batches are rounded up to a power of two."""
-    if isinstance(argument, Tensor):
-        shape = list(argument.shape)
-        if argument.dim() == 4 and shape[0] > 0:
-            shape[0] = 1 << (shape[0] - 1).bit_length()
-        layout = "nhwc" if argument.dim() == 4 and argument.is_contiguous(memory_format=torch.channels_last) else ""
-        return f"{str(argument.dtype).removeprefix('torch.')}{layout}{'x'.join(map(str, shape))}"
-    if isinstance(argument, (*_TUPLES, ConvSpec, Act, PoolSpec)):
-        text: str = argument.text
-        return text
-    return "-" if argument is None else str(argument)
-
-
-class Case(NamedTuple):
-    """The properties of a call by which backends decide whether they take it."""
-
-    device: str
-    dtype: torch.dtype
-    channels_last: bool
-    conv: ConvSpec | None = None
-    kernel: tuple[int, int] = (1, 1)
-
-    @staticmethod
-    def of(x: Tensor, conv: ConvSpec | None = None, weight: Tensor | None = None) -> Case:
-        """The case of a call, from its tensors."""
-        kernel = (weight.shape[2], weight.shape[3]) if weight is not None else (1, 1)
-        return Case(x.device.type, x.dtype, x.is_contiguous(memory_format=torch.channels_last), conv, kernel)
-
-
 # ---------------------------------------------------------------------------------------------------- calls
+@dataclass_transform(eq_default=False, frozen_default=True)
+def _call(cls: type[C]) -> type[C]:
+    """A dataclass that is frozen for type checkers alone: to make a frozen one takes seven times as long."""
+    return dataclass(eq=False, repr=False)(cls)
+
+
 class Call(Generic[R]):
     """A call of a primitive, with a result of type R.
 
@@ -168,7 +59,7 @@ class Call(Generic[R]):
     @property
     def like(self) -> Tensor:
         """The tensor whose device, dtype and layout decide who takes the call: the first argument."""
-        first: Tensor = getattr(self, self.__match_args__[0])  # type: ignore[attr-defined]
+        first: Tensor = self.arguments[0]
         return first
 
     @property
@@ -188,13 +79,12 @@ class Call(Generic[R]):
 
     @property
     def arguments(self) -> list[Any]:
-        names: tuple[str, ...] = self.__match_args__  # type: ignore[attr-defined]
-        return [getattr(self, name) for name in names]
+        return [*vars(self).values()]
 
     @property
     def key(self) -> Any:
         """The key of a choice in this process."""
-        return self.name, self.like.device, self.tf32, *map(_key_of, self.arguments)
+        return self.name, self.like.device, self.tf32, *map(key_of, self.arguments)
 
     @property
     def signature(self) -> str:
@@ -205,6 +95,10 @@ class Call(Generic[R]):
     def parts(self) -> tuple[Call[R], Call[R]] | None:
         """Two calls that together do the same, if there are such: for the input's gradient, and for the weight's."""
         return None
+
+    def replace(self: C, **changes: Any) -> C:
+        """The same call, but for some arguments."""
+        return type(self)(**vars(self) | changes)
 
     def again(self) -> Call[R]:
         """The same call, with copies of the arguments that a backend may overwrite."""
@@ -235,7 +129,7 @@ class _Convolution(Call[R]):
         return self.conv, tuple(self.weight.shape)
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class ConvBiasAct(_Convolution[Tensor]):
     """act(conv(x, W) + b [+ residual]): an inference unit, BatchNorm folded into W and b."""
 
@@ -248,7 +142,7 @@ class ConvBiasAct(_Convolution[Tensor]):
     residual: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class ConvBnAct(_Convolution[Tensor]):
     """act(scale*conv(x, W) + shift [+ residual]): an inference unit that is not frozen, BatchNorm not folded into W.
 
@@ -265,7 +159,7 @@ class ConvBnAct(_Convolution[Tensor]):
     residual: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class ConvStats(_Convolution[tuple[Tensor, Tensor | None, Tensor | None]]):
     """y = conv(prologue(x), W), zero padding after the prologue; mean and biased variance of y if ``stats``."""
 
@@ -277,7 +171,7 @@ class ConvStats(_Convolution[tuple[Tensor, Tensor | None, Tensor | None]]):
     stats: bool
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnStats(Call[tuple[Tensor, Tensor]]):
     """Mean and biased variance per channel."""
 
@@ -285,7 +179,7 @@ class BnStats(Call[tuple[Tensor, Tensor]]):
     y: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnAct(Call[Tensor]):
     """act(scale*y + shift [+ residual, or + residual_norm of it])."""
 
@@ -297,7 +191,7 @@ class BnAct(Call[Tensor]):
     residual_norm: Norm | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnActBackward(Call[tuple[Tensor, Sums, Sums | None]]):
     """dz = dout*act'(z), its sums with y, and its sums with the residual if that has a norm of its own."""
 
@@ -310,7 +204,7 @@ class BnActBackward(Call[tuple[Tensor, Sums, Sums | None]]):
     residual_norm: Norm | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnBackward(Call[Tensor]):
     """dy, for a unit whose convolution is not part of the chain."""
 
@@ -320,7 +214,7 @@ class BnBackward(Call[Tensor]):
     coef: DyCoefficients
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class ConvBackward(_Convolution[tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]]):
     """The gradient of the input and dW. dy is formed from (dz, y).
 
@@ -352,15 +246,15 @@ class ConvBackward(_Convolution[tuple[Tensor | None, Tensor | None, Sums | None,
     def parts(self) -> tuple[ConvBackward, ConvBackward] | None:
         if not (self.need_input and self.need_weight):
             return None
-        return replace(self, need_weight=False), replace(self, need_input=False, add=None, closing=None)
+        return self.replace(need_weight=False), self.replace(need_input=False, add=None, closing=None)
 
     def again(self) -> ConvBackward:
         if self.add is None:
             return self
-        return replace(self, add=self.add.clone(memory_format=torch.preserve_format))
+        return self.replace(add=self.add.clone(memory_format=torch.preserve_format))
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnActMaxPool(Call[tuple[Tensor, Tensor]]):
     """max-pool of act(scale*y + shift), and each maximum's position in its window (uint8, row-major)."""
 
@@ -371,7 +265,7 @@ class BnActMaxPool(Call[tuple[Tensor, Tensor]]):
     pool: PoolSpec
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnActMaxPoolBackward(Call[tuple[Tensor, Sums]]):
     """dz = act'(z) * (dout at the positions of the maxima, else 0), and its sums with y."""
 
@@ -384,7 +278,7 @@ class BnActMaxPoolBackward(Call[tuple[Tensor, Sums]]):
     pool: PoolSpec
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnFold(Call[Norm]):
     """BatchNorm as vectors, in ``vector_dtype`` of the mean's: scale = weight*rstd, shift = bias - center*scale.
 
@@ -401,7 +295,7 @@ class BnFold(Call[Norm]):
     eps: float
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class BnCoefficients(Call[tuple[Tensor, DyCoefficients]]):
     """dgamma = rstd*sums.dz_y, and A, B, C of dy over ``count`` values per channel; None: frozen."""
 
@@ -428,7 +322,7 @@ class _WholeRow(Call[R]):
         return self.x
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class RowForward(_WholeRow[list[Tensor]]):
     """The operator ``fused_resnet::chain``."""
 
@@ -439,7 +333,7 @@ class RowForward(_WholeRow[list[Tensor]]):
     spec: str
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class RowBackward(_WholeRow[list[Tensor]]):
     """The operator ``fused_resnet::chain_backward``."""
 
@@ -453,7 +347,7 @@ class RowBackward(_WholeRow[list[Tensor]]):
     needs: Sequence[bool]
 
 
-@dataclass(frozen=True, eq=False)
+@_call
 class RowInference(_WholeRow[Tensor]):
     """The operator ``fused_resnet::chain_inference``."""
 
@@ -462,21 +356,3 @@ class RowInference(_WholeRow[Tensor]):
     residual: Tensor | None
     params: Sequence[Tensor]
     spec: str
-
-
-# ---------------------------------------------------------------------------------------------------- dtypes
-def vector_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and per-channel vectors: float32, or float64 for float64 tensors."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def allow_tf32(dtype: torch.dtype) -> bool:
-    """Whether float32 convolutions may round their operands to tf32, by PyTorch's own setting.
-
-    This newer setting reflects ``torch.backends.cudnn.allow_tf32``. Reading the old one raises after the newer one has
-    been used.
-    """
-    if dtype != torch.float32:
-        return False
-    setting: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return setting == "tf32"

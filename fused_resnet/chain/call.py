@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from fused_resnet import reference
 from fused_resnet.base.arguments import flag, number
 from fused_resnet.chain import checks
-from fused_resnet.chain.encoding import chain_key, chain_spec, encoded
+from fused_resnet.chain.encoding import Row, Rows, chain_key, chain_spec, encoded
 from fused_resnet.chain.operators import transformed, unit_shapes
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.spec import ChainSpec, PoolSpec, RowSpec, UnitSpec
@@ -24,22 +23,34 @@ def run(
     residual: Tensor | None = None,
     pool: PoolSpec | None = None,
     recompute: bool = False,
+    rows: Rows | None = None,
 ) -> Tensor:
-    """Checks and runs the chains. ``residual``, ``pool`` and ``recompute`` are only for a single chain."""
+    """Checks and runs the chains. ``residual``, ``pool`` and ``recompute`` are only for a single chain.
+
+    ``rows``: keeps what was encoded, for calls that differ only in their tensors.
+    """
     checks.check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
     flag(recompute, "recompute")
-    keys, specs = [], []
+    if type(x) is not Tensor:  # a tracer's tensor: its sizes may be symbols
+        rows = None
+    about = rows.key(chains, x.shape[1], recompute) if rows is not None else None
+    known = rows.known.get(about) if rows is not None else None
+    row = known if known is not None else Row()
     shape = tuple(x.shape)
     for i, chain in enumerate(chains):
-        key = chain_key(chain, shape[1], residual, pool, recompute)
-        # the compiler's guards can't handle a constant object, so it traces the making of one
-        spec = chain_spec(*key) if torch.compiler.is_compiling() else RowSpec.decode(encoded(key)).chains[0]
+        if known is None:
+            key = chain_key(chain, shape[1], residual, pool, recompute)
+            row.keys.append(key)
+            # the compiler's guards can't handle a constant object, so it traces the making of one
+            compiled = torch.compiler.is_compiling()
+            row.specs.append(chain_spec(*key) if compiled else RowSpec.decode(encoded(key)).chains[0])
         where = f"chain {i}, " if len(chains) > 1 else ""
-        shape = checks.check_chain(x, shape, residual, chain.everyone, spec, where)
-        keys.append(key)
-        specs.append(spec)
+        shape = checks.check_chain(x, shape, residual, chain.everyone, row.specs[i], where)
+    if rows is not None and known is None:
+        rows.keep(about, row)
+    specs = row.specs
 
     # with a process group an empty batch still takes part in the statistics, for which the others wait
     empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
@@ -52,23 +63,23 @@ def run(
     alone = 0 if all(spec.units[0].conv is not None for spec in specs) else len(chains)
     while alone < len(chains) and not _wants_grad(x, residual, _params([chains[alone]], [specs[alone]])):
         alone += 1
-    for i in range(alone):
-        x = run_row(x, chains[i : i + 1], residual, keys[i : i + 1], specs[i : i + 1])
-    return x if alone == len(chains) else run_row(x, chains[alone:], residual, keys[alone:], specs[alone:])
+    # Those that save nothing, because all their statistics are the running ones, run together.
+    frozen = all(spec.frozen for spec in specs[:alone]) and all(spec.units[0].conv is not None for spec in specs)
+    step = max(alone, 1) if frozen else 1
+    for i in range(0, alone, step):
+        x = run_row(x, chains[i : i + step], residual, specs[i : i + step], row.text(i, i + step))
+    if alone == len(chains):
+        return x
+    return run_row(x, chains[alone:], residual, specs[alone:], row.text(alone, len(chains)))
 
 
 def run_row(
-    x: Tensor,
-    chains: Sequence[Chain],
-    residual: Tensor | None,
-    keys: Sequence[tuple[Any, ...]],
-    specs: Sequence[ChainSpec],
+    x: Tensor, chains: Sequence[Chain], residual: Tensor | None, specs: Sequence[ChainSpec], text: str
 ) -> Tensor:
-    """Calls one operator, and updates the running statistics."""
+    """Calls one operator, and updates the running statistics. ``text``: the specs, encoded."""
     x, residual = _autocast(x, residual, chains[0].units[0])
     params = _params(chains, specs)
-    text = encoded(*keys)
-    if len(chains) == 1 and specs[0].frozen and not _wants_grad(x, residual, params):
+    if all(spec.frozen for spec in specs) and not _wants_grad(x, residual, params):
         return torch.ops.fused_resnet.chain_inference(x, residual, params, text)
     out, *kept = torch.ops.fused_resnet.chain(x, residual, params, text)
     if in_backward():

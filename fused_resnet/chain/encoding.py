@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +35,48 @@ def chain_key(
         _pool_key("max_pool", pool),
         recompute,
     )
+
+
+class Rows:
+    """The encoded rows of one place in a network, where chains differ from call to call only in their tensors.
+
+    What their tensors and the call decide is the key of a row; the rest is encoded once.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Row] = {}
+
+    @staticmethod
+    def key(chains: Sequence[Chain], channels: int, recompute: bool) -> Any:
+        """The properties of a call on which its row depends."""
+        units = [unit for chain in chains for unit in chain.everyone]
+        shapes = [None if unit.weight is None else unit.weight.shape for unit in units]
+        return channels, recompute, *shapes, *(sync.name_of(unit.process_group) for unit in units)
+
+    def keep(self, key: Any, row: Row) -> None:
+        if len(self.known) >= _KEPT:
+            self.known.clear()
+        self.known[key] = row
+
+
+# Rows that one place keeps.
+_KEPT = 16
+
+
+class Row:
+    """The specs of chains and their keys, and the texts of parts of the row."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[Any, ...]] = []
+        self.specs: list[ChainSpec] = []
+        self.texts: dict[tuple[int, int], str] = {}
+
+    def text(self, begin: int, end: int) -> str:
+        """The text of the chains from ``begin`` to before ``end``, for operators."""
+        found = self.texts.get((begin, end))
+        if found is None:
+            found = self.texts[begin, end] = encoded(*self.keys[begin:end])
+        return found
 
 
 def _key(unit: Unit, index: int) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fused_resnet.chain.call import in_backward, run
 from fused_resnet.chain.checks import autocasts
+from fused_resnet.chain.encoding import Rows
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.choosing import Choice, thread
 from fused_resnet.fusion.matcher import match
@@ -120,6 +121,7 @@ class ChainRow(nn.Module):
         self.group = any(unit.group is not None for call in self.chains for unit in call.all_units)
         self.statistics = sorted({place for call in self.chains for unit in call.all_units for place in unit.buffers})
         self.text = "; ".join(call.text for call in self.chains)
+        self.encoded = Rows()
 
     def forward(self, *given: Tensor) -> Tensor:
         if self.choice.pays(self, given):
@@ -144,7 +146,7 @@ class ChainRow(nn.Module):
         chains = [call.chain(given) for call in self.chains]
         first = self.chains[0]  # a chain that has one of these is alone in its row
         residual = given[first.residual] if first.residual is not None else None
-        out = run(x, chains, residual, first.max_pool, self._recompute(x, first))
+        out = run(x, chains, residual, first.max_pool, self._recompute(x, first), self.encoded)
         if not in_backward():
             for counter in (c for call in self.chains for c in call.counters):
                 given[counter].add_(1)

@@ -64,11 +64,15 @@ def _class(cls: Any) -> str:
 
 @dataclass(frozen=True)
 class UnitReport:
-    """A unit: its norm's place, and its convolution and the weight's shape, if it has one."""
+    """A unit: its norm's place, and its convolution and the shapes of the weight and the input, if it has one.
+
+    ``image``: the input's shape; () if it is not the same in all calls, or if autocast converts it.
+    """
 
     norm: Place
     conv: ConvSpec | None
     weight: tuple[int, ...]
+    image: tuple[int, ...]
     device: str
     dtype: torch.dtype
     channels: int
@@ -150,12 +154,21 @@ def _unit(unit: UnitMatch, names: Names) -> UnitReport:
         names.of(unit.norm),
         conv,
         shape,
+        _image(unit, w),
         like.device.type,
         like.dtype,
         int(x.shape[1]),
         last,
         unit.options.get("process_group"),
     )
+
+
+def _image(unit: UnitMatch, weight: torch.Tensor | None) -> tuple[int, ...]:
+    """See ``UnitReport``."""
+    x, y = value_of(unit.start), value_of(unit.nodes[0])
+    if x is None or y is None or weight is None or not x.dtype == y.dtype == weight.dtype:
+        return ()
+    return tuple(x.shape) if all(type(n) is int for n in x.shape) else ()
 
 
 def _owner(chain: ChainMatch, names: Names) -> Place:

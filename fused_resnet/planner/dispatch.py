@@ -78,7 +78,8 @@ def plan() -> str:
 
 
 def _measures(device: str) -> bool:
-    return (plan() == "auto" and device == "cuda") or (plan() == "measure" and device != "meta")
+    wish = plan()
+    return (wish == "auto" and device == "cuda") or (wish == "measure" and device != "meta")
 
 
 def cache_of(device: torch.device) -> PlanCache:

@@ -360,6 +360,7 @@ def test_schemas_of_the_compiled_operators() -> None:
         "conv_bn_act": (y, w3, one, one, one, 1, v[:2], 1, 0.0, y, f32, True),
         "conv_stats": (y, w3, one, one, one, 1, v[:2], 1, 0.0, True, f32, True),
         "conv_backward": (y, y, coef, y, v, 1, 0.0, w1, one, none, one, 1, True, True, None, f32, True),
+        "conv_algorithm": ("fprop", y, w3, one, one, one, 1, False, f32, True),
         "winograd_tile": (y, w3, one, one, one, 1),
         "winograd_prepack": (w3, 4),
         "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),

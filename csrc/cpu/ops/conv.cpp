@@ -4,12 +4,59 @@
 
 namespace fused_resnet::cpu {
 
+namespace {
+
+// The convolutions between BatchNorms, in order: the first that takes a case runs it.
+enum class Algorithm { gemm, winograd, aten };
+
+// Of a convolution of x, or of the gradient of its weight. The gradient of its input is a convolution of dy.
+Algorithm algorithm_of(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                       int64_t groups, at::ScalarType compute, bool gemm) {
+    if (gemm && is_gemm(x, weight, stride, padding, groups)) return Algorithm::gemm;
+    if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups))
+        return Algorithm::winograd;
+    return Algorithm::aten;
+}
+
+Algorithm algorithm_of_dgrad(const Tensor& dy, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                             int64_t groups, at::ScalarType compute, bool gemm) {
+    const Algorithm found = algorithm_of(dy, weight, stride, padding, dilation, groups, compute, gemm);
+    // the turned kernel's padding, 2 - padding, is not negative
+    return found == Algorithm::winograd && padding[0] > 1 ? Algorithm::aten : found;
+}
+
+// Whether the backward of a 1x1 convolution is that of a matrix product.
+bool gemm_backwards(Algorithm found, IntList stride, bool prologue) {
+    return found == Algorithm::gemm && ((stride[0] == 1 && stride[1] == 1) || !prologue);
+}
+
+}  // namespace
+
+std::string conv_algorithm(std::string_view kind, const Tensor& x, const Tensor& weight, IntList stride,
+                           IntList padding, IntList dilation, int64_t groups, bool prologue, at::ScalarType compute,
+                           bool gemm) {
+    Algorithm found = algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
+    if (kind == "dgrad") {
+        const auto size = [&](int64_t d) {
+            const int64_t reach = dilation[d] * (weight.size(2 + d) - 1) + 1;
+            return (x.size(2 + d) + 2 * padding[d] - reach) / stride[d] + 1;
+        };
+        const Tensor dy = at::empty({x.size(0), weight.size(0), size(0), size(1)},
+                                    x.options().device(at::kMeta).memory_format(format_of(x)));
+        found = algorithm_of_dgrad(dy, weight, stride, padding, dilation, groups, compute, gemm);
+    }
+    if (kind != "fprop" && found == Algorithm::gemm && !gemm_backwards(found, stride, prologue))
+        found = Algorithm::aten;
+    return found == Algorithm::gemm ? "gemm" : found == Algorithm::winograd ? "winograd" : "aten";
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
                                               IntList dilation, int64_t groups, at::TensorList prologue, int64_t act,
                                               double act_param, bool stats, at::ScalarType compute, bool gemm) {
-    if (gemm && is_gemm(x, weight, stride, padding, groups))
+    const Algorithm algorithm = algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
+    if (algorithm == Algorithm::gemm)
         return gemm_stats(strided(x, stride), weight, prologue, act, act_param, stats, compute);
-    if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups)) {
+    if (algorithm == Algorithm::winograd) {
         const Tensor y = winograd_output(x, weight.size(0), padding[0]);
         Args in = prologue.empty() ? raw_args(x) : prologue_args(x, prologue, act, act_param), post = raw_args(y);
         in.y = x.data_ptr();
@@ -46,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                    int64_t groups, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
                    at::ScalarType compute, bool gemm) {
-    if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups)) {
+    if (algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm) == Algorithm::winograd) {
         const Tensor y = winograd_output(x, weight.size(0), padding[0]);
         Args post = epilogue_args(y, act, act_param, residual);
         set_norm(post.norm, norm, y);
@@ -66,9 +113,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
                                                          bool need_input, bool need_weight, const OptTensor& add,
                                                          at::ScalarType compute, bool gemm) {
     const bool epilogue = !prologue.empty();
-    const bool one = stride[0] == 1 && stride[1] == 1;
-    if (gemm && is_gemm(x, weight, stride, padding, groups) && (one || !epilogue)) {
-        if (one)
+    const Algorithm algorithm = algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
+    if (gemm_backwards(algorithm, stride, epilogue)) {
+        if (stride[0] == 1 && stride[1] == 1)
             return gemm_backward(dz, y, coef, x, prologue, act, act_param, weight, need_input, need_weight, add,
                                  compute);
         // only the pixels that the convolution read have a gradient
@@ -80,11 +127,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
         return {dx, dw, s0, s1};
     }
     const Tensor dy = bn_backward(dz, y, coef, compute);
-    const bool in_float = gemm && compute == at::kFloat;
-    const bool fast =
-        need_input && in_float && padding[0] <= 1 && is_winograd(dy, weight, stride, padding, dilation, groups);
-    const bool fast_weight = need_weight && in_float && is_winograd(x, weight, stride, padding, dilation, groups) &&
-                             dy.is_contiguous(at::MemoryFormat::ChannelsLast);
+    const bool fast = need_input && algorithm_of_dgrad(dy, weight, stride, padding, dilation, groups, compute, gemm) ==
+                                        Algorithm::winograd;
+    const bool fast_weight =
+        need_weight && algorithm == Algorithm::winograd && dy.is_contiguous(at::MemoryFormat::ChannelsLast);
     Tensor da, dw;
     if ((need_input && !fast) || (need_weight && !fast_weight)) {
         const Tensor a =

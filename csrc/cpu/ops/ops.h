@@ -1,6 +1,8 @@
 // The CPU backend's primitives on tensors; fused_resnet/backends/primitives.py says what each computes.
 #pragma once
 
+#include <string>
+#include <string_view>
 #include <tuple>
 
 #include "launch.h"
@@ -36,6 +38,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
                                                          IntList padding, IntList dilation, int64_t groups,
                                                          bool need_input, bool need_weight, const OptTensor& add,
                                                          at::ScalarType compute, bool gemm);
+
+// The name of the algorithm of such a convolution: of conv_stats ("fprop"), or of the gradient of the input ("dgrad")
+// or of the weight ("wgrad"). Reads sizes and layouts only.
+std::string conv_algorithm(std::string_view kind, const Tensor& x, const Tensor& weight, IntList stride,
+                           IntList padding, IntList dilation, int64_t groups, bool prologue, at::ScalarType compute,
+                           bool gemm);
 
 // Inference without folding: act(norm(conv(x)) (+ residual)).
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from fused_resnet.backends import ConvBackward, ConvBiasAct, ConvStats, Sums
@@ -37,7 +35,7 @@ def conv_stats(call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 def conv_backward(call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
     """See ``ConvBackward``."""
-    call = replace(call, dz=nhwc(call.dz), y=nhwc(call.y), x=nhwc(call.x))
+    call = call.replace(dz=nhwc(call.dz), y=nhwc(call.y), x=nhwc(call.x))
     # runs before dgrad, which may overwrite ``add``
     dw = _weight_gradient(call) if call.need_weight else None
     if not call.need_input:

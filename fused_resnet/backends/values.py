@@ -1,0 +1,156 @@
+"""The types of primitives' arguments, and the properties of a call by which backends decide.
+
+Every tensor is [N, C, H, W], dense, NCHW or channels_last. Per-channel vectors are [C] in ``vector_dtype``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet.spec import Act, ConvSpec, PoolSpec
+
+
+# ``key``: the hashable properties on which a measurement depends; ``text``: their text in the planner's file.
+class Norm(NamedTuple):
+    """A unit's BatchNorm as vectors: z = scale*y + shift; ``center`` is the mean that it subtracts, ``rstd`` 1/std."""
+
+    scale: Tensor
+    shift: Tensor
+    center: Tensor
+    rstd: Tensor
+
+    @property
+    def key(self) -> Any:
+        return True
+
+    @property
+    def text(self) -> str:
+        return "norm"
+
+
+class Prologue(NamedTuple):
+    """Applied to a raw convolution output when it is loaded: act(scale*y + shift)."""
+
+    norm: Norm
+    act: Act
+
+    @property
+    def key(self) -> Any:
+        return self.act
+
+    @property
+    def text(self) -> str:
+        return f"prologue({self.act.text})"
+
+
+class Closing(NamedTuple):
+    """The step of the backward that takes a gradient g into a unit, or into a chain through its add.
+
+    dz = g*act'(z), z = scale*y + shift [+ summand, or + summand_norm of it].
+    """
+
+    y: Tensor
+    norm: Norm
+    act: Act
+    summand: Tensor | None = None
+    summand_norm: Norm | None = None
+
+    @property
+    def key(self) -> Any:
+        return self.act, self.summand is None, self.summand_norm is None
+
+    @property
+    def text(self) -> str:
+        summand = "" if self.summand is None else ",summand" if self.summand_norm is None else ",norm"
+        return f"closing({self.act.text}{summand})"
+
+
+class DyCoefficients(NamedTuple):
+    """dy = a*dz + b*(y - center) + c, the gradient through BatchNorm; frozen BN has b = c = None (zero)."""
+
+    a: Tensor
+    b: Tensor | None
+    c: Tensor | None
+    center: Tensor
+
+    @property
+    def key(self) -> Any:
+        return self.b is None
+
+    @property
+    def text(self) -> str:
+        return "frozen" if self.b is None else "batch"
+
+
+class Sums(NamedTuple):
+    """Per channel over N, H, W: dz = sum dz; dz_y = sum dz*(y - center)."""
+
+    dz: Tensor
+    dz_y: Tensor
+
+    @property
+    def key(self) -> Any:
+        return True
+
+    @property
+    def text(self) -> str:
+        return "sums"
+
+
+_TUPLES = (Norm, Prologue, Closing, DyCoefficients, Sums)
+
+
+def key_of(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.is_contiguous()
+    return argument.key if isinstance(argument, _TUPLES) else argument
+
+
+def text_of(argument: Any) -> str:
+    """The text of a primitive's argument in a signature. Batches are rounded up to a power of two."""
+    if isinstance(argument, Tensor):
+        shape = list(argument.shape)
+        if argument.dim() == 4 and shape[0] > 0:
+            shape[0] = 1 << (shape[0] - 1).bit_length()
+        layout = "nhwc" if argument.dim() == 4 and argument.is_contiguous(memory_format=torch.channels_last) else ""
+        return f"{str(argument.dtype).removeprefix('torch.')}{layout}{'x'.join(map(str, shape))}"
+    if isinstance(argument, (*_TUPLES, ConvSpec, Act, PoolSpec)):
+        text: str = argument.text
+        return text
+    return "-" if argument is None else str(argument)
+
+
+class Case(NamedTuple):
+    """The properties of a call by which backends decide whether they take it."""
+
+    device: str
+    dtype: torch.dtype
+    channels_last: bool
+    conv: ConvSpec | None = None
+    kernel: tuple[int, int] = (1, 1)
+
+    @staticmethod
+    def of(x: Tensor, conv: ConvSpec | None = None, weight: Tensor | None = None) -> Case:
+        """The case of a call, from its tensors."""
+        kernel = (weight.shape[2], weight.shape[3]) if weight is not None else (1, 1)
+        return Case(x.device.type, x.dtype, x.is_contiguous(memory_format=torch.channels_last), conv, kernel)
+
+
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and per-channel vectors: float32, or float64 for float64 tensors."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def allow_tf32(dtype: torch.dtype) -> bool:
+    """Whether float32 convolutions may round their operands to tf32, by PyTorch's own setting.
+
+    This newer setting reflects ``torch.backends.cudnn.allow_tf32``. Reading the old one raises after the newer one has
+    been used.
+    """
+    if dtype != torch.float32:
+        return False
+    setting: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return setting == "tf32"
