@@ -144,7 +144,7 @@ def main() -> None:
         *table(plain, fused),
         "",
         f"The convolutions do {work:.0f} GFLOP if each is computed directly. The float32 micro-kernel reaches "
-        f"{rate:.0f} GFLOP/s on all threads where its operands stay in cache: {1e3 * work / rate:.0f} ms for that work. "
+        f"{rate:.0f} GFLOP/s on all threads from cache, {1e3 * work / rate:.0f} ms for that work. "
         f"Winograd's algorithm does less. A copy of memory reaches {copy:.0f} GB/s.",
     ]
     print("\n".join(lines))
