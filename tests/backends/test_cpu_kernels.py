@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import reference
 from fused_resnet.backends import ConvBiasAct, DyCoefficients, Norm, Packed, Prologue, Sums, load
-from fused_resnet.backends.cpu import compute_dtype
-from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec, PoolSpec
+from fused_resnet.backends.cpu import compute_dtype, ints_and_reals
+from fused_resnet.spec import ACTIVATIONS, Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
 # kinks, both signs, overflow of exp on either side, and what is no number
@@ -348,6 +348,12 @@ def test_schemas_of_the_compiled_operators() -> None:
     coef = [torch.randn(64) for _ in range(4)]
     packed = ops.winograd_prepack(w3, 4)
     image, w7 = nhwc(2, 3, 20, 20), torch.randn(64, 3, 7, 7)
+    row = [w3, v[0], v[1]]
+
+    def rows(batch_stats: bool) -> tuple[list[int], list[float]]:
+        unit = UnitSpec(ConvSpec(padding=(1, 1)), Act("relu"), batch_stats=batch_stats)
+        return ints_and_reals(ChainSpec((unit,), ShortcutSpec("identity")).encode())
+
     calls = {
         "bn_stats": (y,),
         "bn_act": (y, v[:2], 1, 0.0, y, [], f32),
@@ -361,6 +367,9 @@ def test_schemas_of_the_compiled_operators() -> None:
         "conv_stats": (y, w3, one, one, one, 1, v[:2], 1, 0.0, True, f32, True),
         "conv_backward": (y, y, coef, y, v, 1, 0.0, w1, one, none, one, 1, True, True, None, f32, True),
         "conv_algorithm": ("fprop", y, w3, one, one, one, 1, False, f32, True),
+        "row_forward": (y, None, row, *rows(True), f32, True),
+        "row_backward": (y, y, None, row, [y, v[0], v[1].abs()], *rows(True), [True, False, *[True] * 3], f32, True),
+        "row_inference": (y, None, [*row, v[0], v[1].abs()], *rows(False), f32, True),
         "winograd_tile": (y, w3, one, one, one, 1),
         "winograd_prepack": (w3, 4),
         "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),

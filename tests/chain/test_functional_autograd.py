@@ -26,6 +26,7 @@ from functional_cases import (
 from tolerances import assert_as_good
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from watching import composed
 
 from fused_resnet import functional as fr
 from fused_resnet.backends import BnAct, Call
@@ -289,6 +290,7 @@ def test_statistics_untouched_after_an_error(backend: str, monkeypatch: pytest.M
             raise RuntimeError("out of memory")
         return real(call)
 
+    composed(monkeypatch)
     monkeypatch.setattr(fused_resnet.chain.forward, "run", run)
     with pytest.raises(RuntimeError, match="out of memory"):
         fused(case)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chains
@@ -54,6 +55,19 @@ def compare(
     for needs in wanted:
         args = x, residual, params, saved, text, needs
         assert_same(whole("chain_backward", dout, *args), backward.row_backward(dout.clone(), *args))
+        if parts:
+            own, composed = (
+                steps(f, dout, *args) for f in (torch.ops.fused_resnet.chain_backward, backward.row_backward)
+            )
+            assert own == composed
+
+
+def steps(function: Callable[..., Any], dout: Tensor, *args: Any) -> Counter[str]:
+    """How often each primitive of the backend runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        function(dout.clone(), *args)
+    names = (event.name.removeprefix("fused_resnet_cpu::") for event in found.events() or [])
+    return Counter(n for n in names if n in ("conv_stats", "conv_backward", "bn_act_backward", "bn_backward"))
 
 
 @pytest.mark.parametrize("mode", ["batch", "frozen", "mixed", "batch-no_affine", "frozen-conv_bias"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fused_resnet.chain.backward
+import fused_resnet.chain.operators
 from fused_resnet.backends import Call, ConvBackward
 from fused_resnet.chain import call as chain_call
 
@@ -50,6 +51,11 @@ def saved_tensors() -> Iterator[dict[int, Tensor]]:
         yield found
 
 
+def composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are composed of primitives on every backend, so that a test can watch those."""
+    monkeypatch.setattr(fused_resnet.chain.operators, "run_whole", lambda call: None)
+
+
 class Calls:
     """Which convolution gradients a backward pass asked the backend for."""
 
@@ -62,4 +68,5 @@ class Calls:
                 self.conv_backward.append((call.need_input, call.need_weight))
             return real(call)
 
+        composed(monkeypatch)
         monkeypatch.setattr(fused_resnet.chain.backward, "run", run)

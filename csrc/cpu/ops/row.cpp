@@ -323,7 +323,10 @@ struct Gradients {
         if (!need_start && !need_weight) return {};
         const std::array<Tensor, 4> all = {norm[0], b, c, norm[2]};
         const at::TensorList coef(all.data(), u.batch_stats ? 4 : 1);
-        if (!u.conv) return {bn_backward(dz, y, coef, y.scalar_type()), {}, {}, {}};
+        if (!u.conv) {
+            FR_STEP("bn_backward", dz, y);
+            return {bn_backward(dz, y, coef, y.scalar_type()), {}, {}, {}};
+        }
         const Unit& previous = of.chain.units[inner ? i - 1 : i];
         const auto convolve = [&] {
             FR_STEP("conv_backward", dz, start, u.tensors[kWeight]);
