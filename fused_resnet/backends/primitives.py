@@ -59,7 +59,7 @@ class Call(Generic[R]):
     @property
     def like(self) -> Tensor:
         """The tensor whose device, dtype and layout decide who takes the call: the first argument."""
-        first: Tensor = self.arguments[0]
+        first: Tensor = next(iter(vars(self).values()))
         return first
 
     @property
@@ -79,6 +79,7 @@ class Call(Generic[R]):
 
     @property
     def arguments(self) -> list[Any]:
+        """The arguments in order."""
         return [*vars(self).values()]
 
     @property
