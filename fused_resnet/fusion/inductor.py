@@ -1,9 +1,10 @@
 """Chains in the graphs of the user's own ``torch.compile`` with Inductor, its default backend.
 
 While dynamo traces a fused module's forward for Inductor, ``announce`` sets Inductor's pre-grad pass for this one
-compilation, around the user's own pass. In training the pass replaces the rows that the planner measured to be faster
-than PyTorch's operators on this CPU. All else stays Inductor's: evaluation, in which it fuses what chains would, and
-other devices, on which nothing is measured here.
+compilation, around the user's own pass. Inductor calls PyTorch's convolutions and generates the passes between them. So
+in training the pass replaces the rows that, measured on this CPU, take less time than PyTorch's convolutions alone: no
+passes can make those faster. All else stays Inductor's: evaluation, in which it fuses what chains would, and other
+devices, on which nothing is measured here.
 
 AOTAutograd then traces through a row's call, so its graph has the operators ``fused_resnet::chain``. It does not keep
 such a graph in its own cache, because it does not know the function that is called. Inductor's cache holds what it
@@ -13,14 +14,17 @@ makes of the operators, whose text says all about the row.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fused_resnet.fusion.choosing import Choice
 from fused_resnet.fusion.front import calling, log
-from fused_resnet.fusion.lowering import ChainRow, chain_rows, finish, put_in
+from fused_resnet.fusion.lowering import ChainRow, UnitCall, chain_rows, finish, put_in
 from fused_resnet.fusion.matches import Matches
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.table import constant, value_of
@@ -97,18 +101,45 @@ def _function(row: Any) -> Callable[..., Tensor]:
 
 
 def _pays(row: ChainRow) -> bool:
-    """Whether the row is faster as chains in training, on tensors like those of the graph."""
+    """Whether chains train the row faster than PyTorch's convolutions alone, on tensors like the graph's."""
     from torch._dispatch.python import no_python_dispatcher
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     given: list[Any] = [constant(node) if (v := value_of(node)) is None else v for node in row.inputs]
     if row.group or any(isinstance(v, fx.Node) for v in given):
-        return False  # Inductor can't trace a momentum that is computed as the graph runs
-    tensors = [v for v in given if isinstance(v, Tensor)]
-    if not all(v.is_cpu for v in tensors) or not any(v.requires_grad for v in tensors):
+        return False  # a momentum that is computed as the graph runs can't be traced
+    weights = [u.tensors["weight"] for call in row.chains for u in call.all_units if "weight" in u.tensors]
+    learns = any(given[place].requires_grad for place in (0, *weights))
+    if not weights or not learns or not all(v.is_cpu for v in given if isinstance(v, Tensor)):
         return False
+    beside: Any = SimpleNamespace(
+        text=f"beside convolutions: {row.text}", images=row.images, group=False, chained=row.chained,
+        plain=lambda *given: _convolutions(row, given),
+    )  # fmt: skip
     with unset_fake_temporarily(), no_python_dispatcher():
-        return row.choice.pays(row, [_like(v) if isinstance(v, Tensor) else v for v in given])
+        return Choice().pays(beside, [_like(v) if isinstance(v, Tensor) else v for v in given])
+
+
+def _convolutions(row: ChainRow, given: Sequence[Any]) -> Tensor:
+    """The row without its norms, activations and pools."""
+
+    def conv(x: Tensor, call: UnitCall) -> Tensor:
+        if "weight" not in call.tensors:
+            return x
+        geometry = {name: call.options[name] for name in ("stride", "padding", "dilation", "groups")}
+        return F.conv2d(x, given[call.tensors["weight"]], **geometry)
+
+    x: Tensor = given[0]
+    for chain in row.chains:
+        start = x
+        for unit in chain.units:
+            x = conv(x, unit)
+        if chain.projection is not None:
+            pool = chain.avg_pool
+            if pool is not None:
+                start = F.avg_pool2d(start, pool.kernel, pool.stride, pool.padding, pool.ceil_mode)
+            x = x + conv(start, chain.projection)
+    return x
 
 
 def _like(v: Tensor) -> Tensor:

@@ -268,6 +268,26 @@ def test_only_rows_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not rows.called
 
 
+def test_measured_beside_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is timed beside its convolutions alone: the same shape of output, gradients of the weights, no norm."""
+    model, _ = (m.float() for m in network())
+    measured: list[str] = []
+
+    def faster(text: str, images: int, calls: Any, *rest: Any) -> sizes.Measured:
+        measured.append(text)
+        with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.autograd.profiler.profile() as profile:
+            chains, convolutions = calls(2)
+            chains(), convolutions()
+        names = [event.name for event in profile.function_events]
+        assert "fused_resnet::chain" in names and "aten::convolution_backward" in names
+        assert not any("batch_norm" in name for name in names)
+        return sizes.CHAINS
+
+    monkeypatch.setattr(sizes, "faster", faster)
+    torch.compile(model, fullgraph=True, backend=traced)(images().float())
+    assert len(measured) == 2 and all(text.startswith("beside convolutions: ") for text in measured)
+
+
 @pytest.mark.slow
 @torch._inductor.config.patch(force_disable_caches=True)  # a graph found there knows nothing of today's operators
 def test_inductor() -> None:
