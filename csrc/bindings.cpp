@@ -53,7 +53,7 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "row_forward(Tensor x, Tensor? residual, Tensor[] params, int[] ints, float[] reals, ScalarType compute, "
         "bool gemm) -> Tensor[]");
     m.def(
-        "row_backward(Tensor dout, Tensor x, Tensor? residual, Tensor[] params, Tensor[] saved, int[] ints, "
+        "row_backward(Tensor dout, Tensor x, Tensor? residual, Tensor[] weights, Tensor[] saved, int[] ints, "
         "float[] reals, bool[] needs, ScalarType compute, bool gemm) -> Tensor[]");
     m.def(
         "row_inference(Tensor x, Tensor? residual, Tensor[] params, int[] ints, float[] reals, ScalarType compute, "

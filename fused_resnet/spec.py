@@ -218,9 +218,10 @@ class UnitSpec:
             raise ValueError(f"eps: expected a positive number (with running statistics, 0 too), got {self.eps}")
 
     @property
-    def n_stats(self) -> int:
-        """The number of this batch's statistics that are kept: mean, variance and, over a process group, the count."""
-        return (2 + (self.group is not None)) * self.batch_stats
+    def n_vectors(self) -> int:
+        """The number of vectors that are kept: scale, shift, mean and 1/std; of batch statistics the variance too, and
+        over a process group the count."""
+        return 4 + self.batch_stats + (self.group is not None)
 
     @property
     def param_names(self) -> tuple[str, ...]:
@@ -318,8 +319,8 @@ class ChainSpec:
 
     @property
     def n_saved(self) -> int:
-        """The number of tensors that the forward returns beside its output: raw outputs, statistics, pool positions."""
-        return self.n_convs + sum(unit.n_stats for unit in self.all_units) + (self.pool is not None)
+        """The number of tensors that the forward returns beside its output: raw outputs, vectors, pool positions."""
+        return self.n_convs + sum(unit.n_vectors for unit in self.all_units) + (self.pool is not None)
 
     def encode(self) -> str:
         """A row of only this chain, as text."""
@@ -346,6 +347,11 @@ class RowSpec:
                     "chains: expected a conv first, no max-pool and no residual in a row of several, got a chain "
                     f"{i} with {'no conv' if chain.units[0].conv is None else chain.pool or 'a residual'}"
                 )
+
+    @property
+    def all_units(self) -> list[UnitSpec]:
+        """The units of all chains."""
+        return [unit for chain in self.chains for unit in chain.all_units]
 
     @property
     def n_params(self) -> int:

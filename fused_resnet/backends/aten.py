@@ -167,11 +167,11 @@ class Aten(Backend):
         mean, weight, bias, conv_bias = call.mean, call.weight, call.bias, call.conv_bias
         wide = vector_dtype(mean.dtype)
         exact = torch.float64 if mean.device.type != "mps" else wide
-        center = mean.to(exact)
+        center = mean.to(exact, copy=True)
         if conv_bias is not None:
-            center = center - conv_bias.to(exact)
+            center -= conv_bias.to(exact)
         rstd = torch.rsqrt(call.var.to(exact) + call.eps)
-        scale = (weight.to(exact) * rstd if weight is not None else rstd).to(wide)
+        scale = (weight.to(exact) * rstd if weight is not None else rstd.clone()).to(wide)
         shift = (bias.to(exact) if bias is not None else 0) - center * scale
         return Norm(scale, shift.to(wide), center.to(wide), rstd.to(wide))
 

@@ -437,7 +437,7 @@ class Cpu(Backend):
     def row_backward(self, call: RowBackward) -> list[Tensor]:
         numbers, setting = _setting(call)[:2], _setting(call)[2:]
         out: list[Tensor] = _ops.row_backward(
-            call.dout, call.x, call.residual, call.params, call.saved, *numbers, call.needs, *setting
+            call.dout, call.x, call.residual, call.weights, call.saved, *numbers, call.needs, *setting
         )
         return out
 

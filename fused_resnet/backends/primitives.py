@@ -342,7 +342,7 @@ class RowBackward(_WholeRow[list[Tensor]]):
     dout: Tensor
     x: Tensor
     residual: Tensor | None
-    params: Sequence[Tensor]
+    weights: Sequence[Tensor]
     saved: Sequence[Tensor]
     spec: str
     needs: Sequence[bool]

@@ -19,7 +19,6 @@ from fused_resnet.backends import (
     BnActMaxPoolBackward,
     BnBackward,
     BnCoefficients,
-    BnFold,
     Case,
     Closing,
     ConvBackward,
@@ -27,10 +26,8 @@ from fused_resnet.backends import (
     Norm,
     Prologue,
     Sums,
-    vector_dtype,
 )
 from fused_resnet.chain import sync
-from fused_resnet.chain.folding import fold
 from fused_resnet.chain.forward import memory_format, raw_conv, summand_of
 from fused_resnet.planner import pick, run
 from fused_resnet.spec import ChainSpec, RowSpec, UnitSpec
@@ -39,14 +36,14 @@ from fused_resnet.spec import ChainSpec, RowSpec, UnitSpec
 class _Chain(NamedTuple):
     """A chain's values from its forward.
 
-    Its input; for each unit (projection last) the parameters, the raw output (x if there was no convolution), the
+    Its input; for each unit (projection last) the weight, the raw output (x if there was no convolution), the
     normalisation, and the number of values over all processes if that differs from y's own; the add's summand; the
     pool's positions.
     """
 
     spec: ChainSpec
     x: Tensor
-    parts: list[dict[str, Tensor]]
+    weights: list[Tensor | None]
     ys: list[Tensor]
     norms: list[Norm]
     counts: list[Tensor | None]
@@ -85,22 +82,22 @@ def row_backward(
     dout: Tensor,
     x: Tensor,
     residual: Tensor | None,
-    params: Sequence[Tensor],
+    weights: Sequence[Tensor],
     saved: Sequence[Tensor],
     text: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The operator fused_resnet::chain_backward."""
     row = RowSpec.decode(text)
-    fmt = memory_format(x, params)
+    fmt = memory_format(x, weights)
     last = len(row.chains) - 1
     inputs = [x.contiguous(memory_format=fmt), *saved[:last]]
-    split, wanted = row.split(params), row.split(needs[2:])
-    kept = iter(saved[last:])
+    it, kept, wanted = iter(weights), iter(saved[last:]), row.split(needs[2:])
+    split = [[next(it) if unit.conv is not None else None for unit in spec.all_units] for spec in row.chains]
     own = [[next(kept) for _ in range(spec.n_saved)] for spec in row.chains]
 
     def recall(i: int) -> _Chain:
-        return _recall(inputs[i], residual, row.chains[i].split(split[i]), own[i], row.chains[i], fmt)
+        return _recall(inputs[i], residual, split[i], own[i], row.chains[i], fmt)
 
     chain = recall(last)
     closed = _close(dout.contiguous(memory_format=fmt), chain)
@@ -110,20 +107,23 @@ def row_backward(
         need_input = needs[0] or any(map(any, wanted[:i]))
         before = recall(i - 1) if i and need_input else None
         found = _chain_backward(chain, closed, before and before.closing, need_input, needs[1], wanted[i], fmt)
-        grads = [g.get(name) for p, g in zip(chain.parts, found.params, strict=True) for name in p] + grads
+        units = zip(chain.spec.all_units, found.params, strict=True)
+        grads = [g.get(name) for unit, g in units for name in unit.param_names] + grads
         if before is None:
             break
         assert found.closed is not None
         chain, closed = before, found.closed
-    like = [x, residual, *params]
-    have = [found.dx, found.dresidual, *[None] * (len(params) - len(grads)), *grads]
-    return [_like(g, t) for g, t, need in zip(have, like, needs, strict=True) if need and t is not None]
+    names = [name for unit in row.all_units for name in unit.param_names]
+    it = iter(weights)
+    like = [x, residual, *(next(it) if name == "weight" else None for name in names)]
+    have = [found.dx, found.dresidual, *[None] * (len(names) - len(grads)), *grads]
+    return [_like(g, t) for g, t, need in zip(have, like, needs, strict=True) if need]
 
 
 def _recall(
     x: Tensor,
     residual: Tensor | None,
-    parts: list[dict[str, Tensor]],
+    weights: list[Tensor | None],
     saved: Sequence[Tensor],
     spec: ChainSpec,
     fmt: torch.memory_format,
@@ -131,21 +131,18 @@ def _recall(
     """Rebuilds a chain's values from its forward."""
     it = iter(saved)
     ys: list[Tensor] = []
-    for i, (unit, p) in enumerate(zip(spec.all_units, parts, strict=True)):
-        if unit.conv is None:
+    for i, (unit, weight) in enumerate(zip(spec.all_units, weights, strict=True)):
+        if unit.conv is None or weight is None:
             ys.append(x)
         elif spec.recompute and i == 0:
-            ys.append(raw_conv(x, p, unit.conv, None, False, fmt)[0])
+            ys.append(raw_conv(x, weight, unit.conv, None, False, fmt)[0])
         else:
             ys.append(next(it))
-    wide, vectors = vector_dtype(x.dtype), pick(BnFold, Case.of(x))
-    norms, counts = [], []
-    for unit, p in zip(spec.all_units, parts, strict=True):
-        mean, var = (next(it), next(it)) if unit.batch_stats else (p["running_mean"], p["running_var"])
-        norms.append(fold(p, mean, var, unit.eps, wide, vectors))
-        counts.append(next(it) if unit.group is not None else None)
+    vectors = [[next(it) for _ in range(unit.n_vectors)] for unit in spec.all_units]
+    norms = [Norm(*kept[:4]) for kept in vectors]
+    counts = [kept[5] if len(kept) > 5 else None for kept in vectors]
     summand = ys[-1] if spec.shortcut.unit is not None else summand_of(x, residual, spec, fmt)
-    return _Chain(spec, x, parts, ys, norms, counts, summand, next(it, None))
+    return _Chain(spec, x, weights, ys, norms, counts, summand, next(it, None))
 
 
 def _close(dout: Tensor, chain: _Chain) -> _Closed:
@@ -247,7 +244,7 @@ class _Gradients:
         add: Tensor | None, closing: Closing | None,
     ) -> tuple[Tensor | None, Sums | None, Sums | None]:  # fmt: skip
         """Sets the gradients of unit i's parameters and returns the gradient of its input."""
-        unit, p, y = self.chain.spec.all_units[i], self.chain.parts[i], self.chain.ys[i]
+        unit, weight, y = self.chain.spec.all_units[i], self.chain.weights[i], self.chain.ys[i]
         need_weight = self.needs[i].get("weight", False)
         if i not in self.means and (need_start or need_weight):
             self.means.update(_means(self.chain, {i: sums}))
@@ -257,7 +254,8 @@ class _Gradients:
             return None, None, None
         if unit.conv is None:
             return run(BnBackward(dz, y, coef)), None, None
-        weight, needs = p["weight"], (need_start, need_weight)
+        assert weight is not None
+        needs = need_start, need_weight
         dstart, dw, start_sums, summand_sums = run(
             ConvBackward(dz, y, coef, start, prologue, weight, unit.conv, *needs, add, closing)
         )
@@ -302,8 +300,14 @@ def _pad_backward(dz: Tensor, x: Tensor, spec: ChainSpec) -> Tensor:
     return dx
 
 
-def _like(g: Tensor | None, t: Tensor) -> Tensor:
-    """The gradient in its tensor's dtype and strides (otherwise autograd would copy it later); 0 if there is none."""
+def _like(g: Tensor | None, t: Tensor | None) -> Tensor:
+    """The gradient in its tensor's dtype and strides (otherwise autograd would copy it later); 0 if there is none.
+
+    ``t``: None for a vector, whose dtype autograd sees to.
+    """
+    if t is None:
+        assert g is not None
+        return g
     if g is None:
         return torch.zeros_like(t)
     g = g.to(t.dtype)

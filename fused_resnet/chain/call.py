@@ -84,13 +84,14 @@ def run_row(
     out, *kept = torch.ops.fused_resnet.chain(x, residual, params, text)
     if in_backward():
         return out
-    stats = kept[len(chains) - 1 :]
+    saved = kept[len(chains) - 1 :]
     starts = [x, *kept[: len(chains) - 1]]
     for start, chain, spec in zip(starts, chains, specs, strict=True):
-        of_chain, stats = iter(stats[spec.n_convs : spec.n_saved]), stats[spec.n_saved :]
+        vectors, saved = saved[spec.n_convs :], saved[spec.n_saved :]
         for unit, s, size in zip(chain.everyone, spec.all_units, _counts(start, chain, spec), strict=True):
+            (_, _, mean, _, *stats), vectors = vectors[: s.n_vectors], vectors[s.n_vectors :]
             if s.batch_stats:
-                _update_running(unit, next(of_chain), next(of_chain), size if s.group is None else next(of_chain))
+                _update_running(unit, mean, stats[0], size if s.group is None else stats[1])
     return out
 
 

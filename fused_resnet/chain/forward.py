@@ -51,9 +51,9 @@ def _channels_last(t: Tensor) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- forward
 def raw_conv(
-    x: Tensor, p: dict[str, Tensor], conv: ConvSpec, prologue: Prologue | None, stats: bool, fmt: torch.memory_format
+    x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, stats: bool, fmt: torch.memory_format
 ) -> tuple[Tensor, Any, Any]:
-    y, mean, var = run(ConvStats(x, p["weight"], conv, prologue, stats))
+    y, mean, var = run(ConvStats(x, weight, conv, prologue, stats))
     # copies only if sizes of 1 give a convolution another layout than the chain's
     return y.contiguous(memory_format=fmt), mean, var
 
@@ -69,7 +69,7 @@ class _Raw(NamedTuple):
 
 def _raw(x: Tensor, p: dict[str, Tensor], unit: UnitSpec, prologue: Prologue | None, fmt: torch.memory_format) -> _Raw:
     if unit.conv is not None:
-        y, mean, var = raw_conv(x, p, unit.conv, prologue, unit.batch_stats, fmt)
+        y, mean, var = raw_conv(x, p["weight"], unit.conv, prologue, unit.batch_stats, fmt)
     else:
         y = x
         mean, var = run(BnStats(x)) if unit.batch_stats else (None, None)
@@ -80,7 +80,7 @@ def _raw(x: Tensor, p: dict[str, Tensor], unit: UnitSpec, prologue: Prologue | N
 
 
 def _normalise(*raws: _Raw) -> list[tuple[Norm, list[Tensor]]]:
-    """The normalisation of units that are ready together, and the statistics to keep (``UnitSpec.n_stats``)."""
+    """The normalisation of units that are ready together, and the vectors to keep (``UnitSpec.n_vectors``)."""
     kept = {i: raw.stats for i, raw in enumerate(raws)}
     for group, members in sync.by_group({i: raw.unit for i, raw in enumerate(raws)}):
         y = raws[members[0]].y  # units that are ready together are summands of one size
@@ -89,7 +89,8 @@ def _normalise(*raws: _Raw) -> list[tuple[Norm, list[Tensor]]]:
     for (unit, p, y, _), stats in zip(raws, kept.values(), strict=True):
         wide, vectors = vector_dtype(y.dtype), pick(BnFold, Case.of(y))
         mean, var = stats[:2] if unit.batch_stats else (p["running_mean"], p["running_var"])
-        found.append((fold(p, mean, var, unit.eps, wide, vectors), stats))
+        norm = fold(p, mean, var, unit.eps, wide, vectors)
+        found.append((norm, [*norm, *stats[1:]]))
     return found
 
 
@@ -111,7 +112,7 @@ def _forward(
 ) -> list[Tensor]:
     parts = spec.split(params)
     ys: list[Tensor] = []
-    stats: list[Tensor] = []
+    vectors: list[Tensor] = []
     h, prologue = x, None
     for i, (unit, p) in enumerate(zip(spec.units, parts, strict=False)):
         raw = _raw(h, p, unit, prologue, fmt)
@@ -119,9 +120,9 @@ def _forward(
         if unit.conv is not None and not (spec.recompute and i == 0):
             ys.append(h)
         if i + 1 < len(spec.units):
-            ((norm, unit_stats),) = _normalise(raw)
+            ((norm, kept),) = _normalise(raw)
             prologue = Prologue(norm, unit.act)
-            stats += unit_stats
+            vectors += kept
     closing = [raw]
     summand = summand_of(x, residual, spec, fmt)
     if spec.shortcut.unit is not None:
@@ -129,14 +130,14 @@ def _forward(
         closing.append(_raw(summand, parts[-1], spec.shortcut.unit, None, fmt))
         summand = closing[-1].y
         ys.append(summand)
-    norms, kept = zip(*_normalise(*closing), strict=True)
-    stats += [s for unit_stats in kept for s in unit_stats]
+    norms, last = zip(*_normalise(*closing), strict=True)
+    vectors += [v for kept in last for v in kept]
     act = spec.units[-1].act
     if spec.pool is not None:
         out, argmax = run(BnActMaxPool(h, norms[0], act, spec.pool))
-        return [out, *ys, *stats, argmax]
+        return [out, *ys, *vectors, argmax]
     out = run(BnAct(h, norms[0], act, summand, norms[1] if len(norms) > 1 else None))
-    return [out, *ys, *stats]
+    return [out, *ys, *vectors]
 
 
 def summand_of(x: Tensor, residual: Tensor | None, spec: ChainSpec, fmt: torch.memory_format) -> Tensor | None:
@@ -181,7 +182,7 @@ def _inference(
             out = run(ConvBiasAct(h, weight, norm.shift, u.conv, act, summand))
         else:
             weight, scale = fold_weight(p["weight"], norm, h.dtype)
-            y = raw_conv(h, p | {"weight": weight}, u.conv, None, False, fmt)[0]
+            y = raw_conv(h, weight, u.conv, None, False, fmt)[0]
             out = run(BnAct(y, norm if scale is None else norm._replace(scale=scale), act, summand))
         return out.contiguous(memory_format=fmt)  # the layout that the fake kernel promises, as in raw_conv
 

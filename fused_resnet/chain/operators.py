@@ -5,24 +5,25 @@
     backward   dz = dout act'(z)      dbeta = sum dz      dgamma = r sum dz (y - mu)
                dy = A dz + B (y - mu) + C                 A = s,  B = -s r dgamma / M,  C = -s dbeta / M  (frozen: A dz)
 
-The backward needs x, the raw convolution outputs y_i, the batch's mean and variance per channel, and the parameters. It
-computes z and act(z) again, by the forward's expression. In a row of chains the x of a chain is the output of the chain
-before. The kernel that computes the gradient of x turns it into that chain's dz, so its dout is never written.
+The backward needs x, the residual, the weights W_i, the raw convolution outputs y_i, and each unit's vectors s, t, mu
+and r. It computes z and act(z) again, by the forward's expression. BatchNorm's own tensors and the convolutions' biases
+may change before it, as in PyTorch. In a row of chains the x of a chain is the output of the chain before. The kernel
+that computes the gradient of x turns it into that chain's dz, so its dout is never written.
 
 There are two operators, functional, traceable, with fake kernels. ``spec`` is a ``RowSpec``, most often of one chain:
-    fused_resnet::chain            (x, residual, params, spec) -> [out_n, out_1 .. out_{n-1}, (y..., mean, var ...,
-                                   argmax) of each chain]
-    fused_resnet::chain_backward   (dout, x, residual, params, saved, spec, needs) -> one gradient per true ``needs``
+    fused_resnet::chain            (x, residual, params, spec) -> [out_n, out_1 .. out_{n-1}, (y..., (s, t, mu, r, var)
+                                   of each unit, argmax) of each chain]
+    fused_resnet::chain_backward   (dout, x, residual, weights, saved, spec, needs) -> one gradient per true ``needs``
 A third, fused_resnet::chain_inference, is for running statistics without gradients, where BatchNorm folds into W and b.
-If a process group shares statistics (SyncBatchNorm), mean, var and M are those of all its processes (sync.py), and a
-third tensor, M, is kept beside mean and var. forward.py and backward.py compose the operators of primitives.
+With running statistics there is no var. If a process group shares statistics (SyncBatchNorm), mu, var and M are those
+of all its processes (sync.py), and M is kept after var. forward.py and backward.py compose the operators of primitives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ from fused_resnet.spec import ChainSpec, ConvSpec, RowSpec, UnitSpec
 _lib = torch.library.Library("fused_resnet", "DEF")
 _lib.define("chain(Tensor x, Tensor? residual, Tensor[] params, str spec) -> Tensor[]")
 _lib.define(
-    "chain_backward(Tensor dout, Tensor x, Tensor? residual, Tensor[] params, Tensor[] saved, str spec, bool[] needs)"
+    "chain_backward(Tensor dout, Tensor x, Tensor? residual, Tensor[] weights, Tensor[] saved, str spec, bool[] needs)"
     " -> Tensor[]"
 )
 _lib.define("chain_inference(Tensor x, Tensor? residual, Tensor[] params, str spec) -> Tensor")
@@ -94,8 +95,7 @@ def _chain_fake(x: Tensor, params: Sequence[Tensor], spec: ChainSpec, fmt: torch
         if unit.conv is not None and not (spec.recompute and i == 0):
             outs.append(x.new_empty(shape).to(memory_format=fmt))
     for unit, shape in zip(spec.all_units, shapes, strict=True):
-        if unit.batch_stats:
-            outs += [x.new_empty(shape[1], dtype=wide), x.new_empty(shape[1], dtype=wide)]
+        outs += [x.new_empty(shape[1], dtype=wide) for _ in range(4 + unit.batch_stats)]
         if unit.group is not None:
             outs.append(x.new_empty(1, dtype=wide))
     if spec.pool is not None:
@@ -124,12 +124,17 @@ def _backward_fake(
     dout: Tensor,
     x: Tensor,
     residual: Tensor | None,
-    params: Sequence[Tensor],
+    weights: Sequence[Tensor],
     saved: Sequence[Tensor],
     text: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    like = [x, residual, *params]
+    like, it = [x, residual], iter(weights)
+    for unit in RowSpec.decode(text).all_units:
+        weight = next(it) if unit.conv is not None else None
+        channels = weight.shape[0] if weight is not None else x.shape[1]
+        vector = x.new_empty(channels, dtype=vector_dtype(x.dtype))
+        like += [weight if name == "weight" else vector for name in unit.param_names]
     return [torch.empty_like(t) for t, need in zip(like, needs, strict=True) if need and t is not None]
 
 
@@ -138,38 +143,91 @@ class _Row(torch.autograd.Function):
 
     ``torch.library.register_autograd`` would pack and unpack nested lists in every call, which takes a fifth of a small
     chain's time.
+
+    PyTorch raises an error if a tensor that it saved changes before the backward. The tensors that its own operators
+    would save are saved here too, so the same changes raise. The others are kept as ``ctx.rest`` with their versions:
+    the backward does not read their values, except to be differentiable itself, where a change raises.
     """
 
     @staticmethod
     def forward(ctx: Any, below: Any, text: str, has_residual: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.text, ctx.forced, ctx.has_residual, ctx.n_tensors = text, forced(), has_residual, len(tensors)
+        ctx.text, ctx.forced, ctx.has_residual = text, forced(), has_residual
         output = _redispatch(below, *_row_arguments(tensors, has_residual), text)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.saves = _saves(text, has_residual, *(t.requires_grad for t in tensors))
+        ctx.rest = [(t, _version(t)) for t, saves in zip(tensors, ctx.saves, strict=True) if not saves]
         # Autograd saves no inference tensor. Plain PyTorch saves x only for a weight's gradient, so inference tensors
         # as images may train the norms after a convolution that is not trained. Here a copy of them is saved.
-        first = 1 + has_residual
-        given = [t.clone() if t.is_inference() else t for t in tensors[:first]]
-        ctx.save_for_backward(*given, *tensors[first:], *output[1:])
+        given = [t.clone() if t.is_inference() and i <= has_residual else t for i, t in enumerate(tensors)]
+        kept = [t for t, saves in zip(given, ctx.saves, strict=True) if saves]
+        ctx.save_for_backward(*kept, *output[1:])
         return tuple(output)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
         if dout is None:
-            return (None,) * (3 + ctx.n_tensors)
-        kept = ctx.saved_tensors  # read once: at the first read a checkpoint computes them again
-        x, residual, params = _row_arguments(kept[: ctx.n_tensors], ctx.has_residual)
-        saved = list(kept[ctx.n_tensors :])
+            return (None,) * (3 + len(ctx.saves))
+        kept = iter(ctx.saved_tensors)  # read once: at the first read a checkpoint computes them again
+        others = iter(ctx.rest)
+        given = [(next(kept), None) if saves else next(others) for saves in ctx.saves]
+        x, residual, params = _row_arguments([t for t, _ in given], ctx.has_residual)
+        saved = list(kept)
         wanted = ctx.needs_input_grad[3:]
         needs = [wanted[0], ctx.has_residual and wanted[1], *wanted[1 + ctx.has_residual :]]
         batched = torch._C._functorch.is_legacy_batchedtensor(dout)  # is_grads_batched=True
         if torch.is_grad_enabled() or batched or transformed():
+            if any(then is not None and _version(t) != then for t, then in given):
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    "a chain's backward that is itself differentiated needs all parameters as they were"
+                )
             found = iter(_differentiable_backward(dout, x, residual, params, ctx.text, needs))
         else:
+            weights = [params[i] for i in _weights(ctx.text)]
             with forced_again(ctx.forced):
                 ops = torch.ops.fused_resnet
-                found = iter(ops.chain_backward(dout, x, residual, params, saved, ctx.text, needs))
+                found = iter(ops.chain_backward(dout, x, residual, weights, saved, ctx.text, needs))
         return None, None, None, *[next(found) if need else None for need in wanted]
+
+
+@lru_cache(maxsize=4096)
+def _saves(text: str, has_residual: bool, x: bool, *wants: bool) -> list[bool]:
+    """Which of x, the residual (if any) and the parameters ``_Row`` saves, given which of them need a gradient.
+
+    As in PyTorch: a convolution saves its input and its weight, a norm saves all but its bias, if their output needs a
+    gradient. x and the residual are also saved if the backward computes z or the first convolution again from them.
+    """
+    row = RowSpec.decode(text)
+    first, shortcut = row.chains[0], row.chains[0].shortcut
+    again = first.units[-1].act.name != "identity"
+    saves_x = (again and shortcut.kind in ("identity", "pad")) or shortcut.pool is not None
+    saves: list[bool] = []
+    needs, params = x, row.split(wants[has_residual:])
+    for spec, flat in zip(row.chains, params, strict=True):
+        start = needs
+        for i, (unit, own) in enumerate(zip(spec.all_units, spec.split(flat), strict=True)):
+            before = start if i == len(spec.units) else needs  # a projection reads the chain's input
+            y = before or own.get("weight", False) or own.get("bias", False) or (spec.recompute and i == 0)
+            needs = before or any(own.values())
+            kept = {"weight": y, "bn_weight": needs, "running_mean": needs, "running_var": needs}
+            saves += [kept.get(name, False) for name in own]
+            if spec is first and i in (0, len(spec.units)):
+                saves_x |= y or unit.conv is None
+        needs = start or any(flat)
+    return [saves_x, *[again] * has_residual, *saves]
+
+
+@lru_cache(maxsize=4096)
+def _weights(text: str) -> list[int]:
+    """The positions of the convolutions' weights among a row's parameters."""
+    names = [name for unit in RowSpec.decode(text).all_units for name in unit.param_names]
+    return [i for i, name in enumerate(names) if name == "weight"]
+
+
+def _version(t: Tensor) -> int:
+    """A number that changes with the tensor's values. PyTorch counts no changes of inference tensors."""
+    return 0 if t.is_inference() else t._version
 
 
 def _row_arguments(tensors: Sequence[Tensor], has_residual: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:

@@ -77,7 +77,12 @@ def _forget_in_child() -> None:
 
 def others_capture() -> bool:
     """Whether a ``torch.compile`` of the user's captures the frames that this thread runs."""
-    return get_eval_frame_callback() not in (None, False) and _calling.get() is None
+    return get_eval_frame_callback() not in (None, False) and not calling()
+
+
+def calling() -> bool:
+    """Whether a front captures or runs in this thread."""
+    return _calling.get() is not None
 
 
 class _NotCaptured(logging.Filter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from types import FunctionType
@@ -18,7 +19,7 @@ from fused_resnet.fusion.choosing import Choice, thread
 from fused_resnet.fusion.matcher import match
 from fused_resnet.fusion.matches import ChainMatch, Matches, RowMatch, UnitMatch
 from fused_resnet.fusion.sync_norm import group_named
-from fused_resnet.fusion.table import constant
+from fused_resnet.fusion.table import constant, storage_of, written
 
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -53,29 +54,19 @@ class UnitCall:
 
     def unit(self, given: Sequence[Tensor]) -> Unit:
         tensors: dict[str, Any] = {name: given[place] for name, place in self.tensors.items()}
-        for name in ("running_mean", "running_var"):
-            if name in tensors:
-                tensors[name] = self._statistics(tensors[name])
+        if self.options["training"]:  # PyTorch's own norms don't count their updates of statistics as changes
+            tensors |= {n: tensors[n].data for n in ("running_mean", "running_var") if n in tensors}
         unit = Unit(**self.options, **tensors)
         if self.group is not None:
             unit.process_group = group_named(self.group)
         if self.momentum is not None:
             unit.momentum = float(given[self.momentum])
         if self.affine:  # z = scale*y + shift: mean 0 and variance 1 leave both as they are
-            unit.bn_weight, unit.bn_bias = unit.bn_weight.flatten(), unit.bn_bias.flatten()  # type: ignore[union-attr]
+            unit.bn_weight = unit.bn_weight.flatten().clone()  # type: ignore[union-attr]
+            unit.bn_bias = unit.bn_bias.flatten()  # type: ignore[union-attr]
             unit.running_mean = torch.zeros_like(unit.bn_weight, requires_grad=False)
             unit.running_var = torch.ones_like(unit.bn_weight, requires_grad=False)
         return unit
-
-    def _statistics(self, running: Tensor) -> Tensor:
-        """The statistics without autograd's check for changes: PyTorch's own norms do not count their updates as such.
-
-        The backward of a norm in evaluation reads the statistics, so it gets a copy. In PyTorch a training step between
-        the forward and the backward makes that backward wrong.
-        """
-        if self.options["training"] or not torch.is_grad_enabled():
-            return running.data
-        return running.detach().clone()
 
 
 class ChainCall:
@@ -89,6 +80,9 @@ class ChainCall:
         self.shortcut = match.shortcut if match.shortcut in ("identity", "pad") else None
         self.residual = places.of(match.residual) if match.residual is not None else None
         self.stride, self.avg_pool, self.max_pool = match.stride, match.avg_pool, match.max_pool
+        # whether the backward reads x or the residual to compute z again
+        self.reads_summand = match.shortcut not in ("none", "projection") and match.act.name != "identity"
+        self.reads_summand |= match.avg_pool is not None
         self.all_units = [*self.units, *([self.projection] if self.projection is not None else [])]
         self.counters = [u.counter for u in self.all_units if u.counter is not None]
         shortcut = f"{match.shortcut}{match.stride if match.shortcut == 'pad' else ''}"
@@ -103,13 +97,17 @@ class ChainCall:
 class ChainRow(nn.Module):
     """A row of chains in a lowered graph, called with its input and the tensors that the graph holds for it.
 
+    Args:
+        written: the storages that the graph or its caller may write into after the row.
+
     Attributes:
         plain: the nodes that it replaces, called with the same tensors. choice: decides whether the row pays.
-        images: the positions of the tensors that are images, the input first. group: processes share some statistics.
+        images: the positions of the tensors that are images, the input first. visible: those of them that may change
+            after the row. group: processes share some statistics.
         text: a description of the row without its tensors.
     """
 
-    def __init__(self, gm: fx.GraphModule, row: RowMatch) -> None:
+    def __init__(self, gm: fx.GraphModule, row: RowMatch, written: set[int | None]) -> None:
         super().__init__()
         places = Places()
         places.of(row.chains[0].start)
@@ -118,6 +116,7 @@ class ChainRow(nn.Module):
         self.plain = part_of(gm, row, self.inputs)
         row.choice = self.choice = Choice()
         self.images = [0, *(call.residual for call in self.chains if call.residual is not None)]
+        self.visible = [place for place in self.images if storage_of(self.inputs[place]) in written]
         self.group = any(unit.group is not None for call in self.chains for unit in call.all_units)
         self.statistics = sorted({place for call in self.chains for unit in call.all_units for place in unit.buffers})
         self.text = "; ".join(call.text for call in self.chains)
@@ -142,25 +141,44 @@ class ChainRow(nn.Module):
 
     def chained(self, *given: Tensor) -> Tensor:
         """Runs the row as chains."""
-        x = given[0]
         chains = [call.chain(given) for call in self.chains]
         first = self.chains[0]  # a chain that has one of these is alone in its row
-        residual = given[first.residual] if first.residual is not None else None
-        out = run(x, chains, residual, first.max_pool, self._recompute(x, first), self.encoded)
+        x, residual = self._images(first, given)
+        out = run(x, chains, residual, first.max_pool, self._recompute(first, given), self.encoded)
         if not in_backward():
             for counter in (c for call in self.chains for c in call.counters):
                 given[counter].add_(1)
         return out
 
+    def _images(self, call: ChainCall, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """x and the residual; a copy if it may change before the backward, which PyTorch's own would not notice."""
+        x, residual = given[0], given[call.residual] if call.residual is not None else None
+        if not call.reads_summand or not torch.is_grad_enabled() or not any(map(_wants_grad, given)):
+            return x, residual
+        if call.residual in self.visible:
+            return x, given[call.residual].clone()
+        # PyTorch saves x for its norm, or for its convolution if that is trained
+        own = call.units[0].tensors
+        trained = x.requires_grad or any(given[own[n]].requires_grad for n in ("weight", "bias") if n in own)
+        return x if trained or "weight" not in own or 0 not in self.visible else x.clone(), residual
+
     @staticmethod
-    def _recompute(x: Tensor, call: ChainCall) -> bool:
-        """Whether to convolve again in the backward: for a stem in 32 bits, whose raw output is the largest tensor."""
+    def _recompute(call: ChainCall, given: Sequence[Tensor]) -> bool:
+        """Whether to convolve again in the backward: for a stem in 32 bits, whose raw output is the largest tensor.
+
+        PyTorch saves the stem's input, too, only if the weight is trained.
+        """
+        x, weight = given[0], call.units[0].tensors.get("weight")
         dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-        one_conv = len(call.units) == 1 and "weight" in call.units[0].tensors
+        one_conv = len(call.units) == 1 and weight is not None and given[weight].requires_grad
         return call.max_pool is not None and one_conv and dtype.itemsize > 2
 
     def extra_repr(self) -> str:
         return ", ".join(f"{len(c.units)} units, shortcut {c.shortcut or 'none'}" for c in self.chains)
+
+
+def _wants_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def part_of(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.GraphModule:
@@ -193,7 +211,7 @@ class _Checkpoint(nn.Module):
 
         thread.other += 1
         # The arguments are saved, so tensors that change in place (a norm's statistics) must not be among them.
-        wanting = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
+        wanting = [i for i, value in enumerate(args) if _wants_grad(value)]
 
         def part(*given: Any) -> Any:
             values = list(args)
@@ -213,8 +231,8 @@ def lower(gm: fx.GraphModule) -> Matches:
     Returns:
         The matches in it and in its checkpointed parts.
     """
-    matches = match(gm.graph)
-    put_in(gm, matches, [ChainRow(gm, row) for row in matches.rows])
+    matches, made = chain_rows(gm)
+    put_in(gm, matches, made)
     for node in [n for n in gm.graph.nodes if n.op == "call_function" and n.target is _CHECKPOINT]:
         inner = _lower_checkpoint(gm, node)
         matches.rows += inner.rows
@@ -222,6 +240,29 @@ def lower(gm: fx.GraphModule) -> Matches:
         matches.norms += inner.norms
     finish(gm)
     return matches
+
+
+def chain_rows(gm: fx.GraphModule) -> tuple[Matches, list[ChainRow]]:
+    """The matches in a graph, and a module for each of their rows."""
+    matches, last = match(gm.graph), _last_writes(gm.graph)
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    ends = [order[row.chains[-1].end] for row in matches.rows]
+    written = [{storage for storage, i in last.items() if i > end} for end in ends]
+    return matches, [ChainRow(gm, row, w) for row, w in zip(matches.rows, written, strict=True)]
+
+
+def _last_writes(graph: fx.Graph) -> dict[int | None, float]:
+    """Storage -> position of the last node that may write into it; infinite if the graph's caller may.
+
+    The storage None is an unknown one.
+    """
+    last: dict[int | None, float] = {None: math.inf}
+    for i, node in enumerate(graph.nodes):
+        outside = {"placeholder": [node], "output": node.all_input_nodes}.get(node.op, [])
+        for n in outside or written(node):
+            storage = storage_of(n)
+            last[storage] = max(last.get(storage, i), math.inf if outside else i)
+    return last
 
 
 def put_in(gm: fx.GraphModule, matches: Matches, made: Sequence[Any]) -> list[fx.Node]:

@@ -29,15 +29,6 @@ class Refusals:
         x = value_of(chain.start)
         if len(dtypes) > 1 or x is None or (x.dtype not in dtypes and not chain.units[0].has_conv):
             return "its dtype changes inside the chain"
-        if self.frozen:
-            return self.disturbed([chain])
-        # PyTorch saves weights for the backward too, but no biases
-        biases = [
-            unit.tensors[name] for unit in chain.all_units for name in ("bias", "bn_bias") if name in unit.tensors
-        ]
-        kept = {storage_of(n) for n in (chain.start, chain.residual, *biases) if n is not None}
-        if any(i > self.order[chain.end] and kept & set(map(storage_of, changed)) for i, changed in self.writes):
-            return "a tensor that its backward needs is changed in place after it"
         return self.disturbed([chain])
 
     def disturbed(self, chains: Sequence[ChainMatch]) -> str | None:

@@ -24,6 +24,7 @@ from fused_resnet.chain.operators import transformed
 from fused_resnet.fusion.choosing import inside_plain, kind_of_call
 from fused_resnet.fusion.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
 from fused_resnet.fusion.front import Front, others_capture
+from fused_resnet.fusion.inductor import announce
 from fused_resnet.fusion.inspection import graphed, named_modules, shared_by
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.patterns import METHODS, calls_itself, looks_like_norm
@@ -41,7 +42,10 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
         return getattr(cls, name)(self, *args, **kwargs)  # looked up at each call: it may be replaced at any time
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() or inside_plain():
+        if is_dynamo_compiling():
+            announce()
+            return plain(self, *args, **kwargs)
+        if inside_plain():
             return plain(self, *args, **kwargs)
         method, kind = getattr(cls, name), kind_of_call(self, args, kwargs)
         front = self.__dict__.get("_fr_fronts", _NO_FRONTS).get(method)

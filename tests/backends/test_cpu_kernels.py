@@ -348,7 +348,7 @@ def test_schemas_of_the_compiled_operators() -> None:
     coef = [torch.randn(64) for _ in range(4)]
     packed = ops.winograd_prepack(w3, 4)
     image, w7 = nhwc(2, 3, 20, 20), torch.randn(64, 3, 7, 7)
-    row = [w3, v[0], v[1]]
+    row, saved = [w3, v[0], v[1]], [y, *v, v[0], v[1].abs()]
 
     def rows(batch_stats: bool) -> tuple[list[int], list[float]]:
         unit = UnitSpec(ConvSpec(padding=(1, 1)), Act("relu"), batch_stats=batch_stats)
@@ -368,7 +368,17 @@ def test_schemas_of_the_compiled_operators() -> None:
         "conv_backward": (y, y, coef, y, v, 1, 0.0, w1, one, none, one, 1, True, True, None, f32, True),
         "conv_algorithm": ("fprop", y, w3, one, one, one, 1, False, f32, True),
         "row_forward": (y, None, row, *rows(True), f32, True),
-        "row_backward": (y, y, None, row, [y, v[0], v[1].abs()], *rows(True), [True, False, *[True] * 3], f32, True),
+        "row_backward": (
+            y,
+            y,
+            None,
+            [w3],
+            [y, *v, v[0], v[1].abs()],
+            *rows(True),
+            [True, False, *[True] * 3],
+            f32,
+            True,
+        ),
         "row_inference": (y, None, [*row, v[0], v[1].abs()], *rows(False), f32, True),
         "winograd_tile": (y, w3, one, one, one, 1),
         "winograd_prepack": (w3, 4),

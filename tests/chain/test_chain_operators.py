@@ -46,7 +46,8 @@ def opcheck(chain: chains.Chain, t: chains.Tensors, tests: tuple[str, ...]) -> N
     check(ops.chain, x, residual, params, chain.text)
     x, residual, params = t.x, t.residual, t.params
     saved = call(chain, [x, residual, *params])[1:]
-    check(ops.chain_backward, t.dout, x, residual, params, saved, chain.text, chains.learnable(chain))
+    weights = chains.weights(chain.spec, params)
+    check(ops.chain_backward, t.dout, x, residual, weights, saved, chain.text, chains.learnable(chain))
     if chain.spec.frozen:
         check(ops.chain_inference, x, residual, params, chain.text)
 

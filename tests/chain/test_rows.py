@@ -128,10 +128,10 @@ def test_opcheck(backend: str, case: tuple[str, str], layout: str) -> None:
     t = rows.cast(row, rows.draw(row, 0), torch.float32, FORMATS[layout])
     inputs, text = rows.leaves(row, t), row.spec.encode()
     saved = ops.chain(t.x, None, t.params, text)[1:]
-    needs = [v.requires_grad for v in inputs]
+    needs, weights = [v.requires_grad for v in inputs], chains.weights(row.spec, t.params)
     calls: list[tuple[Any, tuple[Any, ...]]] = [
         (ops.chain, (inputs[0], None, inputs[1:], text)),
-        (ops.chain_backward, (t.dout, t.x, None, t.params, saved, text, [needs[0], False, *needs[1:]])),
+        (ops.chain_backward, (t.dout, t.x, None, weights, saved, text, [needs[0], False, *needs[1:]])),
     ]
     for op, args in calls:
         result = torch.library.opcheck(op.default, args, test_utils=EVERYTHING)

@@ -106,6 +106,6 @@ def test_spec_keeps_the_group() -> None:
     unit = UnitSpec(ConvSpec(), Act(), group="some group")
     row = RowSpec.decode(RowSpec((ChainSpec((unit,), ShortcutSpec()),)).encode())
     assert row.chains[0].units[0].group == "some group"
-    assert row.chains[0].n_saved == 4  # y, mean, variance, count
+    assert row.chains[0].n_saved == 7  # y, scale, shift, mean, 1/std, variance, count
     with pytest.raises(ValueError, match="process_group: expected None with running statistics, got 'some group'"):
         UnitSpec(None, Act(), batch_stats=False, group="some group")

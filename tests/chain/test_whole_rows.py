@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_resnet.backends import RowForward, load, use_backend
 from fused_resnet.backends.backend import Backend
 from fused_resnet.chain import backward, forward
+from fused_resnet.spec import RowSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -47,13 +48,15 @@ def compare(
     """Forward, and backward for all gradients; with ``parts`` also for each alone, and for all but one."""
     outs = forward.row_forward(x, residual, params, text)
     assert_same(whole("chain", x, residual, params, text), outs)
-    saved, n = outs[1:], 2 + len(params)
-    every = [i != 1 or residual is not None for i in range(n)]
+    names = [name for unit in RowSpec.decode(text).all_units for name in unit.param_names]
+    weights = [p for name, p in zip(names, params, strict=True) if name == "weight"]
+    every = [True, residual is not None, *(not name.startswith("running") for name in names)]
+    saved, n = outs[1:], len(every)
     wanted = [every]
     for i in (i for i in range(n) if parts and every[i]):
         wanted += [[j == i for j in range(n)], [j != i and need for j, need in enumerate(every)]]
     for needs in wanted:
-        args = x, residual, params, saved, text, needs
+        args = x, residual, weights, saved, text, needs
         assert_same(whole("chain_backward", dout, *args), backward.row_backward(dout.clone(), *args))
         if parts:
             own, composed = (

@@ -1,5 +1,5 @@
-"""torch.compile of fused networks: one graph of the plain network, compiled once, with its numbers; and
-``backend="fused_resnet"``, which has chains in the graph."""
+"""torch.compile of fused networks: one graph of the plain network, compiled once, with its numbers;
+``backend="fused_resnet"``, which has chains in the graph; and Inductor, which has those that pay in training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 import torch
 from networks import prepared
 from stack import State, loss_of, same, state
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision_shim import torchvision
 
 import fused_resnet as fr
 from fused_resnet.chain import call as chain_call
-from fused_resnet.fusion import front
+from fused_resnet.fusion import front, inductor
+from fused_resnet.planner import sizes
 
 if "fused_resnet" not in entry_points(group="torch_dynamo_backends").names:  # a source tree that is not installed
     torch._dynamo.register_backend(front.backend, "fused_resnet")
@@ -223,13 +224,91 @@ def test_numbers_of_modules_are_inputs() -> None:
         assert [len(call.args[1][0].units) for call in rows.mock_calls] == [2]
 
 
+def traced(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """A backend that does with a graph what Inductor does before it generates code, chains put in."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    for part in [part for part in gm.modules() if isinstance(part, fx.GraphModule)]:  # checkpoints too
+        inductor.put_chains(part)
+    return aot_eager(gm, inputs)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chains_that_aot_traces(checkpointed: bool, autocast: bool) -> None:
+    """AOTAutograd's graphs with chains, of all batches: the plain network's numbers, in 16 bits the eager chains'."""
+    model, plain = (m.float() for m in network(checkpointed=checkpointed))
+    other = copy.deepcopy(model) if autocast else plain
+    other.checkpointed = False
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=traced)
+    for n in (4, 5, 3):
+        x = images(n).float()
+        with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = step(compiled, model, x)
+        assert rows.called == (n == 4)  # while it is traced
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            want = step(other, other, x)
+        near(found, want) if autocast else same(found, want, rtol=1e-3)
+
+
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_only_rows_that_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are slower than PyTorch's operators, and norms with a computed momentum, stay Inductor's."""
+    model, plain = (m.float() for m in network())
+    x = images().float()
+    for momentum, pays in ((0.1, False), (None, True)):
+        torch._dynamo.reset()
+        for m in (*model.modules(), *plain.modules()):
+            if isinstance(m, nn.BatchNorm2d):
+                m.momentum = momentum
+        monkeypatch.setattr(sizes, "faster", lambda *args, pays=pays: sizes.CHAINS._replace(pays=pays))
+        with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
+            same(step(torch.compile(model, backend=traced), model, x), step(plain, plain, x), rtol=1e-3)
+        assert not rows.called
+
+
+def test_measured_beside_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is timed beside its convolutions alone: the same shape of output, gradients of the weights, no norm."""
+    model, _ = (m.float() for m in network())
+    measured: list[str] = []
+
+    def faster(text: str, images: int, calls: Any, *rest: Any) -> sizes.Measured:
+        measured.append(text)
+        with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.autograd.profiler.profile() as profile:
+            chains, convolutions = calls(2)
+            chains(), convolutions()
+        names = [event.name for event in profile.function_events]
+        assert "fused_resnet::chain" in names and "aten::convolution_backward" in names
+        assert not any("batch_norm" in name for name in names)
+        return sizes.CHAINS
+
+    monkeypatch.setattr(sizes, "faster", faster)
+    torch.compile(model, fullgraph=True, backend=traced)(images().float())
+    assert len(measured) == 2 and all(text.startswith("beside convolutions: ") for text in measured)
+
+
 @pytest.mark.slow
 @torch._inductor.config.patch(force_disable_caches=True)  # a graph found there knows nothing of today's operators
 def test_inductor() -> None:
-    """The default compiler, which relies on the layouts that the operators promise: a step and an evaluation."""
+    """The default compiler: chains in its training graph, none in evaluation, and the user's own pass in both."""
     model, plain = (m.float().to(memory_format=torch.channels_last) for m in network())
-    compiled = torch.compile(model, fullgraph=True)
     x = images().float().to(memory_format=torch.channels_last)
-    same(step(compiled, model, x), step(plain, plain, x), rtol=1e-3)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
+    seen: list[int] = []
+
+    def own(graph: fx.Graph) -> None:
+        seen.append(sum(node.target is torch.nn.functional.batch_norm for node in graph.nodes))
+
+    config = torch._inductor.config
+    with config.patch(pre_grad_custom_pass=own):
+        compiled = torch.compile(model, fullgraph=True)
+        with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
+            same(step(compiled, model, x), step(plain, plain, x), rtol=1e-3)
+        assert rows.called and config.pre_grad_custom_pass is own
+        with torch.no_grad(), patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
+            torch.testing.assert_close(compiled.eval()(x), plain.eval()(x), rtol=1e-4, atol=1e-4)
+        assert not rows.called and config.pre_grad_custom_pass is own
+        assert seen and set(seen) == {6}
+        with patch.object(chain_call, "run_row", wraps=chain_call.run_row) as rows:
+            torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))(x).sum().backward()
+        assert not rows.called  # a network that is not fused

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_resnet import reference
 from fused_resnet.chain.operators import unit_shapes
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec
 
 ACTS: dict[str, Act] = {
     "identity": Act("identity"),
@@ -314,10 +314,17 @@ def statistics(chain: Chain, params: Sequence[Tensor], outs: Sequence[Tensor]) -
     """
     n_y = sum(u.conv is not None for u in chain.spec.all_units) - int(chain.spec.recompute)
     it = iter(outs[1 + n_y :])
-    return [
-        (next(it) + p.get("bias", 0), next(it)) if u.batch_stats else None
-        for u, p in zip(chain.spec.all_units, chain.spec.split(params), strict=True)
-    ]
+    found: list[tuple[Tensor, Tensor] | None] = []
+    for u, p in zip(chain.spec.all_units, chain.spec.split(params), strict=True):
+        _, _, mean, _, *rest = (next(it) for _ in range(u.n_vectors))
+        found.append((mean + p.get("bias", 0), rest[0]) if u.batch_stats else None)
+    return found
+
+
+def weights(spec: ChainSpec | RowSpec, params: Sequence[Tensor]) -> list[Tensor]:
+    """The convolutions' weights among a chain's or a row's parameters."""
+    names = [name for unit in spec.all_units for name in unit.param_names]
+    return [p for p, name in zip(params, names, strict=True) if name == "weight"]
 
 
 def run(chain: Chain, t: Tensors, op: object = None) -> dict[str, Tensor]:

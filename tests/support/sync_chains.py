@@ -102,11 +102,12 @@ def compare(
         parts = chain.split(next(params))
         for _ in range(chain.n_convs):
             next(kept)
-        for p in parts:
+        for p, unit in zip(parts, chain.all_units, strict=True):
             mean_and_var = next(stats)
+            _, _, mean, _, *rest = (next(kept) for _ in range(unit.n_vectors))
             if mean_and_var is None:
                 continue
-            mean, var, count = next(kept), next(kept), next(kept)
+            var, count = rest
             assert_near("mean", mean + p.get("bias", 0), mean_and_var[0], dtype, mean_and_var[1].sqrt())
             assert_near("var", var, mean_and_var[1], dtype)
             assert summed(count) == count * len(sizes) and count % sum(sizes) == 0

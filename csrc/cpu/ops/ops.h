@@ -54,7 +54,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntLis
 // spec is given as the two lists that `ints_and_reals` in fused_resnet/backends/cpu.py makes of it.
 std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
                                 at::ArrayRef<double> reals, at::ScalarType compute, bool gemm);
-std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, at::TensorList params,
+std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, at::TensorList weights,
                                  at::TensorList saved, IntList ints, at::ArrayRef<double> reals,
                                  const c10::List<bool>& needs, at::ScalarType compute, bool gemm);
 Tensor row_inference(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,

@@ -63,7 +63,7 @@ struct Unit {
     std::array<Tensor, kParams> tensors;
     std::array<int64_t, kParams> place;
 
-    Unit(Reader& from, at::TensorList params, int64_t& next) {
+    Unit(Reader& from, int64_t& next) {
         conv = from.next();
         stride = from.pair(), padding = from.pair(), dilation = from.pair();
         groups = from.next();
@@ -73,12 +73,7 @@ struct Unit {
         const bool gamma = from.next(), beta = from.next();
         act_param = from.real(), eps = from.real();
         const bool has[kParams] = {conv, bias, gamma, beta, !batch_stats, !batch_stats};
-        for (int p = 0; p < kParams; p++) {
-            place[p] = has[p] ? next++ : -1;
-            if (!has[p]) continue;
-            TORCH_CHECK(place[p] < int64_t(params.size()), "row: expected more than ", params.size(), " parameters");
-            tensors[p] = params[place[p]];
-        }
+        for (int p = 0; p < kParams; p++) place[p] = has[p] ? next++ : -1;
     }
     OptTensor given(Param p) const { return tensors[p].defined() ? OptTensor(tensors[p]) : std::nullopt; }
     Norm fold(const Tensor& mean, const Tensor& var, at::ScalarType dtype) const {
@@ -97,14 +92,14 @@ struct Chain {
     int64_t channels, first;        // of the sum of "pad"; its first parameter among the row's
     std::vector<Unit> units;        // the projection is the last
 
-    Chain(Reader& from, at::TensorList params, int64_t& next) : first(next) {
+    Chain(Reader& from, int64_t& next) : first(next) {
         shortcut = Shortcut(from.next());
         recompute = from.next();
         pool = Window::read(from), average = Window::read(from);
         stride = from.pair();
         channels = from.next();
         const int64_t count = from.next();
-        for (int64_t i = 0; i < count; i++) units.emplace_back(from, params, next);
+        for (int64_t i = 0; i < count; i++) units.emplace_back(from, next);
     }
     bool projection() const { return shortcut == kProjection; }
     size_t length() const { return units.size() - projection(); }
@@ -126,13 +121,24 @@ struct Chain {
     }
 };
 
-std::vector<Chain> read_chains(IntList ints, at::ArrayRef<double> reals, at::TensorList params) {
+// The chains of a row and the number of its parameters.
+std::pair<std::vector<Chain>, int64_t> read_chains(IntList ints, at::ArrayRef<double> reals) {
     Reader from{ints, reals};
     std::vector<Chain> chains;
-    int64_t next = 0;
-    for (int64_t n = from.next(); n > 0; n--) chains.emplace_back(from, params, next);
-    TORCH_CHECK(next == int64_t(params.size()), "row: expected ", next, " parameters, got ", params.size());
-    return chains;
+    int64_t count = 0;
+    for (int64_t n = from.next(); n > 0; n--) chains.emplace_back(from, count);
+    return {std::move(chains), count};
+}
+
+// The chains with all their tensors.
+std::vector<Chain> read_chains(IntList ints, at::ArrayRef<double> reals, at::TensorList params) {
+    auto [chains, count] = read_chains(ints, reals);
+    TORCH_CHECK(count == int64_t(params.size()), "params: expected ", count, " tensors, got ", params.size());
+    for (Chain& chain : chains)
+        for (Unit& u : chain.units)
+            for (int p = 0; p < kParams; p++)
+                if (u.place[p] >= 0) u.tensors[p] = params[u.place[p]];
+    return std::move(chains);
 }
 
 // What all convolutions of a call share.
@@ -171,7 +177,7 @@ struct Setting {
 Tensor forward(const Chain& chain, const Tensor& x, const OptTensor& residual, const Setting& set,
                std::vector<Tensor>& saved) {
     const at::ScalarType dtype = wide(x);
-    std::vector<Tensor> stats;
+    std::vector<Tensor> vectors;
     std::vector<Norm> norms;
     const auto unit = [&](size_t i, const Tensor& start) {
         const Unit& u = chain.units[i];
@@ -179,8 +185,9 @@ Tensor forward(const Chain& chain, const Tensor& x, const OptTensor& residual, c
         auto [y, mean, var] =
             set.raw(u, start, inner ? &norms.back() : nullptr, inner ? &chain.units[i - 1] : nullptr, u.batch_stats);
         if (u.conv && !(chain.recompute && i == 0)) saved.push_back(y);
-        if (u.batch_stats) stats.insert(stats.end(), {mean, var});
         norms.push_back(u.fold(u.batch_stats ? mean : u.tensors[kMean], u.batch_stats ? var : u.tensors[kVar], dtype));
+        vectors.insert(vectors.end(), norms.back().begin(), norms.back().end());
+        if (u.batch_stats) vectors.push_back(var);
         return y;
     };
     Tensor y = x;
@@ -198,7 +205,7 @@ Tensor forward(const Chain& chain, const Tensor& x, const OptTensor& residual, c
         out = bn_act(y, norm.pair(), last.act, last.act_param, summand.defined() ? OptTensor(summand) : std::nullopt,
                      chain.projection() ? norms.back().pair() : at::TensorList(), y.scalar_type());
     }
-    saved.insert(saved.end(), stats.begin(), stats.end());
+    saved.insert(saved.end(), vectors.begin(), vectors.end());
     if (argmax.defined()) saved.push_back(argmax);
     return out;
 }
@@ -269,9 +276,8 @@ struct Recalled {
             ys.push_back(!u.conv ? x : again ? std::get<0>(set.raw(u, x, nullptr, nullptr, false)) : *saved++);
         }
         for (const Unit& u : chain.units) {
-            norms.push_back(u.fold(u.batch_stats ? saved[0] : u.tensors[kMean],
-                                   u.batch_stats ? saved[1] : u.tensors[kVar], wide(x)));
-            if (u.batch_stats) saved += 2;
+            norms.push_back({{saved[0], saved[1], saved[2], saved[3]}});
+            saved += 4 + u.batch_stats;
         }
         summand = chain.projection() ? ys.back() : chain.start(x, residual, set.format);
         if (chain.pool) argmax = *saved;
@@ -287,7 +293,7 @@ struct Recalled {
 // How many values a chain saves beside its output.
 size_t count_saved(const Chain& chain) {
     size_t n = chain.pool.has_value() - chain.recompute;
-    for (const Unit& u : chain.units) n += u.conv + 2 * u.batch_stats;
+    for (const Unit& u : chain.units) n += u.conv + 4 + u.batch_stats;
     return n;
 }
 
@@ -417,19 +423,26 @@ std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, at::
     return all;
 }
 
-std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, at::TensorList params,
+std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, at::TensorList weights,
                                  at::TensorList saved, IntList ints, at::ArrayRef<double> reals,
                                  const c10::List<bool>& needs, at::ScalarType compute, bool gemm) {
-    const std::vector<Chain> chains = read_chains(ints, reals, params);
-    const Setting set(x, params, compute, gemm);
-    TORCH_CHECK(needs.size() == 2 + params.size(), "needs: expected ", 2 + params.size(), " flags, got ", needs.size());
+    auto [chains, count] = read_chains(ints, reals);
+    const Setting set(x, weights, compute, gemm);
+    TORCH_CHECK(int64_t(needs.size()) == 2 + count, "needs: expected ", 2 + count, " flags, got ", needs.size());
     std::vector<uint8_t> wanted;  // of the parameters
-    for (size_t p = 0; p < params.size(); p++) wanted.push_back(needs.get(2 + p));
+    for (int64_t p = 0; p < count; p++) wanted.push_back(needs.get(2 + p));
+    std::vector<Tensor> grads(count), weight_of(count);
+    size_t convs = 0;
+    for (Chain& chain : chains)
+        for (Unit& u : chain.units)
+            if (u.conv) {
+                TORCH_CHECK(convs < weights.size(), "weights: expected more than ", weights.size());
+                u.tensors[kWeight] = weight_of[u.place[kWeight]] = weights[convs++];
+            }
     const size_t last = chains.size() - 1;
     std::vector<size_t> first = {last};  // of each chain's values among `saved`
     for (const Chain& chain : chains) first.push_back(first.back() + count_saved(chain));
     TORCH_CHECK(first.back() == saved.size(), "saved: expected ", first.back(), " tensors, got ", saved.size());
-    std::vector<Tensor> grads(params.size());
     const auto recall = [&](size_t i) {
         const Tensor start = i ? saved[i - 1] : x.contiguous(set.format);
         return std::make_unique<Recalled>(chains[i], start, residual, saved.data() + first[i], set);
@@ -467,8 +480,12 @@ std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptT
     std::vector<Tensor> out;
     if (needs.get(0)) out.push_back(like(dx, x));
     if (needs.get(1) && residual) out.push_back(like(dresidual, *residual));
-    for (size_t p = 0; p < params.size(); p++)
-        if (wanted[p]) out.push_back(like(grads[p], params[p]));
+    for (int64_t p = 0; p < count; p++) {
+        if (!wanted[p]) continue;
+        TORCH_CHECK(weight_of[p].defined() || grads[p].defined(), "needs: parameter ", p, " has no gradient");
+        // autograd sees to the dtypes of vectors
+        out.push_back(weight_of[p].defined() ? like(grads[p], weight_of[p]) : grads[p]);
+    }
     return out;
 }
 
