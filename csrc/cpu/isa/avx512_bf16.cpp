@@ -1,4 +1,4 @@
-// AVX512's products of bfloat16 matrices.
+// The kernels for AVX512 with BF16.
 #include <immintrin.h>
 
 #include <cmath>
@@ -9,19 +9,12 @@
                                                                                    // standard library
 #define FR_VECTOR_BYTES 64
 #define FR_REGISTERS 32
-#include "../kernels/gemm.h"
-
-namespace {
-template <>
-struct Word<bf16> {
-    using type = uint32_t;
-    using vector = U32;
-    static FR_INLINE F32 add(F32 sum, U32 a, U32 b) {
-        return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-    }
-};
-}  // namespace
+#define FR_BF16
+#include "../kernels/dispatch.h"
 
 namespace fused_resnet::cpu {
-extern const GemmKernel bf16_gemm_avx512 = gemm_kernel<bf16>();
+extern const Table table_avx512_bf16 = {
+#define FR_KERNEL(name, ...) name##_any,
+#include "../kernels/kernels.inc"
+    "avx512_bf16", FR_REGISTERS, kGemmKernel<float>, &kGemmKernel<bf16>};
 }  // namespace fused_resnet::cpu

@@ -8,16 +8,6 @@
 namespace fused_resnet::cpu {
 
 namespace {
-const Table& avx512_bf16() {
-    static const Table with_bf16 = [] {
-        Table t = table_avx512;
-        t.name = "avx512_bf16";
-        t.bf16_gemm = &bf16_gemm_avx512;
-        return t;
-    }();
-    return with_bf16;
-}
-
 const Table& choose() {
     const char* wish = std::getenv("FUSED_RESNET_CPU_ISA");
     const std::string cap = wish && *wish ? wish : "avx512_bf16";
@@ -29,7 +19,7 @@ const Table& choose() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && cap == "avx512_bf16") return avx512_bf16();
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && cap == "avx512_bf16") return table_avx512_bf16;
     if (avx512 && cap != "avx2" && cap != "default") return table_avx512;
     if (avx2 && cap != "default") return table_avx2;
 #endif

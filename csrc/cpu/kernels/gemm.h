@@ -18,6 +18,9 @@ constexpr int64_t kGemmDepth = FR_VECTOR_BYTES == 64 ? 192 : 256;
 constexpr int64_t kGemmTile = kGemmRows * kGemmDepth + 16;
 static_assert(kGemmTile / 16 % 2 && kGemmBlock % kGemmRows == 0 && kGemmBlock / kGemmRows * kGemmTile <= kGemmScratch);
 
+// Lines at this distance share a set of L1, because a way is a page on x86.
+constexpr int64_t kWayBytes = 4096;
+
 // A word of elements T, a vector of words, and sum + a b with a and b of such vectors.
 template <class T>
 struct Word;
@@ -27,6 +30,16 @@ struct Word<float> {
     using vector = F32;
     static FR_INLINE F32 add(F32 sum, F32 a, F32 b) { return sum + a * b; }
 };
+#ifdef FR_BF16
+template <>
+struct Word<bf16> {
+    using type = uint32_t;
+    using vector = U32;
+    static FR_INLINE F32 add(F32 sum, U32 a, U32 b) {
+        return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+};
+#endif
 template <class T>
 constexpr int64_t kWord = sizeof(uint32_t) / sizeof(T);
 template <class T>
@@ -58,7 +71,8 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
     F32 sum[R][kGemmVectors];
     unrolled<R>([&](auto i) __attribute__((always_inline)) {
         unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] = F32{}; });
-        __builtin_prefetch(c + i * c_row);
+        unrolled<kGemmVectors>(
+            [&](auto v) __attribute__((always_inline)) { __builtin_prefetch(c + i * c_row + v * kLanes, 1); });
     });
     const auto add = [&](auto elements) __attribute__((always_inline)) {
         Words here[kGemmVectors];
@@ -131,31 +145,41 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
         for (int64_t i = begin; i < end; i++)
             for (int64_t j = first * kGemmColumns; j < last * kGemmColumns && j < g.columns; j++)
                 g.c[i * g.c_row + j] = 0;
-    for (int64_t top = begin; top < end; top += kGemmBlock) {
+    const int64_t slice = kGemmDepth * kWord<T>;
+    const auto block = [&](int64_t top, int64_t k) {
         const int64_t bottom = top + kGemmBlock < end ? top + kGemmBlock : end;
-        for (int64_t k = 0; k < g.depth; k += kGemmDepth * kWord<T>) {
-            int64_t depth = g.depth - k < kGemmDepth * kWord<T> ? g.depth - k : kGemmDepth * kWord<T>;
-            const T* a = static_cast<const T*>(g.a) + top * g.a_row + k * g.a_depth;
-            int64_t a_row = g.a_row, a_word = kWord<T>, a_tile = kGemmRows * g.a_row;
-            if (g.a_depth != 1) {  // rows of A lie across memory: the block is copied, its tiles one after the other
-                T* const copy = reinterpret_cast<T*>(scratch);
-                gemm_pack_a(a, g.a_row, g.a_depth, bottom - top, g.rows - top, depth, copy);
-                a = copy, a_row = kWord<T>, a_word = kGemmRows * kWord<T>, a_tile = kGemmTile * kWord<T>;
-                depth = whole_words<T>(depth);
-            }
-            for (int64_t p = first; p < last; p++) {
-                const T* b = static_cast<const T*>(g.b) + (p * whole_words<T>(g.depth) + k) * kGemmColumns;
-                const int64_t column = p * kGemmColumns,
-                              columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
-                for (int64_t i = top; i < bottom; i += kGemmRows)
-                    by_count<kGemmRows>(
-                        bottom - i < kGemmRows ? bottom - i : kGemmRows, [&](auto rows) __attribute__((always_inline)) {
-                            gemm_tile<T, rows>(a + (i - top) / kGemmRows * a_tile, a_row, a_word, b, depth,
-                                               g.c + i * g.c_row + column, g.c_row, columns, g.accumulate || k > 0);
-                        });
-            }
+        int64_t depth = g.depth - k < slice ? g.depth - k : slice;
+        const T* a = static_cast<const T*>(g.a) + top * g.a_row + k * g.a_depth;
+        int64_t a_row = g.a_row, a_word = kWord<T>, a_tile = kGemmRows * g.a_row;
+        T* const copy = reinterpret_cast<T*>(scratch);
+        if (g.a_depth != 1) {  // rows of A lie across memory: the block is copied, its tiles one after the other
+            gemm_pack_a(a, g.a_row, g.a_depth, bottom - top, g.rows - top, depth, copy);
+            a = copy, a_row = kWord<T>, a_word = kGemmRows * kWord<T>, a_tile = kGemmTile * kWord<T>;
+            depth = whole_words<T>(depth);
+        } else if (g.a_row * sizeof(T) % kWayBytes == 0) {  // a tile's rows share a set of L1, which has fewer ways
+            for (int64_t i = 0; i < bottom - top; i++)
+                __builtin_memcpy(copy + i * slice, a + i * g.a_row, depth * sizeof(T));
+            a = copy, a_row = slice, a_tile = kGemmRows * slice;
         }
-    }
+        for (int64_t p = first; p < last; p++) {
+            const T* b = static_cast<const T*>(g.b) + (p * whole_words<T>(g.depth) + k) * kGemmColumns;
+            const int64_t column = p * kGemmColumns,
+                          columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
+            for (int64_t i = top; i < bottom; i += kGemmRows)
+                by_count<kGemmRows>(
+                    bottom - i < kGemmRows ? bottom - i : kGemmRows, [&](auto rows) __attribute__((always_inline)) {
+                        gemm_tile<T, rows>(a + (i - top) / kGemmRows * a_tile, a_row, a_word, b, depth,
+                                           g.c + i * g.c_row + column, g.c_row, columns, g.accumulate || k > 0);
+                    });
+        }
+    };
+    // the smaller one of B and C is passed again and again
+    if (end - begin < g.depth)
+        for (int64_t k = 0; k < g.depth; k += slice)
+            for (int64_t top = begin; top < end; top += kGemmBlock) block(top, k);
+    else
+        for (int64_t top = begin; top < end; top += kGemmBlock)
+            for (int64_t k = 0; k < g.depth; k += slice) block(top, k);
 }
 
 // Rows of B that are packed together: those of all panels lie in L1.
@@ -204,8 +228,6 @@ void gemm_pack(const GemmPack& q, int64_t begin, int64_t end, int64_t first, int
 }
 
 template <class T>
-constexpr GemmKernel gemm_kernel() {
-    return {kGemmRows, kGemmColumns, int(kWord<T>), gemm_multiply<T>, gemm_pack<T>};
-}
+constexpr GemmKernel kGemmKernel = {kGemmRows, kGemmColumns, int(kWord<T>), gemm_multiply<T>, gemm_pack<T>};
 
 }  // namespace

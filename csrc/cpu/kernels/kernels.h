@@ -84,14 +84,14 @@ struct GemmPack {
     void* to;
 };
 // Rows of A per block, whole tiles of 6 and of 14; the words of depth that pass at most while a tile's sums are in
-// registers; the words of a block that is copied.
+// registers; the words of a block's copy.
 constexpr int64_t kGemmBlock = 126, kMostGemmDepth = 256, kGemmScratch = kGemmBlock * (kMostGemmDepth + 4);
 
 // Products of matrices with elements of one type. A word, 32 bits, holds elements of adjacent depth.
 struct GemmKernel {
     int rows, columns;  // of a tile
     int word;           // elements of a word
-    // rows [row_begin, row_end) of panels [begin, end) of C; scratch: kGemmScratch words, where a_depth is not 1;
+    // rows [row_begin, row_end) of panels [begin, end) of C; scratch: kGemmScratch words;
     // bytes: A, B read, C written (and read) once per 192 or 256 words of depth
     void (*multiply)(const Gemm&, float* scratch, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
     // depths [depth_begin, depth_end), whole words but for the last, of panels [begin, end); bytes: B read, the panels
@@ -108,8 +108,7 @@ struct Table {
     const GemmKernel* bf16_gemm;  // null: none
 };
 
-extern const Table table_default, table_avx2, table_avx512;
-extern const GemmKernel bf16_gemm_avx512;
+extern const Table table_default, table_avx2, table_avx512, table_avx512_bf16;
 
 // The table for this machine, at most FUSED_RESNET_CPU_ISA (default, avx2, avx512, avx512_bf16).
 const Table& table();

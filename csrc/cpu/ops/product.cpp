@@ -18,18 +18,33 @@ struct Free {
     void operator()(float* p) const { std::free(p); }
 };
 
+// Memory that grows.
+class Memory {
+    std::unique_ptr<float, Free> memory;
+    int64_t size = 0;
+
+  public:
+    float* at_least(int64_t floats) {
+        if (size < floats) {
+            memory.reset();  // what it held need not be kept
+            size = (floats + 1023) / 1024 * 1024;
+            memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
+            TORCH_CHECK(memory, "no memory for ", size, " floats of scratch");
+        }
+        return memory.get();
+    }
+};
+
 }  // namespace
 
 float* scratch(int64_t floats) {
-    thread_local std::unique_ptr<float, Free> memory;
-    thread_local int64_t size = 0;
-    if (size < floats) {
-        memory.reset();  // what it held need not be kept
-        size = (floats + 1023) / 1024 * 1024;
-        memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
-        TORCH_CHECK(memory, "no memory for ", size, " floats of scratch");
-    }
-    return memory.get();
+    thread_local Memory memory;
+    return memory.at_least(floats);
+}
+
+float* gemm_scratch() {
+    thread_local Memory memory;
+    return memory.at_least(kGemmScratch);
 }
 
 const GemmKernel* gemm_kernel_of(at::ScalarType dtype) {
@@ -68,10 +83,9 @@ void multiply(const GemmKernel& kernel, const Gemm& g) {
     const int64_t row_parts = std::min(tiles, threads),
                   column_parts = row_parts ? std::min(panels, (threads + row_parts - 1) / row_parts) : 0;
     parallel(0, row_parts * column_parts, 1, [&](int64_t first, int64_t last) {
-        float* const block = g.a_depth == 1 ? nullptr : scratch(kGemmScratch);
         for (int64_t i = first; i < last; i++) {
             const int64_t row = i / column_parts, column = i % column_parts;
-            kernel.multiply(g, block, tiles * row / row_parts * height,
+            kernel.multiply(g, gemm_scratch(), tiles * row / row_parts * height,
                             std::min(g.rows, tiles * (row + 1) / row_parts * height), panels * column / column_parts,
                             panels * (column + 1) / column_parts);
         }

@@ -9,6 +9,9 @@ namespace fused_resnet::cpu {
 // the same.
 float* scratch(int64_t floats);
 
+// Scratch of the calling thread for GemmKernel::multiply.
+float* gemm_scratch();
+
 // The kernel for products of matrices of this dtype, whose results are float. Null: ATen has the products.
 const GemmKernel* gemm_kernel_of(at::ScalarType dtype);
 
@@ -22,7 +25,7 @@ Tensor pack(const GemmKernel& kernel, const Tensor& b);
 // Depths [begin, end) of all panels.
 void pack(const GemmKernel& kernel, const GemmPack& q, int64_t begin, int64_t end);
 
-// C (+)= A B, split over threads. Takes `scratch` where a_depth is not 1.
+// C (+)= A B, split over threads.
 void multiply(const GemmKernel& kernel, const Gemm& g);
 
 }  // namespace fused_resnet::cpu

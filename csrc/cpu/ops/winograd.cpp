@@ -104,7 +104,7 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
                     for (int64_t p = b / panels; p * panels < e; p++)
                         kernel.multiply({part.count, K, C, v + p * part.count * C, C, 1,
                                          weights + p * panels * C * width, m + p * part.count * K, K, false},
-                                        nullptr, 0, part.count, std::max<int64_t>(0, b - p * panels),
+                                        gemm_scratch(), 0, part.count, std::max<int64_t>(0, b - p * panels),
                                         std::min(panels, e - p * panels));
                 });
                 parallel(part.first, end, 8,
@@ -148,7 +148,7 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
                 const int64_t p = i / parts, part = i % parts;
                 kernel.multiply({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C,
                                  C, q.first > 0},
-                                scratch(kGemmScratch), rows * part / parts * height,
+                                gemm_scratch(), rows * part / parts * height,
                                 std::min(K, rows * (part + 1) / parts * height), 0, panels);
             }
         });
