@@ -85,9 +85,9 @@ void multiply(const GemmKernel& kernel, const Gemm& g) {
     parallel(0, row_parts * column_parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             const int64_t row = i / column_parts, column = i % column_parts;
-            kernel.multiply(g, gemm_scratch(), tiles * row / row_parts * height,
-                            std::min(g.rows, tiles * (row + 1) / row_parts * height), panels * column / column_parts,
-                            panels * (column + 1) / column_parts);
+            kernel.gemm(g, gemm_scratch(), tiles * row / row_parts * height,
+                        std::min(g.rows, tiles * (row + 1) / row_parts * height), panels * column / column_parts,
+                        panels * (column + 1) / column_parts);
         }
     });
 }

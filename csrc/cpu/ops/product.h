@@ -9,7 +9,7 @@ namespace fused_resnet::cpu {
 // the same.
 float* scratch(int64_t floats);
 
-// Scratch of the calling thread for GemmKernel::multiply.
+// scratch of the calling thread for GemmKernel::gemm.
 float* gemm_scratch();
 
 // The kernel for products of matrices of this dtype, whose results are float. Null: ATen has the products.

@@ -102,10 +102,10 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
                 parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, part, v, b, e); });
                 parallel(0, products * panels, std::max<int64_t>(1, panels / 2), [&](int64_t b, int64_t e) {
                     for (int64_t p = b / panels; p * panels < e; p++)
-                        kernel.multiply({part.count, K, C, v + p * part.count * C, C, 1,
-                                         weights + p * panels * C * width, m + p * part.count * K, K, false},
-                                        gemm_scratch(), 0, part.count, std::max<int64_t>(0, b - p * panels),
-                                        std::min(panels, e - p * panels));
+                        kernel.gemm({part.count, K, C, v + p * part.count * C, C, 1, weights + p * panels * C * width,
+                                     m + p * part.count * K, K, false},
+                                    gemm_scratch(), 0, part.count, std::max<int64_t>(0, b - p * panels),
+                                    std::min(panels, e - p * panels));
                 });
                 parallel(part.first, end, 8,
                          [&](int64_t b, int64_t e) { table().winograd_output(post, part, m, b, e); });
@@ -146,10 +146,10 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
         parallel(0, products * parts, 1, [&](int64_t b, int64_t t) {
             for (int64_t i = b; i < t; i++) {
                 const int64_t p = i / parts, part = i % parts;
-                kernel.multiply({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C,
-                                 C, q.first > 0},
-                                gemm_scratch(), rows * part / parts * height,
-                                std::min(K, rows * (part + 1) / parts * height), 0, panels);
+                kernel.gemm({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C, C,
+                             q.first > 0},
+                            gemm_scratch(), rows * part / parts * height,
+                            std::min(K, rows * (part + 1) / parts * height), 0, panels);
             }
         });
     }
