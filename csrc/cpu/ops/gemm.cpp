@@ -13,6 +13,9 @@ namespace {
 
 // Bytes of both operands that all threads take together.
 constexpr int64_t kSlice = 8 << 20;
+// The same per thread for dW, whose sums are read and written once per slice: at least so many rows, for the kernel
+// reads them about as often.
+constexpr int64_t kGradientSlice = 2 << 20, kGradientRows = 2 * kMostGemmDepth;
 // Chunks of rows per thread from which each thread takes its own.
 constexpr int64_t kChunksApart = 4;
 
@@ -181,9 +184,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
     Partials partials({rows_layout(C), M}, 2, wide(x));
     const int64_t chunk = partials.chunk;
     const bool apart = kernel && partials.chunks() >= kChunksApart * at::get_num_threads();
-    const int64_t slice = std::min(M, slice_rows(kSlice, 2 * (C + K) * at::elementSize(compute), M, chunk));
-    const Tensor dy_slice = at::empty({slice, K}, options);
-    const Tensor panels = need_weight && kernel ? empty_panels(*kernel, slice, C, options) : Tensor();
+    const int64_t row_size = 2 * (C + K) * at::elementSize(compute);
+    const int64_t slice =
+        std::min(M, slice_rows(std::max(kGradientSlice, kGradientRows * row_size), row_size, M, chunk));
+    // slices that are taken together; dW is summed up slice by slice, so that its bits do not depend on the threads
+    const int64_t together = apart ? at::get_num_threads() : 1;
+    const Tensor dy_slices = at::empty({std::min(M, slice * together), K}, options);
+    const Tensor panels =
+        need_weight && kernel
+            ? empty_panels(*kernel, slice, panels_of(*kernel, C) * kernel->columns * together, options)
+            : Tensor();
+    const int64_t panels_size = panels.defined() ? panels.numel() / together : 0;
     const Tensor dw = need_weight ? at::empty({K, C}, options.dtype(product)) : Tensor();
 
     const at::ScalarType dx_dtype = epilogue ? compute : dtype;
@@ -197,10 +208,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
                           std::max(right.is_x() || !need_weight ? 0 : rows * C * at::elementSize(compute),
                                    direct || !need_input ? 0 : rows * C * at::elementSize(product)));
 
-    int64_t start = 0, stop = 0;  // of the slice
+    int64_t start = 0, stop = 0;  // of the slices that are taken together
     const auto piece = [&](int64_t begin, int64_t end) {
         const int64_t n = end - begin;
-        char* const dy = bytes(dy_slice, (begin - start) * K);
+        char* const dy = bytes(dy_slices, (begin - start) * K);
         Args mine = form;
         mine.y = row(y, begin);
         mine.grad = row(dz, begin);
@@ -210,8 +221,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
         if (need_weight) {
             char* const a = right.rows(begin, end, operand);
             if (kernel) {
-                const char* const from = a - (begin - start) * C * at::elementSize(compute);
-                pack(*kernel, {stop - start, C, from, C, 1, panels.mutable_data_ptr()}, begin - start, end - start);
+                const int64_t index = (begin - start) / slice, top = start + index * slice;
+                const char* const from = a - (begin - top) * C * at::elementSize(compute);
+                pack(*kernel, {std::min(slice, stop - top), C, from, C, 1, bytes(panels, index * panels_size)},
+                     begin - top, end - top);
             } else {
                 Tensor to = dw;
                 const Tensor left = at::from_blob(dy, {n, K}, options).t(), matrix = at::from_blob(a, {n, C}, options);
@@ -241,11 +254,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
         }
     };
     for (; start < M; start = stop) {
-        stop = std::min(M, start + slice);
+        stop = std::min(M, start + slice * together);
         in_pieces(apart, chunk, start, stop, piece);
-        if (need_weight && kernel)
-            multiply(*kernel, {K, C, stop - start, dy_slice.const_data_ptr(), 1, K, panels.const_data_ptr(),
-                               dw.mutable_data_ptr<float>(), C, start > 0});
+        for (int64_t i = 0, top = start; need_weight && kernel && top < stop; i++, top += slice)
+            multiply(*kernel, {K, C, std::min(slice, stop - top), bytes(dy_slices, (top - start) * K), 1, K,
+                               bytes(panels, i * panels_size), dw.mutable_data_ptr<float>(), C, top > 0});
     }
     const Tensor dweight = need_weight ? dw.view(weight.sizes()) : dw;
     if (!need_input || !epilogue) return {dx, dweight, Tensor(), Tensor()};
