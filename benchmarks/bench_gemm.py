@@ -1,11 +1,11 @@
 """The CPU's micro-kernel on ResNet-50's 1x1 convolutions, beside at::mm and PyTorch's convolution, in GFLOP/s.
 
-    python benchmarks/bench_gemm.py --threads 1 2 --json benchmarks/results/<machine>-<date>/gemm.json
+    python benchmarks/bench_gemm.py --threads 1 2 --json benchmarks/results/gemm-<machine>-<date>/results.json
 
 Every shape in three products: the output (fprop), the input's gradient (dgrad) and the weight's (wgrad). The candidates
 take turns, the medians are compared. The right operand is packed in every call, as in a training step. "peak" is the
-kernel's own rate on operands that stay in cache. One thread is timed by its CPU time, which excludes the machine's other
-work. The kernel's results are float32, those of the other candidates have the operands' dtype.
+kernel's own rate on operands that stay in cache. One thread is timed by its CPU time, which excludes other processes.
+The kernel's results are float32, those of the other candidates have the operands' dtype.
 """
 
 from __future__ import annotations

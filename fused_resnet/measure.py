@@ -22,9 +22,7 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------- time
-def seconds(
-    step: Step, device: torch.device, calls: int = 1, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def seconds(step: Step, device: torch.device, calls: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds per call over ``calls`` calls in a row. A GPU is timed by its own events.
 
     ``clock``: ``time.thread_time`` excludes a busy machine's other work, from steps that take one thread.

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")  // after the includes: not for the
-                                                                                   // standard library
+// after the includes: not for the standard library
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #define FR_VECTOR_BYTES 64
 #define FR_REGISTERS 32
 #define FR_BF16
