@@ -22,8 +22,11 @@ def quantiles(samples: Sequence[float]) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------- time
-def seconds(step: Step, device: torch.device, calls: int = 1) -> float:
-    """Seconds per call over ``calls`` calls in a row. A GPU is timed by its own events."""
+def seconds(step: Step, device: torch.device, calls: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds per call over ``calls`` calls in a row. A GPU is timed by its own events.
+
+    ``clock``: ``time.thread_time`` excludes a busy machine's other work, from steps that take one thread.
+    """
     if device.type == "cuda":
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -33,10 +36,10 @@ def seconds(step: Step, device: torch.device, calls: int = 1) -> float:
         last.record()
         torch.cuda.synchronize(device)
         return first.elapsed_time(last) / 1e3 / calls
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         step()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def interleaved(
@@ -47,6 +50,7 @@ def interleaved(
     budget_s: float,
     sample_s: float = 0.1,
     tick: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times every step once per round. Each round starts with another step.
 
@@ -54,7 +58,8 @@ def interleaved(
 
     Args:
         repeats: the fewest and the most rounds. budget_s: after the fewest, no round starts after this many seconds.
-        sample_s: a quicker step is called as often as fits into this time. tick: called after each round.
+        sample_s: a quicker step is called as often as fits into this time. tick: called after each round. clock: as of
+            ``seconds``.
 
     Returns:
         Name -> seconds per call, one value per round.
@@ -62,9 +67,9 @@ def interleaved(
     names = list(steps)
     calls = {}
     for name, step in steps.items():
-        once = seconds(step, device)
+        once = seconds(step, device, 1, clock)
         if once < sample_s:  # time it again: the first call also allocated, packed weights and chose kernels
-            once = seconds(step, device)
+            once = seconds(step, device, 1, clock)
         calls[name] = max(1, round(sample_s / max(once, 1e-6)))
     found: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
@@ -73,7 +78,7 @@ def interleaved(
             break
         for i in range(len(names)):
             name = names[(done + i) % len(names)]
-            found[name].append(seconds(steps[name], device, calls[name]))
+            found[name].append(seconds(steps[name], device, calls[name], clock))
         tick()
     return found
 

@@ -12,5 +12,5 @@ namespace fused_resnet::cpu {
 extern const Table table_avx2 = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "avx2", FR_REGISTERS, kGemmRows, kGemmColumns};
+    "avx2", FR_REGISTERS, kGemmKernel<float>, nullptr};
 }  // namespace fused_resnet::cpu

@@ -11,5 +11,5 @@ namespace fused_resnet::cpu {
 extern const Table table_default = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "default", FR_REGISTERS, kGemmRows, kGemmColumns};
+    "default", FR_REGISTERS, kGemmKernel<float>, nullptr};
 }  // namespace fused_resnet::cpu

@@ -80,8 +80,11 @@ void bn_act_any(const Args& a, int64_t begin, int64_t end) {
 void bn_act_backward_any(const Args& a, int64_t begin, int64_t end) {
     by_types(a.y_type, a.other_type, [&](auto t, auto o) {
         by_act(a.act, [&](auto k) {
-            bn_act_backward_impl<typename decltype(t)::type, typename decltype(o)::type, typename decltype(k)::type>(
-                a, begin, end);
+            using T = typename decltype(t)::type;
+            using O = typename decltype(o)::type;
+            using K = typename decltype(k)::type;
+            if (a.grad_type == a.other_type) bn_act_backward_impl<T, O, O, K>(a, begin, end);
+            else bn_act_backward_impl<T, typename Lanes<T>::scalar, O, K>(a, begin, end);
         });
     });
 }
@@ -90,13 +93,22 @@ void bn_backward_any(const Args& a, int64_t begin, int64_t end) {
         bn_backward_impl<typename decltype(t)::type, typename decltype(o)::type>(a, begin, end);
     });
 }
+// f for types of which either may be float
+template <class F>
+FR_INLINE void by_conversion(DType y, DType other, F f) {
+    if (y == DType::f32 && other == DType::bf16) return f(Tag<float>{}, Tag<bf16>{});
+    if (y == DType::f32 && other == DType::f16) return f(Tag<float>{}, Tag<_Float16>{});
+    by_types(y, other, f);
+}
+void convert_any(const Args& a, int64_t begin, int64_t end) {
+    by_conversion(a.y_type, a.other_type, [&](auto t, auto o) {
+        convert_impl<typename decltype(t)::type, typename decltype(o)::type>(a, begin, end);
+    });
+}
 void moments_any(const Args& a, int64_t begin, int64_t end) {
-    if (a.y_type == DType::f32 && a.other_type == DType::bf16) return moments_impl<float, bf16>(a, begin, end);
-    if (a.y_type == DType::f32 && a.other_type == DType::f16) return moments_impl<float, _Float16>(a, begin, end);
-    if (a.y_type == DType::f64) return moments_impl<double, double>(a, begin, end);
-    if (a.y_type == DType::f32) return moments_impl<float, float>(a, begin, end);
-    if (a.y_type == DType::bf16) return moments_impl<bf16, bf16>(a, begin, end);
-    moments_impl<_Float16, _Float16>(a, begin, end);
+    by_conversion(a.y_type, a.other_type, [&](auto t, auto o) {
+        moments_impl<typename decltype(t)::type, typename decltype(o)::type>(a, begin, end);
+    });
 }
 void bn_act_max_pool_any(const Args& a, const Pool& q, int64_t begin, int64_t end) {
     by_types(a.y_type, a.other_type, [&](auto t, auto o) {

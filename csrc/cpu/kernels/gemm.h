@@ -1,4 +1,5 @@
-// C[M, N] (+)= A[M, K] B[K, N] in float, a tile of C at a time.
+// C[M, N] (+)= A[M, K] B[K, N], sums in float, a tile of C at a time.
+// Operands are read as words of 32 bits: a float, or two bfloat16 of adjacent K; below, depth is counted in words.
 // Tile: kGemmRows x kGemmColumns sums in registers while kGemmDepth of K pass; meanwhile a panel of B, kGemmColumns
 // wide, stays in L1 and the rows of A in L2. Traffic per kGemmDepth of K: A once, B once per call, C read and written
 // once. An element of C adds its products in the order of K, whatever the range of a call. Source: Goto & van de Geijn,
@@ -17,10 +18,38 @@ constexpr int64_t kGemmDepth = FR_VECTOR_BYTES == 64 ? 192 : 256;
 constexpr int64_t kGemmTile = kGemmRows * kGemmDepth + 16;
 static_assert(kGemmTile / 16 % 2 && kGemmBlock % kGemmRows == 0 && kGemmBlock / kGemmRows * kGemmTile <= kGemmScratch);
 
-typedef float Four __attribute__((vector_size(16)));
-typedef int32_t FourIndices __attribute__((vector_size(16)));
+// Lines at this distance share a set of L1, because a way is a page on x86.
+constexpr int64_t kWayBytes = 4096;
 
-FR_INLINE Four load_four(const float* p) {
+// A word of elements T, a vector of words, and sum + a b with a and b of such vectors.
+template <class T>
+struct Word;
+template <>
+struct Word<float> {
+    using type = float;
+    using vector = F32;
+    static FR_INLINE F32 add(F32 sum, F32 a, F32 b) { return sum + a * b; }
+};
+#ifdef FR_BF16
+template <>
+struct Word<bf16> {
+    using type = uint32_t;
+    using vector = U32;
+    static FR_INLINE F32 add(F32 sum, U32 a, U32 b) {
+        return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+};
+#endif
+template <class T>
+constexpr int64_t kWord = sizeof(uint32_t) / sizeof(T);
+template <class T>
+constexpr int64_t whole_words(int64_t depth) {
+    return (depth + kWord<T> - 1) / kWord<T> * kWord<T>;
+}
+
+typedef uint32_t Four __attribute__((vector_size(16)));
+
+FR_INLINE Four load_four(const void* p) {
     Four v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
@@ -34,90 +63,134 @@ FR_INLINE void by_count(int64_t n, F f) {
     f(std::integral_constant<int, N>{});
 }
 
-// R rows of a panel, of which `columns` are stored: c (+)= a b over `depth`.
-template <int R>
-void gemm_tile(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t depth, float* c, int64_t c_row,
+// R rows of a panel, of which `columns` are stored: c (+)= a b over `depth` elements; a word of a every a_word.
+template <class T, int R>
+void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t depth, float* c, int64_t c_row,
                int64_t columns, bool accumulate) {
+    using Words = typename Word<T>::vector;
     F32 sum[R][kGemmVectors];
     unrolled<R>([&](auto i) __attribute__((always_inline)) {
         unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] = F32{}; });
-        __builtin_prefetch(c + i * c_row);
+        unrolled<kGemmVectors>(
+            [&](auto v) __attribute__((always_inline)) { __builtin_prefetch(c + i * c_row + v * kLanes, 1); });
     });
-    for (int64_t k = 0; k < depth; k++, a += a_depth, b += kGemmColumns) {
-        F32 here[kGemmVectors];
-        unrolled<kGemmVectors>([&](auto v)
-                                   __attribute__((always_inline)) { here[v] = load<F32>(b + v * kLanes, kLanes); });
-        unrolled<R>([&](auto i) __attribute__((always_inline)) {
-            const F32 value = a[i * a_row] - F32{};  // minus 0 is nothing, plus 0 is an addition
-            unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += value * here[v]; });
+    const auto add = [&](auto elements) __attribute__((always_inline)) {
+        Words here[kGemmVectors];
+        unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) {
+            __builtin_memcpy(&here[v], b + v * kLanes * kWord<T>, sizeof(Words));
         });
-    }
-    unrolled<R>([&](auto i) __attribute__((always_inline)) {
-        float* to = c + i * c_row;
-        if (columns == kGemmColumns) {
+        unrolled<R>([&](auto i) __attribute__((always_inline)) {
+            typename Word<T>::type word{};
+            __builtin_memcpy(&word, a + i * a_row, elements * sizeof(T));
+            const Words value = word - Words{};  // minus 0 is nothing, plus 0 is an addition
+            unrolled<kGemmVectors>(
+                [&](auto v) __attribute__((always_inline)) { sum[i][v] = Word<T>::add(sum[i][v], value, here[v]); });
+        });
+    };
+    for (; depth >= kWord<T>; depth -= kWord<T>, a += a_word, b += kGemmColumns * kWord<T>)
+        add(std::integral_constant<int, kWord<T>>{});
+    if constexpr (kWord<T> > 1)
+        if (depth) by_count<kWord<T> - 1>(depth, add);
+    const auto finish = [&](auto width) __attribute__((always_inline)) {
+        unrolled<R>([&](auto i) __attribute__((always_inline)) {
             unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) {
-                const F32 z = accumulate ? load<F32>(to + v * kLanes, kLanes) + sum[i][v] : sum[i][v];
-                store(to + v * kLanes, z, kLanes);
+                float* to = c + i * c_row + v * kLanes;
+                const int n = width(v);
+                if (n > 0) store(to, accumulate ? load<F32>(to, n) + sum[i][v] : sum[i][v], n);
             });
-        } else {
-            float row[kGemmColumns];
-            __builtin_memcpy(row, sum[i], sizeof row);
-            for (int64_t j = 0; j < columns; j++) to[j] = accumulate ? to[j] + row[j] : row[j];
-        }
+        });
+    };
+    if (columns == kGemmColumns) return finish([](int) __attribute__((always_inline)) { return kLanes; });
+    finish([&](int v) __attribute__((always_inline)) {
+        const int n = int(columns) - v * kLanes;
+        return n < kLanes ? n : kLanes;
     });
 }
 
-// Tiles [depth, kGemmRows], kGemmTile apart, from a[i, k] at i * row + k * column.
-void gemm_pack_a(const float* a, int64_t row, int64_t column, int64_t rows, int64_t depth, float* to) {
-    for (int64_t k = 0; k < depth; k++, a += column, to += kGemmRows) {
+// A vector of words; the elements of each are below each other in rows that are `row` apart.
+template <class T>
+FR_INLINE void interleave(const T* from, int64_t row, T* to) {
+    U32 words{};
+    unrolled<kWord<T>>([&](auto e) __attribute__((always_inline)) {
+        std::conditional_t<kWord<T> == 1, U32, U16> elements;
+        __builtin_memcpy(&elements, from + e * row, sizeof elements);
+        words |= __builtin_convertvector(elements, U32) << uint32_t(8 * sizeof(T) * e);
+    });
+    __builtin_memcpy(to, &words, sizeof words);
+}
+
+// Tiles [words, kGemmRows] of words, kGemmTile words apart, from a[i, k] at i * row + k * column; of `rows` that are
+// wanted and `present` that may be read.
+template <class T>
+void gemm_pack_a(const T* a, int64_t row, int64_t column, int64_t rows, int64_t present, int64_t depth, T* to) {
+    // whole vectors: what is written past a tile's rows is written again with the next word, or lies between tiles
+    constexpr int64_t kVectors = (kGemmRows + kLanes - 1) / kLanes * kLanes;
+    static_assert(kVectors - kGemmRows <= kGemmTile - kGemmRows * kGemmDepth);
+    for (int64_t k = 0; k < depth; k += kWord<T>, a += kWord<T> * column, to += kGemmRows * kWord<T>) {
         int64_t i = 0;
-        if (row == 1)
-            for (; i + kGemmRows <= rows; i += kGemmRows)
-                __builtin_memcpy(to + i / kGemmRows * kGemmTile, a + i, kGemmRows * sizeof(float));
-        for (; i < rows; i++) to[i / kGemmRows * kGemmTile + i % kGemmRows] = a[i * row];
+        if (row == 1 && k + kWord<T> <= depth)
+            for (; i < rows && i + kVectors <= present; i += kGemmRows)
+                for (int64_t v = 0; v < kVectors; v += kLanes)
+                    interleave(a + i + v, column, to + (i / kGemmRows * kGemmTile + v) * kWord<T>);
+        for (; i < rows; i++)
+            for (int64_t e = 0; e < kWord<T>; e++)
+                to[(i / kGemmRows * kGemmTile + i % kGemmRows) * kWord<T> + e] =
+                    k + e < depth ? a[i * row + e * column] : T{};
     }
 }
 
-// Rows [begin, end) of a C whose panels [first, last) are wanted; `scratch` holds kGemmScratch values.
-void gemm_any(const Gemm& g, float* scratch, int64_t begin, int64_t end, int64_t first, int64_t last) {
+template <class T>
+void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, int64_t first, int64_t last) {
     if (g.depth == 0 && !g.accumulate)
         for (int64_t i = begin; i < end; i++)
             for (int64_t j = first * kGemmColumns; j < last * kGemmColumns && j < g.columns; j++)
                 g.c[i * g.c_row + j] = 0;
-    for (int64_t top = begin; top < end; top += kGemmBlock) {
+    const int64_t slice = kGemmDepth * kWord<T>;
+    const auto block = [&](int64_t top, int64_t k) {
         const int64_t bottom = top + kGemmBlock < end ? top + kGemmBlock : end;
-        for (int64_t k = 0; k < g.depth; k += kGemmDepth) {
-            const int64_t depth = g.depth - k < kGemmDepth ? g.depth - k : kGemmDepth;
-            const float* a = g.a + top * g.a_row + k * g.a_depth;
-            int64_t a_row = g.a_row, a_depth = g.a_depth, a_tile = kGemmRows * g.a_row;
-            if (a_depth != 1) {  // rows of A lie across memory: the block is copied, its tiles one after the other
-                a_row = 1, a_depth = kGemmRows, a_tile = kGemmTile;
-                gemm_pack_a(a, g.a_row, g.a_depth, bottom - top, depth, scratch);
-                a = scratch;
-            }
-            for (int64_t p = first; p < last; p++) {
-                const float* b = g.b + (p * g.depth + k) * kGemmColumns;
-                const int64_t column = p * kGemmColumns,
-                              columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
-                for (int64_t i = top; i < bottom; i += kGemmRows)
-                    by_count<kGemmRows>(
-                        bottom - i < kGemmRows ? bottom - i : kGemmRows, [&](auto rows) __attribute__((always_inline)) {
-                            gemm_tile<rows>(a + (i - top) / kGemmRows * a_tile, a_row, a_depth, b, depth,
-                                            g.c + i * g.c_row + column, g.c_row, columns, g.accumulate || k > 0);
-                        });
-            }
+        int64_t depth = g.depth - k < slice ? g.depth - k : slice;
+        const T* a = static_cast<const T*>(g.a) + top * g.a_row + k * g.a_depth;
+        int64_t a_row = g.a_row, a_word = kWord<T>, a_tile = kGemmRows * g.a_row;
+        T* const copy = reinterpret_cast<T*>(scratch);
+        if (g.a_depth != 1) {  // rows of A lie across memory: the block is copied, its tiles one after the other
+            gemm_pack_a(a, g.a_row, g.a_depth, bottom - top, g.rows - top, depth, copy);
+            a = copy, a_row = kWord<T>, a_word = kGemmRows * kWord<T>, a_tile = kGemmTile * kWord<T>;
+            depth = whole_words<T>(depth);
+        } else if (g.a_row * sizeof(T) % kWayBytes == 0) {  // a tile's rows share a set of L1, which has fewer ways
+            for (int64_t i = 0; i < bottom - top; i++)
+                __builtin_memcpy(copy + i * slice, a + i * g.a_row, depth * sizeof(T));
+            a = copy, a_row = slice, a_tile = kGemmRows * slice;
         }
-    }
+        for (int64_t p = first; p < last; p++) {
+            const T* b = static_cast<const T*>(g.b) + (p * whole_words<T>(g.depth) + k) * kGemmColumns;
+            const int64_t column = p * kGemmColumns,
+                          columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
+            for (int64_t i = top; i < bottom; i += kGemmRows)
+                by_count<kGemmRows>(
+                    bottom - i < kGemmRows ? bottom - i : kGemmRows, [&](auto rows) __attribute__((always_inline)) {
+                        gemm_tile<T, rows>(a + (i - top) / kGemmRows * a_tile, a_row, a_word, b, depth,
+                                           g.c + i * g.c_row + column, g.c_row, columns, g.accumulate || k > 0);
+                    });
+        }
+    };
+    // the smaller one of B and C is passed again and again
+    if (end - begin < g.depth)
+        for (int64_t k = 0; k < g.depth; k += slice)
+            for (int64_t top = begin; top < end; top += kGemmBlock) block(top, k);
+    else
+        for (int64_t top = begin; top < end; top += kGemmBlock)
+            for (int64_t k = 0; k < g.depth; k += slice) block(top, k);
 }
 
 // Rows of B that are packed together: those of all panels lie in L1.
 constexpr int64_t kPackRows = 32;
 
-// to[j][i] = from[i][j], 4 x 4
-FR_INLINE void transpose_4x4(const float* from, int64_t row, float* to, int64_t to_row) {
+// to[j][i] = from[i][j], 4 x 4 words at distances in words of T
+template <class T>
+FR_INLINE void transpose_4x4(const T* from, int64_t row, T* to, int64_t to_row) {
     const Four a = load_four(from), b = load_four(from + row), c = load_four(from + 2 * row),
                d = load_four(from + 3 * row);
-    const FourIndices low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
+    const Four low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5}, second = {2, 3, 6, 7};
     const Four ab = __builtin_shuffle(a, b, low), cd = __builtin_shuffle(c, d, low);
     const Four ab2 = __builtin_shuffle(a, b, high), cd2 = __builtin_shuffle(c, d, high);
     const Four rows[4] = {__builtin_shuffle(ab, cd, first), __builtin_shuffle(ab, cd, second),
@@ -125,27 +198,36 @@ FR_INLINE void transpose_4x4(const float* from, int64_t row, float* to, int64_t 
     for (int i = 0; i < 4; i++) __builtin_memcpy(to + i * to_row, &rows[i], sizeof(Four));
 }
 
-void gemm_pack_any(const GemmPack& q, int64_t begin, int64_t end, int64_t first, int64_t last) {
+template <class T>
+void gemm_pack(const GemmPack& q, int64_t begin, int64_t end, int64_t first, int64_t last) {
     for (int64_t top = begin; top < end; top += kPackRows) {
         const int64_t bottom = top + kPackRows < end ? top + kPackRows : end;
         for (int64_t p = first; p < last; p++) {
             const int64_t column = p * kGemmColumns,
                           columns = q.columns - column < kGemmColumns ? q.columns - column : kGemmColumns;
-            float* to = q.to + (p * q.depth + top) * kGemmColumns;
-            const float* from = q.from + top * q.row + column * q.column;
+            T* to = static_cast<T*>(q.to) + (p * whole_words<T>(q.depth) + top) * kGemmColumns;
+            const T* from = static_cast<const T*>(q.from) + top * q.row + column * q.column;
             int64_t k = top;
+            const auto pass = [&](int64_t words) {
+                k += words * kWord<T>, from += words * kWord<T> * q.row, to += words * kWord<T> * kGemmColumns;
+            };
             if (columns == kGemmColumns && q.column == 1) {
-                for (; k < bottom; k++, to += kGemmColumns, from += q.row)
-                    __builtin_memcpy(to, from, kGemmColumns * sizeof(float));
+                for (; k + kWord<T> <= bottom; pass(1))
+                    for (int64_t j = 0; j < kGemmColumns; j += kLanes) interleave(from + j, q.row, to + j * kWord<T>);
             } else if (columns == kGemmColumns && q.row == 1) {
-                for (; k + 4 <= bottom; k += 4, to += 4 * kGemmColumns, from += 4)
+                for (; k + 4 * kWord<T> <= bottom; pass(4))
                     for (int64_t j = 0; j < kGemmColumns; j += 4)
-                        transpose_4x4(from + j * q.column, q.column, to + j, kGemmColumns);
+                        transpose_4x4(from + j * q.column, q.column, to + j * kWord<T>, kGemmColumns * kWord<T>);
             }
-            for (; k < bottom; k++, to += kGemmColumns, from += q.row)
-                for (int64_t j = 0; j < kGemmColumns; j++) to[j] = j < columns ? from[j * q.column] : 0;
+            for (; k < bottom; pass(1))
+                for (int64_t j = 0; j < kGemmColumns; j++)
+                    for (int64_t e = 0; e < kWord<T>; e++)
+                        to[j * kWord<T> + e] = j < columns && k + e < bottom ? from[e * q.row + j * q.column] : T{};
         }
     }
 }
+
+template <class T>
+constexpr GemmKernel kGemmKernel = {kGemmRows, kGemmColumns, int(kWord<T>), gemm_multiply<T>, gemm_pack<T>};
 
 }  // namespace

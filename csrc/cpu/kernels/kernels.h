@@ -30,8 +30,8 @@ struct Affine {
 struct Args {
     Layout layout;
     DType y_type;      // of y and residual
-    DType other_type;  // of out / dout / dz / dy
-    DType grad_type;   // of grad in bn_backward: y's type, or float (double)
+    DType other_type;  // of out / dz / dy
+    DType grad_type;   // of grad: other_type, or float; in bn_backward y's type, or float (double)
     Act act = Act::identity;
     double act_param = 0;
     const void* y = nullptr;
@@ -66,38 +66,53 @@ struct Direct {
 };
 constexpr int kDirectBlock = 64, kPoolRows = 16;  // of channels; the most rows of a pool's window
 
-// C[rows, columns] (+)= A[rows, depth] B[depth, columns], in float.
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns], sums in float, operands of the type of a GemmKernel.
 struct Gemm {
     int64_t rows, columns, depth;
-    const float* a;  // A[i, k] at i * a_row + k * a_depth
+    const void* a;  // A[i, k] at i * a_row + k * a_depth
     int64_t a_row, a_depth;
-    const float* b;  // in panels: [panels of Table::gemm_columns, depth, gemm_columns]
+    const void* b;  // in panels: [panels of GemmKernel::columns, words of depth, columns, elements of a word]
     float* c;
     int64_t c_row;
     bool accumulate;
 };
-// B's panels from B[k, j] at k * row + j * column; 0 where the last one has no columns.
+// B's panels from B[k, j] at k * row + j * column; 0 where the last panel has no columns, the last word no elements.
 struct GemmPack {
     int64_t depth, columns;
-    const float* from;
+    const void* from;
     int64_t row, column;
-    float* to;
+    void* to;
 };
-// Rows of A per block, whole tiles of 6 and of 14; the depth that passes at most while a tile's sums are in registers;
-// the values of a block that is copied.
+// Rows of A per block, whole tiles of 6 and of 14; the words of depth that pass at most while a tile's sums are in
+// registers; the words of a block's copy.
 constexpr int64_t kGemmBlock = 126, kMostGemmDepth = 256, kGemmScratch = kGemmBlock * (kMostGemmDepth + 4);
+
+// Products of matrices with elements of one type. A word, 32 bits, holds elements of adjacent depth.
+struct GemmKernel {
+    int rows, columns;  // of a tile
+    int word;           // elements of a word
+    // rows [row_begin, row_end) of panels [begin, end) of C; scratch: kGemmScratch words;
+    // bytes: A, B read, C written (and read) once per 192 or 256 words of depth
+    void (*gemm)(const Gemm&, float* scratch, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
+    // depths [depth_begin, depth_end), whole words but for the last, of panels [begin, end); bytes: B read, the panels
+    // written
+    void (*pack)(const GemmPack&, int64_t depth_begin, int64_t depth_end, int64_t begin, int64_t end);
+};
 
 struct Table {
 #define FR_KERNEL(name, ...) void (*name)(__VA_ARGS__);
 #include "kernels.inc"
     const char* name;
-    int registers;                // of vectors
-    int gemm_rows, gemm_columns;  // of a tile of gemm
+    int registers;  // of vectors
+    GemmKernel float_gemm;
+    const GemmKernel* bf16_gemm;  // null: none
 };
 
-extern const Table table_default, table_avx2, table_avx512;
+extern const Table table_default, table_avx2, table_avx512, table_avx512_bf16;
 
-// The table for this machine, at most FUSED_RESNET_CPU_ISA (default, avx2, avx512).
+// The table for this machine, at most FUSED_RESNET_CPU_ISA (default, avx2, avx512, avx512_bf16).
 const Table& table();
+// Whether the processor multiplies tiles of bfloat16 (AMX).
+bool has_amx_bf16();
 
 }  // namespace fused_resnet::cpu

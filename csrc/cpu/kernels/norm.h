@@ -30,6 +30,19 @@ void bn_act_impl(const Args& a, int64_t begin, int64_t end) {
 }
 
 template <class T, class O>
+void convert_impl(const Args& a, int64_t begin, int64_t end) {
+    using V = typename Lanes<T>::vector;
+    constexpr int L = sizeof(V) / sizeof(V{}[0]);
+    const T* y = static_cast<const T*>(a.y);
+    const O* residual = static_cast<const O*>(a.residual);
+    O* out = static_cast<O*>(a.out);
+    each<L>(a.layout, begin, end, [&](int64_t off, int64_t, int n) __attribute__((always_inline)) {
+        const V v = load<V>(y + off, n);
+        store(out + off, residual ? v + load<V>(residual + off, n) : v, n);
+    });
+}
+
+template <class T, class O>
 void bn_backward_impl(const Args& a, int64_t begin, int64_t end) {
     using V = typename Lanes<T>::vector;
     using S = typename Lanes<T>::scalar;
@@ -84,7 +97,7 @@ struct Channels {
     }
 };
 
-template <class T, class G, class K>
+template <class T, class G, class O, class K>
 void bn_act_backward_impl(const Args& a, int64_t begin, int64_t end) {
     using V = typename Lanes<T>::vector;
     using S = typename Lanes<T>::scalar;
@@ -94,7 +107,7 @@ void bn_act_backward_impl(const Args& a, int64_t begin, int64_t end) {
     const T* y = static_cast<const T*>(a.y);
     const T* residual = static_cast<const T*>(a.residual);
     const G* grad = static_cast<const G*>(a.grad);
-    G* out = static_cast<G*>(a.out);
+    O* out = static_cast<O*>(a.out);
     const bool normed = a.residual_norm.scale;
     S* sums[3] = {static_cast<S*>(a.sums[0]), static_cast<S*>(a.sums[1]), static_cast<S*>(a.sums[2])};
     // adds `count` vectors of one channel group, `stride` values apart, to their sums

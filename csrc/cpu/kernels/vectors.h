@@ -76,6 +76,10 @@ struct Lanes<double> {
 
 FR_INLINE F32 widen(U16 raw, bf16) { return (F32)(__builtin_convertvector(raw, U32) << 16); }
 FR_INLINE U16 narrow(F32 v, bf16) {  // to nearest, ties to even; NaN stays NaN
+#ifdef FR_BF16
+    constexpr int kDenormal = 0x20;  // the instruction makes them 0
+    if (__builtin_expect(!_mm512_fpclass_ps_mask((__m512)v, kDenormal), 1)) return (U16)_mm512_cvtneps_pbh((__m512)v);
+#endif
     const U32 u = (U32)v;
     const U32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const U32 nan = U32{} + 0x7fc0u;

@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     Args back{};
     back.layout = View::of(x).layout;
     back.y_type = dtype_of(x.scalar_type());
-    back.other_type = dtype_of(compute);
+    back.other_type = back.grad_type = dtype_of(compute);
     back.act = act_of(act);
     back.act_param = act_param;
     back.y = x.data_ptr();

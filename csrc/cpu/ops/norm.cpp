@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, c
     Args a = args_of(y, norm, act, act_param, residual, residual_norm);
     const bool third = residual && !residual_norm.empty();
     const Tensor dz = empty_like(y, dout.scalar_type());
-    a.other_type = dtype_of(dout.scalar_type());
+    a.other_type = a.grad_type = dtype_of(dout.scalar_type());
     a.grad = dout.data_ptr();
     a.out = dz.data_ptr();
     Partials partials(View::of(y), third ? 3 : 2, wide(y));

@@ -39,18 +39,19 @@ bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList 
            x.numel() >= pixels * x.size(1) && x.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// The transformed weights, packed as right operands [(tile + 2)^2, panels, depth, gemm_columns]: of C x K, or, for the
-// gradient of the input, of K x C with the kernel turned.
+// The transformed weights, packed as right operands [(tile + 2)^2, panels, depth, GemmKernel::columns]: of C x K, or,
+// for the gradient of the input, of K x C with the kernel turned.
 Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
     const Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
-    const int64_t K = w.size(0), C = w.size(1), products = (tile + 2) * (tile + 2), width = table().gemm_columns;
-    const int64_t depth = backward ? K : C, columns = backward ? C : K, panels = panels_of(columns),
+    const GemmKernel& kernel = table().float_gemm;
+    const int64_t K = w.size(0), C = w.size(1), products = (tile + 2) * (tile + 2), width = kernel.columns;
+    const int64_t depth = backward ? K : C, columns = backward ? C : K, panels = panels_of(kernel, columns),
                   size = panels * depth * width;
     const Tensor u =
         at::empty({products, panels, depth, width}, w.options().memory_format(at::MemoryFormat::Contiguous));
     const float* from = w.const_data_ptr<float>();
     float* to = u.mutable_data_ptr<float>();
-    parallel(0, panels_of(K), 1, [&](int64_t first, int64_t last) {
+    parallel(0, panels_of(kernel, K), 1, [&](int64_t first, int64_t last) {
         float* const part = scratch(products * width * C);  // of some output channels
         for (int64_t i = first; i < last; i++) {
             const int64_t begin = i * width, count = std::min(width, K - begin);
@@ -58,10 +59,10 @@ Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
             for (int64_t p = 0; p < products; p++) {
                 const float* product = part + p * count * C;
                 if (backward) {
-                    table().gemm_pack({depth, columns, product - begin * C, C, 1, to + p * size}, begin, begin + count,
-                                      0, panels);
+                    kernel.pack({depth, columns, product - begin * C, C, 1, to + p * size}, begin, begin + count, 0,
+                                panels);
                 } else {
-                    table().gemm_pack({depth, count, product, 1, C, to + p * size + i * depth * width}, 0, depth, 0, 1);
+                    kernel.pack({depth, count, product, 1, C, to + p * size + i * depth * width}, 0, depth, 0, 1);
                 }
             }
         }
@@ -73,6 +74,7 @@ Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
 // result. Each thread takes slices of tiles from the input's transform to the output's; too few tiles, and it takes
 // some of the products of all of them, or the weights would be read once per thread.
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
+    const GemmKernel& kernel = table().float_gemm;
     const int64_t products = u.size(0), panels = u.size(1), C = x.size(1), K = out.size(1);
     const Winograd q = tiles_of(x, products == 36 ? 4 : 2, out.size(2), out.size(3), padding);
     const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w, threads = at::get_num_threads();
@@ -82,7 +84,7 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
     // a multiple of the takers, so that all have the same amount of work
     const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers,
                   slice = (tiles + slices - 1) / slices;
-    const int64_t size = products * slice * (C + K), width = table().gemm_columns;
+    const int64_t size = products * slice * (C + K), width = kernel.columns;
     const Tensor transforms =
         at::empty({takers, size}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
     float* const memory = transforms.mutable_data_ptr<float>();
@@ -100,10 +102,10 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
                 parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, part, v, b, e); });
                 parallel(0, products * panels, std::max<int64_t>(1, panels / 2), [&](int64_t b, int64_t e) {
                     for (int64_t p = b / panels; p * panels < e; p++)
-                        table().gemm({part.count, K, C, v + p * part.count * C, C, 1, weights + p * panels * C * width,
-                                      m + p * part.count * K, K, false},
-                                     nullptr, 0, part.count, std::max<int64_t>(0, b - p * panels),
-                                     std::min(panels, e - p * panels));
+                        kernel.gemm({part.count, K, C, v + p * part.count * C, C, 1, weights + p * panels * C * width,
+                                     m + p * part.count * K, K, false},
+                                    gemm_scratch(), 0, part.count, std::max<int64_t>(0, b - p * panels),
+                                    std::min(panels, e - p * panels));
                 });
                 parallel(part.first, end, 8,
                          [&](int64_t b, int64_t e) { table().winograd_output(post, part, m, b, e); });
@@ -114,7 +116,8 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
 // The gradient [K, C, 3, 3] of the weight of out = conv3x3(input as `in` sees it), from dy, in float: the sum over
 // tiles of G' [(A dy A') (B' input B)] G, the products by channels. All threads take each step together.
 Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding) {
-    const int64_t C = x.size(1), K = dy.size(1), width = table().gemm_columns, panels = panels_of(C);
+    const GemmKernel& kernel = table().float_gemm;
+    const int64_t C = x.size(1), K = dy.size(1), width = kernel.columns, panels = panels_of(kernel, C);
     Winograd q = tiles_of(x, tile_for(dy), dy.size(2), dy.size(3), padding);
     const int64_t products = (q.tile + 2) * (q.tile + 2), tiles = x.size(0) * q.tiles_h * q.tiles_w;
     const int64_t most = std::max(kGradientTiles, kGradientSlice / (4 * products * (C + K + panels * width)));
@@ -127,7 +130,7 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
     float *const b_data = packed.mutable_data_ptr<float>(), *const u_data = u.mutable_data_ptr<float>();
     const float* const dy_data = dy.const_data_ptr<float>();
     // parts of the rows of each product, so that all threads have some
-    const int64_t height = table().gemm_rows, rows = (K + height - 1) / height;
+    const int64_t height = kernel.rows, rows = (K + height - 1) / height;
     const int64_t parts = std::min(rows, 1 + (2 * at::get_num_threads() - 1) / products);
     for (q.first = 0; q.first < tiles; q.first += slice) {
         q.count = std::min(slice, tiles - q.first);
@@ -138,15 +141,15 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
         });
         parallel(0, products, 1, [&](int64_t b, int64_t t) {
             for (int64_t p = b; p < t; p++)
-                table().gemm_pack({n, C, v_data + p * n * C, C, 1, b_data + p * panels * n * width}, 0, n, 0, panels);
+                kernel.pack({n, C, v_data + p * n * C, C, 1, b_data + p * panels * n * width}, 0, n, 0, panels);
         });
         parallel(0, products * parts, 1, [&](int64_t b, int64_t t) {
             for (int64_t i = b; i < t; i++) {
                 const int64_t p = i / parts, part = i % parts;
-                table().gemm({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C, C,
-                              q.first > 0},
-                             scratch(kGemmScratch), rows * part / parts * height,
-                             std::min(K, rows * (part + 1) / parts * height), 0, panels);
+                kernel.gemm({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C, C,
+                             q.first > 0},
+                            gemm_scratch(), rows * part / parts * height,
+                            std::min(K, rows * (part + 1) / parts * height), 0, panels);
             }
         });
     }
@@ -177,14 +180,14 @@ Tensor winograd_prepack(const Tensor& weight, int64_t tile) {
 
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual) {
+    const GemmKernel& kernel = table().float_gemm;
     TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) &&
-                    packed.size(3) == table().gemm_columns && packed.scalar_type() == at::kFloat &&
-                    packed.is_contiguous(),
+                    packed.size(3) == kernel.columns && packed.scalar_type() == at::kFloat && packed.is_contiguous(),
                 "packed: expected what winograd_prepack returns, got ", packed.sizes());
     const int64_t C = packed.size(2), K = bias.numel();
     TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == C, "x: expected channels_last with ", C,
                 " channels, got ", x.sizes());
-    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && panels_of(K) == packed.size(1),
+    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && panels_of(kernel, K) == packed.size(1),
                 "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
     const Tensor y = winograd_output(x, K, padding);
     Args post = epilogue_args(y, act, act_param, residual);
