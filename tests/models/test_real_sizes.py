@@ -189,12 +189,14 @@ def assert_right(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: to
 def test_inference(
     case: Case, mode: str, dtype: torch.dtype, counts: Sequence[int], counted: Mapping[str, int]
 ) -> None:
-    """The same two models with one thread, with two, with four and with one again; NCHW and channels_last images."""
+    """The same two models with one thread, with two, with four and with one again; NCHW and channels_last images. With
+    one number of threads in one of the two layouts, the other one in another mode and for another batch."""
     if mode == "autocast" and dtype == BF16:
         pytest.skip("autocast is for float32 networks")
     truth, plain = case.truth(), case.plain(dtype, mode == "autocast")
     fused, frozen, x = case.fused(dtype).eval(), case.frozen(dtype), case.x.to(dtype)
-    for i, threads in enumerate((*counts, counts[0])):
+    first = list(MODES).index(mode) + (dtype == BF16) + (case.batch > 1)
+    for i, threads in enumerate((*counts, counts[0]) if len(counts) > 1 else counts, first):
         torch.set_num_threads(threads)
         images = x.contiguous(memory_format=torch.contiguous_format if i % 2 else torch.channels_last)
         ran = counted["fused"], counted["frozen"]
