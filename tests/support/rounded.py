@@ -13,13 +13,14 @@ FAST = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16
 
 
 def bf16_convolutions() -> AbstractContextManager[None]:
-    """For plain networks alone. Without AVX-512 PyTorch's bfloat16 convolution takes more than twenty times as long as
-    its float32 one. It multiplies bfloat16 numbers, sums in float32 and rounds each result, and so does this one."""
+    """For plain networks alone. Without AVX-512 PyTorch's bfloat16 convolution takes many times as long as its float32
+    one. It multiplies bfloat16 numbers, sums in float32 and rounds each result, and so does this one."""
     return nullcontext() if FAST else computed_in_float32()
 
 
 @contextmanager
 def computed_in_float32() -> Iterator[None]:
+    """As ``bf16_convolutions``, on any CPU."""
     real = nn.Conv2d._conv_forward
 
     def forward(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
