@@ -77,7 +77,7 @@ def live(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[int, in
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(PROGRAMS, LIVES)
 def test_a_fused_network_lives_as_its_plain_twin_does(program: Program, life: list[tuple[Call, list[Edit]]]) -> None:
     note(program.source)

@@ -17,7 +17,8 @@ import fused_resnet as fr
 pytestmark = pytest.mark.usefixtures("every_warning")
 
 
-@pytest.fixture(params=["ours", "torchvision"])
+# Ours has torchvision's modules and forwards: test_models.py, test_outputs_are_torchvisions_bit_for_bit.
+@pytest.fixture(params=["torchvision", pytest.param("ours", marks=pytest.mark.full)])
 def resnet18(request) -> nn.Module:
     torch.manual_seed(3)
     family = fr.models if request.param == "ours" else torchvision.models

@@ -20,6 +20,7 @@ from functools import cache, partial
 import pytest
 import torch
 from networks import blocks, prepared
+from rounded import bf16_convolutions
 from tolerances import FLOOR, assert_as_good, assert_close, error
 from torch import Tensor, nn
 from torchvision_shim import torchvision
@@ -110,8 +111,8 @@ class Case:
         with torch.no_grad():
             return copy.deepcopy(self.model()).double()(self.x.double())
 
-    def _plain(self, dtype: torch.dtype, mode: str) -> Tensor:
-        with MODES[mode]():
+    def _plain(self, dtype: torch.dtype, autocast: bool) -> Tensor:
+        with MODES["autocast" if autocast else "no_grad"](), bf16_convolutions():
             return copy.deepcopy(self.model()).to(dtype)(self.x.to(dtype))
 
     def _fused(
@@ -126,7 +127,8 @@ class Case:
         return step(copy.deepcopy(self.model(smooth)).double(), self.x.double(), self.dout.double())
 
     def _plain_step(self, smooth: bool, dtype: torch.dtype, autocast: bool) -> Values:
-        return step(copy.deepcopy(self.model(smooth)).to(dtype), self.x.to(dtype), self.dout.to(dtype), autocast)
+        with bf16_convolutions():
+            return step(copy.deepcopy(self.model(smooth)).to(dtype), self.x.to(dtype), self.dout.to(dtype), autocast)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda p: f"{p[0]}-{p[1]}")
@@ -187,12 +189,14 @@ def assert_right(name: str, got: Tensor, plain: Tensor, truth: Tensor, dtype: to
 def test_inference(
     case: Case, mode: str, dtype: torch.dtype, counts: Sequence[int], counted: Mapping[str, int]
 ) -> None:
-    """The same two models with one thread, with two, with four and with one again; NCHW and channels_last images."""
+    """The same two models with one thread, with two, with four and with one again; NCHW and channels_last images. With
+    one number of threads in one of the two layouts, the other one in another mode and for another batch."""
     if mode == "autocast" and dtype == BF16:
         pytest.skip("autocast is for float32 networks")
-    truth, plain = case.truth(), case.plain(dtype, mode)
+    truth, plain = case.truth(), case.plain(dtype, mode == "autocast")
     fused, frozen, x = case.fused(dtype).eval(), case.frozen(dtype), case.x.to(dtype)
-    for i, threads in enumerate((*counts, counts[0])):
+    first = list(MODES).index(mode) + (dtype == BF16) + (case.batch > 1)
+    for i, threads in enumerate((*counts, counts[0]) if len(counts) > 1 else counts, first):
         torch.set_num_threads(threads)
         images = x.contiguous(memory_format=torch.contiguous_format if i % 2 else torch.channels_last)
         ran = counted["fused"], counted["frozen"]

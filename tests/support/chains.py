@@ -221,8 +221,8 @@ def _param(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, dtype=torch.float64) * 0.5 + 0.2
 
 
-def _distance(chain: Chain, t: Tensors) -> float:
-    """How far the nearest value is from a kink of its activation, or of the max-pool (a tie)."""
+def _distance(chain: Chain, x: Tensor, residual: Tensor | None, params: list[Tensor]) -> tuple[float, Tensor]:
+    """How far the nearest value is from a kink of its activation, or of the max-pool (a tie); and the output."""
     real = reference.act
     seen: list[tuple[Tensor, Act]] = []
 
@@ -231,7 +231,7 @@ def _distance(chain: Chain, t: Tensors) -> float:
         return real(z, a)
 
     with patch.object(reference, "act", act), torch.no_grad():
-        reference.chain(t.x, t.residual, t.params, chain.spec)
+        out = reference.chain(x, residual, params, chain.spec).out
     if chain.spec.shortcut.kind != "none":
         del seen[-2]  # the last unit's activation without the summand, which nothing uses
     nearest = [math.inf]
@@ -243,19 +243,18 @@ def _distance(chain: Chain, t: Tensors) -> float:
         top = windows.topk(2, 2).values
         gap = top[:, :, 0] - top[:, :, 1]
         nearest.append(gap[gap != 0].min().item())  # an exact tie is a flat piece of the activation: no gradient
-    return min(nearest)
+    return min(nearest), out
 
 
-def draw(chain: Chain, margin: float = 1e-5, attempts: int = 2000) -> Tensors:
-    """float64 tensors for the chain, no value nearer than ``margin`` to a kink."""
+def draw(chain: Chain, margin: float = 1e-5, attempts: int = 2000, given: Tensor | None = None) -> Tensors:
+    """float64 tensors for the chain, no value nearer than ``margin`` to a kink; ``given``: x, not to be drawn."""
     for _ in range(attempts):
-        x = torch.randn(chain.x_shape, dtype=torch.float64) * 1.5 + 0.7
+        x = torch.randn(chain.x_shape, dtype=torch.float64) * 1.5 + 0.7 if given is None else given
         residual = torch.randn(chain.residual_shape, dtype=torch.float64) - 0.3 if chain.residual_shape else None
         params = [_param(name, shape) for name, shape in chain.param_shapes]
-        dout = torch.randn_like(reference.chain(x, residual, params, chain.spec).out) + 0.1
-        tensors = Tensors(x, residual, params, dout)
-        if _distance(chain, tensors) > margin:
-            return tensors
+        distance, out = _distance(chain, x, residual, params)
+        if distance > margin:
+            return Tensors(x, residual, params, torch.randn_like(out) + 0.1)
     raise AssertionError(f"no smooth point in {attempts} attempts")
 
 

@@ -45,7 +45,9 @@ def build(folder: Path) -> Path:
     """The library with torch.ops.fused_resnet_cuda for CPU tensors; the objects beside it."""
     flags = ["-O1", "-g1", "-fPIC", f"-I{SHIM}"]
     glue = [*torch_flags(), *flags, "-DFUSED_RESNET_CUTLASS=0"]
-    jobs = {(folder / path.name).with_suffix(".o"): [*glue, str(path)] for path in GLUE}
+    together = folder / "glue.cpp"  # torch's headers, which take longest, are read once
+    together.write_text("".join(f'#include "{path}"\n' for path in GLUE))
+    jobs = {together.with_suffix(".o"): [*glue, str(together)]}
     jobs |= kernels(folder, flags, (CSRC / "conv_sm90.cu", SHIM / "conv_on_cpu.cpp"))
     compile_all(jobs | kernels(folder, flags))
     return link(folder, "plain", [])

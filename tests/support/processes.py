@@ -72,7 +72,9 @@ def launch(script: Path, world: int, folder: Path, timeout_s: float) -> dict[str
 def work(cases: Mapping[str, Case]) -> None:
     """What a process started by ``launch`` does."""
     import any_size  # noqa: F401
+    import captures
 
+    captures.cheaper()
     rank, world, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(os.environ["FOLDER"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", PATIENCE, rank=rank, world_size=world)

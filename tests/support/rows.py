@@ -71,13 +71,7 @@ def draw(row: Row, margin: float = 1e-5) -> chains.Tensors:
     first: Tensor | None = None
     params: list[Tensor] = []
     for part in row.parts:
-        for _ in range(2000):
-            t = chains.draw(part, -1)
-            t = t._replace(x=t.x if x is None else x)
-            if chains._distance(part, t) > margin:
-                break
-        else:
-            raise AssertionError("no smooth point")
+        t = chains.draw(part, margin, given=x)
         first = t.x if first is None else first
         x = reference.chain(t.x, None, t.params, part.spec).out
         params += t.params
