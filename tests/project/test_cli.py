@@ -244,12 +244,12 @@ def test_saved_bytes() -> None:
 
 
 def test_saved_bytes_of_a_fused_block() -> None:
-    """x, the two raw convolution outputs, and vectors: what the design promises."""
+    """x, the two raw convolution outputs, and five vectors of each unit: what the design promises."""
     block = fr.fuse(nn.Sequential(fr.models.BasicBlock(16, 16))).train()
     x = torch.randn(2, 16, 12, 12, requires_grad=True)
     existing = [*block.parameters(), *block.buffers()]
     saved = measure.saved_bytes(lambda: block(x), existing)
-    assert 3 * x.numel() * 4 <= saved <= 3 * x.numel() * 4 + 8 * 16 * 4
+    assert 3 * x.numel() * 4 <= saved <= 3 * x.numel() * 4 + 10 * 16 * 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from Linux's /proc")

@@ -28,12 +28,21 @@ int64_t slice_rows(int64_t bytes, int64_t size, int64_t rows, int64_t chunk) {
 
 char* row(const Tensor& t, int64_t i) { return bytes(t, i * t.size(1)); }
 
-// piece(begin, end) of rows [begin, end): at once, or by chunks that every thread takes for itself.
+// Chunks of a piece that one thread takes for itself: whole blocks of the kernel, which reads the right operand once
+// per block.
+int64_t chunks_of_piece(int64_t chunk) { return std::max<int64_t>(1, kGemmBlock / chunk); }
+
+// piece(begin, end) of rows [begin, end): at once, or apart, by pieces that every thread takes for itself. No piece
+// crosses a border; borders are `slice` rows apart.
 template <class Piece>
-void in_pieces(bool apart, int64_t chunk, int64_t begin, int64_t end, const Piece& piece) {
+void in_pieces(bool apart, int64_t chunk, int64_t slice, int64_t begin, int64_t end, const Piece& piece) {
     if (!apart) return piece(begin, end);
     parallel(begin / chunk, (end + chunk - 1) / chunk, 1, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; i++) piece(i * chunk, std::min(end, (i + 1) * chunk));
+        for (int64_t i = first, next; i < last; i = next) {
+            const int64_t border = (begin + ((i * chunk - begin) / slice + 1) * slice) / chunk;
+            next = std::min({last, border, i + chunks_of_piece(chunk)});
+            piece(i * chunk, std::min(end, next * chunk));
+        }
     });
 }
 
@@ -134,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& wei
     const int64_t chunk = partials.chunk;
     const bool apart = kernel && partials.chunks() >= kChunksApart * at::get_num_threads();
     const int64_t slice = apart ? M : std::min(M, slice_rows(kSlice, (C + K) * y.element_size(), M, chunk));
-    const int64_t rows = apart ? chunk : slice;
+    const int64_t rows = apart ? chunk * chunks_of_piece(chunk) : slice;
     const Buffers buffers(apart, left.is_x() ? 0 : rows * C * at::elementSize(compute),
                           direct ? 0 : rows * K * at::elementSize(product));
     const auto piece = [&](int64_t begin, int64_t end) {
@@ -153,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& wei
             run(table().convert, mine, {mine.layout, end - begin});
         }
     };
-    for (int64_t m = 0; m < M; m += slice) in_pieces(apart, chunk, m, std::min(M, m + slice), piece);
+    for (int64_t m = 0; m < M; m += slice) in_pieces(apart, chunk, slice, m, std::min(M, m + slice), piece);
     if (!stats) return {y, Tensor(), Tensor()};
     auto [mean, var] = partials.moments(0);
     return {y, mean, var};
@@ -203,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
     const bool in_place = add && !summand.is_alias_of(dz);
     const Tensor dx = !need_input ? Tensor() : in_place ? summand : empty_like(x, dx_dtype);
     // the operand is packed before the product is made, in the same place
-    const int64_t rows = apart ? chunk : slice;
+    const int64_t rows = apart ? chunk * chunks_of_piece(chunk) : slice;
     const Buffers buffers(apart, 0,
                           std::max(right.is_x() || !need_weight ? 0 : rows * C * at::elementSize(compute),
                                    direct || !need_input ? 0 : rows * C * at::elementSize(product)));
@@ -255,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
     };
     for (; start < M; start = stop) {
         stop = std::min(M, start + slice * together);
-        in_pieces(apart, chunk, start, stop, piece);
+        in_pieces(apart, chunk, slice, start, stop, piece);
         for (int64_t i = 0, top = start; need_weight && kernel && top < stop; i++, top += slice)
             multiply(*kernel, {K, C, std::min(slice, stop - top), bytes(dy_slices, (top - start) * K), 1, K,
                                bytes(panels, i * panels_size), dw.mutable_data_ptr<float>(), C, top > 0});

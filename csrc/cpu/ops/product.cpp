@@ -1,5 +1,6 @@
 #include "product.h"
 
+#include <limits>
 #include <memory>
 
 #include "ops.h"
@@ -79,9 +80,13 @@ void multiply(const GemmKernel& kernel, const Gemm& g) {
     const int64_t height = kernel.rows, tiles = (g.rows + height - 1) / height, panels = panels_of(kernel, g.columns);
     const int64_t there = at::in_parallel_region() ? 1 : at::get_num_threads(),
                   threads = std::min<int64_t>(there, 1 + g.rows * g.columns * g.depth / kWorth);
-    // as many parts of rows as there are threads, and where there are too few rows, parts of columns of them
-    const int64_t row_parts = std::min(tiles, threads),
-                  column_parts = row_parts ? std::min(panels, (threads + row_parts - 1) / row_parts) : 0;
+    // parts of rows and of columns: the largest part as small as it can be
+    int64_t row_parts = 0, column_parts = 0, least = std::numeric_limits<int64_t>::max();
+    for (int64_t r = std::min(tiles, threads); r > 0; r--) {
+        const int64_t c = std::max<int64_t>(1, std::min(panels, threads / r));
+        const int64_t part = (tiles + r - 1) / r * ((panels + c - 1) / c);
+        if (part < least) least = part, row_parts = r, column_parts = panels ? c : 0;
+    }
     parallel(0, row_parts * column_parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             const int64_t row = i / column_parts, column = i % column_parts;
