@@ -52,6 +52,15 @@ class UnitCall:
         if self.counter is not None:
             self.buffers.append(self.counter)
 
+    def saves(self, given: Sequence[Tensor]) -> bool:
+        """Whether PyTorch's own operators save the unit's input: a norm does, a convolution if it or its input is
+        trained, a product with a scale if that is."""
+        own, conv = self.tensors, "weight" in self.tensors
+        if not conv and not self.affine:
+            return True
+        names = ("weight", "bias") if conv else ("bn_weight",)
+        return (conv and given[0].requires_grad) or any(given[own[n]].requires_grad for n in names if n in own)
+
     def unit(self, given: Sequence[Tensor]) -> Unit:
         tensors: dict[str, Any] = {name: given[place] for name, place in self.tensors.items()}
         if self.options["training"]:  # PyTorch's own norms don't count their updates of statistics as changes
@@ -153,14 +162,13 @@ class ChainRow(nn.Module):
     def _images(self, call: ChainCall, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """x and the residual; a copy if it may change before the backward, which PyTorch's own would not notice."""
         x, residual = given[0], given[call.residual] if call.residual is not None else None
-        if not call.reads_summand or not torch.is_grad_enabled() or not any(map(_wants_grad, given)):
+        if not torch.is_grad_enabled() or not any(map(_wants_grad, given)):
             return x, residual
-        if call.residual in self.visible:
+        if call.reads_summand and call.residual in self.visible:
             return x, given[call.residual].clone()
-        # PyTorch saves x for its norm, or for its convolution if that is trained
-        own = call.units[0].tensors
-        trained = x.requires_grad or any(given[own[n]].requires_grad for n in ("weight", "bias") if n in own)
-        return x if trained or "weight" not in own or 0 not in self.visible else x.clone(), residual
+        first = call.units[0]
+        reads = call.reads_summand or "weight" not in first.tensors  # without a convolution x is the raw output
+        return x.clone() if reads and 0 in self.visible and not first.saves(given) else x, residual
 
     @staticmethod
     def _recompute(call: ChainCall, given: Sequence[Tensor]) -> bool:

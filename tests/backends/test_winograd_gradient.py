@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As good as PyTorch's, with and without the input's gradient; the same bits with any number of threads."""
-    monkeypatch.setattr(cpu, "compute_dtype", lambda dtype: torch.float32)  # oneDNN computes the native gradient
+    # oneDNN computes the native gradient
+    monkeypatch.setattr(import_module("fused_resnet.backends.cpu"), "compute_dtype", lambda dtype: torch.float32)
     x = (torch.randn(n, channels, *size) * 2 + 1).to(dtype).contiguous(memory_format=torch.channels_last)
     weight = (torch.randn(outputs, channels, 3, 3) / (3 * channels**0.5)).to(dtype)
     conv, pre = ConvSpec((1, 1), (padding, padding)), Prologue(random_norm(channels), Act()) if prologue else None
