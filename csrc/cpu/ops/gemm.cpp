@@ -39,7 +39,7 @@ void in_pieces(bool apart, int64_t chunk, int64_t slice, int64_t begin, int64_t 
     if (!apart) return piece(begin, end);
     parallel(begin / chunk, (end + chunk - 1) / chunk, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first, next; i < last; i = next) {
-            const int64_t border = (begin + ((i * chunk - begin) / slice + 1) * slice) / chunk;
+            const int64_t border = (begin + ((i * chunk - begin) / slice + 1) * slice + chunk - 1) / chunk;
             next = std::min({last, border, i + chunks_of_piece(chunk)});
             piece(i * chunk, std::min(end, next * chunk));
         }
