@@ -136,7 +136,7 @@ def main() -> None:
             for name, ms in owners(lambda model=model: step(model)).items():
                 found[name].append(ms)
     plain, fused = ({name: min(ms) for name, ms in found.items()} for found in turns)
-    work, rate, copy = gflop(networks[0], lambda: step(networks[0])), peak(5), bandwidth()
+    work, rate, copy = gflop(networks[0], lambda: step(networks[0])), peak(5, torch.float32), bandwidth()
     lines = [
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {date.today()}: {args.model}, {args.mode}, "
         f"{args.dtype}, batch {args.batch_size}, {args.size}x{args.size}, {args.threads} threads.",
