@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fused_resnet.fusion.lowering import ChainRow
 
 # Seconds that one timed call should take: so long that its tensors fit into no cache, like those of the whole batch.
-_CALL_S = 0.04
+_CALL_S = 0.08
 # A row keeps at most this many answers, one per kind of input: images of ever new sizes would make ever more.
 _ANSWERS = 256
 # After this many plain calls a module's rows are asked again: the module may have changed.
