@@ -92,11 +92,15 @@ def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...],
         with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast(frozen.device.type, enabled=False):
             return [t for t in tree_iter(net(*given[0], **given[1])) if isinstance(t, Tensor)]
 
-    plain = _learning(copy_of(frozen.model), learns)
-    got, want = tensors(frozen, frozen.compute), tensors(copy_of(plain), frozen.compute)
+    def copied(net: nn.Module) -> nn.Module:
+        # a network's own __deepcopy__ may lose its mode, device and dtype
+        return _learning(copy_of(net).eval().to(frozen.device, frozen.compute), learns)
+
+    plain = copied(frozen.model)
+    got, want = tensors(frozen, frozen.compute), tensors(copied(plain), frozen.compute)
     if _all_agree(got, want):
         return
-    frozen.model = _learning(copy_of(plain), learns)
+    frozen.model = copied(plain)
     frozen.__dict__.pop("_fr_folded", None)
     got = tensors(frozen, frozen.compute)
     if _all_agree(got, want):

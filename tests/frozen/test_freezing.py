@@ -411,3 +411,28 @@ def test_bad_arguments():
                 net(bad)
             raised.append((error.type, str(error.value)))
         assert raised[0] == raised[1]
+
+
+class CopiesItself(nn.Module):
+    """Its copies are in training mode and in the default dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def __deepcopy__(self, memo: object) -> CopiesItself:
+        new = CopiesItself()
+        new.load_state_dict(self.state_dict())
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)).relu()
+
+
+def test_a_model_that_copies_itself() -> None:
+    model = CopiesItself()
+    nn.init.normal_(model.bn.weight)
+    model.bn.running_mean.normal_()
+    model.double().eval()
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64) + 0.5
+    torch.testing.assert_close(fr.freeze(model, x)(x), model(x))
