@@ -30,16 +30,11 @@ _PROGRAMS = 4
 
 @triton.jit(do_not_specialize=["M", "rows"])
 def _bn_stats_kernel(
-    y_ptr,
-    mean_ptr,
-    m2_ptr,
-    M,
-    rows,
+    y_ptr, mean_ptr, m2_ptr,
+    M, rows,
     C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Mean and M2 per channel of ``rows`` rows, a partial per program.
 
     A lane (a row of the tile) sums d = y - k and d^2, where k is its first value. Because k is one of the values, the
@@ -78,22 +73,11 @@ def _bn_stats_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _bn_act_kernel(
-    y_ptr,
-    residual_ptr,
-    scale_ptr,
-    shift_ptr,
-    r_scale_ptr,
-    r_shift_ptr,
-    out_ptr,
-    M,
-    act_param,
-    C: tl.constexpr,
-    ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    y_ptr, residual_ptr, scale_ptr, shift_ptr, r_scale_ptr, r_shift_ptr, out_ptr,
+    M, act_param,
+    C: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """out = act(s y + t [+ r, or + s_d r + t_d]).
 
     Tile: BLOCK_M x BLOCK_C, one per program. Traffic: y (and r) read once, out written once.
@@ -122,29 +106,12 @@ def _bn_act_kernel(
 
 @triton.jit(do_not_specialize=["M", "rows"])
 def _bn_act_backward_kernel(
-    dout_ptr,
-    y_ptr,
-    residual_ptr,
-    scale_ptr,
-    shift_ptr,
-    center_ptr,
-    r_scale_ptr,
-    r_shift_ptr,
-    r_center_ptr,
-    dz_ptr,
-    sum_ptr,
-    sum_y_ptr,
-    sum_r_ptr,
-    M,
-    rows,
-    act_param,
-    C: tl.constexpr,
-    ACT: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    dout_ptr, y_ptr, residual_ptr, scale_ptr, shift_ptr, center_ptr, r_scale_ptr, r_shift_ptr, r_center_ptr, dz_ptr,
+    sum_ptr, sum_y_ptr, sum_r_ptr,
+    M, rows, act_param,
+    C: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """dz = dout act'(z), z recomputed; partial sums of dz, dz (y - mu) [and dz (r - mu_d)] per program.
 
     Tile: BLOCK_M x BLOCK_C, a loop over ``rows`` rows. Traffic: dout, y (and r) read once, dz written once.
@@ -192,20 +159,11 @@ def _bn_act_backward_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _bn_backward_kernel(
-    dz_ptr,
-    y_ptr,
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    center_ptr,
-    dy_ptr,
+    dz_ptr, y_ptr, a_ptr, b_ptr, c_ptr, center_ptr, dy_ptr,
     M,
-    C: tl.constexpr,
-    FROZEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    C: tl.constexpr, FROZEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """dy = A dz + B (y - mu) + C, frozen: A dz.
 
     Tile: BLOCK_M x BLOCK_C, one per program. Traffic: dz (and y) read once, dy written once.

@@ -36,29 +36,13 @@ def _pixels(tile, H: tl.constexpr, W: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK
 
 @triton.jit
 def _bn_act_max_pool_kernel(
-    y_ptr,
-    scale_ptr,
-    shift_ptr,
-    out_ptr,
-    argmax_ptr,
+    y_ptr, scale_ptr, shift_ptr, out_ptr, argmax_ptr,
     act_param,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    OH: tl.constexpr,
-    OW: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     ACT: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """out = max over (r, s) of act(scale y + shift), argmax = r S + s of the first maximum. A NaN wins, padding never.
 
     Tile: BLOCK_H x BLOCK_W outputs x BLOCK_C channels, one per program. Traffic: y read once (overlapping windows of a
@@ -92,35 +76,13 @@ def _bn_act_max_pool_kernel(
 
 @triton.jit(do_not_specialize=["tiles", "each"])
 def _bn_act_max_pool_backward_kernel(
-    dout_ptr,
-    argmax_ptr,
-    y_ptr,
-    scale_ptr,
-    shift_ptr,
-    center_ptr,
-    dz_ptr,
-    sum_ptr,
-    sum_y_ptr,
-    tiles,
-    each,
-    act_param,
-    C: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    OH: tl.constexpr,
-    OW: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
+    dout_ptr, argmax_ptr, y_ptr, scale_ptr, shift_ptr, center_ptr, dz_ptr, sum_ptr, sum_y_ptr,
+    tiles, each, act_param,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, R: tl.constexpr,
+    S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     ACT: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """dz = act'(z) times the sum of dout over the windows whose maximum this pixel is; partial sums of dz, dz (y - mu).
 
     A pixel reads the ceil(R / STRIDE_H) x ceil(S / STRIDE_W) windows that can contain it, the last first: no atomics.

@@ -22,19 +22,11 @@ _ROWS = 640
 
 @triton.jit(do_not_specialize=["partials", "group", "rows", "total"])
 def _merge_moments_kernel(
-    mean_ptr,
-    m2_ptr,
-    out_mean_ptr,
-    out_m2_ptr,
-    partials,
-    group,
-    rows,
-    total,
-    C: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    mean_ptr, m2_ptr, out_mean_ptr, out_m2_ptr,
+    partials, group, rows, total,
+    C: tl.constexpr, VARIANCE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """(count, mean, M2) of the union of ``group`` partials; the last launch writes M2 / total, the biased variance.
 
     Tile: BLOCK_P partials x BLOCK_C channels, a loop over the group: lane p merges p, p + BLOCK_P, ..., then the lanes
@@ -67,18 +59,11 @@ def _merge_moments_kernel(
 
 @triton.jit(do_not_specialize=["partials", "group"])
 def _sum_partials_kernel(
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    out_a_ptr,
-    out_b_ptr,
-    out_c_ptr,
-    partials,
-    group,
+    a_ptr, b_ptr, c_ptr, out_a_ptr, out_b_ptr, out_c_ptr,
+    partials, group,
     C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Sums over ``group`` rows of up to three [P, C] at once (b, c may be None).
 
     Tile: BLOCK_P x BLOCK_C, a loop over the group. Traffic: 4 bytes read per row and channel of each.

@@ -16,19 +16,11 @@ _BLOCK = 256
 
 @triton.jit
 def _bn_fold_kernel(
-    mean_ptr,
-    var_ptr,
-    weight_ptr,
-    bias_ptr,
-    conv_bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    center_ptr,
-    rstd_ptr,
+    mean_ptr, var_ptr, weight_ptr, bias_ptr, conv_bias_ptr, scale_ptr, shift_ptr, center_ptr, rstd_ptr,
     eps,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """rstd = 1/sqrt(var + eps), scale = weight rstd, center = mean - conv_bias, shift = bias - center scale.
 
     Tile: BLOCK channels. Traffic: at most 36 bytes per channel.
@@ -53,18 +45,11 @@ def _bn_fold_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _bn_coefficients_kernel(
-    scale_ptr,
-    rstd_ptr,
-    sum_ptr,
-    sum_y_ptr,
-    dgamma_ptr,
-    b_ptr,
-    c_ptr,
+    scale_ptr, rstd_ptr, sum_ptr, sum_y_ptr, dgamma_ptr, b_ptr, c_ptr,
     count,
-    C: tl.constexpr,
-    FROZEN: tl.constexpr,
+    C: tl.constexpr, FROZEN: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """dgamma = rstd sum dz (y - mu);  B = -scale rstd dgamma / M,  C = -scale sum dz / M (neither if frozen).
 
     Tile: BLOCK channels. Traffic: at most 28 bytes per channel.
