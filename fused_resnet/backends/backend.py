@@ -89,7 +89,7 @@ class Backend:
         """The configurations beside the default that the planner may try for a call. May run the call."""
         return ()
 
-    def configured(self, config: Config) -> AbstractContextManager[None]:
+    def configured(self, config: Config) -> AbstractContextManager[Any]:
         """Within this context (and thread) its calls run with one of ``configurations``."""
         return nullcontext()
 

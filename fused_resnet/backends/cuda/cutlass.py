@@ -7,8 +7,8 @@ decides which cases they take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fused_resnet.backends import Call, ConvBiasAct, allow_tf32, library_conv
 from fused_resnet.backends.backend import Config
+from fused_resnet.base.scoped import scoped
 from fused_resnet.spec import Act, ConvSpec
 
 Asked = tuple[str, Tensor, Tensor, ConvSpec]  # kind, x, weight, conv
@@ -56,12 +57,8 @@ class Convolutions(library_conv.Convolutions):
         """CUTLASS's tiles for one of the call's convolutions at a time. Runs the call, to find out which it makes."""
         if not (built("cuda") or built("cpu")):
             return []
-        convolutions: list[Asked] = []
-        token = _asked.set(convolutions)
-        try:
+        with scoped(_asked, []) as convolutions:
             call.on(self)
-        finally:
-            _asked.reset(token)
         found: list[Config] = []
         for kind, x, weight, conv in convolutions:
             if refuse(kind, x, weight, conv) is None:
@@ -69,17 +66,12 @@ class Convolutions(library_conv.Convolutions):
                 found += [(f"cutlass {kind}", m, n) for m, n in zip(flat[::2], flat[1::2], strict=True)]
         return list(dict.fromkeys(found))
 
-    @contextmanager
-    def configured(self, config: Config) -> Iterator[None]:
+    def configured(self, config: Config) -> AbstractContextManager[Any]:
         """Within this context (and thread) convolutions of one kind run with one of ``configurations``.
 
         Convolutions that the configuration can't take run as they would without the context.
         """
-        token = _imposed.set(config)
-        try:
-            yield
-        finally:
-            _imposed.reset(token)
+        return scoped(_imposed, config)
 
     def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
         y = _fprop(call)

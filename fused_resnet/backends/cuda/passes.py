@@ -43,12 +43,9 @@ def _act(act: Act) -> tuple[int, float]:
     return act.index, act.param
 
 
-def _pair(norm: Norm | None) -> list[Tensor]:
-    return [norm.scale, norm.shift] if norm is not None else []
-
-
-def _triple(norm: Norm | None) -> list[Tensor]:
-    return [norm.scale, norm.shift, norm.center] if norm is not None else []
+def _vectors(norm: Norm | None, count: int) -> list[Tensor]:
+    """The first ``count`` of a norm's scale, shift and center."""
+    return list(norm[:count]) if norm is not None else []
 
 
 def _window(pool: PoolSpec) -> tuple[Any, ...]:
@@ -97,13 +94,15 @@ class Passes(Backend):
         return mean, var
 
     def bn_act(self, call: BnAct) -> Tensor:
-        out: Tensor = _ops.bn_act(call.y, _pair(call.norm), *_act(call.act), call.residual, _pair(call.residual_norm))
+        out: Tensor = _ops.bn_act(
+            call.y, _vectors(call.norm, 2), *_act(call.act), call.residual, _vectors(call.residual_norm, 2)
+        )
         return out
 
     def bn_act_backward(self, call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         """dout in y's dtype."""
         dz, *sums = _ops.bn_act_backward(
-            call.dout, call.y, _triple(call.norm), *_act(call.act), call.residual, _triple(call.residual_norm)
+            call.dout, call.y, _vectors(call.norm, 3), *_act(call.act), call.residual, _vectors(call.residual_norm, 3)
         )
         third = call.residual is not None and call.residual_norm is not None
         return dz, Sums(sums[0], sums[1]), Sums(sums[0], sums[2]) if third else None
@@ -116,13 +115,13 @@ class Passes(Backend):
         return dy
 
     def bn_act_max_pool(self, call: BnActMaxPool) -> tuple[Tensor, Tensor]:
-        out, argmax = _ops.bn_act_max_pool(call.y, _pair(call.norm), *_act(call.act), *_window(call.pool))
+        out, argmax = _ops.bn_act_max_pool(call.y, _vectors(call.norm, 2), *_act(call.act), *_window(call.pool))
         return out, argmax
 
     def bn_act_max_pool_backward(self, call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
         """dout in y's dtype."""
         dz, *sums = _ops.bn_act_max_pool_backward(
-            call.dout, call.argmax, call.y, _triple(call.norm), *_act(call.act), *_window(call.pool)
+            call.dout, call.argmax, call.y, _vectors(call.norm, 3), *_act(call.act), *_window(call.pool)
         )
         return dz, Sums(*sums)
 

@@ -82,7 +82,7 @@ class Triton(Backend):
             for config in configs.candidates(problem, target)[1:]
         ]  # fmt: skip
 
-    def configured(self, config: Config) -> AbstractContextManager[None]:
+    def configured(self, config: Config) -> AbstractContextManager[Any]:
         """Within this context kernels run with one of ``configurations``."""
         kind, values = config
         return configs.use(**{kind: configs.Config(*values)})

@@ -6,8 +6,7 @@ not on a GPU (meta, the interpreter's) get the configurations of ``use_target``,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +17,7 @@ import triton
 from torch import Tensor
 
 from fused_resnet.backends.triton.runtime import cdiv
+from fused_resnet.base.scoped import scoped
 
 Kind = Literal["fprop", "dgrad", "wgrad"]
 
@@ -56,13 +56,8 @@ class Config:
 
     def constants(self) -> dict[str, int]:
         """The constants of ``runtime.launch``."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+        tile = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+        return tile | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
@@ -90,43 +85,24 @@ _imposed: ContextVar[dict[str, Config] | None] = ContextVar("fused_resnet_triton
 _asked: ContextVar[list[Problem] | None] = ContextVar("fused_resnet_triton_asked", default=None)
 
 
-@contextmanager
-def use_target(name: str) -> Iterator[None]:
+def use_target(name: str) -> AbstractContextManager[Target]:
     """Within this context configurations are those of one of ``TARGETS``, chips that need not be here."""
-    token = _target.set(TARGETS[name])
-    try:
-        yield
-    finally:
-        _target.reset(token)
+    return scoped(_target, TARGETS[name])
 
 
-@contextmanager
-def use(**imposed: Config) -> Iterator[None]:
+def use(**imposed: Config) -> AbstractContextManager[dict[str, Config]]:
     """Within this context (and thread) kernels of a named kind run with the given configuration: ``use(fprop=...)``."""
-    token = _imposed.set((_imposed.get() or {}) | imposed)
-    try:
-        yield
-    finally:
-        _imposed.reset(token)
+    return scoped(_imposed, (_imposed.get() or {}) | imposed)
 
 
-@contextmanager
-def asked() -> Iterator[list[Problem]]:
+def asked() -> AbstractContextManager[list[Problem]]:
     """Records the problems for which a configuration is chosen within this context (and thread)."""
-    problems: list[Problem] = []
-    token = _asked.set(problems)
-    try:
-        yield problems
-    finally:
-        _asked.reset(token)
+    return scoped(_asked, [])
 
 
 def target_of(device: torch.device) -> Target:
     """The chip behind a device."""
-    imposed = _target.get()
-    if imposed is not None:
-        return imposed
-    return _device_target(device.index) if device.type == "cuda" else TARGETS["sm_90"]
+    return _target.get() or (_device_target(device.index) if device.type == "cuda" else TARGETS["sm_90"])
 
 
 @lru_cache
@@ -142,20 +118,14 @@ def _device_target(index: int | None) -> Target:
 def choose(kind: Kind, m: int, n: int, k: int, channels: int, like: Tensor, *, tf32: bool, formed: bool) -> Config:
     """The configuration for a problem on the device of ``like``, in its dtype (see ``Problem``)."""
     problem = Problem(kind, m, n, k, channels, like.element_size(), like.dtype == torch.float32 and not tf32, formed)
-    problems = _asked.get()
-    if problems is not None:
+    if (problems := _asked.get()) is not None:
         problems.append(problem)
-    imposed = (_imposed.get() or {}).get(kind)
-    return imposed if imposed is not None else _candidates(problem, target_of(like.device))[0]
-
-
-def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """A few configurations worth timing, the default first. All fit into the chip's shared memory."""
-    return _candidates(problem, target)
+    return (_imposed.get() or {}).get(kind) or candidates(problem, target_of(like.device))[0]
 
 
 @lru_cache(maxsize=4096)
-def _candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
+def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
+    """A few configurations worth timing, the default first. All fit into the chip's shared memory."""
     found: list[Config] = []
     for config in _tiles(problem, target):
         config = _fit(config, problem, target)

@@ -76,23 +76,12 @@ class Geometry:
 
     def constants(self) -> dict[str, int | bool]:
         """The compile-time arguments of the kernels that iterate over the pixels of y."""
-        return {
-            "C": self.c,
-            "K": self.k,
-            "H": self.h,
-            "W": self.w,
-            "OH": self.oh,
-            "OW": self.ow,
-            "R": self.r,
-            "S": self.s,
-            "STRIDE_H": self.conv.stride[0],
-            "STRIDE_W": self.conv.stride[1],
-            "PAD_H": self.conv.padding[0],
-            "PAD_W": self.conv.padding[1],
-            "DIL_H": self.conv.dilation[0],
-            "DIL_W": self.conv.dilation[1],
-            "POINTWISE": self.pointwise,
-        }
+        (stride_h, stride_w), (pad_h, pad_w), (dil_h, dil_w) = self.conv.stride, self.conv.padding, self.conv.dilation
+        return dict(
+            C=self.c, K=self.k, H=self.h, W=self.w, OH=self.oh, OW=self.ow, R=self.r, S=self.s,
+            STRIDE_H=stride_h, STRIDE_W=stride_w, PAD_H=pad_h, PAD_W=pad_w, DIL_H=dil_h, DIL_W=dil_w,
+            POINTWISE=self.pointwise,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -124,21 +124,9 @@ def _bn_act_max_pool_backward_kernel(
 
 
 def _constants(y: Tensor, out: Tensor, act: Act, pool: PoolSpec) -> dict[str, int]:
-    return {
-        "C": y.shape[1],
-        "H": y.shape[2],
-        "W": y.shape[3],
-        "OH": out.shape[2],
-        "OW": out.shape[3],
-        "R": pool.kernel[0],
-        "S": pool.kernel[1],
-        "STRIDE_H": pool.stride[0],
-        "STRIDE_W": pool.stride[1],
-        "PAD_H": pool.padding[0],
-        "PAD_W": pool.padding[1],
-        "ACT": ACT_INDEX[act.name],
-        "WIDE": wide(y),
-    }
+    names = ("C", "H", "W", "OH", "OW", "R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
+    sizes = (*y.shape[1:], *out.shape[2:], *pool.kernel, *pool.stride, *pool.padding)
+    return dict(zip(names, sizes, strict=True)) | {"ACT": ACT_INDEX[act.name], "WIDE": wide(y)}
 
 
 def _tile(t: Tensor) -> tuple[dict[str, int], int, int]:

@@ -7,8 +7,8 @@ counted without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+
+from fused_resnet.base.scoped import scoped
 
 # Triton decides at import whether kernels are compiled or interpreted: TRITON_INTERPRET=1 before the first import.
 INTERPRET: bool = triton.knobs.runtime.interpret
@@ -49,25 +51,14 @@ _traffic: ContextVar[Traffic | None] = ContextVar("fused_resnet_traffic", defaul
 _observer: ContextVar[Callable[..., None] | None] = ContextVar("fused_resnet_launches", default=None)
 
 
-@contextmanager
-def traffic() -> Iterator[Traffic]:
+def traffic() -> AbstractContextManager[Traffic]:
     """Records every launch of this thread within the context."""
-    record = Traffic()
-    token = _traffic.set(record)
-    try:
-        yield record
-    finally:
-        _traffic.reset(token)
+    return scoped(_traffic, Traffic())
 
 
-@contextmanager
-def observe(call: Callable[..., None]) -> Iterator[None]:
+def observe(call: Callable[..., None]) -> AbstractContextManager[Callable[..., None]]:
     """Calls ``call(kernel, args, constants)`` for each launch of this thread in the context, on meta tensors too."""
-    token = _observer.set(call)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
+    return scoped(_observer, call)
 
 
 def _bytes(operands: Sequence[Tensor | int | None]) -> int:
@@ -85,12 +76,10 @@ def launch(
 ) -> None:
     """kernel[grid](*args, **constants), recorded. ``reads``, ``writes``: tensors or bytes, each counted once; None:
     the operand is absent."""
-    record = _traffic.get()
-    if record is not None:
+    if (record := _traffic.get()) is not None:
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
         record.launches.append(Launch(name, _bytes(reads), _bytes(writes)))
-    observer = _observer.get()
-    if observer is not None:
+    if (observer := _observer.get()) is not None:
         observer(kernel, args, constants)
     # forward and backward compute z by one expression: both must contract it, whatever Triton's default
     constants["enable_fp_fusion"] = True
