@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_resnet.fusion.swap import unfuse
 from fused_resnet.models import Bottleneck
+from fused_resnet.studies.trainings import Network
+from fused_resnet.training import ImageData
 
 
 def parameters(model: nn.Module) -> int:
@@ -39,3 +44,14 @@ def stride_first(model: nn.Module) -> nn.Module:
         if isinstance(block, Bottleneck):
             block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     return model
+
+
+def beside(found: Mapping[str, dict[str, Any]], networks: Sequence[Network], data: ImageData) -> dict[str, Any]:
+    """The figures of each network with its cost on these images."""
+    costs = {}
+    for network in networks:
+        with torch.device("meta"):
+            model = network.build(data.channels, len(data.classes), fused=False)
+        operations = multiply_adds(model, data.channels, data.size)
+        costs[network.name] = {"parameters": parameters(model), "multiply_adds": operations}
+    return {name: figures | costs[name] for name, figures in found.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,32 +11,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fused_resnet import measure as measuring
-from fused_resnet.studies import costs, paper
-from fused_resnet.studies.study import (
-    Figures,
-    Laboratory,
-    Network,
-    Preset,
-    Study,
-    Verdict,
-    beside_published,
-    finals,
-    spread,
-    summary,
-    tidy,
-)
+from fused_resnet.studies import costs
+from fused_resnet.studies import study as parts
+from fused_resnet.studies.study import Figures, Laboratory, Network, Preset, Verdict, finals, spread, summary
 from fused_resnet.studies.trainings import weight_gradients
 
-CONVERGES = "This 110-layer network converges well"
-NO_DIFFICULTY = "Our method shows no optimization difficulty [with 1202 layers]"
-MEMORY = "a fused network keeps less for backward than a plain one (this package's claim, not the paper's)"
 STEPS = 8
 # A network has converged if its training error is below this. The paper gives no figure; guessing has 90 %.
 CONVERGED = 0.1
-
-
-def networks(preset: Preset) -> list[Network]:
-    return [Network(preset.deepest, "A"), *([Network(preset.extreme, "A")] if preset.train_extreme else [])]
 
 
 def _memory(model: nn.Module, x: Tensor, y: Tensor) -> Figures:
@@ -69,97 +50,98 @@ def _few_steps(model: nn.Module, x: Tensor, y: Tensor) -> Figures:
     return {"losses": losses, "gradients": norms}
 
 
-def measure(lab: Laboratory) -> Figures:
-    preset, found = lab.preset, {}
-    for depth in (preset.deepest, preset.extreme):
-        network = Network(depth, "A")
-        x, y = lab.images(preset.extreme_batch)
-        model = lab.build(network, lab.seeds[0])
-        entry: dict[str, Any] = {"depth": depth, "batch": len(x), "parameters": costs.parameters(model)}
-        entry["memory"] = {}
-        for variant, m in (("fused", model), ("plain", lab.build(network, lab.seeds[0], fused=False))):
-            m.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            entry["memory"][variant] = _memory(m, x, y)
-            lab.advance(depth, f"memory of {network.name}")
-        del m
-        entry |= _few_steps(model, x, y)
-        lab.advance(depth, f"steps of {network.name}")
-        found[network.name] = entry
-    trained = {n.name: summary(lab.runs(n)) for n in networks(preset)}
-    published = {f"ResNet-{d}": e for d, e in paper.CIFAR10_ERROR.items()} if lab.data.name == "cifar10" else {}
-    return {"few_steps": found, "trained": trained, "published_test_error_percent": published}
-
-
 def _mb(value: float | None) -> str:
     return "–" if value is None else f"{value / 1e6:.3g} MB"
 
 
-def judge(figures: Figures) -> list[Verdict]:
-    converged, said = {}, {}
-    for name, trained in figures["trained"].items():
-        errors = finals(trained, "train_error")
-        converged[name] = statistics.fmean(errors) < CONVERGED
-        losses, tests = spread(finals(trained, "train_loss")), spread(finals(trained, "test_error"), 100)
-        said[name] = (
-            f"{name} ends with a training error of {spread(errors, 100)} %, a training loss of {losses} and a test "
-            f"error of {tests} %." + beside_published({name: trained}, figures["published_test_error_percent"])
-        )
-    first, *others = converged
-    fine, parts, less, memory = all(converged[name] for name in others), [], True, []
-    for network, entry in figures["few_steps"].items():
-        norms = [v for step in entry["gradients"] for v in step]
-        finite = all(map(math.isfinite, [*norms, *entry["losses"]])) and min(norms) > 0
-        fine = fine and finite and entry["losses"][-1] < entry["losses"][0]
-        losses = " → ".join(f"{loss:.3g}" for loss in entry["losses"])
-        finite_text = "finite and not zero in every layer" if finite else "zero or not finite somewhere"
-        parts.append(
-            f"{network} ({entry['parameters'] / 1e6:.3g} M parameters), {len(entry['losses'])} steps on "
-            f"{entry['batch']} images: loss {losses}, gradients {finite_text} ({min(norms):.1e} to {max(norms):.1e})"
-        )
-        fused, plain = entry["memory"]["fused"], entry["memory"]["plain"]
-        less = less and fused["saved_bytes_per_image"] < plain["saved_bytes_per_image"]
-        memory.append(
-            f"{network} keeps {_mb(fused['saved_bytes_per_image'])} per image fused, "
-            f"{_mb(plain['saved_bytes_per_image'])} plain; a step on {entry['batch']} images takes "
-            f"{_mb(fused['peak_bytes'])} and {_mb(plain['peak_bytes'])}"
-        )
-    return [
-        Verdict(CONVERGES, converged[first], said[first]),
-        Verdict(NO_DIFFICULTY, fine, " ".join([f"{'; '.join(parts)}.", *(said[name] for name in others)])),
-        Verdict(MEMORY, less, f"{'; '.join(memory)}."),
-    ]
+class Deep(parts.Study):
+    """110 and 1202 layers: gradients that are finite and reach every layer, and the memory that a step holds."""
 
+    CONVERGES = "This 110-layer network converges well"
+    NO_DIFFICULTY = "Our method shows no optimization difficulty [with 1202 layers]"
+    MEMORY = "a fused network keeps less for backward than a plain one (this package's claim, not the paper's)"
+    name = "deep"
+    title = "110 and 1202 layers"
+    claim = f"{CONVERGES} ... {NO_DIFFICULTY}"
+    source = "section 4.2, Fig. 6, Table 6"
 
-def draw(figures: Figures, figure: Figure) -> None:
-    ax = figure.add_subplot(1, 2, 1)
-    for (name, entry), colour in zip(figures["few_steps"].items(), ("#4c78a8", "#e4572e"), strict=True):
-        norms = entry["gradients"][0]
-        ax.plot([i / (len(norms) - 1) for i in range(len(norms))], norms, color=colour, linewidth=0.8, label=name)
-    ax.set_yscale("log")
-    ax.set_xlabel("layer, first (0) to last (1)")
-    ax.set_ylabel("gradient's norm at the first step")
-    tidy(ax)
-    ax = figure.add_subplot(1, 2, 2)
-    for i, (name, entry) in enumerate(figures["few_steps"].items()):
-        for j, (variant, colour) in enumerate((("plain", "#9aa0a6"), ("fused", "#e4572e"))):
-            height = entry["memory"][variant]["saved_bytes_per_image"] / 1e6
-            ax.bar(i + 0.3 * j, height, 0.28, color=colour, label=None if i else variant)
-            ax.annotate(f"{height:.3g}", (i + 0.3 * j, height), ha="center", va="bottom", fontsize=7)
-        ax.annotate(name, (i + 0.15, 0), (0, -12), textcoords="offset points", ha="center", fontsize=8)
-    ax.set_xticks([])
-    ax.set_yscale("log")
-    ax.set_ylabel("kept for backward, MB per image")
-    tidy(ax)
+    def work(self, preset: Preset) -> float:
+        return 3 * (preset.deepest + preset.extreme)
 
+    def networks(self, preset: Preset) -> list[Network]:
+        return [Network(preset.deepest, "A"), *([Network(preset.extreme, "A")] if preset.train_extreme else [])]
 
-STUDY = Study(
-    "deep",
-    "110 and 1202 layers",
-    f"{CONVERGES} ... {NO_DIFFICULTY}",
-    "section 4.2, Fig. 6, Table 6",
-    networks,
-    measure,
-    judge,
-    draw,
-    work=lambda preset: 3 * (preset.deepest + preset.extreme),
-)
+    def measure(self, lab: Laboratory) -> Figures:
+        preset, found = lab.preset, {}
+        for depth in (preset.deepest, preset.extreme):
+            network = Network(depth, "A")
+            x, y = lab.images(preset.extreme_batch)
+            start = (lab.seeds[0], lab.data, lab.device)
+            model = network.seeded(*start)
+            memory: Figures = {}
+            for variant, m in (
+                ("fused", model),
+                ("plain", network.seeded(*start, fused=False)),
+            ):
+                m.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                memory[variant] = _memory(m, x, y)
+                lab.advance(depth, f"memory of {network.name}")
+            del m
+            entry = {"depth": depth, "batch": len(x), "parameters": costs.parameters(model), "memory": memory}
+            found[network.name] = entry | _few_steps(model, x, y)
+            lab.advance(depth, f"steps of {network.name}")
+        trained = {n.name: summary(lab.runs(n)) for n in self.networks(preset)}
+        return {"few_steps": found, "trained": trained} | parts.published(lab)
+
+    def judge(self, figures: Figures) -> list[Verdict]:
+        converged, said = {}, {}
+        for name, trained in figures["trained"].items():
+            errors = finals(trained, "train_error")
+            converged[name] = statistics.fmean(errors) < CONVERGED
+            losses, tests = spread(finals(trained, "train_loss")), spread(finals(trained, "test_error"), 100)
+            said[name] = (
+                f"{name} ends with a training error of {spread(errors, 100)} %, a training loss of {losses} and a "
+                f"test error of {tests} %." + parts.beside_published({name: trained}, figures)
+            )
+        first, *others = converged
+        fine, steps, less, memory = all(converged[name] for name in others), [], True, []
+        for network, entry in figures["few_steps"].items():
+            norms = [v for step in entry["gradients"] for v in step]
+            finite = all(map(math.isfinite, [*norms, *entry["losses"]])) and min(norms) > 0
+            fine = fine and finite and entry["losses"][-1] < entry["losses"][0]
+            losses = " → ".join(f"{loss:.3g}" for loss in entry["losses"])
+            finite_text = "finite and not zero in every layer" if finite else "zero or not finite somewhere"
+            steps.append(
+                f"{network} ({entry['parameters'] / 1e6:.3g} M parameters), {len(entry['losses'])} steps on "
+                f"{entry['batch']} images: loss {losses}, gradients {finite_text} "
+                f"({min(norms):.1e} to {max(norms):.1e})"
+            )
+            (saved, peak), (plain_saved, plain_peak) = (entry["memory"][v].values() for v in ("fused", "plain"))
+            less = less and saved < plain_saved
+            memory.append(
+                f"{network} keeps {_mb(saved)} per image fused, {_mb(plain_saved)} plain; a step on {entry['batch']} "
+                f"images takes {_mb(peak)} and {_mb(plain_peak)}"
+            )
+        return [
+            Verdict(self.CONVERGES, converged[first], said[first]),
+            Verdict(self.NO_DIFFICULTY, fine, " ".join([f"{'; '.join(steps)}.", *(said[name] for name in others)])),
+            Verdict(self.MEMORY, less, f"{'; '.join(memory)}."),
+        ]
+
+    def draw(self, figures: Figures, figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        for (name, entry), colour in zip(figures["few_steps"].items(), parts.COLOURS, strict=False):
+            norms = entry["gradients"][0]
+            left.plot([i / (len(norms) - 1) for i in range(len(norms))], norms, color=colour, linewidth=0.8, label=name)
+        left.set_yscale("log")
+        parts.tidy(left, "layer, first (0) to last (1)", "gradient's norm at the first step")
+        for variant, colour in (("plain", parts.GREY), ("fused", parts.COLOURS[1])):
+            memory = {
+                k: entry["memory"][variant]["saved_bytes_per_image"] / 1e6 for k, entry in figures["few_steps"].items()
+            }
+            at = [i + 0.3 * (variant == "fused") for i in range(len(memory))]
+            bars = right.bar(at, memory.values(), 0.28, color=colour, label=variant)
+            right.bar_label(bars, fmt="%.3g", fontsize=7)
+            right.set_xticks([i + 0.15 for i in range(len(memory))], list(memory))
+        right.set_yscale("log")
+        parts.tidy(right, y="kept for backward, MB per image")

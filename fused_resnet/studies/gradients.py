@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -13,21 +14,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fused_resnet.models import BasicBlock
-from fused_resnet.studies.study import (
-    COLOURS,
-    Figures,
-    Laboratory,
-    Network,
-    Preset,
-    Study,
-    Verdict,
-    tidy,
-)
+from fused_resnet.studies.study import COLOURS, Figures, Laboratory, Network, Preset, Study, Verdict, tidy
 from fused_resnet.studies.trainings import weight_gradients
 
-VANISH = "vanishing/exploding gradients, which hamper convergence from the beginning (sigmoid, no normalization)"
-CURED = "has been largely addressed by normalized initialization and intermediate normalization layers"
-HEALTHY = "We also verify that the backward propagated gradients exhibit healthy norms with BN (plain networks)"
 ACTIVATIONS = ("sigmoid", "relu", "leaky_relu", "elu")
 SCALES = (0.5, 1.0, 2.0)
 IMAGES = 64
@@ -55,10 +44,6 @@ class OpenBlock(BasicBlock):
         return out + (x if self.downsample is None else self.downsample(x))
 
 
-def networks(preset: Preset) -> list[Network]:
-    return [Network(preset.depths[-1], shortcut) for shortcut in (None, "A")]
-
-
 def _cases() -> list[tuple[str, bool, str, float]]:
     """The cases (kind, BN, activation, scale of the initialisation): every activation, and with ReLU every scale."""
     cases = [(kind, bn, act, 1.0) for kind in KINDS for bn in (False, True) for act in ACTIVATIONS]
@@ -80,23 +65,13 @@ def initial_gradients(
     if kind == KINDS[2]:
         options["block"] = OpenBlock
     # nothing to fuse: there are no chains without BN, and OpenBlock stays plain
-    model = lab.build(network, lab.seeds[0], fused=bn and kind != KINDS[2], **options)
+    model = network.seeded(lab.seeds[0], lab.data, lab.device, fused=bn and kind != KINDS[2], **options)
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.Conv2d):
                 m.weight.mul_(scale)
     F.cross_entropy(model(x), y).backward()
     return weight_gradients(model)
-
-
-def measure(lab: Laboratory) -> Figures:
-    x, y = lab.images(IMAGES)
-    initial = {}
-    for case in _cases():
-        initial[case_name(*case)] = initial_gradients(lab, *case, x, y)
-        lab.advance(lab.preset.depths[-1], "gradients at the start")
-    training = {n.name: lab.train(n, lab.seeds[0]).gradients for n in networks(lab.preset)}
-    return {"depth": lab.preset.depths[-1], "initial": initial, "training": training}
 
 
 def ratio(norms: list[float]) -> float:
@@ -107,84 +82,95 @@ def ratio(norms: list[float]) -> float:
     return first / last if last else math.inf if first else 0.0
 
 
-def judge(figures: Figures) -> list[Verdict]:
-    initial, depth = figures["initial"], figures["depth"]
-
-    def of(kind: str, bn: bool, act: str = "relu", scale: float = 1.0) -> float:
-        return ratio(initial[case_name(kind, bn, act, scale)])
-
-    plain, block, open_path = (of(kind, False, "sigmoid") for kind in KINDS)
-    vanish = Verdict(
-        f"{VANISH}; a residual network's do not vanish",
-        plain < VANISHED_BELOW <= open_path,
-        f"{depth} layers, sigmoid, no BN, first layer's gradient over the last one's: plain {plain:.1e}, residual with "
-        f"sigmoid in the branch alone {open_path:.1e}; with the sigmoid after the addition too, where the paper's "
-        f"block has its ReLU, {block:.1e}: there each block multiplies what comes back by a slope of at most 1/4.",
-    )
-    said, swings = [], {}
-    for bn in (False, True):
-        ratios = {scale: of("plain", bn, scale=scale) for scale in SCALES}
-        last = {scale: initial[case_name("plain", bn, "relu", scale)][0] for scale in SCALES}
-        smallest, largest = min(last.values()), max(last.values())
-        swings[bn] = largest / smallest if smallest and math.isfinite(largest) else math.inf
-        found = ", ".join(f"{v:.1e} at x{scale:g}" for scale, v in ratios.items())
-        said.append(f"{'with' if bn else 'without'} BN {found} (its size changes by {swings[bn]:.1e})")
-    cured = Verdict(
-        CURED,
-        swings[True] < 1e2 < swings[False],
-        f"Plain, ReLU, He's initialisation times 0.5, 1 and 2; first layer's gradient over the last one's: "
-        f"{'; '.join(said)}.",
-    )
-    during = {name: [ratio(record["norms"]) for record in records[1:]] for name, records in figures["training"].items()}
-    start = {name: ratio(records[0]["norms"]) for name, records in figures["training"].items()}
-    parts = [
-        f"{name} {start[name]:.1e} at the first step, then {min(found):.1e} to {max(found):.1e}"
-        for name, found in during.items()
-        if found
-    ]
-    watched = next(iter(during.values()))
-    healthy = bool(watched) and all(1 / HEALTHY_WITHIN <= r <= HEALTHY_WITHIN for r in watched)
-    text = f"First layer's gradient over the last one's, with BN, during training: {'; '.join(parts)}."
-    return [vanish, cured, Verdict(HEALTHY, healthy, text)]
-
-
-def _lines(ax: Any, norms: dict[str, list[float]], styles: dict[str, str]) -> None:
+def _lines(ax: Any, norms: dict[str, list[float]], dashed: Collection[str] = (), label: str = "") -> None:
     for (name, values), colour in zip(norms.items(), cycle(COLOURS), strict=False):
         shown = [v if v > 0 and math.isfinite(v) else math.nan for v in values]
-        ax.plot(range(1, len(shown) + 1), shown, styles.get(name, "-"), color=colour, linewidth=1, label=name)
+        ax.plot(range(1, len(shown) + 1), shown, "--" if name in dashed else "-", color=colour, linewidth=1, label=name)
     ax.set_yscale("log")
-    ax.set_xlabel("layer")
-    tidy(ax)
+    tidy(ax, "layer", label, legend=False)
     ax.legend(frameon=False, fontsize=6)
 
 
-def draw(figures: Figures, figure: Figure) -> None:
-    initial = figures["initial"]
-    ax = figure.add_subplot(1, 3, 1)
-    plain = [case_name("plain", False, act) for act in ACTIVATIONS]
-    names = [*plain, *(case_name(kind, False, "sigmoid") for kind in KINDS[1:]), case_name("plain", True, "sigmoid")]
-    _lines(ax, {name: initial[name] for name in names}, dict.fromkeys(plain, "--"))
-    ax.set_ylabel("gradient's norm at the start")
-    ax = figure.add_subplot(1, 3, 2)
-    names = [case_name("plain", bn, "relu", scale) for bn in (False, True) for scale in SCALES]
-    _lines(ax, {name: initial[name] for name in names}, {name: "--" for name in names if "no BN" in name})
-    ax = figure.add_subplot(1, 3, 3)
-    shown = {}
-    for name, records in figures["training"].items():
-        for record in (records[0], records[-1]):
-            shown[f"{name}, step {record['step'] + 1}"] = record["norms"]
-    _lines(ax, shown, {})
+class Gradients(Study):
+    """Gradients per layer, at the start and during training."""
 
+    VANISH = "vanishing/exploding gradients, which hamper convergence from the beginning (sigmoid, no normalization)"
+    CURED = "has been largely addressed by normalized initialization and intermediate normalization layers"
+    HEALTHY = "We also verify that the backward propagated gradients exhibit healthy norms with BN (plain networks)"
+    name = "gradients"
+    title = "Gradients per layer"
+    claim = f"the notorious problem of {VANISH} {CURED} ... {HEALTHY}"
+    source = "sections 1 and 4.1"
+    size = (12, 4.6)
 
-STUDY = Study(
-    "gradients",
-    "Gradients per layer",
-    f"the notorious problem of {VANISH} {CURED} ... {HEALTHY}",
-    "sections 1 and 4.1",
-    networks,
-    measure,
-    judge,
-    draw,
-    size=(12, 4.6),
-    work=lambda preset: preset.depths[-1] * len(_cases()),
-)
+    def work(self, preset: Preset) -> float:
+        return preset.depths[-1] * len(_cases())
+
+    def networks(self, preset: Preset) -> list[Network]:
+        return [Network(preset.depths[-1], shortcut) for shortcut in (None, "A")]
+
+    def measure(self, lab: Laboratory) -> Figures:
+        x, y = lab.images(IMAGES)
+        initial = {}
+        for case in _cases():
+            initial[case_name(*case)] = initial_gradients(lab, *case, x, y)
+            lab.advance(lab.preset.depths[-1], "gradients at the start")
+        training = {n.name: lab.train(n, lab.seeds[0]).gradients for n in self.networks(lab.preset)}
+        return {"depth": lab.preset.depths[-1], "initial": initial, "training": training}
+
+    def judge(self, figures: Figures) -> list[Verdict]:
+        initial, depth = figures["initial"], figures["depth"]
+
+        def of(kind: str, bn: bool, act: str = "relu", scale: float = 1.0) -> float:
+            return ratio(initial[case_name(kind, bn, act, scale)])
+
+        plain, block, open_path = (of(kind, False, "sigmoid") for kind in KINDS)
+        vanish = Verdict(
+            f"{self.VANISH}; a residual network's do not vanish",
+            plain < VANISHED_BELOW <= open_path,
+            f"{depth} layers, sigmoid, no BN, first layer's gradient over the last one's: plain {plain:.1e}, residual "
+            f"with sigmoid in the branch alone {open_path:.1e}; with the sigmoid after the addition too, where the "
+            f"paper's block has its ReLU, {block:.1e}: there each block multiplies what comes back by a slope of "
+            f"at most 1/4.",
+        )
+        said, swings = [], {}
+        for bn in (False, True):
+            found = ", ".join(f"{of('plain', bn, scale=scale):.1e} at x{scale:g}" for scale in SCALES)
+            sizes = [initial[case_name("plain", bn, "relu", scale)][0] for scale in SCALES]
+            smallest, largest = min(sizes), max(sizes)
+            swings[bn] = largest / smallest if smallest and math.isfinite(largest) else math.inf
+            said.append(f"{'with' if bn else 'without'} BN {found} (its size changes by {swings[bn]:.1e})")
+        cured = Verdict(
+            self.CURED,
+            swings[True] < 1e2 < swings[False],
+            f"Plain, ReLU, He's initialisation times 0.5, 1 and 2; first layer's gradient over the last one's: "
+            f"{'; '.join(said)}.",
+        )
+        ratios = {name: [ratio(r["norms"]) for r in records] for name, records in figures["training"].items()}
+        parts = [
+            f"{name} {start:.1e} at the first step, then {min(during):.1e} to {max(during):.1e}"
+            for name, (start, *during) in ratios.items()
+            if during
+        ]
+        _, *watched = next(iter(ratios.values()))
+        healthy = bool(watched) and all(1 / HEALTHY_WITHIN <= r <= HEALTHY_WITHIN for r in watched)
+        text = f"First layer's gradient over the last one's, with BN, during training: {'; '.join(parts)}."
+        return [vanish, cured, Verdict(self.HEALTHY, healthy, text)]
+
+    def draw(self, figures: Figures, figure: Figure) -> None:
+        initial = figures["initial"]
+        first, second, third = figure.subplots(1, 3)
+        plain = [case_name("plain", False, act) for act in ACTIVATIONS]
+        names = [
+            *plain,
+            *(case_name(kind, False, "sigmoid") for kind in KINDS[1:]),
+            case_name("plain", True, "sigmoid"),
+        ]
+        _lines(first, {name: initial[name] for name in names}, plain, "gradient's norm at the start")
+        names = [case_name("plain", bn, "relu", scale) for bn in (False, True) for scale in SCALES]
+        _lines(second, {name: initial[name] for name in names}, [name for name in names if "no BN" in name])
+        shown = {}
+        for name, records in figures["training"].items():
+            for record in (records[0], records[-1]):
+                shown[f"{name}, step {record['step'] + 1}"] = record["norms"]
+        _lines(third, shown)

@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
@@ -48,9 +48,8 @@ def side_by_side(
     # Not concurrent.futures: its executor may not notice that the process which it started last has been killed. Here
     # each process has a pipe of its own, which closes when the process ends, and shares no lock.
     context = multiprocessing.get_context("spawn")  # a forked child lacks the threads of the parent's libraries
-    started, busy, found = dict[Connection, BaseProcess](), dict[Connection, int](), dict[int, Found]()
-    doing = dict[Connection, str]()
-    ahead = iter(range(len(tasks)))
+    started, busy, doing = dict[Connection, BaseProcess](), dict[Connection, int](), dict[Connection, str]()
+    found, ahead = dict[int, Found](), iter(range(len(tasks)))
 
     def hand(pipe: Connection) -> None:
         """Starts the next task, if there is one."""
@@ -71,7 +70,7 @@ def side_by_side(
                 match _receive(pipe):
                     case "told", work, what:
                         doing[pipe] = what
-                        advance(work, _listed(doing.values()))
+                        advance(work, ", ".join(dict.fromkeys(doing.values())))
                     case "done", result:
                         found[busy.pop(pipe)] = result
                         doing.pop(pipe, None)
@@ -95,29 +94,19 @@ def _end(started: dict[Connection, BaseProcess]) -> None:
 
 def _failure(error: Exception, doing: str | None, processes: int) -> Exception:
     """The error to raise for an error of the task ``doing``, run by one of ``processes`` processes."""
-    if not _out_of_memory(error):
-        return error
-    why = str(error).partition("\n")[0]
-    return WorkerLost(f"no memory for {doing} beside {processes - 1} others: {why}")
+    # torch has a class for a GPU's memory only
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        why = str(error).partition("\n")[0]
+        return WorkerLost(f"no memory for {doing} beside {processes - 1} others: {why}")
+    return error
 
 
 def _lost(doing: str | None, processes: int) -> WorkerLost:
     """The error to raise for a process that has ended before its task ``doing`` did."""
     if doing is None:
         return WorkerLost("a process ended before it began its work: see above")
-    return WorkerLost(
-        f"the process at work on {doing} was killed from outside, probably for lack of memory; "
-        f"fewer processes than {processes} need less"
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # torch has a class for a GPU's memory only
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    why = "was killed from outside, probably for lack of memory"
+    return WorkerLost(f"the process at work on {doing} {why}; fewer processes than {processes} need less")
 
 
 def _send(pipe: Connection, word: Any) -> bool:

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fused_resnet.models import CifarResNet
 from fused_resnet.planner.sizes import chains_always
+from fused_resnet.studies import paper
 from fused_resnet.studies.pool import Advance, side_by_side
 from fused_resnet.studies.trainings import Network, Run, Training, train
 from fused_resnet.training import ImageData, Recipe
@@ -120,10 +120,6 @@ class Laboratory:
         """The total work that training the networks will report."""
         return sum(training.work(len(self.data.train_x)) for training in self._trainings(networks))
 
-    def build(self, network: Network, seed: int, **kwargs: Any) -> CifarResNet:
-        """The network with the weights that ``seed`` gives, on the device."""
-        return network.seeded(seed, self.data, self.device, **kwargs)
-
     def _train(self, trainings: Iterable[Training]) -> None:
         """Runs the trainings that have not run yet."""
         waiting, begun = [t for t in trainings if t not in self._runs], time.perf_counter()
@@ -178,9 +174,8 @@ class Difference:
     def of(a: Sequence[float], b: Sequence[float]) -> Difference:
         """mean(a) - mean(b); NaN counts as larger than anything."""
         a, b = ([math.inf if math.isnan(v) else v for v in sample] for sample in (a, b))
-        variances = [
-            statistics.variance(s) / len(s) if len(s) > 1 and all(map(math.isfinite, s)) else 0 for s in (a, b)
-        ]
+        several = [s for s in (a, b) if len(s) > 1 and all(map(math.isfinite, s))]
+        variances = [statistics.variance(s) / len(s) for s in several]
         value = statistics.fmean(a) - statistics.fmean(b)
         return Difference(0.0 if math.isnan(value) else value, math.sqrt(sum(variances)))
 
@@ -188,6 +183,11 @@ class Difference:
     def positive(self) -> bool:
         """Whether it exceeds two standard errors. Single runs have no known error: whether it exceeds 0."""
         return self.value > 2 * self.error
+
+    @property
+    def points(self) -> str:
+        """As text, in percentage points."""
+        return f"{100 * self.value:+.2g} ± {100 * self.error:.1g} points"
 
     def __str__(self) -> str:
         return f"{self.value:+.3g} ± {self.error:.2g}"
@@ -200,12 +200,22 @@ def spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
     return f"{mean} ± {scale * statistics.stdev(values):.1g}" if several else mean
 
 
-def beside_published(networks: Mapping[str, Figures], published: Mapping[str, float]) -> str:
+PUBLISHED = "published_test_error_percent"
+
+
+def published(lab: Laboratory) -> Figures:
+    """The paper's test errors, where the images are the paper's."""
+    errors = {f"ResNet-{d}": e for d, e in paper.CIFAR10_ERROR.items()} if lab.data.name == "cifar10" else {}
+    return {PUBLISHED: errors}
+
+
+def beside_published(networks: Mapping[str, Figures], figures: Figures) -> str:
     """ " Test error beside the paper's: ..." for networks whose error in per cent is published; otherwise ""."""
+    errors = figures[PUBLISHED]
     found = [
-        f"{name} {spread(finals(n, 'test_error'), 100)} % ({published[name]} %)"
+        f"{name} {spread(finals(n, 'test_error'), 100)} % ({errors[name]} %)"
         for name, n in networks.items()
-        if name in published
+        if name in errors
     ]
     return f" Test error beside the paper's: {', '.join(found)}." if found else ""
 
@@ -220,27 +230,45 @@ class Verdict:
     sentence: str
 
 
-@dataclass(frozen=True)
 class Study:
-    """One experiment of the paper.
+    """One experiment of the paper. By default the curves of its networks are measured, and two of them drawn.
 
     Attributes:
         name: the name on the command line. title: the heading. claim: in the paper's words. source: its place there.
-        networks: the networks that are trained, for a preset.
-        measure: returns all figures, as values that JSON can hold. judge, draw: see only these. size: the picture's.
-        work: steps times layers that ``measure`` takes beyond training.
+        size: the picture's. curves: what ``draw`` shows, side by side: key, label, factor.
     """
 
-    name: str
-    title: str
-    claim: str
-    source: str
-    networks: Callable[[Preset], list[Network]]
-    measure: Callable[[Laboratory], Figures]
-    judge: Callable[[Figures], list[Verdict]]
-    draw: Callable[[Figures, Figure], None]
-    work: Callable[[Preset], float] = lambda preset: 0.0
-    size: tuple[float, float] = (9, 3.8)
+    name: ClassVar[str]
+    title: ClassVar[str]
+    claim: ClassVar[str]
+    source: ClassVar[str]
+    size: ClassVar[tuple[float, float]] = (9, 3.8)
+    curves: ClassVar[Sequence[tuple[str, str, float]]] = (
+        ("train_loss", "training loss", 1),
+        ("test_error", "test error, %", 100),
+    )
+
+    def networks(self, preset: Preset) -> list[Network]:
+        """The networks that are trained."""
+        raise NotImplementedError
+
+    def work(self, preset: Preset) -> float:
+        """Steps times layers that ``measure`` takes beyond training."""
+        return 0.0
+
+    def measure(self, lab: Laboratory) -> Figures:
+        """All figures, as values that JSON can hold. ``judge`` and ``draw`` see only these."""
+        return {"networks": {n.name: summary(lab.runs(n)) for n in self.networks(lab.preset)}}
+
+    def judge(self, figures: Figures) -> list[Verdict]:
+        """A verdict for each claim."""
+        raise NotImplementedError
+
+    def draw(self, figures: Figures, figure: Figure) -> None:
+        """Draws the figures."""
+        axes = figure.subplots(1, len(self.curves))
+        for ax, (key, label, scale) in zip(axes, self.curves, strict=True):
+            draw_curves(ax, figures["networks"], key, label, scale)
 
     def run(self, lab: Laboratory) -> Result:
         """Measures and judges.
@@ -290,42 +318,34 @@ class Result:
 
 def as_read_back(value: Any) -> Any:
     """The value as a JSON file returns it: keys as text, tuples as lists; floats with six digits."""
-    if isinstance(value, Mapping):
-        return {str(k): as_read_back(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_read_back(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
 def _spelled(value: Any) -> Any:
     """The value with infinities and NaN, which JSON lacks, as text."""
-    if isinstance(value, dict):
-        return {k: _spelled(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_spelled(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    spelled = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}
+    return json.loads(json.dumps(value), parse_constant=spelled.__getitem__)
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
 COLOURS = ("#4c78a8", "#e4572e", "#54a24b", "#b279a2", "#9aa0a6")
+GREY = COLOURS[-1]
 
 
 def draw_curves(ax: Any, networks: Mapping[str, Figures], key: str, label: str, scale: float = 1.0) -> None:
     """Draws the mean over the seeds as a line, and minimum to maximum as a band; plain networks are dashed."""
     for (name, network), colour in zip(networks.items(), cycle(COLOURS), strict=False):
-        curves = network[key]
-        epochs = range(1, len(curves[0]) + 1)
-        columns = [[scale * v for v in column] for column in zip(*curves, strict=True)]
+        columns = [[scale * v for v in column] for column in zip(*network[key], strict=True)]
+        epochs = range(1, len(columns) + 1)
         style = "--" if network["network"]["shortcut"] is None else "-"
         ax.plot(epochs, [statistics.fmean(c) for c in columns], color=colour, linestyle=style, label=name)
         ax.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel(label)
-    tidy(ax)
+    tidy(ax, "epoch", label)
 
 
-def tidy(ax: Any, legend: bool = True) -> None:
-    """Removes the box and adds a small legend."""
+def tidy(ax: Any, x: str = "", y: str = "", legend: bool = True) -> None:
+    """Labels the axes, removes the box and adds a small legend."""
+    ax.set(xlabel=x, ylabel=y)
     ax.spines[["top", "right"]].set_visible(False)
     if legend:
         ax.legend(frameon=False, fontsize=8)

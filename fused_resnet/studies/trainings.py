@@ -100,15 +100,9 @@ def train(training: Training, advance: Advance, *, data: ImageData, device: torc
     with _one_thread_on_a_cpu(device), chains_always():
         model = network.seeded(training.seed, data, device)
         trainer = Trainer(
-            model,
-            data,
-            training.recipe,
-            device=device,
-            seed=training.seed,
-            output=folder,
-            callbacks=[watch],
+            model, data, training.recipe, device=device, seed=training.seed, output=folder, callbacks=[watch],
             resume=resume,
-        )
+        )  # fmt: skip
         advance(network.depth * trainer.step, network.name)
         history = trainer.run()
     return Run(network, training.seed, model, history, [watch.norms[step] for step in sorted(watch.norms)])

@@ -25,10 +25,10 @@ from fused_resnet.studies import (
     STUDIES,
     Laboratory,
     Network,
-    convergence,
+    comparisons,
     costs,
+    curves,
     gradients,
-    lr_drop,
     paper,
     responses,
 )
@@ -62,7 +62,7 @@ def test_parameters_of_imagenet_networks(name: str, millions: float) -> None:
 
 def test_multiply_adds_are_table_1s() -> None:
     """Within 2 %: the paper gives two digits, some of them cut, not rounded (ResNet-50's 3.86 is its 3.8)."""
-    found = studies.bottleneck.imagenet_costs()
+    found = comparisons.imagenet_costs()
     assert list(found) == [f"ResNet-{depth}" for depth in (18, 34, 50, 101, 152)]
     for name, entry in found.items():
         assert entry["multiply_adds"] == pytest.approx(entry["published_multiply_adds"], rel=0.02), name
@@ -331,10 +331,10 @@ def test_open_block_leaves_the_shortcut_alone() -> None:
 
 
 def test_small_tools() -> None:
-    assert convergence.smooth([4.0, 2.0, 0.0], 2) == [4, 3, 1]
-    assert convergence.reached([2.0] * 10 + [0.0] * 10, 1.0) == 16 and convergence.reached([2.0] * 5, 1.0) == 5
-    assert lr_drop.divisions([0.01, 0.1, 0.1, 0.01, 0.01, 0.001]) == [3, 5]
-    assert lr_drop.falls([4.0, 4.0, 2.0, 2.0, 0.5, 0.5], 4) == (4, 2)
+    assert curves.smooth([4.0, 2.0, 0.0], 2) == [4, 3, 1]
+    assert curves.reached([2.0] * 10 + [0.0] * 10, 1.0) == 16 and curves.reached([2.0] * 5, 1.0) == 5
+    assert curves.divisions([0.01, 0.1, 0.1, 0.01, 0.01, 0.001]) == [3, 5]
+    assert curves.falls([4.0, 4.0, 2.0, 2.0, 0.5, 0.5], 4) == (4, 2)
     assert gradients.ratio([1.0, 5.0, 2.0]) == 0.5 and gradients.ratio([0.0, 0.0]) == 0
     assert gradients.ratio([math.nan, 1.0]) == math.inf
     assert as_read_back({1: (1.23456789, 2)}) == {"1": [1.23457, 2]}

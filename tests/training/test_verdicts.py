@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fused_resnet.studies import STUDIES, convergence, gradients, paper
+from fused_resnet.studies import STUDIES, gradients, paper
+from fused_resnet.studies import curves as training_curves
 from fused_resnet.studies.study import as_read_back
 
 
@@ -117,7 +118,7 @@ def test_gradients_verdict() -> None:
                                                              ((30, 33, 31), (30, 32, 34), False),
                                                              ((20, 21, 19), (30, 33, 31), False)])  # fmt: skip
 def test_convergence_verdict(plain: tuple[int, ...], residual: tuple[int, ...], expected: bool) -> None:
-    steps = {name: {str(s): found for s in convergence.SHARES} for name, found in (("p", plain), ("r", residual))}
+    steps = {name: {str(s): found for s in training_curves.SHARES} for name, found in (("p", plain), ("r", residual))}
     assert held("convergence", {"steps_to_reach": steps}) == [expected]
 
 
