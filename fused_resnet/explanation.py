@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_resnet.backends import (
-    BnAct,
-    BnActBackward,
-    BnActMaxPool,
-    BnActMaxPoolBackward,
-    Call,
-    Case,
-    ConvBackward,
-    ConvBiasAct,
-    ConvStats,
-    Packed,
-)
+from fused_resnet.backends import Call, Case, ConvBackward, ConvBiasAct, ConvStats, Packed, primitives
 from fused_resnet.chain.packing import packed_forms
 from fused_resnet.frozen.modules import Frozen
 from fused_resnet.frozen.rows import FoldedUnit, FrozenRow
@@ -129,25 +118,40 @@ def _times(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _rows(model: nn.Module) -> Iterator[Row]:
+def _blocks(
+    model: nn.Module, chains: Sequence[ChainReport], plain: Iterable[tuple[str, str]]
+) -> Iterator[tuple[str, str, list[ChainReport], list[str]]]:
+    """The modules that have chains or plain norms, in the model's order: name, class, chains, why norms run plain.
+
+    Args:
+        plain: (name, reason) of the norms that run plain.
+    """
     modules = dict(named_modules(model))
-    norms = {name: m for name, m in modules.items() if looks_like_norm(m)}
-    chains, left, fronts = _captured(model)
-    taken = {unit.norm[0] for chain in chains for unit in chain.units}
     blocks: dict[str, list[ChainReport]] = {}
     for chain in chains:
         blocks.setdefault(chain.owner[0], []).append(chain)
-    plain: dict[str, dict[str, None]] = {}  # a module's name -> the reasons why its norms run plain
-    for name in norms.keys() - taken:
-        reason = left.get(name) or _unseen(model, name, fronts)
-        plain.setdefault(name.rpartition(".")[0], {})[reason] = None
-    closed_by = _closed_by(chains)
+    reasons: dict[str, dict[str, None]] = {}
+    for norm, reason in plain:
+        reasons.setdefault(norm.rpartition(".")[0], {})[reason] = None
     order = {name: i for i, name in enumerate(modules)}
-    for name in sorted(blocks.keys() | plain.keys(), key=lambda name: order.get(name, -1)):
-        found, reasons = blocks.get(name, []), list(plain.get(name, ()))
+    for name in sorted(blocks.keys() | reasons.keys(), key=lambda name: order.get(name, -1)):
+        found = blocks.get(name, [])
         kind = found[0].owner[1] if found else ""
-        if not kind and name in modules:
-            kind = original(modules[name]).__name__
+        kind = kind or (original(modules[name]).__name__ if name in modules else "")
+        yield name, kind, found, list(reasons.get(name, ()))
+
+
+def _norms(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in named_modules(model) if looks_like_norm(m)}
+
+
+def _rows(model: nn.Module) -> Iterator[Row]:
+    norms = _norms(model)
+    chains, left, fronts = _captured(model)
+    taken = {unit.norm[0] for chain in chains for unit in chain.units}
+    plain = [(name, left.get(name) or _unseen(model, name, fronts)) for name in norms.keys() - taken]
+    closed_by = _closed_by(chains)
+    for name, kind, found, reasons in _blocks(model, chains, plain):
         ran = list(filter(_ran, found))
         measured = "; ".join(dict.fromkeys(filter(None, (str(chain.choice) for chain in found))))
         if len(ran) < len(found):
@@ -215,25 +219,14 @@ def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
 
 
 def _frozen_rows(model: Frozen) -> Iterator[Row]:
-    modules = dict(named_modules(model.model))
-    norms = {name for name, m in modules.items() if looks_like_norm(m)}
     chains, left, _ = _merged([("", model.front())])
-    blocks: dict[str, list[ChainReport]] = {}
-    for chain in chains:
-        blocks.setdefault(chain.owner[0], []).append(chain)
     taken = set() if model.differs else {unit.norm[0] for chain in chains for unit in chain.units}
-    plain: dict[str, dict[str, None]] = {}
-    for name in norms - taken:
-        reason = _DIFFERS if model.differs else left.get(name, _NOT_CAPTURED)
-        plain.setdefault(name.rpartition(".")[0], {})[reason] = None
-    order = {name: i for i, name in enumerate(modules)}
-    for name in sorted(blocks.keys() | plain.keys(), key=lambda name: order.get(name, -1)):
-        found = blocks.get(name, [])
-        kind = found[0].owner[1] if found else ""
-        kind = kind or (original(modules[name]).__name__ if name in modules else "")
-        served = {} if model.differs else _serving_frozen(found)
+    norms = _norms(model.model).keys() - taken
+    plain = [(name, _DIFFERS if model.differs else left.get(name, _NOT_CAPTURED)) for name in norms]
+    for name, kind, found, reasons in _blocks(model.model, chains, plain):
         fused = bool(found) and not model.differs
-        yield Row(name or "(model)", kind, fused, "; ".join(plain.get(name, ())), served, len(found) * fused)
+        served = _serving_frozen(found) if fused else {}
+        yield Row(name or "(model)", kind, fused, "; ".join(reasons), served, len(found) * fused)
 
 
 def _serving_frozen(chains: Sequence[ChainReport]) -> dict[str, str]:
@@ -259,7 +252,7 @@ def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
         return "PyTorch's own"
     if conv is None:
         case = Case(w.device.type, row.dtype, True)
-        return planned(BnAct, None, w.shape[0]) or why(BnAct, case)[0]
+        return planned(primitives.BnAct, None, w.shape[0]) or why(primitives.BnAct, case)[0]
     behind = ", its scale in a separate pass: folded, it would leave the dtype's range" if unit.spec.scaled else ""
     if measured := planned(ConvBiasAct, conv, tuple(w.shape)):
         return measured + behind
@@ -302,8 +295,9 @@ def _serving(chains: Sequence[ChainReport]) -> dict[str, str]:
                 served[label] = measured or " and ".join(names[label])
         last = chain.units[-1]
         case = Case(last.device, last.dtype, last.channels_last)
-        pooled = chain.max_pool is not None
-        for primitive in (BnActMaxPool, BnActMaxPoolBackward) if pooled else (BnAct, BnActBackward):
+        closing = (primitives.BnAct, primitives.BnActBackward)
+        pooled = (primitives.BnActMaxPool, primitives.BnActMaxPoolBackward)
+        for primitive in closing if chain.max_pool is None else pooled:
             served[primitive.name] = planned(primitive, None, last.channels) or why(primitive, case)[0]
     return served
 

@@ -49,8 +49,8 @@ def interleaved(
     repeats: tuple[int, int],
     budget_s: float,
     sample_s: float = 0.1,
-    tick: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    agreed: Callable[[float], float] = lambda value: value,
 ) -> dict[str, list[float]]:
     """Times every step once per round. Each round starts with another step.
 
@@ -58,8 +58,8 @@ def interleaved(
 
     Args:
         repeats: the fewest and the most rounds. budget_s: after the fewest, no round starts after this many seconds.
-        sample_s: a quicker step is called as often as fits into this time. tick: called after each round. clock: as of
-            ``seconds``.
+        sample_s: a quicker step is called as often as fits into this time. clock: as of ``seconds``.
+        agreed: gives the value on which processes that take every step together agree, and waits for all of them.
 
     Returns:
         Name -> seconds per call, one value per round.
@@ -74,13 +74,22 @@ def interleaved(
     found: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for done in range(repeats[1]):
-        if done >= repeats[0] and time.perf_counter() - start > budget_s:
+        if done >= repeats[0] and agreed(time.perf_counter() - start) > budget_s:
             break
         for i in range(len(names)):
             name = names[(done + i) % len(names)]
-            found[name].append(seconds(steps[name], device, calls[name], clock))
-        tick()
+            agreed(0)  # all start together
+            found[name].append(agreed(seconds(steps[name], device, calls[name], clock)))
     return found
+
+
+def figures(times_s: Sequence[float], images: int, plain_s: Sequence[float]) -> dict[str, Any]:
+    """The figures of a step that takes ``images`` and these times, beside one that takes ``plain_s`` (may be empty)."""
+    return {
+        "images_per_s": quantiles([images / t for t in times_s]),
+        "ms_per_step": quantiles([1e3 * t for t in times_s]),
+        "speedup": quantiles(ratios(plain_s, times_s)) if plain_s else None,
+    }
 
 
 def ratios(base: Sequence[float], other: Sequence[float]) -> list[float]:

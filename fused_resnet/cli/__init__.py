@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from fused_resnet.cli.options import UsageError, parser
 
 # Packages that the commands need beyond torch: the name that is imported, and the name that is installed.
-EXTRAS = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "PIL": "pillow", "numpy": "numpy"}
+EXTRAS = {
+    "rich": "rich",
+    "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "numpy": "numpy",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

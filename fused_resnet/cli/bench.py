@@ -8,17 +8,14 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fused_resnet.cli import report, scaling
 from fused_resnet.cli.cases import Case, Settings, Subject, run_case
 from fused_resnet.cli.console import console, pick_device, pick_models, progress, table, write_json
 from fused_resnet.cli.digits import train_both
-from fused_resnet.cli.env import describe, device_name
+from fused_resnet.cli.env import head
 from fused_resnet.cli.variants import CompileBudget
 
 MODES = ("inference", "training")
@@ -57,16 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if args.distributed:
         return scaling.run(args, names, repeats, preset.case_budget_s)
     device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # plain PyTorch at its fastest: the shapes never change
-    settings = Settings(
-        device,
-        args.batch_size or (8 if device.type == "cpu" else 256),
-        args.size,
-        args.seed,
-        repeats,
-        preset.case_budget_s,
-    )
+    settings = Settings.of(args, device, repeats, preset.case_budget_s)
     budget = None if args.no_compile else CompileBudget(preset.compile_s)
     epochs = 0 if args.no_digits else preset.epochs
     cases: list[Case] = []
@@ -93,9 +81,7 @@ def run(args: argparse.Namespace) -> int:
     config |= asdict(settings) | {"device": str(device), "digits_epochs": epochs}
     found = {
         "ok": all(c.ok for c in cases) and all(t.ok for t in trainings),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": device_name(device),
-        **describe(),
+        **head(device),
         "config": config,
         "cases": [c.to_json() for c in cases],
         "digits": {"epochs": epochs, "trainings": [t.to_json() for t in trainings]} if trainings else None,

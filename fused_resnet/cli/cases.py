@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet import measure, models
@@ -52,11 +53,6 @@ class Case:
     batch_size: int
     rows: list[Row] = field(default_factory=list)
 
-    @property
-    def title(self) -> str:
-        """The case's name in headings and sentences."""
-        return f"{self.model} {self.mode} {self.dtype}"
-
     def row(self, variant: str) -> Row | None:
         """The row of a variant, if it was measured."""
         return next((r for r in self.rows if r.variant == variant and r.status == "measured"), None)
@@ -73,14 +69,8 @@ class Case:
         if row.status != "measured":
             return found
         plain = self.row("plain")
-        found |= {
-            "rounds": len(row.times_s),
-            "images_per_s": measure.quantiles([self.batch_size / t for t in row.times_s]),
-            "ms_per_step": measure.quantiles([1e3 * t for t in row.times_s]),
-            "speedup": measure.quantiles(measure.ratios(plain.times_s, row.times_s)) if plain else None,
-            "times_s": row.times_s,
-            "peak_bytes": row.peak_bytes,
-        }
+        found |= measure.figures(row.times_s, self.batch_size, plain.times_s if plain else [])
+        found |= {"rounds": len(row.times_s), "times_s": row.times_s, "peak_bytes": row.peak_bytes}
         if row.saved_bytes is not None:
             found["saved_bytes_per_image"] = row.saved_bytes / self.batch_size
         return found
@@ -102,6 +92,24 @@ class Settings:
     repeats: tuple[int, int]
     case_budget_s: float
 
+    @staticmethod
+    def of(args: Namespace, device: torch.device, repeats: tuple[int, int], case_budget_s: float) -> Settings:
+        """The settings that the command's arguments ask for."""
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # plain PyTorch at its fastest: the shapes never change
+        batch_size = args.batch_size or (8 if device.type == "cpu" else 256)
+        return Settings(device, batch_size, args.size, args.seed, repeats, case_budget_s)
+
+
+def network(name: str, settings: Settings, few: Tensor, generator: torch.Generator) -> nn.Module:
+    """A plain model, channels_last, with weights that expose mistakes, the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model: nn.Module = getattr(models, name)(fused=False)
+    model = validate.in_layout(model.to(settings.device), torch.channels_last)
+    validate.randomise(model, few, generator, validate.BRANCH)
+    return model
+
 
 class Subject:
     """A model with weights that expose mistakes, its images, and its float64 results on them."""
@@ -111,13 +119,8 @@ class Subject:
         x, labels = data.photographs(settings.batch_size, settings.size, settings.seed)
         self.x, self.labels = x.to(settings.device), labels.to(settings.device)
         generator = torch.Generator().manual_seed(settings.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            model: nn.Module = getattr(models, name)(fused=False)
-        model = validate.in_layout(model.to(settings.device), torch.channels_last)
         few = self.x[:VALIDATED_IMAGES]
-        validate.randomise(model, few, generator, validate.BRANCH)
-        self.model = model
+        self.model = model = network(name, settings, few, generator)
         # contiguous: faster in float64 on a CPU
         truth = validate.in_layout(copy.deepcopy(model).double(), torch.contiguous_format)
         wide = few.double().contiguous()
@@ -191,14 +194,11 @@ def _variants(
         yield variant, row
 
 
-def run_case(
-    subject: Subject, mode: str, dtype: str, budget: CompileBudget | None, tick: Callable[[], object] = lambda: None
-) -> Case:
+def run_case(subject: Subject, mode: str, dtype: str, budget: CompileBudget | None) -> Case:
     """Validates and measures one case.
 
     Args:
         mode: "inference" or "training". dtype: "fp32" or "bf16". budget: for torch.compile; None leaves it out.
-        tick: called after each round of the timing.
     """
     s = subject.settings
     case = Case(subject.name, mode, dtype, s.batch_size)
@@ -213,7 +213,7 @@ def run_case(
             variant.model.zero_grad(set_to_none=True)
         row.peak_bytes = measure.peak_bytes(step, s.device)
         steps[variant.name] = step
-    times = measure.interleaved(steps, s.device, repeats=s.repeats, budget_s=s.case_budget_s, tick=tick)
+    times = measure.interleaved(steps, s.device, repeats=s.repeats, budget_s=s.case_budget_s)
     for _, row in ready:
         row.times_s = times[row.variant]
     return case

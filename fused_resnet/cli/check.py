@@ -49,12 +49,8 @@ class Result:
         found = {"subject": self.subject.label, "model": self.subject.model, "dtype": self.dtype, "ok": self.ok}
         if self.problem:
             return found | {"problem": self.problem}
-        failed = [f.to_json() for f in self.findings if not f.ok]
-        return found | {
-            "compared": len(self.findings),
-            "worst": validate.worst(self.findings).to_json(),
-            "failed": failed,
-        }
+        failed, worst = [f.to_json() for f in self.findings if not f.ok], validate.worst(self.findings).to_json()
+        return found | {"compared": len(self.findings), "worst": worst, "failed": failed}
 
 
 class _Given(NamedTuple):

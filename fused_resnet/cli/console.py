@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fused_resnet import models
@@ -33,14 +29,8 @@ def console() -> Console:
 def progress(*more: ProgressColumn, quiet: bool = False) -> Progress:
     """A progress bar on standard error, hidden if that is not a terminal or if ``quiet``. ``more``: extra columns."""
     err = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        *more,
-    )
+    text, bar, *_ = Progress.get_default_columns()
+    columns = (SpinnerColumn(), text, bar, MofNCompleteColumn(), TimeElapsedColumn(), *more)
     return Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal)
 
 
@@ -77,6 +67,23 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: expected auto, cpu or cuda")
     return device
+
+
+@contextmanager
+def process_group(device: torch.device, timeout: timedelta | None = None) -> Iterator[torch.device]:
+    """Joins torchrun's processes, by NCCL between GPUs, otherwise by gloo, and gives the device of this one.
+
+    Raises:
+        UsageError: this machine has fewer GPUs than processes.
+    """
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def pick_models(chosen: Sequence[str] | None, default: Sequence[str], libraries: Sequence[str] = ()) -> list[str]:

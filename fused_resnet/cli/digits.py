@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from fused_resnet import models
 from fused_resnet.planner.sizes import chains_always
@@ -36,14 +35,6 @@ class Training:
         return asdict(self) | {"ok": self.ok, "required_accuracy": REQUIRED_ACCURACY}
 
 
-class _Tick(Callback):
-    def __init__(self, tick: Callable[[], object]) -> None:
-        self.tick = tick
-
-    def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
-        self.tick()
-
-
 def train_both(
     epochs: int, device: torch.device, seed: int, tick: Callable[[], object] = lambda: None
 ) -> list[Training]:
@@ -52,16 +43,19 @@ def train_both(
     Args:
         epochs: passes over the 1,437 training images. tick: called after each epoch, 2 * ``epochs`` times in all.
     """
-    found, recipe = data.digits(), named("quick", epochs=epochs)
+
+    class Tick(Callback):
+        def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
+            tick()
+
     trainings = []
     for variant in ("plain", "fused"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: nn.Module = models.resnet20(in_channels=1, fused=variant == "fused")
-        start = time.perf_counter()
+            model = models.resnet20(in_channels=1, fused=variant == "fused")
+        recipe, start = named("quick", epochs=epochs), time.perf_counter()
         with chains_always():  # the trial is about chains
-            history = Trainer(model, found, recipe, device=device, seed=seed, callbacks=[_Tick(tick)]).run()
-        losses = [step["loss"] for step in history.steps]
-        accuracy = 1 - history.epochs[-1]["test_error"]
+            history = Trainer(model, data.digits(), recipe, device=device, seed=seed, callbacks=[Tick()]).run()
+        losses, accuracy = [step["loss"] for step in history.steps], 1 - history.epochs[-1]["test_error"]
         trainings.append(Training(variant, losses, accuracy, time.perf_counter() - start))
     return trainings

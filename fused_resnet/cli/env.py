@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import platform
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -57,12 +58,8 @@ def machine() -> dict[str, Any]:
 def _gpu(index: int) -> dict[str, Any]:
     p = torch.cuda.get_device_properties(index)
     arch = getattr(p, "gcnArchName", "") if torch.version.hip else f"sm_{p.major}{p.minor}"
-    return {
-        "name": p.name,
-        "arch": arch,
-        "memory_gib": round(p.total_memory / 2**30, 1),
-        "processors": p.multi_processor_count,
-    }
+    memory = round(p.total_memory / 2**30, 1)
+    return {"name": p.name, "arch": arch, "memory_gib": memory, "processors": p.multi_processor_count}
 
 
 def device_name(device: torch.device) -> str:
@@ -108,6 +105,12 @@ def describe() -> dict[str, Any]:
     return {"machine": machine(), "versions": versions(), "extension": extension(), "backends": fr.backends()}
 
 
+def head(device: torch.device) -> dict[str, Any]:
+    """The head of a report: when and where it was measured."""
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": date, "device": device_name(device), **describe()}
+
+
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
@@ -120,11 +123,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints ``describe()``. Returns 0 if a backend is available."""
     found = describe()
     out = console()
-    found["extension"] = found["extension"] or {}
     for part, entries in found.items():
-        rows = [(key, _text(value)) for key, value in entries.items()] or [
-            ("not built", "pure Python: slower on a CPU")
-        ]
+        rows = [(key, _text(value)) for key, value in entries.items()]
+        rows = rows or [("not built", "pure Python: slower on a CPU")]
         out.print(table(part, ("", ""), rows, left=2))
     if args.json:
         write_json(args.json, found)

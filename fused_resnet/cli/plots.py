@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fused_resnet.cli.variants import TITLES, VARIANTS
+from fused_resnet.cli.variants import TITLES
 
 COLOURS = {"plain": "#9aa0a6", "compile": "#4c78a8", "fused": "#e4572e"}
 Report = dict[str, Any]
 
 
-def _panels(report: Report, modes: Sequence[str]) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """(model, mode, its cases, one per dtype), one per panel."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for case in report["cases"]:
-        if case["mode"] in modes:
-            found.setdefault((case["model"], case["mode"]), []).append(case)
-    return [(*key, cases) for key, cases in found.items()]
+def _throughput(row: Report) -> tuple[float, float, float]:
+    """Height, low end and high end of a bar."""
+    q = row["images_per_s"]
+    return q["median"], q["p20"], q["p80"]
+
+
+def _megabytes(key: str) -> Callable[[Report], tuple[float, float, float] | None]:
+    return lambda row: (row[key] / 1e6,) * 3 if row.get(key) else None
 
 
 def _bars(
-    report: Report,
-    modes: Sequence[str],
-    label: str,
-    value: Callable[[dict[str, Any]], tuple[float, float, float] | None],
+    report: Report, label: str, value: Callable[[Report], tuple[float, float, float] | None], *modes: str
 ) -> Figure | None:
-    """One panel per model and mode, a group of bars per dtype. ``value`` maps a row to (height, low, high) or None."""
-    panels = _panels(report, modes)
+    """One panel per model and mode, a group of bars per dtype. ``value``: height, low and high of a row, or None."""
+    panels: dict[tuple[str, str], list[Report]] = {}
+    for case in report["cases"]:
+        if case["mode"] in modes:
+            panels.setdefault((case["model"], case["mode"]), []).append(case)
     if not panels:
         return None
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(3.1 * columns, 3.0 * lines + 0.5), layout="constrained")
-    for i, (model, mode, cases) in enumerate(panels):
-        ax: Axes = figure.add_subplot(lines, columns, i + 1)
+    for i, ((model, mode), cases) in enumerate(panels.items()):
+        ax = figure.add_subplot(lines, columns, i + 1)
         for k, case in enumerate(cases):
             rows = [row for row in case["variants"] if row["status"] == "measured"]
             bars = [(row["variant"], found) for row in rows if (found := value(row)) is not None]
@@ -52,24 +53,9 @@ def _bars(
         ax.set_ylabel(label if i % columns == 0 else "")
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(y=0.15)
-    handles = [Axes.bar(ax, 0, 0, color=COLOURS[v], label=TITLES[v]) for v in VARIANTS]
+    handles = [ax.bar(0, 0, color=COLOURS[v], label=title) for v, title in TITLES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
-
-
-def _throughput(row: dict[str, Any]) -> tuple[float, float, float]:
-    q = row["images_per_s"]
-    return q["median"], q["p20"], q["p80"]
-
-
-def _saved(row: dict[str, Any]) -> tuple[float, float, float] | None:
-    value = row.get("saved_bytes_per_image")
-    return (value / 1e6,) * 3 if value else None
-
-
-def _peak(row: dict[str, Any]) -> tuple[float, float, float] | None:
-    value = row.get("peak_bytes")
-    return (value / 1e6,) * 3 if value else None
 
 
 def _losses(digits: Report) -> Figure:
@@ -78,14 +64,13 @@ def _losses(digits: Report) -> Figure:
     ax = figure.add_subplot()
     for training, style in zip(digits["trainings"], ("-", "--"), strict=True):
         losses, colour = training["losses"], COLOURS[training["variant"]]
-        smooth = [sum(losses[max(0, i - 8) : i + 1]) / len(losses[max(0, i - 8) : i + 1]) for i in range(len(losses))]
+        smooth = [statistics.fmean(losses[max(0, i - 8) : i + 1]) for i in range(len(losses))]
         ax.plot(losses, color=colour, alpha=0.25, linewidth=0.8)
         name = f"{training['variant']}: {100 * training['accuracy']:.1f} % of the test digits right"
         ax.plot(smooth, color=colour, linestyle=style, label=name)
-    ax.set_yscale("log")
-    ax.set_xlabel("step")
-    ax.set_ylabel("cross-entropy")
-    ax.set_title("ResNet-20 on handwritten digits, same seed (thin: each step; thick: mean of nine)", fontsize=10)
+    title = "ResNet-20 on handwritten digits, same seed (thin: each step; thick: mean of nine)"
+    ax.set(yscale="log", xlabel="step", ylabel="cross-entropy")
+    ax.set_title(title, fontsize=10)
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -99,15 +84,15 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
     """
     figures = {
         "throughput.png": (
-            _bars(report, ("inference", "training"), "images/s", _throughput),
+            _bars(report, "images/s", _throughput, "inference", "training"),
             "Images per second: median of all rounds, whiskers from the 20th to the 80th percentile. Higher is better.",
         ),
         "saved.png": (
-            _bars(report, ("training",), "MB per image", _saved),
+            _bars(report, "MB per image", _megabytes("saved_bytes_per_image"), "training"),
             "Kept for the backward pass, MB per image, without parameters. Lower is better.",
         ),
         "peak.png": (
-            _bars(report, ("inference", "training"), "MB", _peak),
+            _bars(report, "MB", _megabytes("peak_bytes"), "inference", "training"),
             "Peak memory of one step above the model and its images, MB. Lower is better.",
         ),
         "digits.png": (
@@ -115,9 +100,7 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
             "A whole training, fused beside plain, from the same seed.",
         ),
     }
-    written = {}
-    for name, (figure, caption) in figures.items():
-        if figure is not None:
-            figure.savefig(folder / name, dpi=130)
-            written[name] = caption
-    return written
+    found = {name: (figure, caption) for name, (figure, caption) in figures.items() if figure is not None}
+    for name, (figure, _) in found.items():
+        figure.savefig(folder / name, dpi=130)
+    return {name: caption for name, (_, caption) in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from rich.progress import TimeRemainingColumn
 
 from fused_resnet.cli.console import console, pick_device, progress, table, write_json
-from fused_resnet.cli.env import cores, describe, device_name
-from fused_resnet.cli.options import UsageError
+from fused_resnet.cli.env import cores, head
+from fused_resnet.cli.options import UsageError, usage
 from fused_resnet.studies import PRESETS, STUDIES, Laboratory, Result, Study, WorkerLost
-from fused_resnet.training import DataError, ImageData, ResumeError
+from fused_resnet.training import DataError, ResumeError
 
 
 def pick_studies(names: list[str]) -> list[Study]:
@@ -30,13 +30,6 @@ def pick_studies(names: list[str]) -> list[Study]:
     return [study for name, study in STUDIES.items() if "all" in names or name in names]
 
 
-def _data(args: argparse.Namespace) -> ImageData:
-    try:
-        return PRESETS[args.preset].data(Path(args.data) if args.data else None)
-    except (DataError, FileNotFoundError) as error:
-        raise UsageError(f"--data: {error}") from error
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the studies and writes each one's JSON and picture as soon as it is done.
 
@@ -44,21 +37,21 @@ def run(args: argparse.Namespace) -> int:
         0: they ran. Whether the claims held does not matter here.
     """
     device, preset, chosen = pick_device(args.device), PRESETS[args.preset], pick_studies(args.names)
-    data, output, start = _data(args), Path(args.output), time.perf_counter()
+    output, start = Path(args.output), time.perf_counter()
+    with usage("--data: ", DataError, FileNotFoundError):
+        data = preset.data(Path(args.data) if args.data else None)
     # on a GPU trainings would share the device; on a CPU each has a core
     processes = args.processes or (min(torch.get_num_threads(), cores()) if device.type == "cpu" else 1)
     if preset.keep and not args.resume and (output / "runs").exists():
         raise UsageError(f"--output {output} holds trainings: --resume continues them; or name another folder")
     environment: dict[str, Any] = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": device_name(device),
-        **describe(),
+        **head(device),
         "preset": preset.name,
         "seeds": args.seeds,
         "processes": processes,
         "data": {"name": data.name, "train_images": len(data.train_x), "test_images": len(data.test_x)},
-        "recipe": preset.recipe.to_json(),
-        "recipe_of_deep_networks": preset.deep_recipe.to_json(),
+        "recipe": asdict(preset.recipe),
+        "recipe_of_deep_networks": asdict(preset.deep_recipe),
     }
     results: list[Result] = []
     with progress(TimeRemainingColumn()) as bar:
@@ -70,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         lab = Laboratory(preset, data, args.seeds, device, advance, output / "runs", args.resume, processes)
         networks = [network for study in chosen for network in study.networks(preset)]
         bar.update(task, total=lab.work(networks) + sum(study.work(preset) for study in chosen))
-        try:
+        lost = usage(f"--processes {processes}: ", WorkerLost)
+        with usage("--resume: ", ResumeError), usage("--data: ", DataError), lost:
             if processes > 1:  # a single process trains when a study asks: results come sooner
                 lab.prepare(networks)
             for study in chosen:
@@ -79,30 +73,17 @@ def run(args: argparse.Namespace) -> int:
                 measured = time.perf_counter() - begun - (lab.training_s - trained)
                 spent = {"training_s": round(lab.training_s, 1), "elapsed_s": round(measured, 1)}
                 results[-1].save(output, environment | spent)
-        except ResumeError as error:
-            raise UsageError(f"--resume: {error}") from error
-        except DataError as error:
-            raise UsageError(f"--data: {error}") from error
-        except WorkerLost as error:
-            raise UsageError(f"--processes {processes}: {error}") from error
     elapsed = round(time.perf_counter() - start, 1)
     trained = round(lab.training_s, 1)
     if args.json:
         found = [result.to_json() for result in results]
         write_json(args.json, environment | {"training_s": trained, "elapsed_s": elapsed, "studies": found})
-    _print(
-        results, f"{preset.name} preset, {data.name}, seeds {', '.join(map(str, args.seeds))}, {device_name(device)}"
-    )
-    console().print(f"{elapsed:.0f} s, of which training {trained:.0f} s; written: {output}/")
-    return 0
-
-
-def _print(results: list[Result], title: str) -> None:
     rows = [
         (r.study.name, "[green]held[/]" if v.held else "[red]did not hold[/]", v.claim, v.sentence)
         for r in results
         for v in r.verdicts
     ]
-    out = console()
-    shown = table(title, ("study", "verdict", "the paper's claim", "what was found"), rows, left=4)
-    out.print(shown)
+    where = f"{preset.name} preset, {data.name}, seeds {', '.join(map(str, args.seeds))}, {environment['device']}"
+    console().print(table(where, ("study", "verdict", "the paper's claim", "what was found"), rows, left=4))
+    console().print(f"{elapsed:.0f} s, of which training {trained:.0f} s; written: {output}/")
+    return 0

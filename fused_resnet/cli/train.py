@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
 from fused_resnet import models
-from fused_resnet.cli.console import console, pick_device, pick_models, progress, table, write_json
-from fused_resnet.cli.env import cores, describe, device_name
-from fused_resnet.cli.options import UsageError
+from fused_resnet.cli.console import console, pick_device, pick_models, process_group, progress, table, write_json
+from fused_resnet.cli.env import cores, head
+from fused_resnet.cli.options import UsageError, usage
 from fused_resnet.training import Callback, DataError, ImageData, Recipe, ResumeError, Trainer, checkpoint, data, named
 from fused_resnet.training.logs import logger
 
@@ -57,51 +55,14 @@ class _Bar(Callback):
         self.bar.update(self.task, description=text, completed=step, total=total)
 
 
-@contextmanager
-def _processes(name: str) -> Iterator[tuple[torch.device, int]]:
-    """The device of this process and its rank. Under torchrun it joins the process group first."""
-    device = pick_device(name)
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield device, 0
-        return
-    if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device, dist.get_rank()
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _printing(leads: bool) -> Iterator[Progress]:
-    """Shows a progress bar and prints the training's log above it, in the first process only."""
-    with progress(TimeRemainingColumn(), quiet=not leads) as bar:
-        handler = logging.StreamHandler(sys.stdout)  # rich replaces it: the log is printed above the bar
-        if leads:
-            logger.addHandler(handler)
-        try:
-            yield bar
-        finally:
-            logger.removeHandler(handler)
-
-
 def _images(words: str, model: str) -> ImageData:
-    """The data that ``--data`` names.
-
-    Raises:
-        UsageError: the data are missing, or not of the expected form.
-    """
+    """The data that ``--data`` names."""
     kind, _, path = words.partition(":")
-    try:
-        if words == "digits":
-            return data.digits()
-        if kind == "cifar10":
-            return data.cifar10(path or None)
-        return data.image_folder(words, 224 if model in models.list_models("imagenet") else 32)
-    except DataError as error:
-        raise UsageError(f"--data {words}: {error}") from error
+    if words == "digits":
+        return data.digits()
+    if kind == "cifar10":
+        return data.cifar10(path or None)
+    return data.image_folder(words, 224 if model in models.list_models("imagenet") else 32)
 
 
 def _model(name: str, found: ImageData, plain: bool, seed: int) -> nn.Module:
@@ -116,37 +77,35 @@ def _model(name: str, found: ImageData, plain: bool, seed: int) -> nn.Module:
     return getattr(models, name)(fused=not plain, **sizes)
 
 
-def _recipe(args: argparse.Namespace, imagenet: bool) -> Recipe:
-    given = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "dtype": args.dtype}
-    changes = {name: value for name, value in given.items() if value is not None}
-    try:
-        return named(args.recipe, model=args.model, imagenet=imagenet, **changes)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the recipe: {error}") from error
-
-
 def run(args: argparse.Namespace) -> int:
-    """Trains. Returns 0 if the losses stay finite, 1 if the training diverged."""
+    """Trains, alone or with torchrun's other processes. Returns 0 if the losses stay finite, else 1."""
     output = Path(args.output)
     if (output / checkpoint.NAME).exists() and not args.resume:
         raise UsageError(f"--output {output} holds a checkpoint: --resume continues from it; or name another folder")
-    with _processes(args.device) as (device, rank):
-        return _train(args, output, device, rank == 0)
+    device = pick_device(args.device)
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return _train(args, output, device, True)
+    with process_group(device) as own:
+        return _train(args, output, own, dist.get_rank() == 0)
 
 
 def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: bool) -> int:
     start = time.perf_counter()
     pick_models([args.model], [])
-    found = _images(args.data, args.model)
+    with usage(f"--data {args.data}: ", DataError):
+        found = _images(args.data, args.model)
     imagenet = not found.in_memory
-    recipe = _recipe(args, imagenet)
+    given = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "dtype": args.dtype}
+    changes = {name: value for name, value in given.items() if value is not None}
+    with usage("the recipe: ", TypeError, ValueError):
+        recipe = named(args.recipe, model=args.model, imagenet=imagenet, **changes)
     model = _model(args.model, found, args.plain, args.seed)
     parameters = sum(p.numel() for p in model.parameters())
     paper = named("paper", model=args.model, imagenet=imagenet)
     deviations = [*recipe.differences(paper, mine="here", theirs="in the paper's recipe"), *found.deviations]
     workers = args.workers if args.workers is not None else 0 if found.in_memory else min(_MOST_WORKERS, cores())
-    with _printing(leads) as bar:
-        with _usage_errors():
+    with progress(TimeRemainingColumn(), quiet=not leads) as bar:
+        with usage("", ValueError), usage("--resume: ", ResumeError):
             trainer = Trainer(
                 model,
                 found,
@@ -159,71 +118,58 @@ def _train(args: argparse.Namespace, output: Path, device: torch.device, leads: 
                 resume=args.resume,
                 checkpoint_every=args.checkpoint_every,
             )
+        handler = logging.StreamHandler(sys.stdout)  # rich replaces it: the log is printed above the bar
+        if leads:
+            logger.addHandler(handler)
+            _announce(args, found, parameters, deviations, trainer.step)
         try:
-            if leads:
-                _announce(args, found, parameters, deviations)
-                if args.resume and not trainer.step:
-                    logger.info("nothing to resume in %s: starts from the beginning", output)
-            history = trainer.run()
-        except DataError as error:
-            raise UsageError(f"--data {args.data}: {error}") from error
-    last = history.epochs[-1]
-    ok = math.isfinite(last["train_loss"]) and math.isfinite(last["test_loss"])
-    if not leads:
-        return 0 if ok else 1
-    report: dict[str, Any] = {
-        "ok": ok,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": device_name(device),
-        "processes": trainer.share.world,
-        **describe(),
-        "model": args.model,
-        "plain": args.plain,
-        "parameters": parameters,
-        "data": {"name": found.name, "train": len(found.train_x), "test": len(found.test_x), "classes": found.classes},
-        "seed": args.seed,
-        "recipe": recipe.to_json(),
-        "not_as_in_the_paper": deviations,
-        "broken_images": trainer.broken,
-        "history": history.to_json(),
-        "elapsed_s": round(time.perf_counter() - start, 1),
-    }
-    write_json(output / "results.json", report)
-    if args.json:
-        write_json(args.json, report)
-    _print(report, output)
+            with usage(f"--data {args.data}: ", DataError):
+                history = trainer.run()
+        finally:
+            logger.removeHandler(handler)
+    ok = math.isfinite(history.epochs[-1]["train_loss"] + history.epochs[-1]["test_loss"])
+    if leads:
+        images = {"name": found.name, "train": len(found.train_x), "test": len(found.test_x)}
+        report: dict[str, Any] = {
+            "ok": ok,
+            **head(device),
+            "processes": trainer.share.world,
+            "model": args.model,
+            "plain": args.plain,
+            "parameters": parameters,
+            "data": images | {"classes": found.classes},
+            "seed": args.seed,
+            "recipe": asdict(recipe),
+            "not_as_in_the_paper": deviations,
+            "broken_images": trainer.broken,
+            "history": asdict(history),
+            "elapsed_s": round(time.perf_counter() - start, 1),
+        }
+        for path in filter(None, (output / "results.json", args.json)):
+            write_json(path, report)
+        _print(report, output)
     return 0 if ok else 1
 
 
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Raises a trainer's errors as usage errors of the command."""
-    try:
-        yield
-    except ResumeError as error:
-        raise UsageError(f"--resume: {error}") from error
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _announce(args: argparse.Namespace, found: ImageData, parameters: int, deviations: Sequence[str]) -> None:
+def _announce(
+    args: argparse.Namespace, found: ImageData, parameters: int, deviations: Sequence[str], step: int
+) -> None:
     """Logs the model, the data, and the differences from the paper."""
     variant = "plain PyTorch" if args.plain else "fused"
     images = f"{len(found.train_x):,} training and {len(found.test_x):,} test images"
     logger.info("%s (%s parameters, %s) on %s: %s", args.model, f"{parameters:,}", variant, args.data, images)
     for sentence in deviations:
         logger.info("not as in the paper: %s", sentence)
+    if args.resume and not step:
+        logger.info("nothing to resume in %s: starts from the beginning", args.output)
 
 
 def _print(report: dict[str, Any], output: Path) -> None:
     epochs = report["history"]["epochs"]
-    rows = [
-        [part, f"{epochs[-1][f'{part}_loss']:.4f}", f"{epochs[-1][f'{part}_error']:.2%}"] for part in ("train", "test")
-    ]
-    out = console()
+    last, out = epochs[-1], console()
+    rows = [(part, f"{last[f'{part}_loss']:.4f}", f"{last[f'{part}_error']:.2%}") for part in ("train", "test")]
     title = f"{report['model']} on {report['data']['name']} after {len(epochs)} epochs, {report['device']}"
-    out.print(title)
-    out.print(table("", ("images", "loss", "error"), rows))
+    out.print(table(title, ("images", "loss", "error"), rows))
     best = min(epochs, key=lambda e: e["test_error"])
     out.print(f"lowest test error {best['test_error']:.2%}, after epoch {best['epoch'] + 1}")
     if report["broken_images"]:

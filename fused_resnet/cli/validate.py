@@ -108,44 +108,33 @@ def compare(
         One finding per tensor. A tensor that ``got`` lacks uses an infinite share of its bound.
     """
     elementwise = dtype == torch.float64 or (dtype == torch.float32 and length > 0)
+    largest: dict[str, float] = {}  # mode -> the root mean square of its largest gradient
+    for name in filter(is_gradient, ref):
+        mode = name.rpartition(": ")[0]
+        largest[mode] = max(largest.get(mode, 0.0), _rms(ref[name]))
     findings = []
-    largest = _largest_gradients(ref)
     for name, r in ref.items():
         if name not in got:
             findings.append(Finding(f"{name} (missing)", math.inf, 0.0, math.inf))
             continue
-        scale = largest.get(_mode(name), 0.0) if is_gradient(name) else 0.0
-        if got[name].shape == r.shape and _rms(r) < NOTHING * scale:
-            error, plain_error = (_rms(t.double() - r.double()) / scale for t in (got[name], plain[name]))
+        tensors, luck = (got[name], plain[name]), 0.0
+        if is_gradient(name):
+            luck = math.sqrt(2 * KINKS / relus) if relus else 0.0
+            scale = largest[name.rpartition(": ")[0]]
+        if is_gradient(name) and got[name].shape == r.shape and _rms(r) < NOTHING * scale:
+            error, plain_error = (_rms(t.double() - r.double()) / scale for t in tensors)
             used = error / (2 * plain_error + FLOOR[dtype])
-            findings.append(Finding(name, error, plain_error, used if not math.isnan(used) else math.inf))
-            continue
-        error, plain_error = relative_error(got[name], r), relative_error(plain[name], r)
-        if elementwise:
-            used = elementwise_use(got[name], r, dtype, length or 1)
         else:
-            luck = math.sqrt(2 * KINKS / relus) if relus and is_gradient(name) else 0.0
+            error, plain_error = (relative_error(t, r) for t in tensors)
             used = error / (2 * plain_error + FLOOR[dtype] + luck)
+            if elementwise:
+                used = elementwise_use(got[name], r, dtype, length or 1)
         findings.append(Finding(name, error, plain_error, used if not math.isnan(used) else math.inf))
     return findings
 
 
 def _rms(t: Tensor) -> float:
     return float(t.double().square().mean().sqrt()) if t.numel() else 0.0
-
-
-def _mode(name: str) -> str:
-    """The prefix of a tensor's name (its mode), or ""."""
-    return name.rpartition(": ")[0]
-
-
-def _largest_gradients(ref: Tensors) -> dict[str, float]:
-    """Mode -> the root mean square of its largest gradient."""
-    largest: dict[str, float] = {}
-    for name, t in ref.items():
-        if is_gradient(name):
-            largest[_mode(name)] = max(largest.get(_mode(name), 0.0), _rms(t))
-    return largest
 
 
 def worst(findings: Iterable[Finding]) -> Finding:

@@ -54,6 +54,7 @@ def test_pure_python_wheel_works_and_warns_once(tree: Path, tmp_path: Path) -> N
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so") or name.startswith("csrc")]
+        assert "fused_resnet/cli/report.html" in archive.namelist()
         archive.extractall(site)
 
     result = run(["-c", USE_WITHOUT_EXTENSION], tmp_path, PYTHONPATH=str(site))
