@@ -17,6 +17,7 @@ from fused_resnet.models.cifar import (
     resnet1202,
 )
 from fused_resnet.models.resnet import (
+    FACTORIES,
     BasicBlock,
     Bottleneck,
     PlainBlock,
@@ -34,33 +35,6 @@ from fused_resnet.models.resnet import (
     wide_resnet101_2,
 )
 
-_IMAGENET = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "plain18",
-    "plain34",
-)
-_CIFAR = (
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet110",
-    "resnet1202",
-    "plain20",
-    "plain32",
-    "plain44",
-    "plain56",
-    "plain110",
-)
-
 
 def list_models(family: str | None = None) -> list[str]:
     """The names of all factories of this module: the ImageNet family, then the CIFAR family, by depth within each.
@@ -74,10 +48,10 @@ def list_models(family: str | None = None) -> list[str]:
     Raises:
         ValueError: there is no such family.
     """
-    families = {"imagenet": _IMAGENET, "cifar": _CIFAR}
+    families = {"imagenet": ResNet, "cifar": CifarResNet}
     if family is not None and family not in families:
         raise ValueError(f"family must be None, {' or '.join(map(repr, families))}, got {family!r}")
-    return [name for key, names in families.items() if family in (None, key) for name in names]
+    return [name for key, network in families.items() if family in (None, key) for name in FACTORIES[network]]
 
 
 __all__ = [

@@ -362,6 +362,10 @@ def build(
     return model
 
 
+# A network's class -> the names of its factories, by depth.
+FACTORIES: dict[type[nn.Module], list[str]] = {}
+
+
 class Factory(Protocol[Net_co]):
     """The signature that all factories share."""
 
@@ -376,6 +380,7 @@ def factory(
     def make(*, weights: Weights | None = None, fused: bool = True, **kwargs: Any) -> Net:
         return build(name, partial(network, *args, **defaults), weights, fused, in_torchvision, kwargs)
 
+    FACTORIES.setdefault(network, []).append(name)
     make.__name__ = make.__qualname__ = name
     make.__module__ = network.__module__
     make.__doc__ = f"""The network {name}, as in arXiv {arxiv}.
