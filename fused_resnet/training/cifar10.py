@@ -60,11 +60,11 @@ def _binary_batch(path: Path) -> Part:
 
 
 def _batches(folder: Path, suffix: str, read: Callable[[Path], Part]) -> tuple[Part, Part]:
-    missing = [f"{name}{suffix}" for name in [*_TRAIN, "test_batch"] if not (folder / f"{name}{suffix}").is_file()]
-    if missing:
+    files = [folder / f"{name}{suffix}" for name in (*_TRAIN, "test_batch")]
+    if missing := [file.name for file in files if not file.is_file()]:
         raise DataError(f"cifar10: {folder} lacks {', '.join(missing)}")
-    train = [read(folder / f"{name}{suffix}") for name in _TRAIN]
-    return (torch.cat([x for x, _ in train]), torch.cat([y for _, y in train])), read(folder / f"test_batch{suffix}")
+    *train, test = map(read, files)
+    return (torch.cat([x for x, _ in train]), torch.cat([y for _, y in train])), test
 
 
 def _datasets() -> Any:
@@ -95,12 +95,6 @@ def _splits(found: Any, where: str) -> tuple[Part, Part]:
     return _rows(found["train"]), _rows(found["test"])
 
 
-def _parquet(folder: Path) -> dict[str, list[str]]:
-    """The parquet files of each split, in ``folder`` or in a folder directly below."""
-    found = {part: sorted(str(p) for p in folder.glob(f"**/{part}*.parquet")) for part in ("train", "test")}
-    return found if all(found.values()) else {}
-
-
 def _read(root: Path) -> tuple[Part, Part] | None:
     """The data in ``root``, or None."""
     for name, suffix, read in ((PYTHON, "", _python_batch), (BINARY, ".bin", _binary_batch)):
@@ -109,7 +103,9 @@ def _read(root: Path) -> tuple[Part, Part] | None:
                 return _batches(folder, suffix, read)
     if (root / "dataset_dict.json").is_file():
         return _splits(_datasets().load_from_disk(str(root)), str(root))
-    if files := _parquet(root):
+    # parquet files may be in folders
+    files = {part: sorted(str(p) for p in root.glob(f"**/{part}*.parquet")) for part in ("train", "test")}
+    if all(files.values()):
         return _splits(_datasets().load_dataset("parquet", data_files=files), str(root))
     return None
 
@@ -118,12 +114,9 @@ def _cached() -> tuple[Part, Part] | None:
     """The data in the cache of ``datasets``; downloads nothing."""
     try:
         datasets = importlib.import_module("datasets")
-    except ModuleNotFoundError:
-        return None
-    try:
         only_here = datasets.DownloadConfig(local_files_only=True)
         found = datasets.load_dataset(_HUB_NAME, download_config=only_here)
-    except (OSError, ValueError):  # raised if data are missing: ConnectionError, FileNotFoundError and similar
+    except (ModuleNotFoundError, OSError, ValueError):  # OSError, ValueError: data are missing
         return None
     return _splits(found, _HUB_NAME)
 

@@ -34,16 +34,8 @@ def digits(split_seed: int = 0, size: int = 16) -> ImageData:
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split_seed))
     x, y = x[order], y[order]
     split = len(x) * 4 // 5
+    images, classes = (x[:split], y[:split], x[split:], y[split:]), tuple(map(str, range(10)))
+    different = f"the paper has no such data: {size}x{size}, one channel, crops move by {size // 8} px, no flips"
     return ImageData(
-        "digits",
-        x[:split],
-        y[:split],
-        x[split:],
-        y[split:],
-        tuple(str(i) for i in range(10)),
-        *statistics(x[:split]),
-        size=size,
-        pad=size // 8,
-        flip=False,
-        deviations=(f"the paper has no such data: {size}x{size}, one channel, crops move by {size // 8} px, no flips",),
+        "digits", *images, classes, *statistics(x[:split]), size, pad=size // 8, flip=False, deviations=(different,)
     )

@@ -78,34 +78,21 @@ def image_folder(root: str | Path, size: int = 224, test_share: float = 0.2) -> 
         raise DataError(f"there is no folder {root}")
     if not 0 < test_share < 1:
         raise DataError(f"test_share must be between 0 and 1, got {test_share}")
-    classes, train, test = _split(root, test_share)
+    classes, *parts = _split(root, test_share)
     (train_x, train_y), (test_x, test_y) = (
-        (
-            ImageFiles(root, [name for name, _ in part], size),
-            torch.tensor([label for _, label in part], dtype=torch.int64),
-        )
-        for part in (train, test)
+        (ImageFiles(root, [name for name, _ in part], size), torch.tensor([label for _, label in part]))
+        for part in parts
     )
     different = (
         "crops of 8 to 100 % of an image (Szegedy et al., arXiv 1409.4842); the paper's are of its size after scaling",
         "normalised by each channel's mean and standard deviation, without colour augmentation",
         "the rate falls at fixed times; the paper's on ImageNet when the error stops falling",
     )
-    return ImageData(
-        root.resolve().name,
-        train_x,
-        train_y,
-        test_x,
-        test_y,
-        tuple(classes),
-        MEAN,
-        STD,
-        size,
-        deviations=different,
-    )
+    images = (train_x, train_y, test_x, test_y)
+    return ImageData(root.resolve().name, *images, tuple(classes), MEAN, STD, size, deviations=different)
 
 
-def _split(root: Path, test_share: float) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
+def _split(root: Path, test_share: float) -> tuple[list[str], Found, Found]:
     """The classes, the training images and the test images, each image with its label."""
     inside = _class_folders(root)
     test_folder = next((name for name in TEST_FOLDERS if name in inside), None)

@@ -6,7 +6,8 @@ import csv
 import importlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def draw_curves(history: History, path: Path, title: str) -> None:
     loss.plot([s["step"] for s in history.steps], [s["loss"] for s in history.steps], color="#9aa0a6", linewidth=0.5)
     per_epoch = len(history.steps) / max(1, len(history.epochs))
     ends = [per_epoch * (record["epoch"] + 1) for record in history.epochs]
-    rows: list[dict[str, Any]] = history.to_json()["epochs"]
+    rows: list[dict[str, Any]] = asdict(history)["epochs"]
     for part, colour in (("train", "#4c78a8"), ("test", "#e4572e")):
         loss.plot(ends, [row[f"{part}_loss"] for row in rows], color=colour, label=part)
         errors = [100 * row[f"{part}_error"] for row in rows]
@@ -74,26 +75,24 @@ class RunLog(Callback):
         self._handler = logging.FileHandler(self.folder / "train.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.addHandler(self._handler)
-        self._write("steps.csv", StepRecord.__annotations__, history.steps)
-        self._write("epochs.csv", EpochRecord.__annotations__, history.epochs)
-        self._steps_written = len(history.steps)
+        self._append(history.steps, history.epochs, "w")
         self._plots = _optional("matplotlib.figure", "curves")
         if (tensorboard := _optional("torch.utils.tensorboard", "TensorBoard events")) is not None:
             self._events = tensorboard.SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._steps_written)
 
-    def _write(self, name: str, columns: Iterable[str], rows: Iterable[Mapping[str, Any]], mode: str = "w") -> None:
-        with open(self.folder / name, mode, newline="") as file:
-            writer = csv.DictWriter(file, list(columns))
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+    def _append(self, steps: Sequence[StepRecord], epochs: Sequence[EpochRecord], mode: str = "a") -> None:
+        for name, kind, rows in (("steps", StepRecord, steps), ("epochs", EpochRecord, epochs)):
+            with open(self.folder / f"{name}.csv", mode, newline="") as file:
+                writer = csv.DictWriter(file, list(kind.__annotations__))
+                if mode == "w":
+                    writer.writeheader()
+                writer.writerows(rows)
+        self._steps_written += len(steps)
 
     def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
         """Appends the epoch and its steps."""
         fresh = trainer.history.steps[self._steps_written :]
-        self._write("steps.csv", StepRecord.__annotations__, fresh, "a")
-        self._write("epochs.csv", EpochRecord.__annotations__, [record], "a")
-        self._steps_written += len(fresh)
+        self._append(fresh, [record])
         if self._events is not None:
             for step in fresh:
                 self._events.add_scalar("step/loss", step["loss"], step["step"])

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from fused_resnet.training.recipe import DTYPES, Recipe
 
 # The error that ends a warm-up is averaged over this many images: ten of the paper's batches.
 _WARMUP_IMAGES = 1280
+
+# The attributes that a checkpoint holds as they are.
+_KEPT = ("seed", "step", "warming", "recent", "broken")
 
 
 def _moving_average(decay: float) -> Any:
@@ -84,7 +88,12 @@ class Trainer:
         self.output = Path(output) if output is not None else None
         self.distributed = dist.is_available() and dist.is_initialized()
         self.share = Share(dist.get_rank(), dist.get_world_size()) if self.distributed else Share()
-        _check_batch_size(recipe.batch_size, data, self.share.world)
+        size, images, processes = recipe.batch_size, len(data.train_x), self.share.world
+        if size > images:
+            expected = f"at most the number of training images, {images} in {data.name}"
+            raise ValueError(f"batch_size must be {expected}, got {size}")
+        if size % processes:
+            raise ValueError(f"batch_size must be a multiple of {processes} processes, got {size}")
         self._identity = data.identity() if self.output else {}
         self.data = data.to(self.device)
         self.batches = Batches(self.data, recipe.batch_size, seed, recipe.augment, self.share, workers)
@@ -97,18 +106,16 @@ class Trainer:
             self.network = DistributedDataParallel(self.model, device_ids=ids)
         self.optimizer = recipe.optimizer(self.model.parameters())
         self.scheduler = recipe.scheduler(self.optimizer, self.steps_per_epoch)
-        self.ema = (
-            AveragedModel(self.model, multi_avg_fn=_moving_average(recipe.ema_decay), use_buffers=True)
-            if recipe.ema_decay is not None
-            else None
-        )
+        self.ema: AveragedModel | None = None
+        if recipe.ema_decay is not None:
+            self.ema = AveragedModel(self.model, multi_avg_fn=_moving_average(recipe.ema_decay), use_buffers=True)
         self.tested: nn.Module = self.ema.module if self.ema else self.model
 
         self.history = History()
         self.step = 0
         self.broken: dict[str, str] = {}
         self.warming = recipe.warmup == "error"
-        self._recent: list[list[float]] = []  # [wrong, images] of the latest batches, while warming
+        self.recent: list[list[float]] = []  # [wrong, images] of the latest batches, while warming
         self._pending: list[tuple[Tensor, float]] = []  # (loss, lr) of the steps that are not in the history yet
         self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss x images, wrong, images
         self._seconds = 0.0  # seconds of this epoch that earlier processes used
@@ -207,11 +214,11 @@ class Trainer:
 
     def _watch(self, counts: Tensor) -> None:
         """Ends the warm-up once the error over the latest images is small enough."""
-        self._recent.append(self._sum(counts).tolist())
+        self.recent.append(self._sum(counts).tolist())
         batches = max(1, _WARMUP_IMAGES // self.recipe.batch_size)
-        del self._recent[:-batches]
-        wrong, images = (sum(column) for column in zip(*self._recent, strict=True))
-        if len(self._recent) == batches and wrong < self.recipe.warmup_error * images:
+        del self.recent[:-batches]
+        wrong, images = (sum(column) for column in zip(*self.recent, strict=True))
+        if len(self.recent) == batches and wrong < self.recipe.warmup_error * images:
             self.warming = False
             self._say("step %d: training error %.1f %%, the warm-up ends", self.step, 100 * wrong / images)
 
@@ -266,14 +273,8 @@ class Trainer:
         }
         self.history.epochs.append(record)
         self._say(
-            "epoch %d/%d: loss %.4f (test %.4f), error %.2f %% (test %.2f %%), %.0f images/s",
-            epoch + 1,
-            self.recipe.epochs,
-            record["train_loss"],
-            test_loss,
-            100 * record["train_error"],
-            100 * test_error,
-            record["images_per_second"],
+            f"epoch {epoch + 1}/{self.recipe.epochs}: loss {loss / images:.4f} (test {test_loss:.4f}), error "
+            f"{wrong / images:.2%} (test {test_error:.2%}), {record['images_per_second']:.0f} images/s"
         )
         for callback in self.callbacks:
             callback.on_epoch(self, record)
@@ -302,44 +303,33 @@ class Trainer:
         if not self._leads or self.output is None:
             return
         steps = self.history.steps
-        state = {
-            "recipe": self.recipe.to_json(),
-            "data": self._identity,
-            "seed": self.seed,
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "warming": self.warming,
-            "recent": self._recent,
-            "totals": totals,
-            "seconds": seconds,
-            "rng": rng,
-            "losses": torch.tensor([s["loss"] for s in steps], dtype=torch.float64),
-            "rates": torch.tensor([s["lr"] for s in steps], dtype=torch.float64),
-            "epochs": self.history.epochs,
-            "broken": self.broken,
-        }
-        checkpoint.save(self.output / checkpoint.NAME, state)
+        state: dict[str, Any] = {name: getattr(self, name) for name in _KEPT}
+        state |= {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"recipe": asdict(self.recipe), "data": self._identity, "epochs": self.history.epochs}
+        state |= {"losses": torch.tensor([s["loss"] for s in steps], dtype=torch.float64)}
+        state |= {"rates": torch.tensor([s["lr"] for s in steps], dtype=torch.float64)}
+        checkpoint.save(self.output / checkpoint.NAME, state | {"totals": totals, "seconds": seconds, "rng": rng})
+
+    def _parts(self) -> dict[str, Any]:
+        """Everything that has a ``state_dict``."""
+        found = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "ema": self.ema}
+        return {name: part for name, part in found.items() if part is not None}
 
     def _load(self, path: Path) -> None:
         state = checkpoint.load(path, self.device)
-        checkpoint.check_same("recipe", state["recipe"], self.recipe.to_json())
+        checkpoint.check_same("recipe", state["recipe"], asdict(self.recipe))
         checkpoint.check_same("data", state["data"], self._identity)
         checkpoint.check_same("training", {"seed": state["seed"]}, {"seed": self.seed})
         try:
-            self.model.load_state_dict(state["model"])
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
         except RuntimeError as error:
             raise ResumeError(f"{path} is of another model: {error}") from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        self.step, self.warming, self._recent = state["step"], state["warming"], state["recent"]
+        for name in _KEPT:
+            setattr(self, name, state[name])
         if self._leads:  # these are sums over all processes, and the epoch's end adds up the processes again
             self._totals.copy_(state["totals"])
-        self._seconds, self.broken = state["seconds"], dict(state["broken"])
+        self._seconds = state["seconds"]
         rates = zip(state["losses"].tolist(), state["rates"].tolist(), strict=True)
         self.history.steps = [
             {"step": i, "epoch": i // self.steps_per_epoch, "loss": loss, "lr": lr}
@@ -347,13 +337,3 @@ class Trainer:
         ]
         self.history.epochs = state["epochs"]
         checkpoint.set_rng_state(state["rng"][self.share.rank % len(state["rng"])])
-
-
-def _check_batch_size(batch_size: int, data: ImageData, processes: int) -> None:
-    if batch_size > len(data.train_x):
-        raise ValueError(
-            f"batch_size must be at most the number of training images, {len(data.train_x)} in {data.name}, "
-            f"got {batch_size}"
-        )
-    if batch_size % processes:
-        raise ValueError(f"batch_size must be a multiple of {processes} processes, got {batch_size}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,28 +25,22 @@ _WARMED_UP = ("resnet110", "resnet1202")
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    _typed(name, value, int | float, "a number")
+    assert isinstance(value, int | float)
     if not (low < value if open_low else low <= value) or value > high or not math.isfinite(value):
         bounds = f"{'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
-def _positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+def _typed(name: str, value: object, kind: Any, expected: str) -> None:
+    """Raises a TypeError unless the value is of the kind; a bool is no number."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
 
 
 def _one_of(name: str, value: object, expected: Sequence[str]) -> None:
     if value not in expected:
         raise ValueError(f"{name} must be one of {', '.join(expected)}, got {value!r}")
-
-
-def _bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r} of type {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -96,35 +90,34 @@ class Recipe:
     augment: bool = True
 
     def __post_init__(self) -> None:
-        _positive_int("epochs", self.epochs)
-        _positive_int("batch_size", self.batch_size)
-        _number("lr", self.lr, 0, math.inf, open_low=True)
-        _number("momentum", self.momentum, 0, 1)
+        for name in ("epochs", "batch_size"):
+            _typed(name, getattr(self, name), int, "an int")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("nesterov", "augment"):
+            _typed(name, getattr(self, name), bool, "a bool")
+        for name in ("lr", "warmup_lr"):
+            _number(name, getattr(self, name), 0, math.inf, open_low=True)
+        for name in ("factor", "warmup_error"):
+            _number(name, getattr(self, name), 0, 1, open_low=True)
+        for name in ("momentum", "label_smoothing", *(["ema_decay"] if self.ema_decay is not None else [])):
+            _number(name, getattr(self, name), 0, 1)
         _number("weight_decay", self.weight_decay, 0, math.inf)
-        _bool("nesterov", self.nesterov)
+        for name, expected in (("schedule", SCHEDULES), ("warmup", WARMUPS), ("dtype", tuple(DTYPES))):
+            _one_of(name, getattr(self, name), expected)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov=True needs a momentum above 0, got momentum 0")
-        _one_of("schedule", self.schedule, SCHEDULES)
         if isinstance(self.milestones, str) or not isinstance(self.milestones, Sequence):
             raise TypeError(f"milestones must be a sequence of numbers, got {self.milestones!r}")
         object.__setattr__(self, "milestones", tuple(self.milestones))
         shares = [self._share(f"milestones[{i}]", m) for i, m in enumerate(self.milestones)]
         if self.schedule == "steps" and sorted(set(shares)) != shares:
             raise ValueError(f"milestones must increase, got {self.milestones} over {self.epochs} epochs")
-        _number("factor", self.factor, 0, 1, open_low=True)
-        _one_of("warmup", self.warmup, WARMUPS)
-        _number("warmup_lr", self.warmup_lr, 0, math.inf, open_low=True)
         if self.warmup == "linear" and self.warmup_lr > self.lr:
             raise ValueError(f"warmup_lr must be at most lr = {self.lr} with warmup='linear', got {self.warmup_lr}")
-        _number("warmup_error", self.warmup_error, 0, 1, open_low=True)
         end = self._share("warmup_end", self.warmup_end)
         if self.warmup == "linear" and self.schedule == "steps" and any(share <= end for share in shares):
             raise ValueError(f"warmup_end must come before all milestones {self.milestones}, got {self.warmup_end}")
-        _number("label_smoothing", self.label_smoothing, 0, 1)
-        if self.ema_decay is not None:
-            _number("ema_decay", self.ema_decay, 0, 1)
-        _one_of("dtype", self.dtype, tuple(DTYPES))
-        _bool("augment", self.augment)
 
     def _share(self, name: str, value: float) -> float:
         """A point in time as a share of the training."""
@@ -170,10 +163,6 @@ class Recipe:
         """A sentence for each field in which two recipes differ."""
         pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
         return [f"{name} is {a!r} {mine} and {b!r} {theirs}" for name, a, b in pairs if a != b]
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
 
 
 # 64,000 updates of 128 images are 164 epochs of CIFAR-10's 50,000; the rate falls at 32,000 and 48,000.
