@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -29,101 +28,6 @@ ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _act_of(module: nn.Module) -> Act:
-    """The table's entry for an activation module.
-
-    Raises:
-        KeyError: the module is not in the table.
-    """
-    name, attribute = ACT_MODULES[same_as(type(module))]
-    return Act(name, getattr(module, attribute)) if attribute else Act.make(name)
-
-
-@dataclass(eq=False)
-class _UnitModules:
-    """The modules of one unit. ``bn`` may be one of ``patterns.NORMS``; if it has an activation, that is ``act``."""
-
-    conv: nn.Conv2d
-    bn: nn.BatchNorm2d | nn.SyncBatchNorm
-    act: nn.Module
-
-    @property
-    def channels(self) -> int:
-        """The number of channels of the unit's output."""
-        bn = self.bn
-        known = (t for t in (bn.weight, bn.running_mean) if t is not None)
-        return int(next((t.shape[0] for t in known), 0)) or bn.num_features
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the norm never uses a batch's statistics, in any mode."""
-        kind = norm_kind(original(self.bn))
-        return kind is not None and kind[0]
-
-    def why_not(self) -> str | None:
-        """The reason why a chain can't run these modules as they are now, or None."""
-        conv, bn, act = self.conv, self.bn, self.act
-        for m in (conv, bn, act):
-            if any(getattr(m, hooks) for hooks in _HOOKS):
-                return f"a {type(m).__name__} has hooks"
-            if "forward" in m.__dict__:
-                return f"the forward of a {type(m).__name__} was replaced"
-        if same_as(type(conv)) is not nn.Conv2d:
-            return f"{type(conv).__name__} in the place of Conv2d"
-        if conv.padding_mode != "zeros":
-            return f"padding_mode {conv.padding_mode!r}"
-        dilation = pair(conv.dilation, "dilation", 1)
-        if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:])):
-            return "padding 'same' with an even kernel"
-        kind = norm_kind(original(bn))
-        if kind is None:
-            return f"{type(bn).__name__} in the place of BatchNorm2d"
-        if kind[1] and (type(bn.drop) is not nn.Identity or (act is not bn.act and type(bn.act) is not nn.Identity)):
-            return f"a {type(bn).__name__} that drops, or whose activation changed"
-        if same_as(type(act)) not in ACT_MODULES:
-            return f"activation {type(act).__name__}"
-        if conv.out_channels != self.channels:
-            return f"{type(bn).__name__}({self.channels}) after a convolution with {conv.out_channels} channels"
-        return None
-
-    def unit(self) -> Unit:
-        """The tensors and hyper-parameters as they are now, for the functional API."""
-        conv, bn = self.conv, self.bn
-        training = bn.training and not self.frozen
-        averaging = training and bn.track_running_stats
-        momentum = bn.momentum if not self.frozen else 0.0
-        if momentum is None:
-            momentum = (
-                1.0 / float(bn.num_batches_tracked + 1) if averaging and bn.num_batches_tracked is not None else 0.0
-            )
-        used = averaging or not training
-        return Unit(
-            weight=conv.weight,
-            bn_weight=bn.weight,
-            bn_bias=bn.bias,
-            running_mean=bn.running_mean if used else None,
-            running_var=bn.running_var if used else None,
-            bias=conv.bias,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            act=_act_of(self.act),
-            eps=bn.eps,
-            momentum=momentum,
-            training=training or bn.running_mean is None,
-            process_group=shared_by(bn) if training else None,
-        )
-
-    def count_batch(self) -> None:
-        """Counts num_batches_tracked, after the chain has run."""
-        bn = self.bn
-        if self.frozen or not (bn.training and bn.track_running_stats):
-            return
-        if bn.num_batches_tracked is not None and not in_backward():
-            bn.num_batches_tracked.add_(1)
-
-
 def _run(x: Tensor, units: Sequence[ConvBNAct], shortcut: ConvBNAct | str | None) -> Tensor:
     """Runs the modules as one chain. They are read in each call, so that changes are seen.
 
@@ -131,14 +35,13 @@ def _run(x: Tensor, units: Sequence[ConvBNAct], shortcut: ConvBNAct | str | None
         RuntimeError: a chain can't run the modules as they are now.
     """
     everyone = [*units, *([shortcut] if isinstance(shortcut, ConvBNAct) else [])]
-    found = [_UnitModules(m.conv, m.bn, m.act) for m in everyone]
     reason = "global module hooks are registered" if nn_module._has_any_global_hook() else None
-    if reason := reason or next(filter(None, (unit.why_not() for unit in found)), None):
+    if reason := reason or next(filter(None, (m._why_not() for m in everyone)), None):
         raise RuntimeError(f"this module runs its children as one chain, which can't be done here: {reason}")
-    made = [unit.unit() for unit in found]
+    made = [m._unit() for m in everyone]
     out = run(x, [Chain(made[: len(units)], made[-1] if isinstance(shortcut, ConvBNAct) else shortcut)])
-    for unit in found:
-        unit.count_batch()
+    for m in everyone:
+        m._count_batch()
     return out
 
 
@@ -188,6 +91,76 @@ class ConvBNAct(nn.Module):
             plain: Tensor = self.act(self.bn(self.conv(x)))
             return plain
         return _run(x, [self], None)
+
+    def _why_not(self) -> str | None:
+        """The reason why a chain can't run the children as they are now, or None."""
+        conv, bn, act = self.conv, self.bn, self.act
+        for m in (conv, bn, act):
+            if any(getattr(m, hooks) for hooks in _HOOKS):
+                return f"a {type(m).__name__} has hooks"
+            if "forward" in m.__dict__:
+                return f"the forward of a {type(m).__name__} was replaced"
+        if same_as(type(conv)) is not nn.Conv2d:
+            return f"{type(conv).__name__} in the place of Conv2d"
+        if conv.padding_mode != "zeros":
+            return f"padding_mode {conv.padding_mode!r}"
+        dilation = pair(conv.dilation, "dilation", 1)
+        if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:])):
+            return "padding 'same' with an even kernel"
+        kind = norm_kind(original(bn))
+        if kind is None:
+            return f"{type(bn).__name__} in the place of BatchNorm2d"
+        if kind[1] and (type(bn.drop) is not nn.Identity or (act is not bn.act and type(bn.act) is not nn.Identity)):
+            return f"a {type(bn).__name__} that drops, or whose activation changed"
+        if same_as(type(act)) not in ACT_MODULES:
+            return f"activation {type(act).__name__}"
+        known = (t.shape[0] for t in (bn.weight, bn.running_mean) if t is not None)
+        if conv.out_channels != (channels := next(known, 0) or bn.num_features):
+            return f"{type(bn).__name__}({channels}) after a convolution with {conv.out_channels} channels"
+        return None
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether the norm never uses a batch's statistics, in any mode."""
+        kind = norm_kind(original(self.bn))
+        return kind is not None and kind[0]
+
+    def _unit(self) -> Unit:
+        """The tensors and hyper-parameters as they are now, for the functional API."""
+        conv, bn, frozen = self.conv, self.bn, self._frozen
+        training = bn.training and not frozen
+        averaging = training and bn.track_running_stats
+        momentum = bn.momentum if not frozen else 0.0
+        if momentum is None:
+            counted = bn.num_batches_tracked if averaging else None
+            momentum = 0.0 if counted is None else 1.0 / float(counted + 1)
+        name, attribute = ACT_MODULES[same_as(type(self.act))]
+        used = averaging or not training
+        return Unit(
+            weight=conv.weight,
+            bn_weight=bn.weight,
+            bn_bias=bn.bias,
+            running_mean=bn.running_mean if used else None,
+            running_var=bn.running_var if used else None,
+            bias=conv.bias,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            act=Act(name, getattr(self.act, attribute)) if attribute else Act.make(name),
+            eps=bn.eps,
+            momentum=momentum,
+            training=training or bn.running_mean is None,
+            process_group=shared_by(bn) if training else None,
+        )
+
+    def _count_batch(self) -> None:
+        """Counts num_batches_tracked, after the chain has run."""
+        bn = self.bn
+        if self._frozen or not (bn.training and bn.track_running_stats):
+            return
+        if bn.num_batches_tracked is not None and not in_backward():
+            bn.num_batches_tracked.add_(1)
 
 
 class ResidualChain(nn.Module):
