@@ -114,16 +114,13 @@ def _walk(model: nn.Module, shape: Sequence[int], dtype: torch.dtype, training: 
     mixed = dtype != parameter.dtype
     with fake, torch.autocast(parameter.device.type, dtype, enabled=mixed), torch.set_grad_enabled(training):
         x = _input(shape, dtype, parameter.device)
-        call = torch.compile(copied, backend=backend) if _has_chains(copied) else copied
+        # fused modules would run plain under a counting mode, so the model is compiled first
+        has_chains = any(isinstance(m, FusedModule) for m in copied.modules())
+        call = torch.compile(copied, backend=backend) if has_chains else copied
         with _Count(steps):
             out = call(x)
             if training:
                 out.sum().backward()
-
-
-def _has_chains(model: nn.Module) -> bool:
-    """Whether the model has fused modules. They run plain under a counting mode, so the model is compiled first."""
-    return any(isinstance(m, FusedModule) for m in model.modules())
 
 
 class _Shape:
@@ -150,11 +147,10 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        step = (
-            (_CHAIN[func], tree_map_only(Tensor, _Shape, args)) if func in _CHAIN else _launch(func, args, kwargs, out)
-        )
-        if step is not None:
-            self.steps.append(step)
+        if func in _CHAIN:
+            self.steps.append((_CHAIN[func], tree_map_only(Tensor, _Shape, args)))
+        elif (launch := _launch(func, args, kwargs, out)) is not None:
+            self.steps.append(launch)
         return out
 
 

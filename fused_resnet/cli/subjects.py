@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fused_resnet import models
 from fused_resnet.cli.options import UsageError
@@ -61,11 +62,8 @@ def _network(name: str, kwargs: dict[str, Any]) -> Any:
 
 def _shape_of(conv: nn.Conv2d) -> str:
     """ "3x3 /2 d2 g32": the properties of a convolution, except its channels, that decide how it is computed."""
-    parts = [f"{conv.kernel_size[0]}x{conv.kernel_size[1]}"]
-    parts += [f"/{conv.stride[0]}"] if conv.stride[0] > 1 else []
-    parts += [f"d{conv.dilation[0]}"] if conv.dilation[0] > 1 else []
-    parts += [f"g{conv.groups}"] if conv.groups > 1 else []
-    return " ".join(parts)
+    others = (("/", conv.stride[0]), ("d", conv.dilation[0]), ("g", conv.groups))
+    return " ".join(["x".join(map(str, conv.kernel_size)), *(f"{sign}{n}" for sign, n in others if n > 1)])
 
 
 def _shortcut_of(block: nn.Module) -> str:
@@ -145,16 +143,7 @@ class OneTensor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return torch.cat([t.flatten(1) for t in _tensors(self.network(x))], 1)
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    """All tensors of an output, in order."""
-    if isinstance(out, Tensor):
-        return [out]
-    if isinstance(out, list | tuple):
-        return [t for part in out for t in _tensors(part)]
-    return [t for part in out.values() for t in _tensors(part)] if hasattr(out, "values") else []
+        return torch.cat([t.flatten(1) for t in tree_leaves(self.network(x)) if isinstance(t, Tensor)], 1)
 
 
 def _from_library(name: str) -> nn.Module:

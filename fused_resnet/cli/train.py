@@ -34,23 +34,18 @@ class _Bar(Callback):
     """The progress bar: epoch, loss, error, images per second; rich adds the time that is left."""
 
     def __init__(self, bar: Progress, recipe: Recipe) -> None:
-        self.bar, self.recipe = bar, recipe
+        self.bar, self.recipe, self.seen_at = bar, recipe, time.perf_counter()
         self.task = bar.add_task("", total=None)
-        self.epoch = -1
-        self.started = self.seen_at = time.perf_counter()
-        self.first = 0
 
     def on_step(self, trainer: Trainer, step: int, loss: Tensor) -> None:
-        now, epoch = time.perf_counter(), step // trainer.steps_per_epoch
-        if epoch != self.epoch:
-            self.epoch, self.started, self.first = epoch, now, step
-        if now - self.seen_at < _REFRESH_S or step == self.first:
+        if (now := time.perf_counter()) - self.seen_at < _REFRESH_S:
             return
         self.seen_at = now
         mean, error = trainer.running()
-        speed = (step - self.first) * self.recipe.batch_size / (now - self.started)
+        speed = (self.bar.tasks[self.task].speed or 0.0) * self.recipe.batch_size
         # fits, with the bar and the times, into a terminal of 80 columns
-        text = f"epoch {epoch + 1}/{self.recipe.epochs} loss {mean:.3f} acc {1 - error:.1%} {speed:.0f} images/s"
+        epoch = f"epoch {step // trainer.steps_per_epoch + 1}/{self.recipe.epochs}"
+        text = f"{epoch} loss {mean:.3f} acc {1 - error:.1%} {speed:.0f} images/s"
         total = self.recipe.epochs * trainer.steps_per_epoch
         self.bar.update(self.task, description=text, completed=step, total=total)
 

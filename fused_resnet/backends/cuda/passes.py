@@ -8,23 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import (
-    Backend,
-    BnAct,
-    BnActBackward,
-    BnActMaxPool,
-    BnActMaxPoolBackward,
-    BnBackward,
-    BnCoefficients,
-    BnFold,
-    BnStats,
-    Call,
-    Case,
-    DyCoefficients,
-    Norm,
-    Sums,
-    forced,
-)
+from fused_resnet.backends import Backend, Call, Case, DyCoefficients, Norm, Sums, forced, primitives
 from fused_resnet.spec import Act, PoolSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -89,17 +73,17 @@ class Passes(Backend):
             return "takes channels_last tensors: model.to(memory_format=torch.channels_last)"
         return None
 
-    def bn_stats(self, call: BnStats) -> tuple[Tensor, Tensor]:
+    def bn_stats(self, call: primitives.BnStats) -> tuple[Tensor, Tensor]:
         mean, var = _ops.bn_stats(call.y)
         return mean, var
 
-    def bn_act(self, call: BnAct) -> Tensor:
+    def bn_act(self, call: primitives.BnAct) -> Tensor:
         out: Tensor = _ops.bn_act(
             call.y, _vectors(call.norm, 2), *_act(call.act), call.residual, _vectors(call.residual_norm, 2)
         )
         return out
 
-    def bn_act_backward(self, call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
+    def bn_act_backward(self, call: primitives.BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         """dout in y's dtype."""
         dz, *sums = _ops.bn_act_backward(
             call.dout, call.y, _vectors(call.norm, 3), *_act(call.act), call.residual, _vectors(call.residual_norm, 3)
@@ -107,28 +91,28 @@ class Passes(Backend):
         third = call.residual is not None and call.residual_norm is not None
         return dz, Sums(sums[0], sums[1]), Sums(sums[0], sums[2]) if third else None
 
-    def bn_backward(self, call: BnBackward) -> Tensor:
+    def bn_backward(self, call: primitives.BnBackward) -> Tensor:
         """dz in y's dtype."""
         coef = call.coef
         frozen = coef.b is None or coef.c is None
         dy: Tensor = _ops.bn_backward(call.dz, call.y, [coef.a] if frozen else [coef.a, coef.b, coef.c, coef.center])
         return dy
 
-    def bn_act_max_pool(self, call: BnActMaxPool) -> tuple[Tensor, Tensor]:
+    def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
         out, argmax = _ops.bn_act_max_pool(call.y, _vectors(call.norm, 2), *_act(call.act), *_window(call.pool))
         return out, argmax
 
-    def bn_act_max_pool_backward(self, call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
+    def bn_act_max_pool_backward(self, call: primitives.BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
         """dout in y's dtype."""
         dz, *sums = _ops.bn_act_max_pool_backward(
             call.dout, call.argmax, call.y, _vectors(call.norm, 3), *_act(call.act), *_window(call.pool)
         )
         return dz, Sums(*sums)
 
-    def bn_fold(self, call: BnFold) -> Norm:
+    def bn_fold(self, call: primitives.BnFold) -> Norm:
         return Norm(*_ops.bn_fold(call.mean, call.var, call.weight, call.bias, call.conv_bias, call.eps))
 
-    def bn_coefficients(self, call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
+    def bn_coefficients(self, call: primitives.BnCoefficients) -> tuple[Tensor, DyCoefficients]:
         norm = call.norm
         dgamma, b, c = _ops.bn_coefficients(norm.scale, norm.rstd, *call.sums, call.count)
         if call.count is None:

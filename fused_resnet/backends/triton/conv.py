@@ -14,7 +14,6 @@ from fused_resnet.backends.triton.reduce import merge_moments, sum_partials
 
 
 def conv_bias_act(call: ConvBiasAct) -> Tensor:
-    """See ``ConvBiasAct``."""
     x, weight = pad_channels(nhwc(call.x), call.weight)
     residual = None if call.residual is None else nhwc(call.residual)
     g = Geometry.of(x, weight, call.conv)
@@ -22,7 +21,6 @@ def conv_bias_act(call: ConvBiasAct) -> Tensor:
 
 
 def conv_stats(call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See ``ConvStats``."""
     x, weight = nhwc(call.x), call.weight
     if call.prologue is None:
         x, weight = pad_channels(x, weight)
@@ -34,7 +32,6 @@ def conv_stats(call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def conv_backward(call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
-    """See ``ConvBackward``."""
     call = call.replace(dz=nhwc(call.dz), y=nhwc(call.y), x=nhwc(call.x))
     # runs before dgrad, which may overwrite ``add``
     dw = _weight_gradient(call) if call.need_weight else None

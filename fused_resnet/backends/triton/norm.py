@@ -225,7 +225,6 @@ def _residual(residual: Tensor | None, residual_norm: Norm | None) -> tuple[Tens
 
 
 def bn_stats(call: BnStats) -> tuple[Tensor, Tensor]:
-    """See ``BnStats``."""
     y = nhwc(call.y)
     m, channels = _size(y)
     grid, rows, tile = _partials(m, channels, y.device)
@@ -239,7 +238,6 @@ def bn_stats(call: BnStats) -> tuple[Tensor, Tensor]:
 
 
 def bn_act(call: BnAct) -> Tensor:
-    """See ``BnAct``."""
     y, norm, act, other = nhwc(call.y), call.norm, call.act, call.residual_norm
     summand, kind = _residual(call.residual, other)
     m, channels = _size(y)
@@ -256,7 +254,6 @@ def bn_act(call: BnAct) -> Tensor:
 
 
 def bn_act_backward(call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
-    """See ``BnActBackward``."""
     dout, y, norm, act, other = nhwc(call.dout), nhwc(call.y), call.norm, call.act, call.residual_norm
     summand, kind = _residual(call.residual, other)
     m, channels = _size(y)
@@ -278,7 +275,6 @@ def bn_act_backward(call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
 
 
 def bn_backward(call: BnBackward) -> Tensor:
-    """See ``BnBackward``."""
     dz, y, coef = nhwc(call.dz), nhwc(call.y), call.coef
     frozen = coef.b is None
     m, channels = _size(y)

@@ -140,7 +140,6 @@ def _tile(t: Tensor) -> tuple[dict[str, int], int, int]:
 
 
 def bn_act_max_pool(call: BnActMaxPool) -> tuple[Tensor, Tensor]:
-    """See ``BnActMaxPool``."""
     y, norm, act, pool = nhwc(call.y), call.norm, call.act, call.pool
     shape = (*y.shape[:2], *ConvSpec(pool.stride, pool.padding).out_size(y.shape[2:], pool.kernel))
     out, argmax = empty_nhwc(y, shape), empty_nhwc(y, shape, torch.uint8)
@@ -154,7 +153,6 @@ def bn_act_max_pool(call: BnActMaxPool) -> tuple[Tensor, Tensor]:
 
 
 def bn_act_max_pool_backward(call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
-    """See ``BnActMaxPoolBackward``."""
     dout, argmax, y = nhwc(call.dout), nhwc(call.argmax), nhwc(call.y)
     norm, act, pool = call.norm, call.act, call.pool
     dz = empty_nhwc(y, y.shape, dout.dtype)

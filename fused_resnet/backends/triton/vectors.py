@@ -66,7 +66,6 @@ def _bn_coefficients_kernel(
 
 
 def bn_fold(call: BnFold) -> Norm:
-    """See ``BnFold``."""
     given = (call.mean, call.var, call.weight, call.bias, call.conv_bias)
     channels = call.mean.numel()
     norm = Norm(*(torch.empty(channels, dtype=torch.float32, device=call.mean.device) for _ in range(4)))
@@ -78,7 +77,6 @@ def bn_fold(call: BnFold) -> Norm:
 
 
 def bn_coefficients(call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
-    """See ``BnCoefficients``."""
     norm, sums, count = call.norm, call.sums, call.count
     channels, frozen = norm.scale.numel(), count is None
     dgamma, *bc = (
