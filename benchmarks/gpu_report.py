@@ -266,9 +266,8 @@ def networks(run: Run) -> dict[str, Any]:
     for name in run.models:
         subject = cases.Subject(name, settings)
         for mode in ("training", "inference"):
-            case = cases.run_case(subject, mode, "bf16", budget)
-            ok &= case.ok
-            row = case.to_json()
+            row = cases.run_case(subject, mode, "bf16", budget)
+            ok &= row["ok"]
             if not run.toy:
                 row["cuda_graph_images_per_s"] = _graphed(run, subject, mode)
             if run.autotune:

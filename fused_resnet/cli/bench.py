@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_resnet.cli import report, scaling
-from fused_resnet.cli.cases import Case, Settings, Subject, run_case
+from fused_resnet.cli.cases import Settings, Subject, run_case
 from fused_resnet.cli.console import console, pick_device, pick_models, progress, table, write_json
 from fused_resnet.cli.digits import train_both
 from fused_resnet.cli.env import head
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings.of(args, device, repeats, preset.case_budget_s)
     budget = None if args.no_compile else CompileBudget(preset.compile_s)
     epochs = 0 if args.no_digits else preset.epochs
-    cases: list[Case] = []
+    cases = []
     trainings = []
     with progress() as bar:
         total = len(names) * (1 + len(MODES) * len(DTYPES)) + 2 * epochs
@@ -80,11 +80,11 @@ def run(args: argparse.Namespace) -> int:
     config: dict[str, Any] = {"preset": args.preset, "models": names, "compile": budget is not None}
     config |= asdict(settings) | {"device": str(device), "digits_epochs": epochs}
     found = {
-        "ok": all(c.ok for c in cases) and all(t.ok for t in trainings),
+        "ok": all(found["ok"] for found in (*cases, *trainings)),
         **head(device),
         "config": config,
-        "cases": [c.to_json() for c in cases],
-        "digits": {"epochs": epochs, "trainings": [t.to_json() for t in trainings]} if trainings else None,
+        "cases": cases,
+        "digits": {"epochs": epochs, "trainings": trainings} if trainings else None,
         "explain": {s.name: s.explanation() for s in subjects},
         "elapsed_s": round(time.perf_counter() - start, 1),
     }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,66 +19,8 @@ from fused_resnet.cli import data, validate, variants
 from fused_resnet.cli.validate import Finding, Tensors
 from fused_resnet.cli.variants import CompileBudget, Skipped, Variant
 
+Row = dict[str, Any]
 VALIDATED_IMAGES = 8  # in float64, where a GPU's whole batch would need too much memory
-
-
-@dataclass
-class Row:
-    """The results of one variant of one case.
-
-    Attributes:
-        status: "measured"; "failed": its numbers differ from plain PyTorch's, so it was not timed; "skipped".
-        note: why it failed or was skipped, or how it was run. error: ``validate.summary`` against float64.
-        worst: the tensor that uses most of its bound. times_s: seconds per step, one value per round.
-        saved_bytes: kept for the backward pass of the batch. peak_bytes: memory above the model and its images.
-    """
-
-    variant: str
-    status: str = "measured"
-    note: str = ""
-    error: dict[str, float] = field(default_factory=dict)
-    worst: Finding | None = None
-    times_s: list[float] = field(default_factory=list)
-    saved_bytes: int | None = None
-    peak_bytes: int | None = None
-
-
-@dataclass
-class Case:
-    """A model x mode x dtype and its rows, "plain" first."""
-
-    model: str
-    mode: str
-    dtype: str
-    batch_size: int
-    rows: list[Row] = field(default_factory=list)
-
-    def row(self, variant: str) -> Row | None:
-        """The row of a variant, if it was measured."""
-        return next((r for r in self.rows if r.variant == variant and r.status == "measured"), None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether no variant failed its validation."""
-        return all(r.status != "failed" for r in self.rows)
-
-    def numbers(self, row: Row) -> dict[str, Any]:
-        """The row as JSON, with the figures derived from its times. They are derived nowhere else."""
-        found: dict[str, Any] = {"variant": row.variant, "status": row.status, "note": row.note, "error": row.error}
-        found["worst"] = row.worst.to_json() if row.worst is not None else None
-        if row.status != "measured":
-            return found
-        plain = self.row("plain")
-        found |= measure.figures(row.times_s, self.batch_size, plain.times_s if plain else [])
-        found |= {"rounds": len(row.times_s), "times_s": row.times_s, "peak_bytes": row.peak_bytes}
-        if row.saved_bytes is not None:
-            found["saved_bytes_per_image"] = row.saved_bytes / self.batch_size
-        return found
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields and rows."""
-        head = {"model": self.model, "mode": self.mode, "dtype": self.dtype, "batch_size": self.batch_size}
-        return head | {"ok": self.ok, "variants": [self.numbers(r) for r in self.rows]}
 
 
 @dataclass(frozen=True)
@@ -159,61 +101,68 @@ def _build(name: str, subject: Subject, train: bool, dtype: torch.dtype, budget:
     return variants.compiled(model, subject.x, train, dtype)
 
 
-def _variants(
-    subject: Subject, case: Case, dtype: torch.dtype, budget: CompileBudget | None
-) -> Iterator[tuple[Variant, Row]]:
-    """Builds and validates each variant and appends its row to the case. Yields the variants that may be timed."""
-    train = case.mode == "training"
-    plain: Tensors = {}
-    for name in variants.VARIANTS:
-        row = Row(name)
-        case.rows.append(row)
-        compiles = name == "compile"
-        try:
-            variant = _build(name, subject, train, dtype, budget)
-            row.note = variant.note
-            before = budget.spent_s if budget else 0.0
-            with budget.compiling(variant.model, train) if compiles and budget else nullcontext():
-                if compiles and len(variant.x) > VALIDATED_IMAGES:  # fewer images would mean another compilation
-                    variant.train(subject.labels) if train else variant.infer()
-                else:
-                    got = subject.run(variant, case.mode)
-                    plain = plain or got
-                    findings = validate.compare(got, plain, subject.ref[case.mode], dtype, relus=subject.relus)
-                    row.error, row.worst = dict(validate.summary(findings)), validate.worst(findings)
-        except Skipped as reason:
-            row.status, row.note = "skipped", str(reason)
-            continue
-        if compiles and budget:
-            row.note = f"compiled in {budget.spent_s - before:.0f} s"
-        if row.worst is not None and not row.worst.ok:
-            if not compiles:
-                row.status, row.note = "failed", f"not timed, its numbers are wrong: {row.worst}"
-                continue
-            row.note += f"; beyond our bound: {row.worst}"  # not our kernels: reported, but still timed
-        yield variant, row
+def _validated(
+    name: str, subject: Subject, mode: str, dtype: torch.dtype, budget: CompileBudget | None, plain: Tensors
+) -> tuple[Variant | None, Row]:
+    """Builds a variant and compares it with float64 and with ``plain``, which the first variant fills.
+
+    Returns:
+        The variant, None if it can't be timed; and its row: "status" is "measured", "failed" (its numbers differ from
+        plain PyTorch's) or "skipped", "note" says why, "error" is ``validate.summary``, "worst" the worst finding.
+    """
+    train, compiles = mode == "training", name == "compile"
+    row: Row = {"variant": name, "status": "measured", "note": "", "error": {}, "worst": None}
+    worst: Finding | None = None
+    try:
+        variant = _build(name, subject, train, dtype, budget)
+        row["note"] = variant.note
+        before = budget.spent_s if budget else 0.0
+        with budget.compiling(variant.model, train) if compiles and budget else nullcontext():
+            if compiles and len(variant.x) > VALIDATED_IMAGES:  # fewer images would mean another compilation
+                variant.train(subject.labels) if train else variant.infer()
+            else:
+                got = subject.run(variant, mode)
+                plain |= {} if plain else got
+                findings = validate.compare(got, plain, subject.ref[mode], dtype, relus=subject.relus)
+                worst = validate.worst(findings)
+                row |= {"error": dict(validate.summary(findings)), "worst": worst.to_json()}
+    except Skipped as reason:
+        return None, row | {"status": "skipped", "note": str(reason)}
+    if compiles and budget:
+        row["note"] = f"compiled in {budget.spent_s - before:.0f} s"
+    if worst is not None and not worst.ok:
+        if not compiles:
+            return None, row | {"status": "failed", "note": f"not timed, its numbers are wrong: {worst}"}
+        row["note"] += f"; beyond our bound: {worst}"  # not our kernels: reported, but still timed
+    return variant, row
 
 
-def run_case(subject: Subject, mode: str, dtype: str, budget: CompileBudget | None) -> Case:
-    """Validates and measures one case.
+def run_case(subject: Subject, mode: str, dtype: str, budget: CompileBudget | None) -> dict[str, Any]:
+    """Validates each variant of a model x mode x dtype, then measures all that hold. Returns what the report holds.
 
     Args:
         mode: "inference" or "training". dtype: "fp32" or "bf16". budget: for torch.compile; None leaves it out.
     """
-    s = subject.settings
-    case = Case(subject.name, mode, dtype, s.batch_size)
-    ready = list(_variants(subject, case, validate.DTYPES[dtype], budget))
+    s, plain = subject.settings, Tensors()
+    made = [_validated(name, subject, mode, validate.DTYPES[dtype], budget, plain) for name in variants.VARIANTS]
     steps: dict[str, Callable[[], object]] = {}
-    for variant, row in ready:
+    for variant, row in made:
+        if variant is None:
+            continue
         step = partial(variant.train, subject.labels) if mode == "training" else variant.infer
         step()  # makes the optimizer's state, and packs weights
         if mode == "training":
             existing = [*variant.model.parameters(), *variant.model.buffers()]
-            row.saved_bytes = measure.saved_bytes(partial(variant.loss, subject.labels), existing)
+            saved = measure.saved_bytes(partial(variant.loss, subject.labels), existing)
+            row["saved_bytes_per_image"] = saved / s.batch_size
             variant.model.zero_grad(set_to_none=True)
-        row.peak_bytes = measure.peak_bytes(step, s.device)
+        row["peak_bytes"] = measure.peak_bytes(step, s.device)
         steps[variant.name] = step
     times = measure.interleaved(steps, s.device, repeats=s.repeats, budget_s=s.case_budget_s)
-    for _, row in ready:
-        row.times_s = times[row.variant]
-    return case
+    rows = [row for _, row in made]
+    for row in rows:
+        if own := times.get(row["variant"]):
+            row |= measure.figures(own, s.batch_size, times.get("plain", [])) | {"rounds": len(own), "times_s": own}
+    ok = all(row["status"] != "failed" for row in rows)
+    head = {"model": subject.name, "mode": mode, "dtype": dtype, "batch_size": s.batch_size}
+    return head | {"ok": ok, "variants": rows}

@@ -52,11 +52,7 @@ def write_json(path: str | Path, found: Any) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that ``--device`` names.
-
-    Raises:
-        UsageError: the name is not a device's, or this machine does not have the device.
-    """
+    """The device that ``--device`` names; a UsageError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -87,11 +83,7 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
 
 
 def pick_models(chosen: Sequence[str] | None, default: Sequence[str], libraries: Sequence[str] = ()) -> list[str]:
-    """The models that ``--models`` names, ``default`` without it.
-
-    Raises:
-        UsageError: a name that is neither in ``models.list_models()`` nor "library/name", or no name at all.
-    """
+    """The models that ``--models`` names, ``default`` without it; a UsageError if there is no such model."""
     names = list(default if chosen is None else chosen)
     known = [*models.list_models(), *(f"{library}/NAME" for library in libraries)]
     unknown = [name for name in names if name not in known and name.partition("/")[0] not in libraries]

@@ -77,11 +77,7 @@ def _losses(digits: Report) -> Figure:
 
 
 def draw(report: Report, folder: Path) -> dict[str, str]:
-    """Writes every picture for which the report has numbers.
-
-    Returns:
-        File name in ``folder`` -> caption.
-    """
+    """Writes every picture for which the report has numbers. Returns file name in ``folder`` -> caption."""
     figures = {
         "throughput.png": (
             _bars(report, "images/s", _throughput, "inference", "training"),

@@ -159,15 +159,8 @@ def _case(
 def run(args: argparse.Namespace, names: Sequence[str], repeats: tuple[int, int], case_budget_s: float) -> int:
     """Runs in each of torchrun's processes. The first one prints and writes ``--json``.
 
-    Args:
-        args: the command's arguments. names: the models' names. repeats, case_budget_s: see ``measure.interleaved``;
-            they hold for each number of processes.
-
-    Returns:
-        0 if every validation holds, the same in all processes.
-
-    Raises:
-        UsageError: torchrun did not start this process, or this machine has fewer GPUs than processes.
+    ``repeats`` and ``case_budget_s`` (see ``measure.interleaved``) hold for each number of processes. Returns 0 if
+    every validation holds, the same in all processes.
     """
     start = time.perf_counter()
     if not dist.is_available():

@@ -19,11 +19,7 @@ from fused_resnet.training import DataError, ResumeError
 
 
 def pick_studies(names: list[str]) -> list[Study]:
-    """The named studies, in the order of ``STUDIES``.
-
-    Raises:
-        UsageError: a name is neither a study's nor "all".
-    """
+    """The named studies, in the order of ``STUDIES``; a UsageError if there is no such study."""
     unknown = [name for name in names if name not in (*STUDIES, "all")]
     if unknown:
         raise UsageError(f"NAME: expected all or some of {', '.join(STUDIES)}, got {', '.join(unknown)}")
@@ -31,11 +27,7 @@ def pick_studies(names: list[str]) -> list[Study]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the studies and writes each one's JSON and picture as soon as it is done.
-
-    Returns:
-        0: they ran. Whether the claims held does not matter here.
-    """
+    """Runs the studies and writes each one's JSON and picture as soon as it is done. Returns 0, whatever held."""
     device, preset, chosen = pick_device(args.device), PRESETS[args.preset], pick_studies(args.names)
     output, start = Path(args.output), time.perf_counter()
     with usage("--data: ", DataError, FileNotFoundError):

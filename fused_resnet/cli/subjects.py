@@ -147,11 +147,7 @@ class OneTensor(nn.Module):
 
 
 def _from_library(name: str) -> nn.Module:
-    """The network "library/name" with random weights.
-
-    Raises:
-        UsageError: the library is not installed, or has no network of that name.
-    """
+    """The network "library/name" with random weights; a UsageError if there is none."""
     library, _, of = name.partition("/")
     try:
         return OneTensor(LIBRARIES[library](importlib.import_module(library), of))

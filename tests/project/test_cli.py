@@ -275,9 +275,9 @@ def test_photographs() -> None:
 
 def test_digits_are_learnt() -> None:
     trainings = digits.train_both(2, CPU, seed=0)
-    assert [t.variant for t in trainings] == ["plain", "fused"]
-    assert all(t.accuracy > 0.8 and t.losses[-1] < t.losses[0] / 3 for t in trainings)
-    assert trainings[0].losses[0] == pytest.approx(trainings[1].losses[0], rel=1e-4)
+    assert [t["variant"] for t in trainings] == ["plain", "fused"]
+    assert all(t["accuracy"] > 0.8 and t["losses"][-1] < t["losses"][0] / 3 for t in trainings)
+    assert trainings[0]["losses"][0] == pytest.approx(trainings[1]["losses"][0], rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- bench
@@ -351,8 +351,9 @@ def test_compile_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "compile", compile_)
     subject = cases.Subject("resnet20", cases.Settings(CPU, 2, 32, 0, (1, 1), 0.0))
     case = cases.run_case(subject, "inference", "fp32", variants.CompileBudget(1000))
-    assert [row.status for row in case.rows] == ["measured", "skipped", "measured"]
-    assert "No working C++ compiler found" in case.rows[1].note and case.ok
+    rows = case["variants"]
+    assert [row["status"] for row in rows] == ["measured", "skipped", "measured"]
+    assert "No working C++ compiler found" in rows[1]["note"] and case["ok"]
 
 
 def test_compile_budget() -> None:
