@@ -245,7 +245,7 @@ def conv_dgrad(
         PHASES=tuple(places), COUNT=len(places),
         POINTWISE=g.pointwise,
         FROZEN=frozen,
-        ACT=formulas.ACT_INDEX[act.name],
+        ACT=act.index,
         TF32=tf32,
         WIDE=wide(dz, x, weight),
         **config.constants(),

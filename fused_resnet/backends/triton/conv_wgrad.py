@@ -161,7 +161,7 @@ def conv_wgrad(
         g.m, steps, float(pre_act.param),
         **g.constants(),
         FROZEN=frozen,
-        PRE_ACT=formulas.ACT_INDEX[pre_act.name],
+        PRE_ACT=pre_act.index,
         TF32=tf32,
         WIDE=wide(dz, x, part),
         **config.constants(),

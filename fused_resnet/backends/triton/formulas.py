@@ -16,7 +16,6 @@ from fused_resnet.spec import ACTIVATIONS
 
 _INTERPRET = tl.constexpr(INTERPRET)
 # The number that kernels take for an activation: its index in the table of fused_resnet/spec.py.
-ACT_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 _IDENTITY, _RELU, _LEAKY_RELU, _ELU, _SIGMOID, _SILU, _RELU6, _HARDSWISH = (
     tl.constexpr(i) for i in range(len(ACTIVATIONS))
 )

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fused_resnet.backends import BnAct, BnActBackward, BnBackward, BnStats, Norm, Sums
 from fused_resnet.backends.triton import formulas
-from fused_resnet.backends.triton.formulas import ACT_INDEX, act_backward, load_vector, merge_rows, narrow
+from fused_resnet.backends.triton.configs import target_of
+from fused_resnet.backends.triton.formulas import act_backward, load_vector, merge_rows, narrow
 from fused_resnet.backends.triton.geometry import nhwc
 from fused_resnet.backends.triton.reduce import merge_moments, sum_partials
-from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, processors, wide
+from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 
 __all__ = ["bn_act", "bn_act_backward", "bn_backward", "bn_stats", "merge_moments", "sum_partials"]
 # Elements of a tile: 8 per thread, one 16-byte access of 16-bit elements. A reduction has fewer programs with twice as
@@ -208,7 +209,7 @@ def _partials(
     """Grid, rows per program and tile of a reduction: as many programs as can be resident at once."""
     tile = _tile(channels, elements)
     c_tiles, m_tiles = cdiv(channels, tile["BLOCK_C"]), cdiv(m, tile["BLOCK_M"])
-    most = max(1, _PROGRAMS * processors(device) // c_tiles)
+    most = max(1, _PROGRAMS * target_of(device).processors // c_tiles)
     rows = max(1, cdiv(m_tiles, most)) * tile["BLOCK_M"]
     return (c_tiles, cdiv(m, rows)), rows, tile
 
@@ -247,7 +248,7 @@ def bn_act(call: BnAct) -> Tensor:
     vectors = (norm.scale, norm.shift, r_scale, r_shift)
     launch(
         _bn_act_kernel, grid, y, summand, *vectors, out, m, float(act.param),
-        C=channels, ACT=ACT_INDEX[act.name], RESIDUAL=kind, WIDE=wide(y), **tile, num_warps=_WARPS,
+        C=channels, ACT=act.index, RESIDUAL=kind, WIDE=wide(y), **tile, num_warps=_WARPS,
         reads=(y, summand, *vectors), writes=(out,),
     )  # fmt: skip
     return out
@@ -267,7 +268,7 @@ def bn_act_backward(call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         _bn_act_backward_kernel, grid,
         dout, y, summand, *vectors, *[None] * (6 - len(vectors)), dz, *sums, *[None] * (3 - len(sums)),
         m, rows, float(act.param),
-        C=channels, ACT=ACT_INDEX[act.name], RESIDUAL=kind, WIDE=wide(y), **tile, num_warps=_WARPS,
+        C=channels, ACT=act.index, RESIDUAL=kind, WIDE=wide(y), **tile, num_warps=_WARPS,
         reads=(dout, y, summand, *vectors), writes=(dz, *sums),
     )  # fmt: skip
     s0, *rest = sum_partials(*sums)

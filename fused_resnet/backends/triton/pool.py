@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fused_resnet.backends import BnActMaxPool, BnActMaxPoolBackward, Sums
 from fused_resnet.backends.triton import formulas
-from fused_resnet.backends.triton.formulas import ACT_INDEX, act_backward, affine, load_vector, narrow
+from fused_resnet.backends.triton.configs import target_of
+from fused_resnet.backends.triton.formulas import act_backward, affine, load_vector, narrow
 from fused_resnet.backends.triton.geometry import nhwc
 from fused_resnet.backends.triton.reduce import sum_partials
-from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, processors, wide
+from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 # Elements of a tile, a square of pixels: neighbouring windows share their loads.
@@ -126,7 +127,7 @@ def _bn_act_max_pool_backward_kernel(
 def _constants(y: Tensor, out: Tensor, act: Act, pool: PoolSpec) -> dict[str, int]:
     names = ("C", "H", "W", "OH", "OW", "R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
     sizes = (*y.shape[1:], *out.shape[2:], *pool.kernel, *pool.stride, *pool.padding)
-    return dict(zip(names, sizes, strict=True)) | {"ACT": ACT_INDEX[act.name], "WIDE": wide(y)}
+    return dict(zip(names, sizes, strict=True)) | {"ACT": act.index, "WIDE": wide(y)}
 
 
 def _tile(t: Tensor) -> tuple[dict[str, int], int, int]:
@@ -157,7 +158,7 @@ def bn_act_max_pool_backward(call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
     norm, act, pool = call.norm, call.act, call.pool
     dz = empty_nhwc(y, y.shape, dout.dtype)
     tile, tiles, c_tiles = _tile(y)
-    each = max(1, cdiv(tiles, max(1, _PROGRAMS * processors(y.device) // c_tiles)))
+    each = max(1, cdiv(tiles, max(1, _PROGRAMS * target_of(y.device).processors // c_tiles)))
     partials = cdiv(tiles, each)
     sums = [torch.empty((partials, y.shape[1]), dtype=torch.float32, device=y.device) for _ in range(2)]
     launch(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -131,14 +130,6 @@ def _special(a: Any) -> Any:
 def wide(*tensors: Tensor | None) -> bool:
     """Whether an offset into one of the tensors can exceed 32 bits."""
     return any(t is not None and t.numel() >= _WIDE for t in tensors)
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """The multiprocessors of a GPU; without a GPU (the interpreter, meta tensors), those of an H100."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def empty_nhwc(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
