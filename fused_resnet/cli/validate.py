@@ -166,9 +166,7 @@ def in_layout(model: nn.Module, layout: torch.memory_format) -> nn.Module:
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
     """``torch.autocast`` for 16-bit dtypes, otherwise a context that does nothing."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return torch.autocast(device.type, dtype)
-    return nullcontext()
+    return torch.autocast(device.type, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
 
 
 def run(
