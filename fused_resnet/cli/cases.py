@@ -89,18 +89,6 @@ class Subject:
         return str(fr.explain(self.model, self.x[:VALIDATED_IMAGES]))
 
 
-def _build(name: str, subject: Subject, train: bool, dtype: torch.dtype, budget: CompileBudget | None) -> Variant:
-    model = copy.deepcopy(subject.model)
-    if name == "plain":
-        return variants.plain(model, subject.x, train, dtype)
-    if name == "fused":
-        return variants.fused(model, subject.x, train, dtype)
-    if budget is None:
-        raise Skipped("not compiled: --no-compile")
-    budget.check(model, train)
-    return variants.compiled(model, subject.x, train, dtype)
-
-
 def _validated(
     name: str, subject: Subject, mode: str, dtype: torch.dtype, budget: CompileBudget | None, plain: Tensors
 ) -> tuple[Variant | None, Row]:
@@ -114,7 +102,12 @@ def _validated(
     row: Row = {"variant": name, "status": "measured", "note": "", "error": {}, "worst": None}
     worst: Finding | None = None
     try:
-        variant = _build(name, subject, train, dtype, budget)
+        model = copy.deepcopy(subject.model)
+        if compiles and budget is None:
+            raise Skipped("not compiled: --no-compile")
+        if compiles and budget:
+            budget.check(model, train)
+        variant = variants.VARIANTS[name](model, subject.x, train, dtype)
         row["note"] = variant.note
         before = budget.spent_s if budget else 0.0
         with budget.compiling(variant.model, train) if compiles and budget else nullcontext():

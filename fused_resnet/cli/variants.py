@@ -16,7 +16,6 @@ import fused_resnet as fr
 from fused_resnet import measure
 from fused_resnet.cli import validate
 
-VARIANTS = ("plain", "compile", "fused")
 TITLES = {"plain": "plain PyTorch, channels_last", "compile": "torch.compile", "fused": "fused_resnet"}
 
 
@@ -95,6 +94,9 @@ def compiled(model: nn.Module, x: Tensor, train: bool, dtype: torch.dtype) -> Va
         return Variant("compile", model, torch.compile(model.train()), x, dtype)
     model, x = model.to(dtype).eval(), x.to(dtype)
     return Variant("compile", model, torch.compile(model, options={"freezing": True}), x, None)
+
+
+VARIANTS = {"plain": plain, "compile": compiled, "fused": fused}
 
 
 @dataclass
