@@ -60,7 +60,7 @@ def live_frozen(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[
 
 
 @pytest.mark.slow
-@settings(max_examples=50)
+@settings(max_examples=settings.default.max_examples // 2)  # of the profile
 @given(PROGRAMS, LIVES)
 def test_a_frozen_network_lives_as_its_plain_twin_does(program: Program, life: list[tuple[Call, list[Edit]]]) -> None:
     note(program.source)

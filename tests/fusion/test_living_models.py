@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from edits import Call, Edit, apply
-from hypothesis import given, note, settings
+from hypothesis import given, note
 from lives import BOUND, LIVES, outcome, same
 from living import PROGRAMS, Program, World
 from torch import Tensor
@@ -77,7 +77,6 @@ def live(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[int, in
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
 @given(PROGRAMS, LIVES)
 def test_a_fused_network_lives_as_its_plain_twin_does(program: Program, life: list[tuple[Call, list[Edit]]]) -> None:
     note(program.source)
