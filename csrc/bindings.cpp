@@ -59,6 +59,9 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "row_inference(Tensor x, Tensor? residual, Tensor[] params, int[] ints, float[] reals, ScalarType compute, "
         "bool gemm) -> Tensor");
     m.def(
+        "frozen_row(Tensor x, Tensor? residual, Tensor[] tensors, Tensor ints, Tensor reals, str[] post_ops) "
+        "-> Tensor");
+    m.def(
         "conv_algorithm(str kind, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
         "bool prologue, ScalarType compute, bool gemm) -> str");
     m.def("winograd_tile(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> int");
@@ -146,6 +149,10 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("direct_prepack", cpu::direct_prepack);
     m.impl("stem_bias_act_max_pool", cpu::stem_bias_act_max_pool);
 }
+
+// weights that oneDNN packed are its own kind of tensor
+TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) { m.impl("frozen_row", fused_resnet::cpu::frozen_row); }
+TORCH_LIBRARY_IMPL(fused_resnet_cpu, MkldnnCPU, m) { m.impl("frozen_row", fused_resnet::cpu::frozen_row); }
 
 #ifdef FUSED_RESNET_WITH_CUDA
 TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) { fused_resnet::cuda::ops::implement(m); }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from fused_resnet.backends.values import (
     Sums,
 )
 from fused_resnet.spec import ConvSpec, PoolSpec
+
+if TYPE_CHECKING:
+    from fused_resnet.backends.steps import Recorded
 
 Config = tuple[Any, ...]
 
@@ -116,6 +119,13 @@ class Backend:
     def conv_pooled(self, call: ConvBiasAct, packed: Packed, pool: PoolSpec) -> Tensor:
         """A stem in inference: max-pool(act(conv(x, W) + b)), W packed by ``prepack_pooled`` for an input like x."""
         raise NotImplementedError
+
+    def frozen_row(self, recorded: Sequence[Recorded], dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        """The steps of a frozen row of images of ``dtype`` as one call: (x, summand or None) -> the last result.
+
+        None: the steps run one by one.
+        """
+        return None
 
     # ------------------------------------------------------------------------------------------------ primitives
     # Their calls say what they do (primitives.py).

@@ -42,22 +42,14 @@ from fused_resnet.backends import (
     aten,
     warn_once,
 )
+from fused_resnet.backends.cpu_steps import POST_OPS, Writer, identity, needs_pass, scalars
+from fused_resnet.backends.steps import Recorded
 from fused_resnet.base.locks import Lock
 from fused_resnet.spec import SHORTCUTS, Act, ConvSpec, PoolSpec, RowSpec
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # oneDNN's names of the dtypes that only some CPUs compute in
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# oneDNN's names of the activations that its convolutions can apply: (name, scalars)
-_POST_OPS = {
-    "identity": ("none", ()),
-    "relu": ("relu", ()),
-    "leaky_relu": ("leaky_relu", ("param",)),
-    "sigmoid": ("sigmoid", ()),
-    "silu": ("swish", ()),
-    "relu6": ("hardtanh", (0.0, 6.0)),
-    "hardswish": ("hardswish", ()),
-}
 _ops, _mkldnn = torch.ops.fused_resnet_cpu, torch.ops.mkldnn
 
 
@@ -217,12 +209,9 @@ def _onednn(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tens
     x, bias, act, residual = call.x, call.bias, call.act, call.residual
     assert bias is not None
     # oneDNN's relu turns NaN into 0: acceptable for a frozen model (docs/limits.md says so), not in training
-    apart = (exact and act.name != "identity") or act.name not in _POST_OPS
-    if apart or (residual is not None and act.name not in ("identity", "relu")):
-        # a separate pass does what oneDNN's post-ops can't
-        one = torch.ones_like(bias)
+    if (exact and act.name != "identity") or needs_pass(act, residual is not None):
         y = _onednn(call.replace(act=Act("identity"), residual=None), packed, False, False)
-        return BnAct(y, Norm(one, torch.zeros_like(one), one, one), act, residual).on(BACKEND)
+        return BnAct(y, identity(bias.numel(), y.dtype), act, residual).on(BACKEND)
     y = _with_post_ops(call, packed, owned)
     fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return y.to(x.dtype).contiguous(memory_format=fmt)
@@ -234,9 +223,8 @@ def _with_post_ops(call: ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:
     x, bias = call.x.to(compute), call.bias.to(compute)
     where = (conv.padding, conv.stride, conv.dilation, conv.groups)
     if call.residual is None:
-        name, scalars = _POST_OPS[act.name]
-        values = [act.param if s == "param" else s for s in scalars]
-        y: Tensor = _mkldnn._convolution_pointwise(x, packed, bias, *where, name, values, "")
+        name = POST_OPS[act.name][0]
+        y: Tensor = _mkldnn._convolution_pointwise(x, packed, bias, *where, name, scalars(act), "")
         return y
     unary = "relu" if act.name == "relu" else None
     r = call.residual.to(compute)
@@ -357,6 +345,9 @@ class Cpu(Backend):
             pool.kernel, pool.stride, pool.padding,
         )  # fmt: skip
         return out
+
+    def frozen_row(self, recorded: Sequence[Recorded], dtype: torch.dtype) -> Callable[..., Tensor] | None:
+        return Writer().row(recorded) if compute_dtype(dtype) == dtype else None  # otherwise tensors are converted
 
     def conv_bn_act(self, call: ConvBnAct) -> Tensor:
         out: Tensor = _ops.conv_bn_act(

@@ -18,23 +18,24 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import reference
 from fused_resnet.backends import (
     BnAct,
     BnActMaxPool,
+    Case,
     ConvBiasAct,
     Norm,
+    forced,
     loaded,
     text_of,
     vector_dtype,
 )
+from fused_resnet.backends.steps import MaxPool, Recorded, ShortcutInput, Step
 from fused_resnet.chain.packing import Packing, Packs, pack_once, values_of
-from fused_resnet.planner import pick, run, sizes
-from fused_resnet.reference import shortcut_input
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec
+from fused_resnet.planner import pick, plan, run, sizes
+from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec
 
 # A stem with stages behind it makes at most this many bytes of its convolution's output per thread at a time.
 _STEM_BYTES = 8 << 20
@@ -104,89 +105,172 @@ class _Measured(NamedTuple):
                 packs.found[key] = pack([])
             return packs.found[key]
 
+        ours = _Backends(perform, packed, measured=False)
         if self.pool is not None:
-            return partial(_Backends.serve_pooled, *unit, self.pool, packed), partial(_Plain.pooled, *unit, self.pool)
+            return partial(ours.pooled, *unit, self.pool), partial(_PLAIN.pooled, *unit, self.pool)
         residual = sizes.images(_out_shape(x, self.weight, self.conv), dtype, True) if self.summand else None
-        return (
-            partial(_Backends.serve, *unit, residual, False, packed),
-            partial(_Plain.unit, *unit, residual, False),
-        )
+        return partial(ours.unit, *unit, residual, False), partial(_PLAIN.unit, *unit, residual, False)
 
 
-class _Backends:
-    """Runs units on the backends that serve them, or on PyTorch's own operators if these are faster.
+Do = Callable[[Step | MaxPool | ShortcutInput], Tensor]
+# A row as one call of its input and its summand.
+Row = Callable[[Tensor, Tensor | None], Tensor]
 
-    ``packed``: the function that keeps packed weights (``pack_once``).
+
+def perform(step: Step | MaxPool | ShortcutInput) -> Tensor:
+    """Runs a step."""
+    if not isinstance(step, Step):
+        return step.run()
+    call, backend = step.call, step.backend
+    if backend is None or step.packed is None or not isinstance(call, ConvBiasAct):
+        out: Any = run(call) if backend is None else call.on(backend)  # type: ignore[misc]
+        return out[0] if isinstance(call, BnActMaxPool) else out
+    if step.pool is not None:
+        return backend.conv_pooled(call, step.packed, step.pool)
+    return backend.conv_packed(call, step.packed, step.owned)
+
+
+class _Plain:
+    """The steps of units on PyTorch's own operators.
+
+    Args:
+        do: what is done with each step: ``perform``, or it is recorded.
     """
 
-    @staticmethod
+    def __init__(self, do: Do) -> None:
+        self.do = do
+
     def unit(
-        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
-    ) -> Tensor:
+        self, x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None,
+        owned: bool,
+    ) -> Tensor:  # fmt: skip
         """``owned``: nothing else uses the residual, so its memory may be reused."""
+        if conv is None:
+            return self.do(Step(BnAct(x, _affine(weight, bias), act, residual), loaded("aten")))
+        return self.do(Step(ConvBiasAct(x, weight, bias, conv, act, residual), loaded("aten")))
+
+    def pooled(
+        self, x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec
+    ) -> Tensor:
+        """max-pool of the unit's output."""
+        return self.do(MaxPool(self.unit(x, weight, bias, conv, act, None, True), pool))
+
+    def start(self, x: Tensor, shortcut: ShortcutSpec) -> Tensor:
+        """x after a shortcut without parameters."""
+        return self.do(ShortcutInput(x, shortcut)) if shortcut.kind == "pad" or shortcut.pool is not None else x
+
+
+class _Backends(_Plain):
+    """The steps of units on the backends that serve them, or on PyTorch's own operators if these are faster.
+
+    Args:
+        packed: keeps packed weights (``pack_once``). measured: whether PyTorch's operators are an alternative.
+    """
+
+    def __init__(self, do: Do, packed: Packing = pack_once, measured: bool = True) -> None:
+        super().__init__(do)
+        self.packed, self.measured = packed, measured
+
+    def unit(
+        self, x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None,
+        owned: bool,
+    ) -> Tensor:  # fmt: skip
         if residual is not None:
             if residual.dtype != x.dtype or tuple(residual.shape) != _out_shape(x, weight, conv):
                 # the add converts or broadcasts a summand, so it is PyTorch's add
-                return reference.act(_Backends.unit(x, weight, bias, conv, Act("identity"), None, True) + residual, act)
+                return self.broadcast(self.unit(x, weight, bias, conv, Act("identity"), None, True), residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
-        if not _is_served(x, weight, bias, conv, act, residual):
-            return _Plain.unit(x, weight, bias, conv, act, residual, owned)
-        return _Backends.serve(x, weight, bias, conv, act, residual, owned, pack_once)
-
-    @staticmethod
-    def serve(
-        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool,
-        packed: Packing,
-    ) -> Tensor:  # fmt: skip
+        if self.measured and not _is_served(x, weight, bias, conv, act, residual):
+            return super().unit(x, weight, bias, conv, act, residual, owned)
         if conv is None:
-            return run(BnAct(x, _affine(weight, bias), act, residual))
+            return self.do(Step(BnAct(x, _affine(weight, bias), act, residual)))
         call = ConvBiasAct(x, weight, bias, conv, act, residual)
         backend = pick(ConvBiasAct, call.case)
         if not backend.packs:
-            return run(call)
-        form = packed(weight, (backend.name, x.shape, x.dtype), partial(backend.prepack, call))
-        return backend.conv_bias_act(call) if form is None else backend.conv_packed(call, form, owned)
+            return self.do(Step(call))
+        form = self.packed(weight, (backend.name, x.shape, x.dtype), partial(backend.prepack, call))
+        return self.do(Step(call, backend, form, owned))
 
-    @staticmethod
-    def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
-        """max-pool of the unit's output, in one pass if the backend has such a pass."""
-        if not _is_served(x, weight, bias, conv, act, None, pool):
-            return _Plain.pooled(x, weight, bias, conv, act, pool)
-        return _Backends.serve_pooled(x, weight, bias, conv, act, pool, pack_once)
+    def broadcast(self, z: Tensor, residual: Tensor, act: Act) -> Tensor:
+        """act(z + residual), with a summand of another shape or dtype."""
+        return reference.act(z + residual, act)
 
-    @staticmethod
-    def serve_pooled(
-        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec, packed: Packing
+    def pooled(
+        self, x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec
     ) -> Tensor:
+        """max-pool of the unit's output, in one pass if the backend has such a pass."""
+        if self.measured and not _is_served(x, weight, bias, conv, act, None, pool):
+            return self.do(MaxPool(super().unit(x, weight, bias, conv, act, None, True), pool))
         if conv is None:
-            return run(BnActMaxPool(x, _affine(weight, bias), act, pool))[0]
+            return self.do(Step(BnActMaxPool(x, _affine(weight, bias), act, pool)))
         call = ConvBiasAct(x, weight, bias, conv, act, None)
         backend = pick(ConvBiasAct, call.case)
         if backend.packs:
             key = (backend.name, x.dtype, pool)
-            stem = packed(weight, key, lambda _: backend.prepack_pooled(call, pool))
+            stem = self.packed(weight, key, lambda _: backend.prepack_pooled(call, pool))
             if stem is not None:
-                return backend.conv_pooled(call, stem, pool)
-        h = _Backends.serve(x, weight, bias, conv, act, None, True, packed)
+                return self.do(Step(call, backend, stem, pool=pool))
+        h = _Backends(self.do, self.packed, measured=False).unit(x, weight, bias, conv, act, None, True)
         one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
-        return run(BnActMaxPool(h, _affine(one, torch.zeros_like(one)), Act("identity"), pool))[0]
+        return self.do(Step(BnActMaxPool(h, _affine(one, torch.zeros_like(one)), Act("identity"), pool)))
 
 
-class _Plain:
-    """Runs units on PyTorch's own operators."""
+_PLAIN, _SERVED = _Plain(perform), _Backends(perform)
+
+
+# ---------------------------------------------------------------------------------------------------- recording
+class _Recorder(_Backends):
+    """Records a row's steps instead of running them. Results stand for themselves: they have a shape and no values.
+
+    Raises:
+        LookupError: by ``broadcast``, which no backend takes.
+    """
+
+    def __init__(self, x: Tensor, summand: Tensor | None) -> None:
+        super().__init__(self.add)
+        self.results: list[Tensor | None] = [x, summand]
+        self.steps: list[Recorded] = []
+        self.memory = x.new_empty(0)  # of all results, which nobody reads or writes
+
+    def add(self, step: Step | MaxPool | ShortcutInput) -> Tensor:
+        call = step.call if isinstance(step, Step) else step
+        residual = call.residual if isinstance(call, ConvBiasAct | BnAct) else None
+        x = call.y if isinstance(call, BnAct | BnActMaxPool) else call.x
+        self.steps.append(Recorded(step, self._place(x), None if residual is None else self._place(residual)))
+        n, c, h, w = self._shape(step)
+        if self.memory.numel() < n * c * h * w:
+            self.memory = x.new_empty(n * c * h * w)
+        out = self.memory[: n * c * h * w].view(n, h, w, c).permute(0, 3, 1, 2)
+        self.results.append(out)
+        return out
+
+    def _place(self, t: Tensor) -> int:
+        return next(i for i, known in enumerate(self.results) if known is t)
 
     @staticmethod
-    def unit(
-        x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, owned: bool
-    ) -> Tensor:
-        if conv is None:
-            return loaded("aten").bn_act(BnAct(x, _affine(weight, bias), act, residual))
-        return loaded("aten").conv_bias_act(ConvBiasAct(x, weight, bias, conv, act, residual))
+    def _shape(step: Step | MaxPool | ShortcutInput) -> Sequence[int]:
+        if not isinstance(step, Step):
+            return step._replace(x=step.x.to("meta")).run().shape
+        call, pool = step.call, step.pool
+        if isinstance(call, ConvBiasAct):
+            shape = _out_shape(call.x, call.weight, call.conv)
+        else:
+            shape = tuple(call.y.shape)
+            pool = call.pool if isinstance(call, BnActMaxPool) else None
+        return MaxPool(torch.empty(shape, device="meta"), pool).run().shape if pool is not None else shape
 
-    @staticmethod
-    def pooled(x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec) -> Tensor:
-        h = _Plain.unit(x, weight, bias, conv, act, None, True)
-        return F.max_pool2d(h, pool.kernel, pool.stride, pool.padding)
+    def broadcast(self, z: Tensor, residual: Tensor, act: Act) -> Tensor:
+        raise LookupError("a summand that is broadcast")
+
+
+def _recorded(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None) -> Row | None:
+    """The row as one call of the backend that serves it, or None."""
+    recorder = _Recorder(x, residual)
+    try:
+        _chains(x, params, chains, residual, recorder)
+    except LookupError:
+        return None
+    return pick(BnAct, Case.of(x)).frozen_row(recorder.steps, x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- chains
@@ -233,7 +317,7 @@ def _chain(
         pooled: Tensor = ways.pooled(*_begun(h, last, ways), chain.pool)
         return pooled
     if kind not in ("none", "tensor"):
-        residual = shortcut_input(x, chain.shortcut)
+        residual = ways.start(x, chain.shortcut)
     if chain.shortcut.unit is not None:
         assert residual is not None
         residual = ways.unit(*_begun(residual, units[-1], ways), None, True)
@@ -251,8 +335,9 @@ def _chains(
 
 
 def run_chains(
-    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
-) -> Tensor:
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None,
+    known: dict[Any, Row | None] | None = None,
+) -> Tensor:  # fmt: skip
     """Runs the chains on the backends that serve them.
 
     On a CPU a stem and the stages after it take a few images at a time. Their tensors are the network's largest: for
@@ -264,6 +349,7 @@ def run_chains(
             it is not in the weight (``scaled``): [out_channels] in ``vector_dtype``.
         chains: any number; each takes the output of the one before.
         residual: the summand of a first chain whose shortcut is "tensor".
+        known: the chains as one call each, for inputs that came before; None: units run one by one.
 
     Returns:
         The last one's output, channels_last, x's dtype.
@@ -279,10 +365,29 @@ def run_chains(
         return plain_chains(x, params, chains, residual)
     # a model's own operations may pass a slice, but packed weights expect dense tensors
     x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None and residual.dim() == 4:
+        residual = residual.contiguous(memory_format=torch.channels_last)
     parts = _parts(x, params, chains) if x.device.type == "cpu" else 1
     if parts <= 1:
-        return _chains(x, params, chains, residual, _Backends)
-    return torch.cat([_chains(part, params, chains, None, _Backends) for part in x.chunk(min(parts, x.shape[0]))])
+        return _served_row(x, params, chains, residual, known)
+    return torch.cat([_served_row(part, params, chains, None, known) for part in x.chunk(min(parts, x.shape[0]))])
+
+
+def _served_row(
+    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None,
+    known: dict[Any, Row | None] | None,
+) -> Tensor:  # fmt: skip
+    """Runs a row as one call if its backend takes such calls."""
+    if known is None or forced() is not None or not x.is_cpu or plan() == "measure":
+        return _chains(x, params, chains, residual, _SERVED)
+    summand = None if residual is None else (residual.shape, residual.dtype)
+    key = (x.shape, summand, sizes.has_choice(), torch.get_num_threads(), torch.get_float32_matmul_precision())
+    if key not in known:
+        if len(known) >= _ASKED:
+            known.clear()
+        known[key] = _recorded(x, params, chains, residual)
+    row = known[key]
+    return _chains(x, params, chains, residual, _SERVED) if row is None else row(x, residual)
 
 
 def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> int:
@@ -302,4 +407,4 @@ def plain_chains(
     x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
 ) -> Tensor:
     """``run_chains`` with PyTorch's own operators, for runtimes that have no others."""
-    return _chains(x, params, chains, residual, _Plain)
+    return _chains(x, params, chains, residual, _PLAIN)

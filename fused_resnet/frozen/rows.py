@@ -13,7 +13,7 @@ from fused_resnet.backends import vector_dtype
 from fused_resnet.base.arguments import number
 from fused_resnet.chain.folding import fold, fold_weight
 from fused_resnet.chain.packing import values_of
-from fused_resnet.frozen.forward import plain_chains, run_chains
+from fused_resnet.frozen.forward import Row, plain_chains, run_chains
 from fused_resnet.fusion.lowering import ChainCall, Places, UnitCall, finish, put_in
 from fused_resnet.fusion.matcher import match
 from fused_resnet.fusion.matches import Matches, RowMatch
@@ -48,12 +48,18 @@ class FoldedChain(NamedTuple):
 
 
 class _Folded(NamedTuple):
-    """A folded row. ``values`` identify its sources. ``kept`` keeps these alive, so that no address is used again."""
+    """A folded row.
+
+    Attributes:
+        values: identify its sources. kept: keeps these alive, so that no address is used again. calls: the row as one
+            call, for each kind of input.
+    """
 
     values: list[tuple[int, int]]
     kept: list[Tensor]
     chains: list[FoldedChain]
     params: list[Tensor]
+    calls: dict[Any, Row | None]
 
 
 class FrozenRow(nn.Module):
@@ -106,9 +112,9 @@ class FrozenRow(nn.Module):
         if made is None or made.values != values or uncounted:
             self.made = made = self._fold(values, sources)
         residual = images[1] if len(images) > 1 else None
-        run = plain_chains if self.portable else run_chains
+        row = images[0], made.params, [chain.spec for chain in made.chains], residual
         with torch._C._DisableAutocast():
-            return run(images[0], made.params, [chain.spec for chain in made.chains], residual)
+            return plain_chains(*row) if self.portable else run_chains(*row, made.calls)
 
     def _fold(self, values: list[tuple[int, int]], sources: Sequence[Tensor]) -> _Folded:
         made = self.known.get(self.text)
@@ -119,7 +125,7 @@ class FrozenRow(nn.Module):
             tensors: list[Any] = [None] * (self.places - len(constants)) + list(constants)
             chains = [self._chain(call, tensors) for call in self.chains]
         params = [t for chain in chains for unit in chain.units for t in unit.tensors]
-        self.known[self.text] = made = _Folded(values, [t.detach() for t in sources], chains, params)
+        self.known[self.text] = made = _Folded(values, [t.detach() for t in sources], chains, params, {})
         return made
 
     def _chain(self, call: ChainCall, tensors: Sequence[Tensor]) -> FoldedChain:

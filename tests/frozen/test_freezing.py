@@ -98,8 +98,8 @@ def test_stem_in_parts(monkeypatch):
     x = torch.randn(7, 3, 16, 16) * 1.3 + 0.4
     frozen = fr.freeze(model, x)
     sizes: list[int] = []
-    chains = frozen_forward._chains
-    monkeypatch.setattr(frozen_forward, "_chains", lambda x, *rest: sizes.append(len(x)) or chains(x, *rest))
+    row = frozen_forward._served_row
+    monkeypatch.setattr(frozen_forward, "_served_row", lambda x, *rest: sizes.append(len(x)) or row(x, *rest))
     monkeypatch.setattr(frozen_forward, "_STEM_BYTES", 3 * 16 * 16 * 16 * 4 // torch.get_num_threads())
     got = frozen(x)
     assert sizes[:3] == [3, 3, 1] and sizes[-1] == 7, "stem and stages in parts, the last stage whole"

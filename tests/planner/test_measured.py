@@ -24,7 +24,8 @@ from torchvision_shim import torchvision
 
 import fused_resnet as fr
 from fused_resnet import planner
-from fused_resnet.backends import load
+from fused_resnet.backends import ConvBiasAct, load
+from fused_resnet.backends.steps import Step
 from fused_resnet.chain import call as chain_call
 from fused_resnet.frozen import forward as frozen_forward
 from fused_resnet.planner import sizes
@@ -403,16 +404,14 @@ def test_frozen_units_do_what_was_measured(monkeypatch: pytest.MonkeyPatch, pays
     if cpu is None:
         pytest.skip("the compiled extension is not built")
     says(monkeypatch, pays)
-    plain, x, calls = network().eval(), images(), []
-    for name in ("conv_bias_act", "conv_packed", "conv_pooled"):
-        real = getattr(cpu, name)
-        monkeypatch.setattr(cpu, name, lambda *args, real=real: calls.append(args) or real(*args))
+    plain, x, steps, real = network().eval(), images(), [], cpu.frozen_row
+    monkeypatch.setattr(cpu, "frozen_row", lambda row, dtype: steps.extend(r.step for r in row) or real(row, dtype))
     frozen = fr.freeze(plain, x)
     assert sizes._known and all(text.startswith("frozen") for _, text in sizes._known)
-    calls.clear()
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), plain(x), rtol=1e-4, atol=1e-4)
-    assert bool(calls) is pays
+    convolutions = [s for s in steps if isinstance(s, Step) and isinstance(s.call, ConvBiasAct)]
+    assert convolutions and all((step.packed is not None) is pays for step in convolutions)
     packed = [row for row in fr.explain(frozen).rows if "packed: " in str(row.backends)]
     assert bool(packed) is pays
 

@@ -60,6 +60,10 @@ std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptT
 Tensor row_inference(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
                      at::ArrayRef<double> reals, at::ScalarType compute, bool gemm);
 
+// A frozen row: its tensors, and its steps as the two vectors that fused_resnet/backends/cpu_steps.py makes of them.
+Tensor frozen_row(const Tensor& x, const OptTensor& residual, at::TensorList tensors, const Tensor& ints,
+                  const Tensor& reals, const c10::List<std::string>& post_ops);
+
 // Inference by Winograd: the outputs per side of a tile (0: not used), the transformed weights, and
 // act(conv(x) + bias (+ residual)).
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,

@@ -1,46 +1,11 @@
 // A row's spec and its tensors as row.cpp works with them, for that file alone.
 #pragma once
 
-#include <array>
-
-#include "ops.h"
+#include "reader.h"
 
 namespace fused_resnet::cpu {
 
 namespace {
-
-// Reads the numbers of a row's spec in the order in which fused_resnet/backends/cpu.py writes them.
-struct Reader {
-    IntList ints;
-    at::ArrayRef<double> reals;
-    size_t i = 0, r = 0;
-
-    int64_t next() {
-        TORCH_CHECK(i < ints.size(), "row: the spec ends after ", ints.size(), " integers");
-        return ints[i++];
-    }
-    double real() {
-        TORCH_CHECK(r < reals.size(), "row: the spec ends after ", reals.size(), " real numbers");
-        return reals[r++];
-    }
-    std::array<int64_t, 2> pair() {
-        const int64_t first = next();
-        return {first, next()};
-    }
-};
-
-struct Window {
-    std::array<int64_t, 2> kernel, stride, padding;
-    bool ceil_mode, count_include_pad;
-
-    static std::optional<Window> read(Reader& from) {
-        if (!from.next()) return std::nullopt;
-        Window w{from.pair(), from.pair(), from.pair(), false, false};
-        w.ceil_mode = from.next();
-        w.count_include_pad = from.next();
-        return w;
-    }
-};
 
 // [scale, shift, center, rstd]
 struct Norm : std::array<Tensor, 4> {
@@ -104,16 +69,12 @@ struct Chain {
     Tensor start(const Tensor& x, const OptTensor& residual, at::MemoryFormat format) const {
         if (shortcut == kNone) return Tensor();
         Tensor t = shortcut == kTensor ? *residual : x;
-        if (average)
-            t = at::avg_pool2d(t, average->kernel, average->stride, average->padding, average->ceil_mode,
-                               average->count_include_pad);
-        if (shortcut == kPad) t = at::constant_pad_nd(pixels(t), {0, 0, 0, 0, 0, channels - x.size(1)});
+        if (average) t = average->average(t);
+        if (shortcut == kPad) t = padded(pixels(t), channels);
         return t.contiguous(format);
     }
     // The pixels of t that the shortcut "pad" reads.
-    Tensor pixels(const Tensor& t) const {
-        return t.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]);
-    }
+    Tensor pixels(const Tensor& t) const { return every(t, stride); }
 };
 
 // The chains of a row and the number of its parameters.
