@@ -34,11 +34,12 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 # Directories are listed too: their time changes when a file comes or goes.
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
 
-.PHONY: help bench test lint format docs codegen gpu-report wheel clean
+.PHONY: help bench grid test lint format docs codegen gpu-report wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make bench   validate and measure plain, compiled and fused networks; writes bench-report/ (ARGS=... passes more)"
+	@echo "make grid    networks x batches x images x modes x dtypes against plain PyTorch; writes grid-report/ (an hour and more)"
 	@echo "make test    run the tests (ARGS=... passes more to pytest)"
 	@echo "make codegen     compile every Triton and CUDA kernel for three GPUs each and read the machine code; needs no GPU"
 	@echo "make gpu-report  on a GPU: tests, sanitizer, kernels and networks; writes gpu-report/ (ARGS=--dry-run: on a CPU)"
@@ -50,6 +51,10 @@ help:
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m fused_resnet bench --preset quick --output bench-report $(ARGS)
+
+# PYTHONPATH: torchvision_shim.py, for torchvision's networks where torchvision has no build for this torch
+grid: $(VENV)/.installed
+	PYTHONPATH=tests/support $(BIN)/python benchmarks/grid.py --output grid-report $(ARGS)
 
 # PASSIVE: the workers' threads share the cores; those that wait would keep the others' from them
 test: $(VENV)/.installed
@@ -81,7 +86,7 @@ docs: $(VENV)/.requirements
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
 
 clean:
-	rm -rf build dist site *.egg-info bench-report study-report fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist site *.egg-info bench-report grid-report study-report fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed
 

@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import importlib.util
 import itertools
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +62,8 @@ def build(network: str) -> nn.Module:
     if network in models.list_models():
         made = getattr(models, network)(fused=False)
     else:
+        if importlib.util.find_spec("torchvision_shim"):
+            importlib.import_module("torchvision_shim")
         made = importlib.import_module("torchvision").models.get_model(network, weights=None)
     return made.to(memory_format=torch.channels_last)
 
@@ -106,8 +110,8 @@ def train(net: nn.Module, x: Tensor, labels: Tensor, autocast: bool) -> None:
     loss.backward()
 
 
-def measured(pair: Pair, cell: Cell) -> dict[str, Any]:
-    """The cell's row of results.json."""
+def measured(pair: Pair, cell: Cell, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+    """The cell's row of results.json. ``clock``: as of ``measure.seconds``."""
     row: dict[str, Any] = cell._asdict()
     steps = pair.steps(cell)
     try:
@@ -115,7 +119,7 @@ def measured(pair: Pair, cell: Cell) -> dict[str, Any]:
     except ValueError as error:  # one value per channel has no statistics
         return row | {"status": f"plain PyTorch raises: {error}"}
     steps["ours"](), steps["ours"]()  # captures and measures
-    found = measure.interleaved(steps, CPU, repeats=REPEATS, budget_s=BUDGET_S, sample_s=SAMPLE_S)
+    found = measure.interleaved(steps, CPU, repeats=REPEATS, budget_s=BUDGET_S, sample_s=SAMPLE_S, clock=clock)
     ratios = measure.quantiles(measure.ratios(found["plain"], found["ours"]))
     ms = {f"{name}_ms": 1e3 * measure.quantiles(found[name])["median"] for name in found}
     return row | {"status": "measured", "ratio": ratios, **ms, "rounds": len(found["ours"])}
