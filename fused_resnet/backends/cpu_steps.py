@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,16 +47,9 @@ def identity(channels: int, dtype: torch.dtype) -> Norm:
     return Norm(one, torch.zeros_like(one), one, one)
 
 
-class FrozenRow(NamedTuple):
-    """A recorded row, called with its input and its summand."""
-
-    tensors: list[Tensor]
-    ints: Tensor
-    reals: Tensor
-
-    def __call__(self, x: Tensor, summand: Tensor | None, /) -> Tensor:
-        out: Tensor = torch.ops.fused_resnet_cpu.frozen_row(x, summand, self.tensors, self.ints, self.reals, _NAMES)
-        return out
+def _run(tensors: list[Tensor], ints: Tensor, reals: Tensor, x: Tensor, summand: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.fused_resnet_cpu.frozen_row(x, summand, tensors, ints, reals, _NAMES)
+    return out
 
 
 class Writer:
@@ -68,12 +62,13 @@ class Writer:
         self.places = [0, 1]  # recorded result -> result of a written step
         self.steps = 0
 
-    def row(self, recorded: Sequence[Recorded]) -> FrozenRow:
+    def row(self, recorded: Sequence[Recorded]) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The row as a function of its input and its summand."""
         for step, x, summand in recorded:
             self._step(step, self.places[x], -1 if summand is None else self.places[summand])
             self.places.append(self.steps + 1)
         ints = torch.tensor([self.steps, *self.ints], dtype=torch.int64)
-        return FrozenRow(self.tensors, ints, torch.tensor(self.reals, dtype=torch.float64))
+        return partial(_run, self.tensors, ints, torch.tensor(self.reals, dtype=torch.float64))
 
     def _step(self, step: Step | MaxPool | ShortcutInput, x: int, summand: int) -> None:
         if isinstance(step, MaxPool):
