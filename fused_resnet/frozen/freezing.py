@@ -82,9 +82,10 @@ def freeze(
 def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Captures the example's call, packs the weights, and compares the result with the plain network's.
 
-    The parameters ``learns`` of the plain network require gradients. If the results differ, the frozen
-    model's parameters get them too, in case its forward asks. If the plain network is nearer to the exact values (say
-    because a forward depends on earlier calls), the plain network runs.
+    The parameters ``learns`` of the plain network require gradients. If the results differ by more than rounding, the
+    frozen model's parameters get them too, in case its forward asks. If the plain network is still nearer to the exact
+    values (say because a forward depends on earlier calls), the plain network runs. The exact values are asked before
+    the parameters are changed, because a change captures the call again.
     """
 
     def tensors(net: nn.Module, dtype: torch.dtype) -> list[Tensor]:
@@ -100,21 +101,19 @@ def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...],
     got, want = tensors(frozen, frozen.compute), tensors(copied(plain), frozen.compute)
     if _all_agree(got, want):
         return
-    frozen.model = copied(plain)
-    frozen.__dict__.pop("_fr_folded", None)
-    got = tensors(frozen, frozen.compute)
-    if _all_agree(got, want):
-        return
-    exact = plain.double()
+    learning, exact = copied(plain), plain.double()
     for name, t in tensors_of(exact).items():
         if name in frozen.exact:
             t.detach().copy_(frozen.exact[name][0])
     truth = tensors(exact, torch.float64)
-    if len(got) != len(truth) or any(map(_worse, got, want, truth)):
+    if _as_near(got, want, truth):
+        return
+    frozen.model = learning
+    frozen.__dict__.pop("_fr_folded", None)
+    got = tensors(frozen, frozen.compute)
+    if not (_all_agree(got, want) or _as_near(got, want, truth)):
         warn_once("freeze: the frozen model differs from the plain one on the example, so the plain one runs")
         frozen.differs = True
-    else:
-        frozen.model.requires_grad_(False)
 
 
 def _learning(model: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -126,6 +125,11 @@ def _learning(model: nn.Module, names: Sequence[str]) -> nn.Module:
 
 def _all_agree(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(map(_agree, a, b))
+
+
+def _as_near(got: Sequence[Tensor], want: Sequence[Tensor], truth: Sequence[Tensor]) -> bool:
+    """Whether each result of the frozen model is near the exact one, as seen from the plain network's."""
+    return len(got) == len(truth) and not any(map(_worse, got, want, truth))
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

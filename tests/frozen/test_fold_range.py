@@ -174,6 +174,15 @@ def test_nothing_changes_where_all_fits(monkeypatch: pytest.MonkeyPatch) -> None
         assert all(len(unit.tensors) == 2 for chain in blocks(frozen) for unit in chain.units)
 
 
+@DTYPES
+def test_rounding_captures_nothing_again(dtype: torch.dtype) -> None:
+    """``freeze`` compares with the plain network; where only rounding differs, its one capture serves all calls."""
+    x = torch.randn(1, 8, 20, 20)
+    frozen = fr.freeze(trained("nothing"), x, dtype=dtype, portable=True)
+    frozen(x)
+    assert len(frozen.front().graphs) == 1 and not any(p.requires_grad for p in frozen.parameters())
+
+
 def test_what_a_scale_travels_through() -> None:
     """A frozen model with a scale outside of its weights: copied and saved."""
     model, x = trained("tiny gamma"), image("tiny gamma").half()
