@@ -202,6 +202,11 @@ def closing_norms(model: nn.Module, *example: Any) -> set[str]:
     model = fuse(copy_of(model)).train()
     with torch.no_grad():
         model(*example)
+    return captured_closing_norms(model)
+
+
+def captured_closing_norms(model: nn.Module) -> set[str]:
+    """The same of a fused model, by the graphs that its calls ran."""
     closed = (chain for chain in _captured(model)[0] if chain.shortcut != "none")
     return {chain.units[-2 if chain.shortcut == "projection" else -1].norm[0] for chain in closed}
 
