@@ -22,20 +22,24 @@ from torchvision_shim import torchvision
 
 import fused_resnet as fr
 from fused_resnet.fusion.classes import FusedModule
+from fused_resnet.planner.sizes import chains_always
 
 LOAD = """
 import sys, torch
-sys.path[:0] = sys.argv[2:]
+sys.path[:0] = sys.argv[1:]
 import any_size, torchvision_shim, test_weights_only
 import fused_resnet as fr
-plain = test_weights_only.NETWORKS[sys.argv[1]]()
-with torch.serialization.safe_globals(fr.safe_globals(plain)):
-    for kind in ("fused", "frozen"):
-        x, want = torch.load(f"{kind}_data.pt")
-        model = torch.load(f"{kind}.pt", weights_only=True)
-        assert torch.equal(model(x), want), kind
-        assert kind == "frozen" or any(isinstance(m, fr.fusion.classes.FusedModule) for m in model.modules())
-        print(kind)
+for name, network in test_weights_only.NETWORKS.items():
+    allowed = fr.safe_globals(network())
+    with torch.serialization.safe_globals(allowed):
+        for kind in ("fused", "frozen"):
+            x, want = torch.load(f"{name}_{kind}_data.pt")
+            model = torch.load(f"{name}_{kind}.pt", weights_only=True)
+            assert torch.equal(model(x), want), (name, kind)
+            assert kind == "frozen" or any(isinstance(m, fr.fusion.classes.FusedModule) for m in model.modules())
+            print(name, kind)
+    left = [each for each in torch.serialization.get_safe_globals() if each in allowed]
+    assert not left, (left, "the next network is allowed what it names alone")
 """
 
 
@@ -79,42 +83,44 @@ def densenet() -> nn.Module:
 NETWORKS = {"everything": Everything, "stack": Stack, "resnet": resnet, "densenet": densenet}
 
 
-@pytest.fixture
-def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A network, fused and frozen, with inputs and what they give."""
-    plain, x = prepared(NETWORKS[request.param]()).eval(), torch.randn(2, 3, 33, 40) + 0.3
-    with torch.no_grad():
-        for kind, model in (("fused", fr.fuse(copy.deepcopy(plain))), ("frozen", fr.freeze(plain, x))):
-            torch.save(model, tmp_path / f"{kind}.pt")
-            torch.save((x, model(x)), tmp_path / f"{kind}_data.pt")
-    return tmp_path
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each network, fused and frozen, with inputs and what they give."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name, network in NETWORKS.items():
+        torch.manual_seed(0)
+        plain, x = prepared(network()).eval(), torch.randn(2, 3, 33, 40) + 0.3
+        with torch.no_grad(), chains_always():  # conftest.py lets chains run at any size only later, in each test
+            for kind, model in (("fused", fr.fuse(copy.deepcopy(plain))), ("frozen", fr.freeze(plain, x))):
+                torch.save(model, folder / f"{name}_{kind}.pt")
+                torch.save((x, model(x)), folder / f"{name}_{kind}_data.pt")
+    return folder
 
 
-@pytest.mark.parametrize("saved", NETWORKS, indirect=True)
-def test_names(saved: Path) -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_names(saved: Path, name: str) -> None:
     """What PyTorch says has to be allowed can be imported under that name, runs nothing by itself, and suffices."""
     for kind in ("fused", "frozen"):
-        names = get_unsafe_globals_in_checkpoint(saved / f"{kind}.pt")
-        assert not [name for name in names if name.startswith(("builtins.getattr", "torch._C", "_operator", "copyreg"))]
+        file = saved / f"{name}_{kind}.pt"
+        names = get_unsafe_globals_in_checkpoint(file)
+        assert not [n for n in names if n.startswith(("builtins.getattr", "torch._C", "_operator", "copyreg"))]
         allowed = []
-        for name in names:
-            module, _, attribute = name.rpartition(".")
-            allowed.append((getattr(importlib.import_module(module), attribute), name))
-        x, want = torch.load(saved / f"{kind}_data.pt")
+        for full in names:
+            module, _, attribute = full.rpartition(".")
+            allowed.append((getattr(importlib.import_module(module), attribute), full))
+        x, want = torch.load(saved / f"{name}_{kind}_data.pt")
         with torch.no_grad(), safe_globals(allowed):
-            assert torch.equal(torch.load(saved / f"{kind}.pt", weights_only=True)(x), want)
+            assert torch.equal(torch.load(file, weights_only=True)(x), want)
         with pytest.raises(pickle.UnpicklingError, match="fused_resnet|GLOBAL"):
-            torch.load(saved / f"{kind}.pt", weights_only=True)
+            torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize(("saved", "name"), [(n, n) for n in NETWORKS], indirect=["saved"])
-def test_in_another_process(saved: Path, name: str) -> None:
+def test_in_another_process(saved: Path) -> None:
     """A plain model of the architecture names all that is to be allowed: the same bits, and chains, come of it."""
     folders = map(str, (ROOT, SUPPORT, Path(__file__).parent))
-    command = [sys.executable, "-c", LOAD, name, *folders]
-    ran = subprocess.run(command, cwd=saved, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([sys.executable, "-c", LOAD, *folders], cwd=saved, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["fused", "frozen"]
+    assert ran.stdout.split("\n")[:-1] == [f"{name} {kind}" for name in NETWORKS for kind in ("fused", "frozen")]
 
 
 def test_trains_on(tmp_path: Path) -> None:
