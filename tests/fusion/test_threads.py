@@ -148,8 +148,15 @@ def loaded(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("made", ["grad", "inference"])
-@pytest.mark.parametrize("frozen_in", ["no_grad", "inference"])
+@pytest.mark.parametrize(
+    ("made", "frozen_in"),
+    [
+        ("grad", "inference"),
+        ("inference", "no_grad"),
+        pytest.param("grad", "no_grad", marks=pytest.mark.full),
+        pytest.param("inference", "inference", marks=pytest.mark.full),
+    ],
+)
 def test_frozen_across_modes(made: str, frozen_in: str) -> None:
     """Made, frozen, copied and called in different modes: plain PyTorch's values, and those of new weights at once."""
     x = images()
@@ -190,10 +197,18 @@ def test_weights_of_inference_mode() -> None:
         assert relative(frozen(x), tiny(0).eval()(x)) < 1e-5
 
 
+TRAINED = ["all", "norms", "nothing"]
+# Every mode with everything that can be trained, in training and in evaluation in turn; the other half: --full
+NETWORKS = [
+    pytest.param(training, made, trained, marks=[pytest.mark.full] if training == bool((i + j) % 2) else [])
+    for i, made in enumerate(MODES)
+    for j, trained in enumerate(TRAINED)
+    for training in (True, False)
+]
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("trained", ["all", "norms", "nothing"])
-@pytest.mark.parametrize("made", MODES)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("training", "made", "trained"), NETWORKS)
 def test_fused_across_modes(trained: str, made: str, training: bool) -> None:
     """Networks and images of every mode, run in every mode, then trained: what plain PyTorch can do the fused network
     can, with its values."""
