@@ -13,7 +13,6 @@ import captures
 import cuda_build
 import pytest
 import torch
-from filelock import FileLock
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.internal.conjecture.engine import ConjectureRunner
 from source_tree import copy_to
@@ -75,6 +74,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def in_one_thread() -> Iterator[None]:
+    """As ``one_thread``, for one test of a module whose others run in several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """Dynamo knows nothing of what other tests captured, and they nothing of what this one does."""
     torch._dynamo.reset()
@@ -100,9 +108,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Files whose few tests take longest: they come first, so that no worker has them left when the others are done.
 LONGEST = [
-    "test_living_models.py", "test_real_sizes.py", "test_living_frozen.py", "test_architectures.py", "test_swap.py",
-    "test_cli.py", "test_studies.py", "test_other_architectures.py", "test_sync_batchnorm.py", "test_threads.py",
-    "test_rows.py",
+    "test_living_models.py", "test_real_sizes.py", "test_guides.py", "test_architectures.py",
+    "test_other_architectures.py", "test_living_frozen.py", "test_studies.py", "test_sync_batchnorm.py", "test_cli.py",
+    "test_wrappers.py", "test_swap.py", "test_freezing.py",
 ]  # fmt: skip
 
 
@@ -156,20 +164,13 @@ def interpreted(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def cuda_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """csrc/cuda compiled for this CPU, once per session, also of several workers (pytest-xdist)."""
+def cuda_library() -> Path:
+    """csrc/cuda compiled for this CPU, once for all sessions and workers (pytest-xdist)."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ on this machine")
     if load("cpu")[0] is None:
         pytest.skip(f"the compiled extension, which has the schemas: {load('cpu')[1]}")
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with FileLock(shared / "cuda.lock"):
-        folder = shared / "cuda"
-        if not (folder / "done").exists():
-            folder.mkdir()
-            (folder / "done").write_text(str(cuda_build.build(folder)))
-    return Path((folder / "done").read_text())
+    return cuda_build.kept("cuda", cuda_build.build)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,13 @@ needs_nvcc = pytest.mark.skipif(codegen_cuda.nvcc() is None, reason="nvcc was no
 )
 def test_compiled_kernels(name: str, target: str, kernels: int) -> None:
     """No warning, no spill, 128-bit loads wherever a thread has several channels."""
-    reports = codegen_cuda.compile_file(ROOT / "csrc" / "cuda" / name, target)
+
+    def compiled(folder: Path) -> Path:
+        file = folder / "reports.pickle"
+        file.write_bytes(pickle.dumps(codegen_cuda.compile_file(ROOT / "csrc" / "cuda" / name, target)))
+        return file
+
+    reports = pickle.loads(cuda_build.kept(f"{name}-{target}", compiled).read_bytes())
     assert len(reports) == kernels
     assert {f"{r.kernel} {r.case}": r.failures for r in reports if r.failures} == {}
     if codegen_cuda.nvdisasm() is not None:
@@ -61,7 +68,7 @@ def test_without_nvcc_it_says_so(tmp_path: Path) -> None:
 
 @needs_nvcc
 @pytest.mark.parametrize("source", ["cuda/stream.cpp", "cuda/conv_ops.cpp", "bindings.cpp"])
-def test_host_side_compiles(source: str, tmp_path: Path) -> None:
+def test_host_side_compiles(source: str) -> None:
     """With the CUDA part switched on, against torch's and CUDA's headers; a CPU build of torch lacks the file that says
     how its CUDA part was configured. (ops.cpp needs neither: it is part of what test_cuda_kernels.py runs.)"""
     homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path(codegen_cuda.nvcc() or "").resolve().parents[1]]
@@ -76,8 +83,12 @@ def test_host_side_compiles(source: str, tmp_path: Path) -> None:
         "-DFUSED_RESNET_CUTLASS=4.2.0",
         "-Wno-psabi",
     ]
-    cuda_build.compile_all({tmp_path / "host.o": [*flags, str(ROOT / "csrc" / source)]})
-    told = b"8.0;9.0a;10.0+PTX" in (tmp_path / "host.o").read_bytes()
+
+    def compiled(folder: Path) -> Path:
+        cuda_build.compile_all({folder / "host.o": [*flags, str(ROOT / "csrc" / source)]})
+        return folder / "host.o"
+
+    told = b"8.0;9.0a;10.0+PTX" in cuda_build.kept(Path(source).stem, compiled).read_bytes()
     assert told is (source == "bindings.cpp"), "what build_info says of the GPUs"
 
 

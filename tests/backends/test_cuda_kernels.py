@@ -224,7 +224,7 @@ def test_sanitizers(cuda_library: Path) -> None:
     ]
     if not all(Path(path).is_absolute() for path in runtimes):
         pytest.skip("g++ has no sanitizer libraries here")
-    library = cuda_build.sanitized(cuda_library.parent)
+    library = cuda_build.kept("sanitized", lambda folder: cuda_build.sanitized(folder, cuda_library.parent))
     env = os.environ | {
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:use_sigaltstack=0",

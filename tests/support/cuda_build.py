@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from source_tree import ROOT, SUPPORT
 from torch.utils import cpp_extension
 
@@ -20,7 +23,37 @@ KERNELS = tuple(CSRC / name for name in ("copy.cu", "norm.cu", "pool.cu", "stats
 GLUE = (CSRC / "ops.cpp", CSRC / "conv_ops.cpp", SHIM / "register.cpp")
 WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+# What compilations depend on, and where their results are kept (``make clean`` removes them).
+SOURCES = (
+    ROOT / "csrc", SHIM, Path(__file__), ROOT / "tests" / "backends" / "test_cuda_codegen.py",
+    ROOT / "benchmarks" / "codegen_cuda.py",
+)  # fmt: skip
+KEPT = ROOT / "build" / "tests"
 _library: ctypes.CDLL | None = None
+
+
+def digest() -> str:
+    """Of the sources, of torch and of the compilers."""
+    found = hashlib.sha256(torch.__version__.encode())
+    path = os.pathsep.join([os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"])
+    for compiler in filter(None, (shutil.which(name, path=path) for name in ("g++", "nvcc", "nvdisasm"))):
+        found.update(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
+    for source in SOURCES:
+        for path in sorted(p for p in (source.rglob("*") if source.is_dir() else [source]) if p.is_file()):
+            found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def kept(name: str, make: Callable[[Path], Path]) -> Path:
+    """The file that ``make(folder)`` compiles. It is compiled once for each ``digest``, also by several processes."""
+    folder = KEPT / f"{name}-{digest()}"
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():  # a compilation that failed, or was stopped, leaves none
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / "done").write_text(str(make(folder)))
+    return Path((folder / "done").read_text())
 
 
 def torch_flags() -> list[str]:
@@ -53,16 +86,15 @@ def build(folder: Path) -> Path:
     return link(folder, "plain", [])
 
 
-def sanitized(folder: Path) -> Path:
-    """The same with AddressSanitizer and UndefinedBehaviorSanitizer in the kernels, from ``build``'s other objects."""
-    below = folder / "sanitized"
-    below.mkdir()
-    sanitized = kernels(below, ["-O1", "-g1", "-fPIC", f"-I{SHIM}", *SANITIZED])
+def sanitized(folder: Path, plain: Path) -> Path:
+    """The same with AddressSanitizer and UndefinedBehaviorSanitizer in the kernels, from ``build``'s other objects in
+    the folder ``plain``."""
+    sanitized = kernels(folder, ["-O1", "-g1", "-fPIC", f"-I{SHIM}", *SANITIZED])
     compile_all(sanitized)
-    for path in folder.glob("*.o"):
-        if below / path.name not in sanitized:
-            shutil.copy(path, below)
-    return link(below, "sanitized", SANITIZED)
+    for path in plain.glob("*.o"):
+        if folder / path.name not in sanitized:
+            shutil.copy(path, folder)
+    return link(folder, "sanitized", SANITIZED)
 
 
 def kernels(folder: Path, flags: list[str], paths: Iterable[Path] = KERNELS) -> dict[Path, list[str]]:
