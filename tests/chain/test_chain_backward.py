@@ -32,6 +32,7 @@ def gradcheck(chain: chains.Chain, check: Callable[..., bool], margin: float, **
     return check(out, free, **options)
 
 
+@pytest.mark.usefixtures("in_one_thread")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradcheck(backend: str, shape: str, mode: str) -> None:
@@ -41,6 +42,7 @@ def test_gradcheck(backend: str, shape: str, mode: str) -> None:
         assert gradcheck(chains.make(shape, act, mode), torch.autograd.gradcheck, 2e-4, fast_mode=True)
 
 
+@pytest.mark.usefixtures("in_one_thread")
 @pytest.mark.parametrize("mode", ["batch", "frozen-conv_bias"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradcheck_whole_jacobian(backend: str, shape: str, mode: str) -> None:
@@ -48,6 +50,7 @@ def test_gradcheck_whole_jacobian(backend: str, shape: str, mode: str) -> None:
     assert gradcheck(chains.make(shape, "hardswish", mode, size=(3, 3)), torch.autograd.gradcheck, 2e-4)
 
 
+@pytest.mark.usefixtures("in_one_thread")
 @pytest.mark.parametrize("mode", ["batch", "frozen", "batch-conv_bias", "batch-gamma_or_beta", "mixed"])
 @pytest.mark.parametrize("shape", ["conv", "no_conv_residual", "basic_projection", "bottleneck", "option_a", "stem"])
 def test_gradgradcheck(backend: str, shape: str, mode: str) -> None:

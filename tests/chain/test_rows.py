@@ -72,6 +72,7 @@ def compare_16_bit(name: str, dtype: torch.dtype) -> None:
         assert_as_good(key, ours, theirs, true, dtype)
 
 
+@pytest.mark.usefixtures("in_one_thread")
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("name", ROWS)
 def test_gradcheck(backend: str, name: str, act: str) -> None:
@@ -82,6 +83,7 @@ def test_gradcheck(backend: str, name: str, act: str) -> None:
     assert torch.autograd.gradcheck(function(row, inputs), free(inputs), fast_mode=True)
 
 
+@pytest.mark.usefixtures("in_one_thread")
 def test_gradgradcheck(backend: str) -> None:
     """create_graph=True goes through the reference."""
     row = rows.make("bottleneck_stage", "silu", "mixed")

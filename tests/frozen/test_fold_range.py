@@ -18,6 +18,7 @@ from fused_resnet.backends import cpu, load, loaded, use_backend
 from fused_resnet.chain.folding import fold, fold_weight
 from fused_resnet.frozen import forward as frozen_forward
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
 

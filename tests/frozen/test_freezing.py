@@ -19,7 +19,7 @@ from fused_resnet.frozen import forward as frozen_forward
 from fused_resnet.models.resnet import BasicBlock, ResNet
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 
-pytestmark = pytest.mark.usefixtures("every_warning")
+pytestmark = pytest.mark.usefixtures("one_thread", "every_warning")
 
 
 # ------------------------------------------------------------------------------------------------ the same numbers

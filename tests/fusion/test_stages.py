@@ -21,7 +21,7 @@ from watching import Calls, rows, rows_of, saved_tensors
 import fused_resnet as fr
 from fused_resnet.fusion.swap import FusedModule
 
-pytestmark = pytest.mark.usefixtures("every_warning")
+pytestmark = pytest.mark.usefixtures("one_thread", "every_warning")
 
 
 @pytest.fixture

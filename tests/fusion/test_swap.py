@@ -14,7 +14,7 @@ from watching import rows, rows_of
 
 import fused_resnet as fr
 
-pytestmark = pytest.mark.usefixtures("every_warning")
+pytestmark = pytest.mark.usefixtures("one_thread", "every_warning")
 
 
 # Ours has torchvision's modules and forwards: test_models.py, test_outputs_are_torchvisions_bit_for_bit.
