@@ -124,9 +124,11 @@ def check_ddp(model: nn.Module, batches: list[Tensor]) -> None:
         in_chains(ddp)
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, units: tuple[str, ...]) -> None:
     import any_size  # noqa: F401
+    import captures
 
+    captures.cheaper()
     warnings.simplefilter("error")  # "runs plain" would be one
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     torch.set_num_threads(1)
@@ -135,8 +137,8 @@ def worker(rank: int, folder: str) -> None:
     model = network()
     torch.manual_seed(rank + 1)
     batches = [images(3) for _ in range(2)]
-    for units in UNITS:
-        check_fsdp(model, batches, units)
+    for unit in units:
+        check_fsdp(model, batches, unit)
     check_mixed_precision(model)
     check_ddp(model, batches)
     dist.destroy_process_group()
@@ -144,5 +146,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
-def test_fsdp_and_ddp_before_and_after_fuse(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=WORLD)
+def test_fsdp_and_ddp_before_and_after_fuse(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """``--full``: stages wrapped as well, which blocks are the finer case of."""
+    units = tuple(UNITS) if pytestconfig.getoption("--full") else ("network", "blocks")
+    torch.multiprocessing.spawn(worker, (str(tmp_path), units), nprocs=WORLD)
