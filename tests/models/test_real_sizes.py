@@ -42,8 +42,14 @@ MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "inference": torch.inference_mode,
     "autocast": lambda: _both(torch.no_grad(), torch.autocast("cpu", BF16)),
 }
-# What tests are repeated for.
-KINDS = [torch.float32, BF16, *MODES, "float32", "bfloat16"]
+PARTS = {"float32": (torch.float32, False), "bfloat16": (BF16, False), "autocast": (torch.float32, True)}
+# batch -> modes, dtypes and parts of a training -> how many threads. For both networks each value of each is in one of
+# them at least, so that their values meet in pairs; --full: all with all.
+RUNS: dict[int, dict[object, int]] = {
+    1: {("no_grad", torch.float32): 4, ("inference", BF16): 1, ("autocast", torch.float32): 2, "bfloat16": 2,
+        "autocast": 4},
+    8: {("no_grad", BF16): 2, ("inference", torch.float32): 4, "float32": 1},
+}  # fmt: skip
 Values = dict[str, Tensor]
 
 
@@ -148,11 +154,14 @@ def threads_as_before() -> Iterator[None]:
 def counts(request: pytest.FixtureRequest) -> Sequence[int]:
     """The numbers of threads of a test: all of ``THREADS`` for one image through ResNet-18. Of the others one each, as
     dynamo captures a forward anew where their number changes; ``--full``: all as well."""
-    name, batch = request.getfixturevalue("case").name, request.getfixturevalue("case").batch
-    if (name, batch) == CASES[0] or request.config.getoption("--full"):
+    case, values = request.getfixturevalue("case"), request.node.callspec.params
+    full = request.config.getoption("--full")
+    kind = values["part"] if "part" in values else (values["mode"], values["dtype"]) if "mode" in values else None
+    if kind is not None and kind not in RUNS[case.batch] and not full:
+        pytest.skip("runs with --full: other tests have its mode, its dtype and its batch")
+    if (case.name, case.batch) == CASES[0] or full:
         return THREADS
-    values = [v for k, v in request.node.callspec.params.items() if k != "case"]
-    return (THREADS[(sum(map(KINDS.index, values)) + (batch > 1)) % len(THREADS)],)
+    return (RUNS[case.batch].get(kind, 2),)
 
 
 @pytest.fixture
@@ -210,10 +219,11 @@ def test_inference(
         assert_right(f"frozen, {threads} threads", served, plain, truth, dtype, FORWARD)
 
 
-def test_nchw_network(case: Case) -> None:
-    """Weights in PyTorch's default layout, images as well."""
+def test_nchw_network(case: Case, pytestconfig: pytest.Config) -> None:
+    """Weights in PyTorch's default layout, images as well; without ``--full`` in the other mode for the other batch."""
     fused = case.fused(torch.float32, fmt=torch.contiguous_format).eval()
-    for mode in ("no_grad", "inference"):
+    modes = ("no_grad", "inference")
+    for mode in modes if pytestconfig.getoption("--full") else (modes[case.batch > 1],):
         with MODES[mode]():
             assert_right(mode, fused(case.x), case.x, case.truth(), torch.float32, FORWARD)
 
@@ -236,9 +246,6 @@ def test_which_operators_run() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- training
-PARTS = {"float32": (torch.float32, False), "bfloat16": (BF16, False), "autocast": (torch.float32, True)}
-
-
 @pytest.mark.parametrize("part", PARTS)
 def test_training(case: Case, part: str, counts: Sequence[int], counted: Mapping[str, int]) -> None:
     dtype, autocast = PARTS[part]
@@ -273,7 +280,7 @@ def test_training_with_relu(case: Case, dtype: torch.dtype, counts: Sequence[int
 
 
 # ---------------------------------------------------------------------------------------------------- threads, fork
-@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.full), "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.full)])
 def test_python_threads(name: str) -> None:
     """Four threads of Python on one fused and one frozen model, modes mixed, for ResNet-18 more intra-op threads half
     way: plain PyTorch's values, whoever runs beside."""
@@ -301,7 +308,7 @@ def _in_child(models: list[nn.Module], x: Tensor, truth: Tensor) -> None:
         assert_right("in a child", out, out, truth, torch.float32, FORWARD)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.full)])
 def test_forked_child(name: str) -> None:
     """A model that its parent froze and ran, with one thread, serves in the child, for another size of batch too."""
     torch.set_num_threads(1)
