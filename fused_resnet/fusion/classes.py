@@ -29,8 +29,10 @@ from fused_resnet.fusion.patterns import original
 
 # Kind of class -> the function that returns the methods which the class overrides: name -> function.
 KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {}
+# A norm's numbers -> the attributes that hold them as Python floats while they are captured.
+NUMBERS = {"momentum": "_fr_momentum", "eps": "_fr_eps"}
 # The attributes that belong to one module in one process.
-_NEVER_COPIED = ("_fr_fronts", "_fr_group", "_fr_named")
+_NEVER_COPIED = ("_fr_fronts", "_fr_group", "_fr_named", *NUMBERS.values())
 _making = Lock()
 
 

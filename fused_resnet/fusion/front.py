@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from functools import cache
 from itertools import count
 from types import FunctionType
@@ -27,9 +26,10 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
 from fused_resnet.backends import warn_lost_speed
 from fused_resnet.base.locks import wait_before_forks
 from fused_resnet.fusion.choosing import Settled
-from fused_resnet.fusion.inspection import named_modules
+from fused_resnet.fusion.inspection import calling, front_here, named_modules
 from fused_resnet.fusion.lowering import lower
 from fused_resnet.fusion.matches import Matches
+from fused_resnet.fusion.norms import classed, numbered, set_numbers
 from fused_resnet.fusion.patterns import METHODS, original
 from fused_resnet.fusion.report import GraphReport, Names
 from fused_resnet.fusion.sync_norm import sync_batch_norm
@@ -55,10 +55,6 @@ _FUNCTIONS = [
 ]  # fmt: skip
 
 
-# The front that captures or runs in the current thread.
-_calling: ContextVar[Front | None] = ContextVar("fused_resnet_calling", default=None)
-
-
 # The ids of the threads that run a front.
 _running: set[int] = set()
 
@@ -80,17 +76,12 @@ def others_capture() -> bool:
     return get_eval_frame_callback() not in (None, False) and not calling()
 
 
-def calling() -> bool:
-    """Whether a front captures or runs in this thread."""
-    return _calling.get() is not None
-
-
 class _NotCaptured(logging.Filter):
     """Logs one line for a front's frame that dynamo can't capture, in the place of dynamo's pages of warnings."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = str(record.msg)
-        if _calling.get() is None or not text.startswith("WON'T CONVERT"):
+        if not calling() or not text.startswith("WON'T CONVERT"):
             return True
         log.info("not captured: %s", text.removeprefix("WON'T CONVERT").strip())
         return False
@@ -120,8 +111,7 @@ def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., 
 
 def _of_front(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """The backend of all fronts. It is one function, because dynamo keeps every backend that it has seen."""
-    front = _calling.get()
-    assert front is not None
+    front: Front = front_here.get()
     return front.lowered(gm, example_inputs)
 
 
@@ -173,6 +163,8 @@ class Front:
         self.captured: dict[Any, Callable[..., Any]] = {}
         self.whole = True  # so far each call ran exactly one graph
         self.looked_up: list[tuple[Any, str, Any]] = []
+        self.norms: list[nn.Module] = []
+        self.classed = 0
 
     def _captured(self, state: Any) -> Callable[..., Any]:
         if state not in self.captured:
@@ -203,7 +195,7 @@ class Front:
         """Runs through dynamo; the rows choose how they run. Warns once per kind of call that runs no chain."""
         new = kind not in self.settled.calls
         out = self.settled.asking(kind, self.run, module, args, kwargs)
-        if new and self.settled.calls.get(kind) and _calling.get() is None:
+        if new and self.settled.calls.get(kind) and not calling():
             warn_lost_speed(
                 f"fuse: this {original(module).__name__} runs PyTorch's own operators on inputs of this size, "
                 f"because they are faster here: print(fused_resnet.explain(model))"
@@ -215,12 +207,15 @@ class Front:
         self.calls += 1
         if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
             self._forget()
+        if not self.captured or not self.whole or self.classed != classed[0]:
+            self.norms, self.classed = numbered(module), classed[0]
+        set_numbers(self.norms)
         known, ran = len(self.graphs), self.runs.graphs
         captured = self._captured(() if self.whole else _unguarded(module, args))
-        outermost = _calling.get() is None
+        outermost = not calling()
         if outermost:
             _running.add(threading.get_ident())
-        calling, before = _calling.set(self), [(name, getattr(self.config, name)) for name in _OPTIONS]
+        token, before = front_here.set(self), [(name, getattr(self.config, name)) for name in _OPTIONS]
         try:
             # like dynamo.config.patch, which would make a class at each call
             for name, value in _OPTIONS.items():
@@ -228,8 +223,10 @@ class Front:
             out = captured(module, *args, **kwargs)
             self.without += self.runs.graphs == ran
             if self.whole and self.runs.graphs - ran != 1:
-                self.whole = False
-                self.captured = {_unguarded(module, args): captured}
+                if list(map(id, numbered(module))) != list(map(id, self.norms)):
+                    self._forget()  # a number of a norm has become one that dynamo can't trace
+                else:
+                    self.whole, self.captured = False, {_unguarded(module, args): captured}
             return out
         except Exception:
             self._forget()  # dynamo does not capture a frame again that raised
@@ -237,7 +234,7 @@ class Front:
         finally:
             for name, value in before:
                 setattr(self.config, name, value)
-            _calling.reset(calling)
+            front_here.reset(token)
             if outermost:
                 _running.discard(threading.get_ident())
             if len(self.graphs) > known or not self.looked_up:

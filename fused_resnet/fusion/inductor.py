@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fused_resnet.fusion.choosing import Choice
-from fused_resnet.fusion.front import calling, log
+from fused_resnet.fusion.front import log
+from fused_resnet.fusion.inspection import calling
 from fused_resnet.fusion.lowering import ChainRow, UnitCall, chain_rows, finish, put_in
 from fused_resnet.fusion.matches import Matches
 from fused_resnet.fusion.report import GraphReport, Names

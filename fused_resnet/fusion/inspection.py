@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +12,17 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_resnet.fusion.patterns import original
+
+# The front that captures or runs in the current thread.
+front_here: ContextVar[Any] = ContextVar("fused_resnet_front", default=None)
+
+
+def calling() -> bool:
+    """Whether a front captures or runs in this thread."""
+    return front_here.get() is not None
+
+
+calling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def graphed() -> bool:

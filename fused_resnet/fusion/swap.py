@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._C._dynamo.eval_frame import (
     _FrameAction,
     _FrameExecStrategy,
@@ -25,10 +25,10 @@ from fused_resnet.fusion.choosing import inside_plain, kind_of_call
 from fused_resnet.fusion.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
 from fused_resnet.fusion.front import Front, others_capture
 from fused_resnet.fusion.inductor import announce
-from fused_resnet.fusion.inspection import graphed, named_modules, shared_by
+from fused_resnet.fusion.inspection import graphed, named_modules
 from fused_resnet.fusion.lowering import lower
+from fused_resnet.fusion.norms import name_groups
 from fused_resnet.fusion.patterns import METHODS, calls_itself, looks_like_norm
-from fused_resnet.fusion.sync_norm import sync_batch_norm
 
 
 def _fused_methods(cls: Any) -> dict[str, Any]:
@@ -112,46 +112,7 @@ def _has_proxy(value: Any) -> bool:
     return isinstance(value, fx.Proxy) or (isinstance(value, dict) and any(map(_has_proxy, value.values())))
 
 
-def _sync_methods(cls: Any) -> dict[str, Any]:
-    """The methods of a SyncBatchNorm that dynamo captures as one call, on any device."""
-    plain = cls.forward
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        group = self.__dict__.get("_fr_group")
-        if group is None or not self.training:  # alone in its group: PyTorch's would refuse a CPU's tensors
-            alone: Tensor = nn.modules.batchnorm._BatchNorm.forward(self, input)
-            return alone
-        self._check_input_dim(input)
-        self._check_non_zero_input_channels(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
-        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        return sync_batch_norm(input, mean, var, self.weight, self.bias, True, momentum, self.eps, group)
-
-    return {"forward": wraps(plain)(forward)}
-
-
-KINDS["fused"], KINDS["sync"] = _fused_methods, _sync_methods
-
-
-def name_groups(module: nn.Module) -> None:
-    """Stores in every SyncBatchNorm of a module the name of its process group, as a constant that dynamo guards.
-
-    The name is None if the process is alone in the group, or if the processes are gone.
-    """
-    if dist.is_initialized():
-        module.__dict__["_fr_named"] = True
-    else:
-        module.__dict__.pop("_fr_named", None)
-    for _, m in named_modules(module):
-        if isinstance(m, nn.SyncBatchNorm):
-            if type(m) is nn.SyncBatchNorm:
-                set_class(m, fused_class(nn.SyncBatchNorm, "sync"))
-            group = shared_by(m)
-            m.__dict__["_fr_group"] = group.group_name if group is not None else None
+KINDS["fused"] = _fused_methods
 
 
 def why_not_fused(m: nn.Module) -> str | None:
