@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_resnet.backends import Call, Case, ConvBackward, ConvBiasAct, ConvStats, Packed, primitives
-from fused_resnet.chain.packing import packed_forms
 from fused_resnet.frozen.modules import Frozen
 from fused_resnet.frozen.rows import FoldedUnit, FrozenRow
 from fused_resnet.fusion.front import Front
@@ -262,7 +261,7 @@ def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
     if measured := planned(ConvBiasAct, conv, tuple(w.shape)):
         return measured + behind
     backend = why(ConvBiasAct, Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
-    forms = sorted({form.kind for form in packed_forms(w) if isinstance(form, Packed)})
+    forms = sorted({form.kind for form in w.packed_forms() if isinstance(form, Packed)})
     return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}{behind}"
 
 

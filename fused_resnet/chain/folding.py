@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdRef
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
 from fused_resnet.backends import Backend, BnFold, Norm, loaded, vector_dtype
-from fused_resnet.chain.packing import pack_once, values_of
+from fused_resnet.base.locks import Lock
+from fused_resnet.chain.packing import values_of
+
+# A weight -> (what the answer depends on, the answer of ``folds``).
+_answers = WeakTensorKeyDictionary()
+_asking = Lock()
 
 
 def fold(
@@ -59,12 +62,13 @@ def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> b
     if dtype != torch.float16:
         return True
     weight = p["weight"]
-
-    def answer(_: Any = None) -> bool:
-        return fold_weight(weight, norm, dtype)[1] is None
-
     if any(t.is_inference() for t in p.values()):  # their changes can't be noticed
-        return answer()
-    key = ("folds", eps, *((WeakIdRef(t), values_of(t)) for name, t in p.items() if name != "weight"))
-    found: bool = pack_once(weight, key, answer)
-    return found
+        return fold_weight(weight, norm, dtype)[1] is None
+    about = eps, *((WeakIdRef(t), values_of(t)) for t in p.values())
+    known = _answers.get(weight)
+    if known is None or known[0] != about:
+        known = about, fold_weight(weight, norm, dtype)[1] is None
+        with _asking.held():
+            _answers[weight] = known
+    answer: bool = known[1]
+    return answer

@@ -1,35 +1,18 @@
-"""Packs weights for the convolutions that use them.
-
-The first use of a weight packs it. A table of this module keeps the packed weight as long as the weight lives and keeps
-its values.
-"""
+"""A convolution's weight for inference, in the forms that convolutions use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fused_resnet.base.locks import Lock
 
 # Input shapes per weight whose packed weight is remembered. There are only as many packed weights as layouts that
 # oneDNN chooses: one to three in ResNet-50.
 SHAPES = 256
-
-
-class Packs:
-    """A weight's packed forms by key. They are void if the weight's values have changed since."""
-
-    def __init__(self, values: tuple[int, int]) -> None:
-        self.values = values
-        self.found: dict[Any, Any] = {}
-
-
-_MISSING = object()
-_packs = WeakTensorKeyDictionary()
 _packing = Lock()
 
 
@@ -38,32 +21,59 @@ def values_of(weight: Tensor) -> tuple[int, int]:
     return weight.data_ptr(), weight._version
 
 
-# ``pack_once``, or a function that packs again: (weight, key, pack) -> the packed weight, or None.
-Packing = Callable[[Tensor, Any, Callable[[list[Any]], Any]], Any]
+class Weight:
+    """A weight that does not change: packed by its first use, or as it is where a convolution takes no packed weight.
 
+    What is packed does not stay in its own layout too, unless both are used: ``again`` makes it when it is packed for
+    another layout.
 
-def pack_once(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
-    """The packed weight for ``key``; the first call makes it with ``pack``, which is given the forms that exist."""
-    packs, values = _packs.get(weight), values_of(weight)
-    if packs is not None and packs.values == values:
-        found = packs.found.get(key, _MISSING)  # None: there is nothing to pack
-        if found is not _MISSING:
-            return found
-    with _packing.held():
-        packs = _packs.get(weight)
-        if packs is None or packs.values != values:
-            _packs[weight] = packs = Packs(values)
-        if key not in packs.found:
-            with torch.inference_mode(False), torch.no_grad():  # the packed weight outlives the caller's mode
-                made = pack([form for form in packs.found.values() if form is not None])
-            while len(packs.found) >= SHAPES:
-                packs.found.pop(next(iter(packs.found)))
-            packs.found[key] = made
-        return packs.found[key]
+    Args:
+        own: [K, C, R, S]. again: makes a tensor with the same values; None: ``own`` stays.
 
+    Attributes:
+        like: a tensor of its shape, dtype and layout without values. forms: key -> the packed weight, or None.
+    """
 
-def packed_forms(weight: Tensor) -> list[Any]:
-    """The packed forms of the weight so far, each once."""
-    packs = _packs.get(weight)
-    found = packs.found.copy().values() if packs is not None and packs.values == values_of(weight) else ()
-    return list({id(form): form for form in found if form is not None}.values())
+    def __init__(self, own: Tensor, again: Callable[[], Tensor] | None = None) -> None:
+        self.like = torch.empty_like(own, device="meta")
+        self.shape, self.dtype, self.device = own.shape, own.dtype, own.device
+        self.forms: dict[Any, Any] = {}
+        self._own: Tensor | None = own
+        self._again, self._stays = again, again is None
+
+    def borrowed(self) -> Tensor:
+        """The weight itself, which need not stay."""
+        own = self._own
+        if own is None:
+            assert self._again is not None
+            with torch.inference_mode(False), torch.no_grad():  # what is made of it outlives the caller's mode
+                own = self._again()
+        return own
+
+    def own(self) -> Tensor:
+        """The weight itself, for a call that comes again: it stays."""
+        own = self._own if self._stays else None
+        if own is None:
+            with _packing.held():
+                own = self._own = self.borrowed()
+                self._stays = True
+        return own
+
+    def packed(self, key: Any, pack: Callable[[Tensor, Sequence[Any]], Any]) -> Any:
+        """The packed weight for ``key``. The first call makes it: ``pack(the weight, the forms that exist)``."""
+        if key in (forms := self.forms):
+            return forms[key]
+        with _packing.held():
+            if key not in forms:
+                with torch.inference_mode(False), torch.no_grad():
+                    made = pack(self.borrowed(), self.packed_forms())
+                while len(forms) >= SHAPES:
+                    forms.pop(next(iter(forms)))
+                forms[key] = made
+                if made is not None and not self._stays:
+                    self._own = None
+            return forms[key]
+
+    def packed_forms(self) -> list[Any]:
+        """The packed forms so far, each once."""
+        return list({id(form): form for form in self.forms.copy().values() if form is not None}.values())

@@ -8,7 +8,7 @@ weights would not fit in 16 bits (``fold_weight``) computes s*conv(h, W) + b ins
 ``run_chains`` runs chains one after the other on the backends that serve them. ``plain_chains`` does the same with
 PyTorch's own operators.
 
-The first use of a weight packs it for its convolution (``chain/packing.py``).
+A convolution's weight is a ``Weight`` (``chain/packing.py``), which its first use packs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fused_resnet.backends import (
     vector_dtype,
 )
 from fused_resnet.backends.steps import MaxPool, Recorded, ShortcutInput, Step
-from fused_resnet.chain.packing import Packing, Packs, pack_once, values_of
+from fused_resnet.chain.packing import Weight
 from fused_resnet.planner import pick, plan, run, sizes
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec
 
@@ -42,12 +42,13 @@ _STEM_BYTES = 8 << 20
 
 
 # ---------------------------------------------------------------------------------------------------- units
-def _affine(scale: Tensor, shift: Tensor) -> Norm:
+def _affine(scale: Weight | Tensor, shift: Tensor) -> Norm:
     """scale*y + shift as a ``Norm``. Inference reads neither its center nor its rstd."""
+    assert isinstance(scale, Tensor)
     return Norm(scale, shift, shift, shift)
 
 
-def _out_shape(x: Tensor, weight: Tensor, conv: ConvSpec | None) -> tuple[int, ...]:
+def _out_shape(x: Tensor, weight: Weight | Tensor, conv: ConvSpec | None) -> tuple[int, ...]:
     if conv is None:
         return tuple(x.shape)
     return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
@@ -61,8 +62,9 @@ _CALL_S = 0.008
 
 
 def _is_served(
-    x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None, pool: Any = None
-) -> bool:
+    x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None,
+    pool: Any = None,
+) -> bool:  # fmt: skip
     """Whether a unit, with its max-pool, runs on the backend that serves it.
 
     On a CPU it does if that is faster than PyTorch's own operators, which have less overhead per call.
@@ -72,7 +74,8 @@ def _is_served(
     key = (x.shape, x.dtype, weight.shape, conv, act, residual is None, pool, torch.get_num_threads())
     answer = _served.get(key)
     if answer is None:
-        unit = _Measured(weight.detach(), bias.detach(), conv, act, residual is not None, pool)
+        own = Weight(weight.borrowed()) if isinstance(weight, Weight) else weight
+        unit = _Measured(own, bias.detach(), conv, act, residual is not None, pool)
         found = sizes.faster(unit.signature(x), x.shape[0], partial(unit.calls, x.shape, x.dtype), _CALL_S)
         if len(_served) >= _ASKED:
             _served.clear()
@@ -83,7 +86,7 @@ def _is_served(
 class _Measured(NamedTuple):
     """A unit for the timing, with random images and its own packed weights."""
 
-    weight: Tensor
+    weight: Weight | Tensor
     bias: Tensor
     conv: ConvSpec | None
     act: Act
@@ -98,14 +101,8 @@ class _Measured(NamedTuple):
 
     def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[sizes.Call, sizes.Call]:
         x = sizes.images((images, *shape[1:]), dtype, True)
-        unit, packs = (x, self.weight, self.bias, self.conv, self.act), Packs(values_of(self.weight))
-
-        def packed(weight: Tensor, key: Any, pack: Callable[[list[Any]], Any]) -> Any:
-            if key not in packs.found:
-                packs.found[key] = pack([])
-            return packs.found[key]
-
-        ours = _Backends(perform, packed, measured=False)
+        unit = (x, self.weight, self.bias, self.conv, self.act)
+        ours = _Backends(perform, measured=False)
         if self.pool is not None:
             return partial(ours.pooled, *unit, self.pool), partial(_PLAIN.pooled, *unit, self.pool)
         residual = sizes.images(_out_shape(x, self.weight, self.conv), dtype, True) if self.summand else None
@@ -141,16 +138,16 @@ class _Plain:
         self.do = do
 
     def unit(
-        self, x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None,
-        owned: bool,
+        self, x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act,
+        residual: Tensor | None, owned: bool,
     ) -> Tensor:  # fmt: skip
         """``owned``: nothing else uses the residual, so its memory may be reused."""
-        if conv is None:
+        if isinstance(weight, Tensor) or conv is None:
             return self.do(Step(BnAct(x, _affine(weight, bias), act, residual), loaded("aten")))
-        return self.do(Step(ConvBiasAct(x, weight, bias, conv, act, residual), loaded("aten")))
+        return self.do(Step(ConvBiasAct(x, weight.own(), bias, conv, act, residual), loaded("aten")))
 
     def pooled(
-        self, x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec
+        self, x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec
     ) -> Tensor:
         """max-pool of the unit's output."""
         return self.do(MaxPool(self.unit(x, weight, bias, conv, act, None, True), pool))
@@ -164,16 +161,16 @@ class _Backends(_Plain):
     """The steps of units on the backends that serve them, or on PyTorch's own operators if these are faster.
 
     Args:
-        packed: keeps packed weights (``pack_once``). measured: whether PyTorch's operators are an alternative.
+        measured: whether PyTorch's operators are an alternative.
     """
 
-    def __init__(self, do: Do, packed: Packing = pack_once, measured: bool = True) -> None:
+    def __init__(self, do: Do, measured: bool = True) -> None:
         super().__init__(do)
-        self.packed, self.measured = packed, measured
+        self.measured = measured
 
     def unit(
-        self, x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None,
-        owned: bool,
+        self, x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act,
+        residual: Tensor | None, owned: bool,
     ) -> Tensor:  # fmt: skip
         if residual is not None:
             if residual.dtype != x.dtype or tuple(residual.shape) != _out_shape(x, weight, conv):
@@ -182,13 +179,15 @@ class _Backends(_Plain):
             residual = residual.contiguous(memory_format=torch.channels_last)
         if self.measured and not _is_served(x, weight, bias, conv, act, residual):
             return super().unit(x, weight, bias, conv, act, residual, owned)
-        if conv is None:
+        if isinstance(weight, Tensor) or conv is None:
             return self.do(Step(BnAct(x, _affine(weight, bias), act, residual)))
-        call = ConvBiasAct(x, weight, bias, conv, act, residual)
+        call = ConvBiasAct(x, weight.like, bias, conv, act, residual)
         backend = pick(ConvBiasAct, call.case)
         if not backend.packs:
-            return self.do(Step(call))
-        form = self.packed(weight, (backend.name, x.shape, x.dtype), partial(backend.prepack, call))
+            return self.do(Step(call.replace(weight=weight.own())))
+        key = (backend.name, x.shape, x.dtype)
+        form = weight.packed(key, lambda own, known: backend.prepack(call.replace(weight=own), known))
+        call = call if form is not None else call.replace(weight=weight.own())
         return self.do(Step(call, backend, form, owned))
 
     def broadcast(self, z: Tensor, residual: Tensor, act: Act) -> Tensor:
@@ -196,21 +195,21 @@ class _Backends(_Plain):
         return reference.act(z + residual, act)
 
     def pooled(
-        self, x: Tensor, weight: Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec
+        self, x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec
     ) -> Tensor:
         """max-pool of the unit's output, in one pass if the backend has such a pass."""
         if self.measured and not _is_served(x, weight, bias, conv, act, None, pool):
             return self.do(MaxPool(super().unit(x, weight, bias, conv, act, None, True), pool))
-        if conv is None:
+        if isinstance(weight, Tensor) or conv is None:
             return self.do(Step(BnActMaxPool(x, _affine(weight, bias), act, pool)))
-        call = ConvBiasAct(x, weight, bias, conv, act, None)
+        call = ConvBiasAct(x, weight.like, bias, conv, act, None)
         backend = pick(ConvBiasAct, call.case)
         if backend.packs:
             key = (backend.name, x.dtype, pool)
-            stem = self.packed(weight, key, lambda _: backend.prepack_pooled(call, pool))
+            stem = weight.packed(key, lambda own, _: backend.prepack_pooled(call.replace(weight=own), pool))
             if stem is not None:
                 return self.do(Step(call, backend, stem, pool=pool))
-        h = _Backends(self.do, self.packed, measured=False).unit(x, weight, bias, conv, act, None, True)
+        h = _Backends(self.do, measured=False).unit(x, weight, bias, conv, act, None, True)
         one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
         return self.do(Step(BnActMaxPool(h, _affine(one, torch.zeros_like(one)), Act("identity"), pool)))
 
@@ -263,7 +262,7 @@ class _Recorder(_Backends):
         raise LookupError("a summand that is broadcast")
 
 
-def _recorded(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None) -> Row | None:
+def _recorded(x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None) -> Row | None:
     """The row as one call of the backend that serves it, or None."""
     recorder = _Recorder(x, residual)
     try:
@@ -277,21 +276,24 @@ def _recorded(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], 
 class _Unit(NamedTuple):
     """A unit's spec and tensors."""
 
-    weight: Tensor
+    weight: Weight | Tensor
     bias: Tensor
     scale: Tensor | None
     conv: ConvSpec | None
     act: Act
 
 
-def _split(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[list[_Unit]]:
+def _split(params: Sequence[Any], chains: Sequence[ChainSpec]) -> list[list[_Unit]]:
     """The units of each chain."""
     found, at = [], 0
     for chain in chains:
         units = []
         for u in chain.all_units:
-            units.append(_Unit(params[at], params[at + 1], params[at + 2] if u.scaled else None, u.conv, u.act))
-            at += 3 if u.scaled else 2
+            weight, bias, *scale = params[at : at + 2 + u.scaled]
+            if u.conv is not None and not isinstance(weight, Weight):
+                weight = Weight(weight)
+            units.append(_Unit(weight, bias, scale[0] if scale else None, u.conv, u.act))
+            at += 2 + u.scaled
         found.append(units)
     return found
 
@@ -327,7 +329,7 @@ def _chain(
 
 
 def _chains(
-    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None, ways: Any
+    x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None, ways: Any
 ) -> Tensor:
     for i, (chain, units) in enumerate(zip(chains, _split(params, chains), strict=True)):
         x = _chain(x, units, chain, residual if i == 0 else None, i > 0, ways)
@@ -335,7 +337,7 @@ def _chains(
 
 
 def run_chains(
-    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None,
+    x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None = None,
     known: dict[Any, Row | None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Runs the chains on the backends that serve them.
@@ -344,9 +346,10 @@ def run_chains(
     the whole batch every call would get new memory from the system for them.
 
     Args:
-        x: [N, C, H, W]. params: for each unit of each chain (projection last) the weight with BatchNorm folded in,
-            channels_last, x's dtype, or [C] in ``vector_dtype`` if there is no convolution; the bias; the scale, if
-            it is not in the weight (``scaled``): [out_channels] in ``vector_dtype``.
+        x: [N, C, H, W]. params: for each unit of each chain (projection last) the weight with BatchNorm folded in, a
+            ``Weight`` (a tensor is packed in each call), channels_last, x's dtype, or [C] in ``vector_dtype`` if there
+            is no convolution; the bias; the scale, if it is not in the weight (``scaled``): [out_channels] in
+            ``vector_dtype``.
         chains: any number; each takes the output of the one before.
         residual: the summand of a first chain whose shortcut is "tensor".
         known: the chains as one call each, for inputs that came before; None: units run one by one.
@@ -374,7 +377,7 @@ def run_chains(
 
 
 def _served_row(
-    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None,
+    x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None,
     known: dict[Any, Row | None] | None,
 ) -> Tensor:  # fmt: skip
     """Runs a row as one call if its backend takes such calls."""
@@ -390,7 +393,7 @@ def _served_row(
     return _chains(x, params, chains, residual, _SERVED) if row is None else row(x, residual)
 
 
-def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> int:
+def _parts(x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec]) -> int:
     """The number of parts in which a batch passes: one, unless the first chain is a stem with others after it."""
     stem = chains[0]
     if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
@@ -404,7 +407,7 @@ def _parts(x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> 
 
 
 def plain_chains(
-    x: Tensor, params: Sequence[Tensor], chains: Sequence[ChainSpec], residual: Tensor | None = None
+    x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None = None
 ) -> Tensor:
     """``run_chains`` with PyTorch's own operators, for runtimes that have no others."""
     return _chains(x, params, chains, residual, _PLAIN)

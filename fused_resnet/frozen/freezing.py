@@ -38,13 +38,14 @@ def freeze(
             fast 16-bit matrix unit computes 16-bit models in float32 (see ``fused-resnet env``).
         cuda_graph: start the forward as one CUDA graph per input shape (the first 8; other shapes run without one). The
             result is a copy that the caller owns. A model that can't be recorded runs without a graph, with a warning.
-        portable: use only PyTorch's own operators, in ``dtype`` on every machine.
+        portable: use only PyTorch's own operators, in ``dtype`` on every machine. What is exported is the same with
+            and without it.
 
     Returns:
         A module that takes the model's arguments and returns the result of ``model.eval()``, without gradients.
         Floating inputs are converted to ``dtype``. Several threads may call it at once. ``torch.export``,
         ``torch.onnx.export``, ``torch.jit.trace`` and ``torch.compile`` take it, and see the plain network in
-        evaluation mode.
+        evaluation mode: BatchNorm is not folded there.
 
     Raises:
         TypeError, ValueError: the model is not an nn.Module, the example has no floating tensor, the dtype is not
@@ -104,7 +105,7 @@ def _check_example(frozen: Frozen, learns: Sequence[str], args: tuple[Any, ...],
     learning, exact = copied(plain), plain.double()
     for name, t in tensors_of(exact).items():
         if name in frozen.exact:
-            t.detach().copy_(frozen.exact[name][0])
+            t.detach().copy_(frozen.exact[name])
     truth = tensors(exact, torch.float64)
     if _as_near(got, want, truth):
         return

@@ -53,9 +53,8 @@ class Frozen(nn.Module):
         self.graphs: Graphs | None = None
         self.eval()
         _leave_inference_mode(self)
-        # name of a rounded weight -> (its exact values, which are folded; its rounded ones, to notice a change)
-        now = tensors_of(self.model)
-        self.exact = {name: (t.to(device), now[name].clone()) for name, t in exact.items()}
+        # name of a rounded weight -> its exact values, which are folded
+        self.exact = {name: t.to(device) for name, t in exact.items()}
 
     def front(self) -> Front:
         """The front of this process. It is never copied or pickled."""
@@ -70,9 +69,9 @@ class Frozen(nn.Module):
         inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
         states = {node for node, t in zip(inputs, example_inputs, strict=True) if id(t) in names}
         exact = {
-            id(t): (values_of(t), self.exact[name][0])
+            id(t): (values_of(t), self.exact[name])
             for name, t in tensors_of(self.model).items()
-            if name in self.exact and torch.equal(t, self.exact[name][1])
+            if name in self.exact and torch.equal(t, self.exact[name].to(t.dtype))  # it has not changed since
         }
 
         def of(t: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ class Frozen(nn.Module):
         super()._apply(fn, recurse)
         _leave_inference_mode(self)
         self.device = probe.device
-        self.exact = {k: (wide.to(probe.device), then.to(probe.device)) for k, (wide, then) in self.exact.items()}
+        self.exact = {name: wide.to(probe.device) for name, wide in self.exact.items()}
         for name in ("_fr_front", "_fr_folded"):
             self.__dict__.pop(name, None)
         if self.graphs is not None:

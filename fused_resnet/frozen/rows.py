@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fused_resnet.backends import vector_dtype
+from fused_resnet.backends import Norm, vector_dtype
 from fused_resnet.base.arguments import number
 from fused_resnet.chain.folding import fold, fold_weight
-from fused_resnet.chain.packing import values_of
+from fused_resnet.chain.packing import Weight, values_of
+from fused_resnet.chain.units import Unit
 from fused_resnet.frozen.forward import Row, plain_chains, run_chains
 from fused_resnet.fusion.lowering import ChainCall, Places, UnitCall, finish, put_in
 from fused_resnet.fusion.matcher import match
@@ -34,10 +35,10 @@ _TAKE_ANY: set[Any] = {torch.flatten, "flatten", "reshape", torch.reshape, "mean
 
 
 class FoldedUnit(NamedTuple):
-    """act(conv(x, W) + b [+ residual]): its spec, and the tensors W, b (and s, if it is not folded into W)."""
+    """act(conv(x, W) + b [+ residual]): its spec, and W, b (and s, if it is not folded into W)."""
 
     spec: UnitSpec
-    tensors: list[Tensor]
+    tensors: list[Any]
 
 
 class FoldedChain(NamedTuple):
@@ -58,7 +59,7 @@ class _Folded(NamedTuple):
     values: list[tuple[int, int]]
     kept: list[Tensor]
     chains: list[FoldedChain]
-    params: list[Tensor]
+    params: list[Any]
     calls: dict[Any, Row | None]
 
 
@@ -121,15 +122,19 @@ class FrozenRow(nn.Module):
         if made is not None and values and made.values == values:
             return made
         with torch.inference_mode(False), torch.no_grad():
-            constants = self.constants(*map(self.exact, sources))
-            tensors: list[Any] = [None] * (self.places - len(constants)) + list(constants)
-            chains = [self._chain(call, tensors) for call in self.chains]
+            tensors = self._tensors(sources)
+            chains = [self._chain(call, tensors, sources) for call in self.chains]
         params = [t for chain in chains for unit in chain.units for t in unit.tensors]
         self.known[self.text] = made = _Folded(values, [t.detach() for t in sources], chains, params, {})
         return made
 
-    def _chain(self, call: ChainCall, tensors: Sequence[Tensor]) -> FoldedChain:
-        units = [self._unit(unit, tensors) for unit in call.all_units]
+    def _tensors(self, sources: Sequence[Tensor]) -> list[Any]:
+        """The row's tensors by place, computed from their sources; None for images."""
+        constants = self.constants(*map(self.exact, sources))
+        return [None] * (self.places - len(constants)) + list(constants)
+
+    def _chain(self, call: ChainCall, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> FoldedChain:
+        units = [self._unit(unit, tensors, sources) for unit in call.all_units]
         specs = tuple(unit.spec for unit in units)
         shortcut = ShortcutSpec("tensor" if call.residual is not None else "none")
         if call.projection is not None:
@@ -141,25 +146,35 @@ class FrozenRow(nn.Module):
             shortcut = ShortcutSpec("identity")
         return FoldedChain(ChainSpec(specs[: len(call.units)], shortcut, call.max_pool), units)
 
-    def _unit(self, call: UnitCall, tensors: Sequence[Tensor]) -> FoldedUnit:
+    def _unit(self, call: UnitCall, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> FoldedUnit:
         u = call.unit(tensors)
-        assert u.running_mean is not None and u.running_var is not None
-        bias_dtype = self.dtype if self.portable else vector_dtype(self.dtype)
-        wide = vector_dtype(u.running_mean.dtype)
-        params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
-        eps = number(u.eps, "eps")
-        norm = fold({k: v for k, v in params.items() if v is not None}, u.running_mean, u.running_var, eps, wide)
-        conv, scale = None, None
+        norm = self._norm(u)
+        wide = vector_dtype(self.dtype)
+        conv, act = None, u.act if isinstance(u.act, Act) else Act.make(u.act)
+        weight: Weight | Tensor
         if u.weight is None:
-            weight, bias_dtype = norm.scale.to(vector_dtype(self.dtype)), vector_dtype(self.dtype)
+            weight, scale, bias_dtype = norm.scale.to(wide), None, wide
         else:
-            weight, scale = fold_weight(u.weight, norm, self.dtype)
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            own, scale = self._weight(u, norm)
+            again = None if self.portable else lambda: self._weight(call.unit(self._tensors(sources)))[0]
+            weight, bias_dtype = Weight(own, again), self.dtype if self.portable and scale is None else wide
             conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
-        act = u.act if isinstance(u.act, Act) else Act.make(u.act)
-        bias = norm.shift.to(bias_dtype if scale is None else scale.dtype)
-        spec = UnitSpec(conv, act, eps, batch_stats=False, scaled=scale is not None)
-        return FoldedUnit(spec, [weight, bias, *([scale] if scale is not None else [])])
+        spec = UnitSpec(conv, act, number(u.eps, "eps"), batch_stats=False, scaled=scale is not None)
+        return FoldedUnit(spec, [weight, norm.shift.to(bias_dtype), *([scale] if scale is not None else [])])
+
+    @staticmethod
+    def _norm(u: Unit) -> Norm:
+        """The unit's BatchNorm as vectors."""
+        assert u.running_mean is not None and u.running_var is not None
+        params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
+        given = {name: t for name, t in params.items() if t is not None}
+        return fold(given, u.running_mean, u.running_var, number(u.eps, "eps"), vector_dtype(u.running_mean.dtype))
+
+    def _weight(self, u: Unit, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
+        """``fold_weight``, channels_last."""
+        assert u.weight is not None
+        weight, scale = fold_weight(u.weight, norm if norm is not None else self._norm(u), self.dtype)
+        return weight.contiguous(memory_format=torch.channels_last), scale
 
 
 def _constants(

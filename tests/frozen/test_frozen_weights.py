@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import weakref
 from threading import Thread
 from typing import Any
 
@@ -16,7 +17,15 @@ from primitives import aten, cpu
 import fused_resnet as fr
 from fused_resnet.backends import ConvBiasAct, load
 from fused_resnet.chain import packing
+from fused_resnet.chain.packing import Weight
+from fused_resnet.frozen.modules import Frozen
 from fused_resnet.spec import Act, ConvSpec
+
+
+def weights_of(frozen: Frozen) -> list[Weight]:
+    """The weights of its convolutions."""
+    return [unit.tensors[0] for chain in blocks(frozen) for unit in chain.units]
+
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"packs weights: backend cpu: {load('cpu')[1]}")
 
@@ -26,18 +35,17 @@ def test_packed_weights_are_as_many_as_layouts(monkeypatch):
     """Not as many as shapes; and what is remembered of shapes is bounded too."""
     model = small()
     frozen = fr.freeze(model, images())
-    weights = [unit.tensors[0] for chain in blocks(frozen) for unit in chain.units]
+    weights = weights_of(frozen)
     for n in (1, 2, 3):
         for size in range(32, 62, 6):
             frozen(torch.randn(n, 3, size, size))
     for w in weights:
-        packs = packing._packs[w]
-        assert 1 <= len(packing.packed_forms(w)) <= 4
-        assert len(packs.found) > 4 or w.shape[1] == 3
+        assert 1 <= len(w.packed_forms()) <= 4
+        assert len(w.forms) > 4 or w.shape[1] == 3
     monkeypatch.setattr(packing, "SHAPES", 2)
     x = images(4)
     assert relative(frozen(x), model(x)) < 1e-5
-    assert all(len(packing._packs[w].found) <= 2 for w in weights)
+    assert all(len(w.forms) <= 2 for w in weights)
 
 
 @needs_extension
@@ -78,14 +86,48 @@ def test_new_values_are_packed_again():
 
 @needs_extension
 def test_packed_weights_die_with_the_model():
-    gc.collect()  # of earlier tests
-    before = len(packing._packs)
     frozen = fr.freeze(small(), images())
-    assert len(packing._packs) > before
+    packed = [weakref.ref(form.weight) for w in weights_of(frozen) for form in w.packed_forms()]
+    assert packed
     del frozen
     for _ in range(2):  # what dynamo holds for a code object goes when that is gone
         gc.collect()
-    assert len(packing._packs) <= before
+    assert not any(ref() is not None for ref in packed)
+
+
+@needs_extension
+def test_no_weight_is_held_twice():
+    """Beside the model's own weights only the packed ones: once for each layout, whatever calls are captured."""
+    model = small()
+    frozen = fr.freeze(model, images())
+    kinds = [(n, size, threads) for threads in (1, 2) for n in (1, 4) for size in (48, 64)]
+    before = torch.get_num_threads()
+    try:
+        for n, size, threads in kinds:
+            torch.set_num_threads(threads)
+            x = torch.randn(n, 3, size, size)
+            assert relative(frozen(x), model(x)) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+    graphs = frozen.front().graphs
+    assert len(graphs) > 2
+    rows = {id(chain.choice): chain.choice for graph in graphs for chain in graph.chains}.values()
+    made = {id(w): w for row in rows for chain in row.folded for unit in chain.units for w in unit.tensors[:1]}
+    assert len(made) == len(weights_of(frozen)), "a capture has folded its own"
+    assert not any(w._own is not None for w in made.values()), "what is packed is also held as it was folded"
+
+
+def test_a_weight_that_is_packed_and_used_as_it_is():
+    """The same values from both, in any order; and what only PyTorch's operators use is not made again."""
+    model, x = small(), images()
+    frozen = fr.freeze(model, x)
+    want = frozen(x)
+    with fr.use_backend("aten"):
+        assert relative(frozen(x), want) < 1e-5
+        own = [w._own for w in weights_of(frozen)]
+        assert relative(frozen(x), want) < 1e-5
+        assert all(w._own is t is not None for w, t in zip(weights_of(frozen), own, strict=True))
+    assert torch.equal(frozen(x), want)
 
 
 def test_threads(monkeypatch):
