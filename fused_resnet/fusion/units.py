@@ -38,8 +38,8 @@ class _Units:
         unit.act, nodes = followed_by_act(unit.end)
         unit.nodes += nodes
         before = unit.start
-        if kind_of(before) == "conv" and only_user(before) is unit.nodes[0] and _add_conv(unit, before):
-            return unit
+        if kind_of(before) == "conv" and only_user(before) is unit.nodes[0]:
+            _add_conv(unit, before)
         return unit
 
     def _norm(self, node: fx.Node) -> tuple[UnitMatch | None, str]:
@@ -69,43 +69,40 @@ class _Units:
 
 def _affine(node: fx.Node) -> UnitMatch | None:
     """A unit from x * scale + shift per channel, as frozen norms compute it."""
-    for product, shift in (pair for pair in (summands(node),) if pair is not None):
-        factors = product.args if product.op != "placeholder" and product.target in MULS else ()
-        if len(factors) != 2 or product.kwargs or only_user(product) is not node:
-            return None
-        x, scale = (value_of(f) for f in factors)
-        t = value_of(shift)
-        if x is None or scale is None or t is None or x.dim() != 4 or x.dtype not in DTYPES:
-            return None
-        if not (_per_channel(scale, x) and _per_channel(t, x)) or {scale.dtype, t.dtype} != {x.dtype}:
-            return None
-        start, factor = factors
-        options = {"training": False, "momentum": 0.0, "eps": 0.0}
-        tensors = {"bn_weight": factor, "bn_bias": shift}
-        return UnitMatch(start, [product, node], node, tensors, options, affine=True)  # type: ignore[arg-type]
-    return None
+    product, shift = summands(node) or (None, None)
+    if product is None or product.op == "placeholder" or product.target not in MULS:
+        return None
+    factors = product.args
+    if len(factors) != 2 or product.kwargs or only_user(product) is not node:
+        return None
+    x, scale, t = (value_of(n) for n in (*factors, shift))
+    if x is None or scale is None or t is None or x.dim() != 4 or x.dtype not in DTYPES:
+        return None
+    if not (_per_channel(scale, x) and _per_channel(t, x)) or {scale.dtype, t.dtype} != {x.dtype}:
+        return None
+    options = {"training": False, "momentum": 0.0, "eps": 0.0}
+    tensors: Any = {"bn_weight": factors[1], "bn_bias": shift}
+    return UnitMatch(factors[0], [product, node], node, tensors, options, affine=True)  # type: ignore[arg-type]
 
 
-def _add_conv(unit: UnitMatch, node: fx.Node) -> bool:
+def _add_conv(unit: UnitMatch, node: fx.Node) -> None:
     """Adds the convolution before the unit to it, if a chain can run the convolution."""
     given = arguments(node)
     if given is None or not isinstance(given["input"], fx.Node) or not isinstance(given["weight"], fx.Node):
-        return False
+        return
     x, weight = value_of(given["input"]), value_of(given["weight"])
     if x is None or weight is None or x.dim() != 4 or weight.dim() != 4:
-        return False
+        return
     options = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
     try:
         ConvSpec.make(tuple(weight.shape), **options, bias=given["bias"] is not None)
     except (TypeError, ValueError):
-        return False
-    unit.tensors = (
-        {"weight": given["weight"]} | ({"bias": given["bias"]} if given["bias"] is not None else {}) | (unit.tensors)
-    )
+        return
+    own = {name: given[name] for name in ("weight", "bias") if given[name] is not None}
+    unit.tensors = own | unit.tensors
     unit.options |= options
     unit.start = given["input"]
     unit.nodes.insert(0, node)
-    return True
 
 
 def _through(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:

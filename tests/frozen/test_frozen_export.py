@@ -66,6 +66,18 @@ def test_export_in_16_bits(portable):
     assert out.dtype == torch.bfloat16 and relative(out, frozen(x)) < 0.02
 
 
+@pytest.mark.parametrize("portable", [False, True])
+def test_trace(portable):
+    """The plain network, of any batch, which another process needs nothing of this package for."""
+    model, x = prepared(torchvision.models.resnet.BasicBlock(8, 8)).eval(), torch.randn(2, 8, 9, 7) * 1.3 + 0.4
+    traced = torch.jit.trace(fr.freeze(model, x, portable=portable), (x,))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "aten::batch_norm" in kinds and not any("fused_resnet" in kind for kind in kinds)
+    for n in (1, 3):
+        x = torch.randn(n, 8, 9, 7) * 1.3 + 0.4
+        assert relative(traced(x), model(x)) < 1e-5
+
+
 def test_compile_in_one_graph():
     frozen = fr.freeze(small(), images())
     compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
