@@ -1,9 +1,10 @@
 // C[M, N] (+)= A[M, K] B[K, N], sums in float, a tile of C at a time.
 // Operands are read as words of 32 bits: a float, or two bfloat16 of adjacent K; below, depth is counted in words.
 // Tile: kGemmRows x kGemmColumns sums in registers while kGemmDepth of K pass; meanwhile a panel of B, kGemmColumns
-// wide, stays in L1 and the rows of A in L2. Traffic per kGemmDepth of K: A once, B once per call, C read and written
-// once. An element of C adds its products in the order of K, whatever the range of a call. Source: Goto & van de Geijn,
-// Anatomy of High-Performance Matrix Multiplication (ACM TOMS 34, 2008), section 4.
+// wide, stays in L1 or L2 (a step reads 128 bytes of it in 28 cycles) and the rows of A in L2. Traffic per kGemmDepth
+// of K: A once, B once per call, C read and written once. An element of C adds its products in the order of K, whatever
+// the range of a call. Source: Goto & van de Geijn, Anatomy of High-Performance Matrix Multiplication (ACM TOMS 34,
+// 2008), section 4.
 #pragma once
 
 #include "vectors.h"
@@ -12,14 +13,16 @@ namespace {
 
 // The sums, a row of B and an element of A take the registers.
 constexpr int kGemmRows = FR_REGISTERS >= 32 ? 14 : 6, kGemmVectors = 2, kGemmColumns = kGemmVectors * kLanes;
-// A panel of B takes half of an L1 of 32 or 48 KiB.
-constexpr int64_t kGemmDepth = FR_VECTOR_BYTES == 64 ? 192 : 256;
+constexpr int64_t kGemmDepth = kMostGemmDepth;
 // From one copied tile of A to the next: an odd number of cache lines, or the tiles would share some sets of the cache.
 constexpr int64_t kGemmTile = kGemmRows * kGemmDepth + 16;
 static_assert(kGemmTile / 16 % 2 && kGemmBlock % kGemmRows == 0 && kGemmBlock / kGemmRows * kGemmTile <= kGemmScratch);
 
 // Lines at this distance share a set of L1, because a way is a page on x86.
 constexpr int64_t kWayBytes = 4096;
+
+// Words of a cache line, and rows of C that are fetched per line of A.
+constexpr int kLineWords = 16, kRowsAhead = 4;
 
 // A word of elements T, a vector of words, and sum + a b with a and b of such vectors.
 template <class T>
@@ -63,16 +66,15 @@ FR_INLINE void by_count(int64_t n, F f) {
     f(std::integral_constant<int, N>{});
 }
 
-// R rows of a panel, of which `columns` are stored: c (+)= a b over `depth` elements; a word of a every a_word.
+// R rows of a panel, of which `columns` are stored: c (+)= a b over `depth` elements; a word of a every a_word. Rows
+// from `ahead` on, ahead_row apart, are fetched into L2.
 template <class T, int R>
 void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t depth, float* c, int64_t c_row,
-               int64_t columns, bool accumulate) {
+               int64_t columns, bool accumulate, const T* ahead, int64_t ahead_row) {
     using Words = typename Word<T>::vector;
     F32 sum[R][kGemmVectors];
     unrolled<R>([&](auto i) __attribute__((always_inline)) {
         unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] = F32{}; });
-        unrolled<kGemmVectors>(
-            [&](auto v) __attribute__((always_inline)) { __builtin_prefetch(c + i * c_row + v * kLanes, 1); });
     });
     const auto add = [&](auto elements) __attribute__((always_inline)) {
         Words here[kGemmVectors];
@@ -87,8 +89,25 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
                 [&](auto v) __attribute__((always_inline)) { sum[i][v] = Word<T>::add(sum[i][v], value, here[v]); });
         });
     };
-    for (; depth >= kWord<T>; depth -= kWord<T>, a += a_word, b += kGemmColumns * kWord<T>)
+    const auto step = [&]() __attribute__((always_inline)) {
         add(std::integral_constant<int, kWord<T>>{});
+        a += a_word, b += kGemmColumns * kWord<T>;
+    };
+    // Fetches while a line of each row of a is read: a line of each row ahead, and first some rows of c. All at once
+    // would wait for each other.
+    const float* c_line = c;
+    for (; depth >= kLineWords * kWord<T>; depth -= kLineWords * kWord<T>, ahead += kLineWords * kWord<T>) {
+        if (c_line < c + R * c_row)
+            for (int i = 0; i < kRowsAhead; i++, c_line += c_row)
+                unrolled<kGemmVectors>(
+                    [&](auto v) __attribute__((always_inline)) { __builtin_prefetch(c_line + v * kLanes, 1); });
+        const T* line = ahead;
+        for (int k = 0; k < kLineWords; k++, line += ahead_row) {
+            __builtin_prefetch(line, 0, 2);
+            step();
+        }
+    }
+    for (; depth >= kWord<T>; depth -= kWord<T>) step();
     if constexpr (kWord<T> > 1)
         if (depth) by_count<kWord<T> - 1>(depth, add);
     const auto finish = [&](auto width) __attribute__((always_inline)) {
@@ -165,12 +184,15 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
             const T* b = static_cast<const T*>(g.b) + (p * whole_words<T>(g.depth) + k) * kGemmColumns;
             const int64_t column = p * kGemmColumns,
                           columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
-            for (int64_t i = top; i < bottom; i += kGemmRows)
+            for (int64_t i = top; i < bottom; i += kGemmRows) {
+                const T* const tile = a + (i - top) / kGemmRows * a_tile;
+                const bool fetch = a != copy && p == first;
                 by_count<kGemmRows>(
                     bottom - i < kGemmRows ? bottom - i : kGemmRows, [&](auto rows) __attribute__((always_inline)) {
-                        gemm_tile<T, rows>(a + (i - top) / kGemmRows * a_tile, a_row, a_word, b, depth,
-                                           g.c + i * g.c_row + column, g.c_row, columns, g.accumulate || k > 0);
+                        gemm_tile<T, rows>(tile, a_row, a_word, b, depth, g.c + i * g.c_row + column, g.c_row, columns,
+                                           g.accumulate || k > 0, fetch ? tile + a_tile : tile, fetch ? a_row : 0);
                     });
+            }
         }
     };
     // the smaller one of B and C is passed again and again

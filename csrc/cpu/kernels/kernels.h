@@ -92,7 +92,7 @@ struct GemmKernel {
     int rows, columns;  // of a tile
     int word;           // elements of a word
     // rows [row_begin, row_end) of panels [begin, end) of C; scratch: kGemmScratch words;
-    // bytes: A, B read, C written (and read) once per 192 or 256 words of depth
+    // bytes: A, B read, C written (and read) once per kMostGemmDepth words of depth
     void (*gemm)(const Gemm&, float* scratch, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
     // depths [depth_begin, depth_end), whole words but for the last, of panels [begin, end); bytes: B read, the panels
     // written
