@@ -89,3 +89,37 @@ def test_a_name_is_only_given_where_it_is_known() -> None:
         model(x).sum().backward()
     (row,) = fr.explain(model).rows
     assert row.backends["conv_stats 3x3"] == row.backends["conv_backward 3x3"] == "cpu"
+
+
+def test_bfloat16_by_winograd() -> None:
+    """Winograd's products of bfloat16 tensors are float32: their error is no larger than that of oneDNN's."""
+    where, compute = ([1, 1], [1, 1], [1, 1], 1), torch.bfloat16
+    x, dz, y = (torch.randn(8, 64, 28, 28).to(compute).to(memory_format=torch.channels_last) for _ in range(3))
+    weight = (torch.randn(64, 64, 3, 3) / 24).to(compute).to(memory_format=torch.channels_last)
+    if torch.ops.fused_resnet_cpu.conv_algorithm("fprop", x, weight, *where, False, compute, True) != "winograd":
+        pytest.skip("this machine has no vdpbf16ps, or it has AMX")
+    out, mean, var = torch.ops.fused_resnet_cpu.conv_stats(x, weight, *where, [], 0, 0.0, True, compute, True)
+    coef = [torch.ones(64)]
+    dx, dw, _, _ = torch.ops.fused_resnet_cpu.conv_backward(
+        dz, y, coef, x, [], 0, 0.0, weight, *where, True, True, None, compute, True
+    )
+    found = {"out": out, "mean": mean, "var": var, "dx": dx, "dw": dw}
+
+    def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+        image, w = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        conv = torch.conv2d(image, w, None, 1, 1)
+        conv.backward(dz.to(dtype))
+        wide = conv.detach().to(torch.promote_types(dtype, torch.float32))
+        assert image.grad is not None and w.grad is not None
+        return {
+            "out": conv.detach(),
+            "mean": wide.mean((0, 2, 3)),
+            "var": wide.var((0, 2, 3), correction=0),
+            "dx": image.grad,
+            "dw": w.grad,
+        }
+
+    exact, native = plain(torch.float64), plain(compute)
+    for name, value in found.items():
+        error, allowed = ((t.double() - exact[name]).norm() for t in (value, native[name]))
+        assert error <= 1.05 * allowed + 1e-6 * exact[name].norm(), name

@@ -55,7 +55,11 @@ struct Pool {
 struct Winograd {
     int tile;  // M: 2 or 4
     int64_t height, width, out_height, out_width, tiles_h, tiles_w, padding;
-    int64_t first, count;  // the tiles of this slice, whose transforms are [(M+2)^2, count, channels]
+    int64_t first, count;  // the tiles of this slice, whose transforms are (M+2)^2 matrices [count, channels]
+
+    // Values from one of the matrices to the next: an odd number of cache lines, or the (M+2)^2 values of a tile would
+    // share some sets of the cache.
+    int64_t matrix(int64_t channels) const { return (count * channels + 15) / 16 / 2 * 32 + 16; }
 };
 
 // A convolution with weights [out_channels / kDirectBlock, kernel, channels, kDirectBlock].

@@ -100,36 +100,75 @@ struct Tile<4> {
     }
 };
 
+// Where a tile of M x M outputs lies: its image, and its first row and column in it.
+template <int M>
+struct Origin {
+    int64_t image, top, left;
+    FR_INLINE Origin(const Winograd& q, int64_t tile) {
+        image = tile / (q.tiles_h * q.tiles_w);
+        const int64_t in_image = tile % (q.tiles_h * q.tiles_w);
+        top = in_image / q.tiles_w * M, left = in_image % q.tiles_w * M;
+    }
+};
+
+// f(c, n) for the n channels from every kLanes'th on; n is a constant where all lanes are used.
+template <class F>
+FR_INLINE void by_lanes(int64_t channels, F f) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) f(c, std::integral_constant<int, kLanes>{});
+    if (c < channels) f(c, int(channels - c));
+}
+
+// f(i, j, offset) for an M x M part of an image [height, width, channels] at (top, left): offset of the pixel, or -1
+// outside the image.
+template <int M, class F>
+FR_INLINE void by_pixels(int64_t top, int64_t left, int64_t height, int64_t width, int64_t channels, F f) {
+    for (int i = 0; i < M; i++) {
+        const int64_t h = top + i;
+        for (int j = 0; j < M; j++) {
+            const int64_t w = left + j;
+            f(i, j, h >= 0 && h < height && w >= 0 && w < width ? (h * width + w) * channels : -1);
+        }
+    }
+}
+
 template <int M, class T, class K>
 void winograd_input_impl(const Args& a, const Winograd& q, float* v, int64_t begin, int64_t end) {
     constexpr int N = Tile<M>::kIn;
     const K k(a.act);
     const F32 p = splat<F32>(a.act_param);
     const int64_t C = a.layout.channels;
-    const T* y = static_cast<const T*>(a.y);
-    for (int64_t t = begin; t < end; t++) {
-        const int64_t image = t / (q.tiles_h * q.tiles_w), in_image = t % (q.tiles_h * q.tiles_w);
-        const int64_t top = in_image / q.tiles_w * M - q.padding, left = in_image % q.tiles_w * M - q.padding;
-        for (int64_t c = 0; c < C; c += kLanes) {
-            const int n = C - c < kLanes ? int(C - c) : kLanes;
-            F32 d[N * N];
-            for (int i = 0; i < N; i++)
-                for (int j = 0; j < N; j++) {
-                    const int64_t h = top + i, w = left + j;
-                    if (h < 0 || h >= q.height || w < 0 || w >= q.width) {
-                        d[i * N + j] = F32{};  // zero after the prologue
-                        continue;
-                    }
-                    const int64_t off = ((image * q.height + h) * q.width + w) * C + c;
-                    d[i * N + j] = load<F32>(y + off, n);
-                    if (a.norm.scale) d[i * N + j] = k.forward(z_at<T>(a, d[i * N + j], off, c, n), p);
+    const auto transform = [&](auto normed) __attribute__((always_inline)) {
+        for (int64_t t = begin; t < end; t++) {
+            const Origin<M> at(q, t);
+            const T* const image = static_cast<const T*>(a.y) + at.image * q.height * q.width * C;
+            by_lanes(C, [&](int64_t c, auto n) __attribute__((always_inline)) {
+                F32 d[N * N], scale{}, shift{};
+                if constexpr (normed) {
+                    scale = load<F32>(static_cast<const float*>(a.norm.scale) + c, n);
+                    shift = load<F32>(static_cast<const float*>(a.norm.shift) + c, n);
                 }
-            for (int j = 0; j < N; j++) Tile<M>::input(d + j, N);
-            for (int i = 0; i < N; i++) Tile<M>::input(d + i * N, 1);
-            float* to = v + (t - q.first) * C + c;
-            for (int i = 0; i < N * N; i++) store(to + i * q.count * C, d[i], n);
+                by_pixels<N>(at.top - q.padding, at.left - q.padding, q.height, q.width, C,
+                             [&](int i, int j, int64_t offset) __attribute__((always_inline)) {
+                                 F32& to = d[i * N + j];
+                                 to = F32{};  // zero after the prologue
+                                 if (offset < 0) return;
+                                 to = load<F32>(image + offset + c, n);
+                                 if constexpr (normed) to = k.forward(affine(to, scale, shift), p);
+                             });
+                unrolled<N>([&](auto j) __attribute__((always_inline)) { Tile<M>::input(d + j, N); });
+                float* const to = v + (t - q.first) * C + c;
+                unrolled<N>([&](auto i) __attribute__((always_inline)) {
+                    Tile<M>::input(d + i * N, 1);
+                    unrolled<N>([&](auto j) __attribute__((always_inline)) {
+                        store(to + (i * N + j) * q.matrix(C), d[i * N + j], n);
+                    });
+                });
+            });
         }
-    }
+    };
+    if (a.norm.scale) transform(std::true_type{});
+    else transform(std::false_type{});
 }
 
 template <int M, class T, class K>
@@ -139,31 +178,34 @@ void winograd_output_impl(const Args& a, const Winograd& q, const float* m, int6
     const F32 p = splat<F32>(a.act_param);
     const int64_t C = a.layout.channels;
     const T* residual = static_cast<const T*>(a.residual);
-    T* out = static_cast<T*>(a.out);
+    const float *scale = static_cast<const float*>(a.norm.scale), *shift = static_cast<const float*>(a.norm.shift);
     for (int64_t t = begin; t < end; t++) {
-        const int64_t image = t / (q.tiles_h * q.tiles_w), in_image = t % (q.tiles_h * q.tiles_w);
-        const int64_t top = in_image / q.tiles_w * M, left = in_image % q.tiles_w * M;
-        for (int64_t c = 0; c < C; c += kLanes) {
-            const int n = C - c < kLanes ? int(C - c) : kLanes;
-            const float* from = m + (t - q.first) * C + c;
+        const Origin<M> at(q, t);
+        const int64_t image = at.image * q.out_height * q.out_width * C;
+        by_lanes(C, [&](int64_t c, auto n) __attribute__((always_inline)) {
+            const float* const from = m + (t - q.first) * C + c;
             F32 d[N * N];
-            for (int i = 0; i < N * N; i++) d[i] = load<F32>(from + i * q.count * C, n);
-            for (int j = 0; j < N; j++) Tile<M>::output(d + j, N);
-            for (int i = 0; i < M; i++) Tile<M>::output(d + i * N, 1);
-            for (int i = 0; i < M && top + i < q.out_height; i++)
-                for (int j = 0; j < M && left + j < q.out_width; j++) {
-                    F32 z = d[i * N + j];
-                    const int64_t off = ((image * q.out_height + top + i) * q.out_width + left + j) * C + c;
-                    if (a.norm.shift) {
-                        const F32 shift = load<F32>(static_cast<const float*>(a.norm.shift) + c, n);
-                        z = a.norm.scale ? affine(z, load<F32>(static_cast<const float*>(a.norm.scale) + c, n), shift)
-                                         : z + shift;
-                        if (residual) z = z + load<F32>(residual + off, n);
-                        z = k.forward(z, p);
-                    }
-                    store(out + off, z, n);
-                }
-        }
+            unrolled<N>([&](auto j) __attribute__((always_inline)) {
+                unrolled<N>([&](auto i) __attribute__((always_inline)) {
+                    d[i * N + j] = load<F32>(from + (i * N + j) * q.matrix(C), n);
+                });
+                Tile<M>::output(d + j, N);
+            });
+            unrolled<M>([&](auto i) __attribute__((always_inline)) { Tile<M>::output(d + i * N, 1); });
+            by_pixels<M>(at.top, at.left, q.out_height, q.out_width, C,
+                         [&](int i, int j, int64_t offset) __attribute__((always_inline)) {
+                             if (offset < 0) return;
+                             offset += image + c;
+                             F32 z = d[i * N + j];
+                             if (shift) {
+                                 const F32 to = load<F32>(shift + c, n);
+                                 z = scale ? affine(z, load<F32>(scale + c, n), to) : z + to;
+                                 if (residual) z = z + load<F32>(residual + offset, n);
+                                 z = k.forward(z, p);
+                             }
+                             store(static_cast<T*>(a.out) + offset, z, n);
+                         });
+        });
     }
 }
 
@@ -192,23 +234,23 @@ void winograd_output_gradient_impl(const float* dy, const Winograd& q, float* m,
                                    int64_t end) {
     constexpr int N = Tile<M>::kIn;
     for (int64_t t = begin; t < end; t++) {
-        const int64_t image = t / (q.tiles_h * q.tiles_w), in_image = t % (q.tiles_h * q.tiles_w);
-        const int64_t top = in_image / q.tiles_w * M, left = in_image % q.tiles_w * M;
-        for (int64_t k = 0; k < K; k += kLanes) {
-            const int n = K - k < kLanes ? int(K - k) : kLanes;
+        const Origin<M> at(q, t);
+        const float* const image = dy + at.image * q.out_height * q.out_width * K;
+        by_lanes(K, [&](int64_t k, auto n) __attribute__((always_inline)) {
             F32 d[N * N];
-            for (int i = 0; i < M; i++)
-                for (int j = 0; j < M; j++) {
-                    const int64_t h = top + i, w = left + j;
-                    const bool inside = h < q.out_height && w < q.out_width;
-                    d[i * N + j] =
-                        inside ? load<F32>(dy + ((image * q.out_height + h) * q.out_width + w) * K + k, n) : F32{};
-                }
-            for (int j = 0; j < M; j++) Tile<M>::output_gradient(d + j, N);
-            for (int i = 0; i < N; i++) Tile<M>::output_gradient(d + i * N, 1);
-            float* to = m + (t - q.first) * K + k;
-            for (int i = 0; i < N * N; i++) store(to + i * q.count * K, d[i], n);
-        }
+            by_pixels<M>(at.top, at.left, q.out_height, q.out_width, K,
+                         [&](int i, int j, int64_t offset) __attribute__((always_inline)) {
+                             d[i * N + j] = offset < 0 ? F32{} : load<F32>(image + offset + k, n);
+                         });
+            unrolled<M>([&](auto j) __attribute__((always_inline)) { Tile<M>::output_gradient(d + j, N); });
+            float* const to = m + (t - q.first) * K + k;
+            unrolled<N>([&](auto i) __attribute__((always_inline)) {
+                Tile<M>::output_gradient(d + i * N, 1);
+                unrolled<N>([&](auto j) __attribute__((always_inline)) {
+                    store(to + (i * N + j) * q.matrix(K), d[i * N + j], n);
+                });
+            });
+        });
     }
 }
 

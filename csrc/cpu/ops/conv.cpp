@@ -1,6 +1,7 @@
 // Convolutions between their BatchNorms: what conv_list.h offers, or ATen's (oneDNN) between passes of their own.
 #include "args.h"
 #include "conv_list.h"
+#include "product.h"
 
 namespace fused_resnet::cpu {
 
@@ -9,13 +10,22 @@ namespace {
 // The convolutions between BatchNorms, in order: the first that takes a case runs it.
 enum class Algorithm { gemm, winograd, aten };
 
-// Of a convolution of x, or of the gradient of its weight. The gradient of its input is a convolution of dy.
+// Of a convolution of x. The gradient of its input is a convolution of dy.
 Algorithm algorithm_of(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                        int64_t groups, at::ScalarType compute, bool gemm) {
     if (gemm && is_gemm(x, weight, stride, padding, groups)) return Algorithm::gemm;
-    if (gemm && compute == at::kFloat && is_winograd(x, weight, stride, padding, dilation, groups))
+    // in float, also for bfloat16, whose own products take half of the time
+    const GemmKernel* const kernel = gemm_kernel_of(compute);
+    if (gemm && kernel && is_winograd(x, weight, stride, padding, dilation, groups, false, kernel->word))
         return Algorithm::winograd;
     return Algorithm::aten;
+}
+
+Algorithm algorithm_of_wgrad(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                             int64_t groups, at::ScalarType compute, bool gemm) {
+    const Algorithm found = algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
+    // the transform reads dy in float
+    return found == Algorithm::winograd && compute != at::kFloat ? Algorithm::aten : found;
 }
 
 Algorithm algorithm_of_dgrad(const Tensor& dy, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
@@ -35,7 +45,8 @@ bool gemm_backwards(Algorithm found, IntList stride, bool prologue) {
 std::string conv_algorithm(std::string_view kind, const Tensor& x, const Tensor& weight, IntList stride,
                            IntList padding, IntList dilation, int64_t groups, bool prologue, at::ScalarType compute,
                            bool gemm) {
-    Algorithm found = algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
+    Algorithm found = kind == "wgrad" ? algorithm_of_wgrad(x, weight, stride, padding, dilation, groups, compute, gemm)
+                                      : algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
     if (kind == "dgrad") {
         const auto size = [&](int64_t d) {
             const int64_t reach = dilation[d] * (weight.size(2 + d) - 1) + 1;
@@ -61,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
         Args in = prologue.empty() ? raw_args(x) : prologue_args(x, prologue, act, act_param), post = raw_args(y);
         in.y = x.data_ptr();
         post.out = y.data_ptr();
-        winograd(in, x, winograd_weight(weight, false, tile_for(y)), post, y, padding[0]);
+        winograd(in, x, winograd_weight(weight, false, tile_for(y, x.size(1))), post, y, padding[0]);
         if (!stats) return {y, Tensor(), Tensor()};
         auto [mean, var] = bn_stats(y);
         return {y, mean, var};
@@ -97,7 +108,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntLis
         const Tensor y = winograd_output(x, weight.size(0), padding[0]);
         Args post = epilogue_args(y, act, act_param, residual);
         set_norm(post.norm, norm, y);
-        winograd(raw_args(x), x, winograd_weight(weight, false, tile_for(y)), post, y, padding[0]);
+        winograd(raw_args(x), x, winograd_weight(weight, false, tile_for(y, x.size(1))), post, y, padding[0]);
         return y;
     }
     const Tensor y =
@@ -113,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
                                                          bool need_input, bool need_weight, const OptTensor& add,
                                                          at::ScalarType compute, bool gemm) {
     const bool epilogue = !prologue.empty();
-    const Algorithm algorithm = algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
+    const Algorithm algorithm = algorithm_of_wgrad(x, weight, stride, padding, dilation, groups, compute, gemm);
     if (gemm_backwards(algorithm, stride, epilogue)) {
         if (stride[0] == 1 && stride[1] == 1)
             return gemm_backward(dz, y, coef, x, prologue, act, act_param, weight, need_input, need_weight, add,
@@ -149,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
         da = empty_like(x, compute);
         Args post = raw_args(da);
         post.out = da.data_ptr();
-        winograd(raw_args(dy), dy, winograd_weight(weight, true, tile_for(da)), post, da, 2 - padding[0]);
+        winograd(raw_args(dy), dy, winograd_weight(weight, true, tile_for(da, dy.size(1))), post, da, 2 - padding[0]);
     }
     if (!need_input) return {Tensor(), dw, Tensor(), Tensor()};
     TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ",

@@ -17,17 +17,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
                                                          at::ScalarType compute);
 
 // 3x3, stride 1, winograd.cpp
-// The transformed weights are larger than the weights. With at least this many pixels over all images it pays to read
-// them (in inference), or to make them in every step (in training). Three basic blocks of 256 channels on one thread
-// took these multiples of the time with oneDNN's convolutions: frozen 2.3 at 16 pixels and 1.3 at 64, in training 1.5
-// and 1.3. At 256 pixels they took 0.6 and 0.95 of plain PyTorch's time.
-constexpr int64_t kWinogradPixels = 128, kWinogradPixelsInTraining = 256;
 bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
-                 int64_t groups, int64_t pixels = kWinogradPixelsInTraining);
+                 int64_t groups, bool packed, int64_t rate);
+int tile_for(const Tensor& out, int64_t channels);
 Tensor winograd_weight(const Tensor& weight, bool backward, int tile);
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding);
 Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding);
-int tile_for(const Tensor& out);
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding);
 
 }  // namespace fused_resnet::cpu

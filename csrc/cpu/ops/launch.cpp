@@ -1,6 +1,18 @@
 #include "launch.h"
 
+#include <unistd.h>
+
 namespace fused_resnet::cpu {
+
+int64_t l2_bytes() {
+    static const int64_t found = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+        if (const long size = sysconf(_SC_LEVEL2_CACHE_SIZE); size > 0) return size;
+#endif
+        return 1L << 20;  // the system does not say
+    }();
+    return found;
+}
 
 Tensor empty_like(const Tensor& t, at::ScalarType dtype) {
     return at::empty(t.sizes(), t.options().dtype(dtype).memory_format(format_of(t)));

@@ -83,6 +83,9 @@ struct Partials {
     std::pair<Tensor, Tensor> moments(int64_t plane) const;
 };
 
+// Bytes of a core's second cache.
+int64_t l2_bytes();
+
 using Kernel = void (*)(const Args&, int64_t, int64_t);
 
 // kernel over all blocks of `view`, in parallel.

@@ -7,36 +7,62 @@ namespace fused_resnet::cpu {
 
 namespace {
 
-// Bytes of Winograd's transforms per slice of tiles; with at least this many tiles per thread each thread has its own
-// slices; with at least this many channels the algorithm pays.
-constexpr int64_t kWinogradSlice = 2 << 20;
+// With at least this many tiles per thread each thread has its own slices; with at least this many channels the
+// algorithm pays.
 constexpr int64_t kWinogradTiles = 32;
 constexpr int64_t kWinogradChannels = 64;
-// With at least this many output pixels, tiles of 4x4 pay for their larger transform of weights that change every step.
-constexpr int64_t kLargeTiles = 4096;
 // A weight's gradient is summed up over slices of tiles: of so many bytes of transforms, and of at least so many tiles,
 // for each slice reads and writes (tile + 2)^2 matrices as large as the weight's.
 constexpr int64_t kGradientSlice = 8 << 20, kGradientTiles = 256;
+
+// Multiplications in the time of writing a value to memory and reading it: a core of AVX-512 multiplies 58 times a
+// nanosecond and moves 20 bytes. A core that does both at half the rate has the same ratio.
+constexpr int64_t kMove = 24;
+
+int64_t tiles_along(int64_t size, int tile) { return (size + tile - 1) / tile; }
+
+// What a convolution of so many images to an output of height x width costs in multiplications, with tiles of this
+// size: the products, the transforms of input, output and weight.
+int64_t cost_of(int tile, int64_t images, int64_t height, int64_t width, int64_t C, int64_t K, bool packed) {
+    const int64_t tiles = images * tiles_along(height, tile) * tiles_along(width, tile);
+    // Packed weights are only read. Others are read, packed and transformed, in memory that no cache holds.
+    return (tile + 2) * (tile + 2) * (tiles * C * K + kMove * (tiles * (C + K) + (packed ? C * K / 2 : 3 * C * K)));
+}
 
 // The tiles of a convolution of x to an output of this height and width.
 Winograd tiles_of(const Tensor& x, int tile, int64_t out_height, int64_t out_width, int64_t padding) {
     Winograd q{};
     q.tile = tile;
     q.height = x.size(2), q.width = x.size(3), q.out_height = out_height, q.out_width = out_width;
-    q.tiles_h = (out_height + tile - 1) / tile, q.tiles_w = (out_width + tile - 1) / tile;
+    q.tiles_h = tiles_along(out_height, tile), q.tiles_w = tiles_along(out_width, tile);
     q.padding = padding;
     return q;
 }
 
 }  // namespace
 
-// 3x3, stride 1, channels_last, and so wide that four ninths of the multiplications outweigh the transforms.
+// The cheaper size of tiles for a convolution of so many channels to `out`, with weights that change in every step.
+int tile_for(const Tensor& out, int64_t channels) {
+    const auto cost = [&](int tile) {
+        return cost_of(tile, out.size(0), out.size(2), out.size(3), channels, out.size(1), false);
+    };
+    return cost(4) <= cost(2) ? 4 : 2;
+}
+
+// 3x3, stride 1, channels_last, and cheaper than the convolution's own products, of which `rate` take the time of one
+// in float. Packed weights have tiles of 4, whatever x is, so that all calls can share them.
 bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
-                 int64_t groups, int64_t pixels) {
-    return weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && stride[0] == 1 && stride[1] == 1 &&
-           dilation[0] == 1 && dilation[1] == 1 && padding[0] == padding[1] && padding[0] <= 2 &&
-           std::min(weight.size(0), weight.size(1)) >= kWinogradChannels && x.size(2) >= 4 && x.size(3) >= 4 &&
-           x.numel() >= pixels * x.size(1) && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+                 int64_t groups, bool packed, int64_t rate) {
+    const int64_t C = weight.size(1), K = weight.size(0);  // or, for the gradient of an input, turned round
+    if (weight.size(2) != 3 || weight.size(3) != 3 || groups != 1 || stride[0] != 1 || stride[1] != 1 ||
+        dilation[0] != 1 || dilation[1] != 1 || padding[0] != padding[1] || padding[0] > 2 ||
+        std::min(K, C) < kWinogradChannels || x.size(2) < 4 || x.size(3) < 4 ||
+        !x.is_contiguous(at::MemoryFormat::ChannelsLast))
+        return false;
+    const int64_t height = x.size(2) + 2 * padding[0] - 2, width = x.size(3) + 2 * padding[0] - 2;
+    const int64_t direct = 9 * x.size(0) * height * width * C * K / rate;
+    const auto pays = [&](int tile) { return cost_of(tile, x.size(0), height, width, C, K, packed) < direct; };
+    return pays(4) || (!packed && pays(2));
 }
 
 // The transformed weights, packed as right operands [(tile + 2)^2, panels, depth, GemmKernel::columns]: of C x K, or,
@@ -76,15 +102,17 @@ Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
 void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
     const GemmKernel& kernel = table().float_gemm;
     const int64_t products = u.size(0), panels = u.size(1), C = x.size(1), K = out.size(1);
-    const Winograd q = tiles_of(x, products == 36 ? 4 : 2, out.size(2), out.size(3), padding);
+    Winograd q = tiles_of(x, products == 36 ? 4 : 2, out.size(2), out.size(3), padding);
     const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w, threads = at::get_num_threads();
     const int64_t takers = tiles >= kWinogradTiles * threads ? threads : 1;
-    // so many tiles that the weights are not read more often than the transforms
-    const int64_t most = std::max(kWinogradSlice / (4 * products * (C + K)), C * K / (C + K));
+    // tiles whose transforms stay in half of the L2; or so many that the weights are read less often than the
+    // transforms
+    const int64_t most = std::max(l2_bytes() / 2 / (4 * products * (C + K)), 2 * C * K / (C + K));
     // a multiple of the takers, so that all have the same amount of work
     const int64_t slices = (tiles + most * takers - 1) / (most * takers) * takers,
                   slice = (tiles + slices - 1) / slices;
-    const int64_t size = products * slice * (C + K), width = kernel.columns;
+    q.count = slice;
+    const int64_t size = products * (q.matrix(C) + q.matrix(K)), width = kernel.columns;
     const Tensor transforms =
         at::empty({takers, size}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
     float* const memory = transforms.mutable_data_ptr<float>();
@@ -96,14 +124,14 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
                 part.first = j * slice;
                 part.count = std::min(slice, tiles - part.first);
                 if (part.count <= 0) continue;
-                float *const v = memory + i * size, *const m = v + products * slice * C;
+                float *const v = memory + i * size, *const m = v + products * q.matrix(C);
                 const int64_t end = part.first + part.count;
                 // with several takers these loops run in the taker's thread
                 parallel(part.first, end, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, part, v, b, e); });
                 parallel(0, products * panels, std::max<int64_t>(1, panels / 2), [&](int64_t b, int64_t e) {
                     for (int64_t p = b / panels; p * panels < e; p++)
-                        kernel.gemm({part.count, K, C, v + p * part.count * C, C, 1, weights + p * panels * C * width,
-                                     m + p * part.count * K, K, false},
+                        kernel.gemm({part.count, K, C, v + p * part.matrix(C), C, 1, weights + p * panels * C * width,
+                                     m + p * part.matrix(K), K, false},
                                     gemm_scratch(), 0, part.count, std::max<int64_t>(0, b - p * panels),
                                     std::min(panels, e - p * panels));
                 });
@@ -118,14 +146,15 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
 Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding) {
     const GemmKernel& kernel = table().float_gemm;
     const int64_t C = x.size(1), K = dy.size(1), width = kernel.columns, panels = panels_of(kernel, C);
-    Winograd q = tiles_of(x, tile_for(dy), dy.size(2), dy.size(3), padding);
+    Winograd q = tiles_of(x, tile_for(dy, C), dy.size(2), dy.size(3), padding);
     const int64_t products = (q.tile + 2) * (q.tile + 2), tiles = x.size(0) * q.tiles_h * q.tiles_w;
     const int64_t most = std::max(kGradientTiles, kGradientSlice / (4 * products * (C + K + panels * width)));
     const int64_t slices = (tiles + most - 1) / most, slice = (tiles + slices - 1) / slices;
     const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
     const Tensor u = at::empty({products, K, C}, options),
                  packed = at::empty({products, panels, slice, width}, options);
-    const Tensor v = at::empty({products, slice, C}, options), e = at::empty({products, slice, K}, options);
+    q.count = slice;
+    const Tensor v = at::empty({products, q.matrix(C)}, options), e = at::empty({products, q.matrix(K)}, options);
     float *const v_data = v.mutable_data_ptr<float>(), *const e_data = e.mutable_data_ptr<float>();
     float *const b_data = packed.mutable_data_ptr<float>(), *const u_data = u.mutable_data_ptr<float>();
     const float* const dy_data = dy.const_data_ptr<float>();
@@ -141,13 +170,13 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
         });
         parallel(0, products, 1, [&](int64_t b, int64_t t) {
             for (int64_t p = b; p < t; p++)
-                kernel.pack({n, C, v_data + p * n * C, C, 1, b_data + p * panels * n * width}, 0, n, 0, panels);
+                kernel.pack({n, C, v_data + p * q.matrix(C), C, 1, b_data + p * panels * n * width}, 0, n, 0, panels);
         });
         parallel(0, products * parts, 1, [&](int64_t b, int64_t t) {
             for (int64_t i = b; i < t; i++) {
                 const int64_t p = i / parts, part = i % parts;
-                kernel.gemm({K, C, n, e_data + p * n * K, 1, K, b_data + p * panels * n * width, u_data + p * K * C, C,
-                             q.first > 0},
+                kernel.gemm({K, C, n, e_data + p * q.matrix(K), 1, K, b_data + p * panels * n * width,
+                             u_data + p * K * C, C, q.first > 0},
                             gemm_scratch(), rows * part / parts * height,
                             std::min(K, rows * (part + 1) / parts * height), 0, panels);
             }
@@ -160,8 +189,6 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
     return dw;
 }
 
-int tile_for(const Tensor& out) { return out.numel() / out.size(1) >= kLargeTiles ? 4 : 2; }
-
 // The output tensor of a 3x3 convolution of x at stride 1.
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding) {
     return at::empty({x.size(0), channels, x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2},
@@ -170,7 +197,7 @@ Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding) {
 
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                       int64_t groups) {
-    return is_winograd(x, weight, stride, padding, dilation, groups, kWinogradPixels) ? 4 : 0;
+    return is_winograd(x, weight, stride, padding, dilation, groups, true, 1) ? 4 : 0;
 }
 
 Tensor winograd_prepack(const Tensor& weight, int64_t tile) {
