@@ -11,6 +11,18 @@ namespace {
 // In the order of KINDS in fused_resnet/backends/cpu_steps.py.
 enum class Kind { aten, onednn, winograd, pointwise, stem, bn_act, bn_act_max_pool, max_pool, avg_pool, pad };
 
+// What a profiler calls them.
+constexpr const char* kNames[] = {"fused_resnet_cpu::aten_bias_act",
+                                  "fused_resnet_cpu::onednn_bias_act",
+                                  "fused_resnet_cpu::winograd_bias_act",
+                                  "fused_resnet_cpu::pointwise_bias_act",
+                                  "fused_resnet_cpu::stem_bias_act_max_pool",
+                                  "fused_resnet_cpu::bn_act",
+                                  "fused_resnet_cpu::bn_act_max_pool",
+                                  "fused_resnet_cpu::max_pool",
+                                  "fused_resnet_cpu::avg_pool",
+                                  "fused_resnet_cpu::pad"};
+
 using Scalars = c10::List<std::optional<at::Scalar>>;
 
 constexpr at::MemoryFormat kRows = at::MemoryFormat::ChannelsLast;
@@ -26,6 +38,7 @@ struct Step {
     Scalars scalars;  // of the post-op
 
     explicit Step(Reader& from) : kind(Kind(from.next())) {
+        TORCH_CHECK(Kind::aten <= kind && kind <= Kind::pad, "frozen_row: no step of kind ", int64_t(kind));
         x = from.next(), residual = from.next(), first = from.next(), count = from.next();
         owned = from.next();
         stride = from.pair(), padding = from.pair(), dilation = from.pair();
@@ -101,7 +114,7 @@ Tensor run(const Step& s, const Operands& o, const c10::List<std::string>& post_
         case Kind::avg_pool: return s.pool->average(o.x);
         case Kind::pad: return padded(every(o.x, s.stride), s.channels);
     }
-    TORCH_CHECK(false, "frozen_row: no step of kind ", int64_t(s.kind));
+    return {};
 }
 
 }  // namespace
@@ -120,7 +133,7 @@ Tensor frozen_row(const Tensor& x, const OptTensor& residual, at::TensorList ten
             if (used >= 0) last.at(used) = i;
     for (size_t i = 0; i < steps.size(); i++) {
         const Step& s = steps[i];
-        RECORD_FUNCTION("fused_resnet_cpu::frozen_step", std::vector<c10::IValue>({results[s.x]}));
+        RECORD_FUNCTION(kNames[size_t(s.kind)], std::vector<c10::IValue>({results[s.x]}));
         OptTensor summand;
         if (s.residual >= 0) summand = results[s.residual];
         results.push_back(run(s, {results[s.x], summand, tensors.slice(s.first, s.count)}, post_ops).contiguous(kRows));
