@@ -23,6 +23,8 @@ import fused_resnet
 from fused_resnet import reference
 from fused_resnet.backends import ConvBiasAct, DyCoefficients, Norm, Packed, Prologue, Sums, load
 from fused_resnet.backends.cpu import compute_dtype, ints_and_reals
+from fused_resnet.backends.cpu_steps import Writer
+from fused_resnet.backends.steps import Recorded, Step
 from fused_resnet.spec import ACTIVATIONS, Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
@@ -351,6 +353,9 @@ def test_schemas_of_the_compiled_operators() -> None:
     image, w7 = nhwc(2, 3, 20, 20), torch.randn(64, 3, 7, 7)
     row, saved = [w3, v[0], v[1]], [y, *v, v[0], v[1].abs()]
 
+    call = ConvBiasAct(y, w3, v[0], ConvSpec(padding=(1, 1)), Act("relu"), y)
+    recorded = Writer().row([Recorded(Step(call, None, Packed(packed, "winograd")), 0, 1)])
+
     def rows(batch_stats: bool) -> tuple[list[int], list[float]]:
         unit = UnitSpec(ConvSpec(padding=(1, 1)), Act("relu"), batch_stats=batch_stats)
         return ints_and_reals(ChainSpec((unit,), ShortcutSpec("identity")).encode())
@@ -371,6 +376,7 @@ def test_schemas_of_the_compiled_operators() -> None:
         "row_forward": (y, None, row, *rows(True), f32, True),
         "row_backward": (y, y, None, [w3], saved, *rows(True), [True, False, *[True] * 3], f32, True),
         "row_inference": (y, None, [*row, v[0], v[1].abs()], *rows(False), f32, True),
+        "frozen_row": (y, y, *recorded.args, ["none"]),
         "winograd_tile": (y, w3, one, one, one, 1),
         "winograd_prepack": (w3, 4),
         "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),
