@@ -157,16 +157,15 @@ void winograd_output_any(const Args& a, const Winograd& q, const float* product,
         });
     });
 }
-void winograd_weight_any(int tile, const float* weight, float* u, int64_t K, int64_t C, bool flip, int64_t begin,
-                         int64_t end) {
-    by_tile(tile, [&](auto m) { winograd_weight_impl<m>(weight, u, K, C, flip, begin, end); });
+void winograd_weight_any(const WinogradWeight& q, int64_t begin, int64_t end) {
+    by_tile(q.tile, [&](auto m) { winograd_weight_impl<m>(q, begin, end); });
 }
 void winograd_output_gradient_any(const float* dy, const Winograd& q, float* m, int64_t K, int64_t begin, int64_t end) {
     by_tile(q.tile, [&](auto t) { winograd_output_gradient_impl<t>(dy, q, m, K, begin, end); });
 }
-void winograd_weight_gradient_any(int tile, const float* u, float* dw, int64_t K, int64_t C, int64_t begin,
+void winograd_weight_gradient_any(int tile, const float* u, int64_t matrix, float* dw, int64_t C, int64_t begin,
                                   int64_t end) {
-    by_tile(tile, [&](auto t) { winograd_weight_gradient_impl<t>(u, dw, K, C, begin, end); });
+    by_tile(tile, [&](auto t) { winograd_weight_gradient_impl<t>(u, matrix, dw, C, begin, end); });
 }
 void pointwise_any(const Args& a, const Direct& q, int64_t begin, int64_t end) {
     by_act(a.act, [&](auto k) { pointwise_impl<typename decltype(k)::type>(a, q, begin, end); });

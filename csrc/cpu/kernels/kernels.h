@@ -51,15 +51,30 @@ struct Pool {
     uint8_t* argmax;  // position in the window, row-major
 };
 
+// At least so many floats, an odd number of cache lines: equal places of matrices at this distance are in different
+// sets of a cache.
+inline int64_t odd_lines(int64_t floats) { return (floats + 15) / 16 / 2 * 32 + 16; }
+
 // A 3x3, stride-1 convolution by Winograd's F(MxM, 3x3): (M+2)^2 matrix products turn (M+2)^2 inputs into MxM outputs.
 struct Winograd {
     int tile;  // M: 2 or 4
     int64_t height, width, out_height, out_width, tiles_h, tiles_w, padding;
+    int64_t out_row;       // values from one pixel of the output to the next
     int64_t first, count;  // the tiles of this slice, whose transforms are (M+2)^2 matrices [count, channels]
 
-    // Values from one of the matrices to the next: an odd number of cache lines, or the (M+2)^2 values of a tile would
-    // share some sets of the cache.
-    int64_t matrix(int64_t channels) const { return (count * channels + 15) / 16 / 2 * 32 + 16; }
+    // Values from one of the matrices to the next.
+    int64_t matrix(int64_t channels) const { return odd_lines(count * channels); }
+};
+
+// Weights [K, 3, 3, row], of which the first `channels` values of a row are transformed, turned by 180 degrees if flip,
+// to u[product * matrix + k * u_row + c].
+struct WinogradWeight {
+    int tile;
+    const float* weight;
+    int64_t row, channels;
+    float* u;
+    int64_t matrix, u_row;
+    bool flip;
 };
 
 // A convolution with weights [out_channels / kDirectBlock, kernel, channels, kDirectBlock].

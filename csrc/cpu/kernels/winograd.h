@@ -181,7 +181,7 @@ void winograd_output_impl(const Args& a, const Winograd& q, const float* m, int6
     const float *scale = static_cast<const float*>(a.norm.scale), *shift = static_cast<const float*>(a.norm.shift);
     for (int64_t t = begin; t < end; t++) {
         const Origin<M> at(q, t);
-        const int64_t image = at.image * q.out_height * q.out_width * C;
+        const int64_t image = at.image * q.out_height * q.out_width * q.out_row;
         by_lanes(C, [&](int64_t c, auto n) __attribute__((always_inline)) {
             const float* const from = m + (t - q.first) * C + c;
             F32 d[N * N];
@@ -192,7 +192,7 @@ void winograd_output_impl(const Args& a, const Winograd& q, const float* m, int6
                 Tile<M>::output(d + j, N);
             });
             unrolled<M>([&](auto i) __attribute__((always_inline)) { Tile<M>::output(d + i * N, 1); });
-            by_pixels<M>(at.top, at.left, q.out_height, q.out_width, C,
+            by_pixels<M>(at.top, at.left, q.out_height, q.out_width, q.out_row,
                          [&](int i, int j, int64_t offset) __attribute__((always_inline)) {
                              if (offset < 0) return;
                              offset += image + c;
@@ -210,22 +210,25 @@ void winograd_output_impl(const Args& a, const Winograd& q, const float* m, int6
 }
 
 template <int M>
-void winograd_weight_impl(const float* weight, float* u, int64_t K, int64_t C, bool flip, int64_t begin, int64_t end) {
+void winograd_weight_impl(const WinogradWeight& q, int64_t begin, int64_t end) {
     constexpr int N = Tile<M>::kIn;
     for (int64_t k = begin; k < end; k++)
-        for (int64_t c = 0; c < C; c += kLanes) {
-            const int n = C - c < kLanes ? int(C - c) : kLanes;
+        by_lanes(q.channels, [&](int64_t c, auto n) __attribute__((always_inline)) {
             F32 g[N * N];
             for (int i = 0; i < 3; i++)
                 for (int j = 0; j < 3; j++) {
-                    const int at_row = flip ? 2 - i : i, at_column = flip ? 2 - j : j;
-                    g[i * N + j] = load<F32>(weight + ((k * 3 + at_row) * 3 + at_column) * C + c, n);
+                    const int tap = q.flip ? 8 - 3 * i - j : 3 * i + j;
+                    g[i * N + j] = load<F32>(q.weight + (k * 9 + tap) * q.row + c, n);
                 }
-            for (int j = 0; j < 3; j++) Tile<M>::weight(g + j, N);
-            for (int i = 0; i < N; i++) Tile<M>::weight(g + i * N, 1);
-            float* to = u + k * C + c;
-            for (int i = 0; i < N * N; i++) store(to + i * K * C, g[i], n);
-        }
+            unrolled<3>([&](auto j) __attribute__((always_inline)) { Tile<M>::weight(g + j, N); });
+            float* const to = q.u + k * q.u_row + c;
+            unrolled<N>([&](auto i) __attribute__((always_inline)) {
+                Tile<M>::weight(g + i * N, 1);
+                unrolled<N>([&](auto j) __attribute__((always_inline)) {
+                    store(to + (i * N + j) * q.matrix, g[i * N + j], n);
+                });
+            });
+        });
 }
 
 // What winograd_output does with the products, backward, without an epilogue.
@@ -256,18 +259,24 @@ void winograd_output_gradient_impl(const float* dy, const Winograd& q, float* m,
 
 // What winograd_weight does, backward.
 template <int M>
-void winograd_weight_gradient_impl(const float* u, float* dw, int64_t K, int64_t C, int64_t begin, int64_t end) {
+void winograd_weight_gradient_impl(const float* u, int64_t matrix, float* dw, int64_t C, int64_t begin, int64_t end) {
     constexpr int N = Tile<M>::kIn;
     for (int64_t k = begin; k < end; k++)
-        for (int64_t c = 0; c < C; c += kLanes) {
-            const int n = C - c < kLanes ? int(C - c) : kLanes;
+        by_lanes(C, [&](int64_t c, auto n) __attribute__((always_inline)) {
             F32 g[N * N];
-            for (int i = 0; i < N * N; i++) g[i] = load<F32>(u + (i * K + k) * C + c, n);
-            for (int j = 0; j < N; j++) Tile<M>::weight_gradient(g + j, N);
-            for (int i = 0; i < 3; i++) Tile<M>::weight_gradient(g + i * N, 1);
-            for (int i = 0; i < 3; i++)
-                for (int j = 0; j < 3; j++) store(dw + ((k * 3 + i) * 3 + j) * C + c, g[i * N + j], n);
-        }
+            unrolled<N>([&](auto j) __attribute__((always_inline)) {
+                unrolled<N>([&](auto i) __attribute__((always_inline)) {
+                    g[i * N + j] = load<F32>(u + (i * N + j) * matrix + k * C + c, n);
+                });
+                Tile<M>::weight_gradient(g + j, N);
+            });
+            unrolled<3>([&](auto i) __attribute__((always_inline)) {
+                Tile<M>::weight_gradient(g + i * N, 1);
+                unrolled<3>([&](auto j) __attribute__((always_inline)) {
+                    store(dw + (k * 9 + 3 * i + j) * C + c, g[i * N + j], n);
+                });
+            });
+        });
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
         Args in = prologue.empty() ? raw_args(x) : prologue_args(x, prologue, act, act_param), post = raw_args(y);
         in.y = x.data_ptr();
         post.out = y.data_ptr();
-        winograd(in, x, winograd_weight(weight, false, tile_for(y, x.size(1))), post, y, padding[0]);
+        winograd(in, x, weight, false, post, y, padding[0]);
         if (!stats) return {y, Tensor(), Tensor()};
         auto [mean, var] = bn_stats(y);
         return {y, mean, var};
@@ -108,7 +108,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntLis
         const Tensor y = winograd_output(x, weight.size(0), padding[0]);
         Args post = epilogue_args(y, act, act_param, residual);
         set_norm(post.norm, norm, y);
-        winograd(raw_args(x), x, winograd_weight(weight, false, tile_for(y, x.size(1))), post, y, padding[0]);
+        winograd(raw_args(x), x, weight, false, post, y, padding[0]);
         return y;
     }
     const Tensor y =
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
         da = empty_like(x, compute);
         Args post = raw_args(da);
         post.out = da.data_ptr();
-        winograd(raw_args(dy), dy, winograd_weight(weight, true, tile_for(da, dy.size(1))), post, da, 2 - padding[0]);
+        winograd(raw_args(dy), dy, weight, true, post, da, 2 - padding[0]);
     }
     if (!need_input) return {Tensor(), dw, Tensor(), Tensor()};
     TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ",

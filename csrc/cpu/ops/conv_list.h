@@ -19,9 +19,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
 // 3x3, stride 1, winograd.cpp
 bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                  int64_t groups, bool packed, int64_t rate);
-int tile_for(const Tensor& out, int64_t channels);
-Tensor winograd_weight(const Tensor& weight, bool backward, int tile);
-void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding);
+// out = conv3x3(input as `in` sees it), then what `post` says; backward: with the kernel turned, from K to C channels.
+void winograd(const Args& in, const Tensor& x, const Tensor& weight, bool backward, const Args& post, const Tensor& out,
+              int64_t padding);
 Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding);
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding);
 

@@ -11,35 +11,51 @@ namespace {
 // algorithm pays.
 constexpr int64_t kWinogradTiles = 32;
 constexpr int64_t kWinogradChannels = 64;
+// With at most this many tiles the transformed input is read again in less time than transformed weights would be
+// written and read.
+constexpr int64_t kPanelTiles = 256;
 // A weight's gradient is summed up over slices of tiles: of so many bytes of transforms, and of at least so many tiles,
 // for each slice reads and writes (tile + 2)^2 matrices as large as the weight's.
 constexpr int64_t kGradientSlice = 8 << 20, kGradientTiles = 256;
 
 // Multiplications in the time of writing a value to memory and reading it: a core of AVX-512 multiplies 58 times a
-// nanosecond and moves 20 bytes. A core that does both at half the rate has the same ratio.
-constexpr int64_t kMove = 24;
+// nanosecond and moves 23 bytes. A core that does both at half the rate has the same ratio.
+constexpr int64_t kMove = 20;
 
 int64_t tiles_along(int64_t size, int tile) { return (size + tile - 1) / tile; }
 
 // What a convolution of so many images to an output of height x width costs in multiplications, with tiles of this
 // size: the products, the transforms of input, output and weight.
 int64_t cost_of(int tile, int64_t images, int64_t height, int64_t width, int64_t C, int64_t K, bool packed) {
-    const int64_t tiles = images * tiles_along(height, tile) * tiles_along(width, tile);
-    // Packed weights are only read. Others are read, packed and transformed, in memory that no cache holds.
-    return (tile + 2) * (tile + 2) * (tiles * C * K + kMove * (tiles * (C + K) + (packed ? C * K / 2 : 3 * C * K)));
+    const int64_t tiles = images * tiles_along(height, tile) * tiles_along(width, tile), weights = C * K;
+    // Packed weights are only read. Others are transformed, then written and read, or the input is read more often.
+    const int64_t moved = packed ? weights / 2 : weights + 2 * weights * std::min(tiles, kPanelTiles) / kPanelTiles;
+    return (tile + 2) * (tile + 2) * (tiles * weights + kMove * (tiles * (C + K) + moved));
 }
 
-// The tiles of a convolution of x to an output of this height and width.
-Winograd tiles_of(const Tensor& x, int tile, int64_t out_height, int64_t out_width, int64_t padding) {
+// All tiles of a convolution of x to `out`.
+Winograd tiles_of(const Tensor& x, int tile, const Tensor& out, int64_t padding) {
     Winograd q{};
     q.tile = tile;
-    q.height = x.size(2), q.width = x.size(3), q.out_height = out_height, q.out_width = out_width;
-    q.tiles_h = tiles_along(out_height, tile), q.tiles_w = tiles_along(out_width, tile);
+    q.height = x.size(2), q.width = x.size(3), q.out_height = out.size(2), q.out_width = out.size(3);
+    q.tiles_h = tiles_along(q.out_height, tile), q.tiles_w = tiles_along(q.out_width, tile);
     q.padding = padding;
+    q.out_row = out.size(1);
+    q.count = x.size(0) * q.tiles_h * q.tiles_w;
     return q;
 }
 
-}  // namespace
+// The Args of channels [first, first + count) of a result.
+Args channels_from(Args post, int64_t first, int64_t count, const Tensor& out) {
+    const auto from = [first](const void* p, int64_t size) {
+        return p ? static_cast<const char*>(p) + first * size : nullptr;
+    };
+    post.layout.channels = count;
+    post.out = static_cast<char*>(post.out) + first * out.element_size();
+    post.residual = from(post.residual, out.element_size());
+    post.norm.scale = from(post.norm.scale, sizeof(float)), post.norm.shift = from(post.norm.shift, sizeof(float));
+    return post;
+}
 
 // The cheaper size of tiles for a convolution of so many channels to `out`, with weights that change in every step.
 int tile_for(const Tensor& out, int64_t channels) {
@@ -48,6 +64,8 @@ int tile_for(const Tensor& out, int64_t channels) {
     };
     return cost(4) <= cost(2) ? 4 : 2;
 }
+
+}  // namespace
 
 // 3x3, stride 1, channels_last, and cheaper than the convolution's own products, of which `rate` take the time of one
 // in float. Packed weights have tiles of 4, whatever x is, so that all calls can share them.
@@ -65,45 +83,66 @@ bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList 
     return pays(4) || (!packed && pays(2));
 }
 
-// The transformed weights, packed as right operands [(tile + 2)^2, panels, depth, GemmKernel::columns]: of C x K, or,
-// for the gradient of the input, of K x C with the kernel turned.
-Tensor winograd_weight(const Tensor& weight, bool backward, int tile) {
-    const Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
-    const GemmKernel& kernel = table().float_gemm;
-    const int64_t K = w.size(0), C = w.size(1), products = (tile + 2) * (tile + 2), width = kernel.columns;
-    const int64_t depth = backward ? K : C, columns = backward ? C : K, panels = panels_of(kernel, columns),
-                  size = panels * depth * width;
-    const Tensor u =
-        at::empty({products, panels, depth, width}, w.options().memory_format(at::MemoryFormat::Contiguous));
-    const float* from = w.const_data_ptr<float>();
-    float* to = u.mutable_data_ptr<float>();
-    parallel(0, panels_of(kernel, K), 1, [&](int64_t first, int64_t last) {
-        float* const part = scratch(products * width * C);  // of some output channels
-        for (int64_t i = first; i < last; i++) {
-            const int64_t begin = i * width, count = std::min(width, K - begin);
-            table().winograd_weight(tile, from + begin * 9 * C, part, count, C, backward, 0, count);
-            for (int64_t p = 0; p < products; p++) {
-                const float* product = part + p * count * C;
-                if (backward) {
-                    kernel.pack({depth, columns, product - begin * C, C, 1, to + p * size}, begin, begin + count, 0,
-                                panels);
-                } else {
-                    kernel.pack({depth, count, product, 1, C, to + p * size + i * depth * width}, 0, depth, 0, 1);
-                }
-            }
-        }
-    });
-    return u;
-}
+namespace {
 
-// out = conv3x3(input as `in` sees it), by products with u = winograd_weight(); what `post` says is applied to the
+// Weights [K, C, 3, 3] as right operands of products, C x K, or, for the gradient of the input, K x C with the kernel
+// turned: transformed panel by panel.
+class Weights {
+    const Tensor w;
+    const GemmKernel& kernel = table().float_gemm;
+    const int tile;
+    const bool backward;
+
+    // Output channels whose transforms are made before they are packed: so many inputs that they stay in L2.
+    static constexpr int64_t kInputs = 64;
+
+  public:
+    const int64_t products, depth, columns;
+
+    Weights(const Tensor& weight, bool backward, int tile)
+        : w(weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast)),
+          tile(tile),
+          backward(backward),
+          products((tile + 2) * (tile + 2)),
+          depth(w.size(backward ? 0 : 1)),
+          columns(w.size(backward ? 1 : 0)) {}
+    // Floats of scratch that panel() takes.
+    int64_t scratch_size() const { return backward ? 0 : products * kernel.columns * kInputs; }
+    // Panel i of each product, `matrix` values apart.
+    void panel(int64_t i, float* to, int64_t matrix, float* part) const {
+        const int64_t width = kernel.columns, first = i * width, count = std::min(width, columns - first);
+        const float* const from = w.const_data_ptr<float>();
+        if (backward)
+            return table().winograd_weight({tile, from + first, columns, count, to, matrix, width, true}, 0, depth);
+        for (int64_t c = 0; c < depth; c += kInputs) {
+            const int64_t inputs = std::min(kInputs, depth - c), size = count * kInputs;
+            table().winograd_weight({tile, from + first * 9 * depth + c, depth, inputs, part, size, kInputs, false}, 0,
+                                    count);
+            for (int64_t p = 0; p < products; p++)
+                kernel.pack({inputs, count, part + p * size, 1, kInputs, to + p * matrix + c * width}, 0, inputs, 0, 1);
+        }
+    }
+    // All panels: [products, panels, depth, GemmKernel::columns].
+    Tensor all() const {
+        const int64_t panels = panels_of(kernel, columns), size = depth * kernel.columns;
+        const Tensor u = at::empty({products, panels, depth, kernel.columns},
+                                   w.options().memory_format(at::MemoryFormat::Contiguous));
+        float* const to = u.mutable_data_ptr<float>();
+        parallel(0, panels, 1, [&](int64_t b, int64_t e) {
+            float* const part = scratch(scratch_size());
+            for (int64_t i = b; i < e; i++) panel(i, to + i * size, panels * size, part);
+        });
+        return u;
+    }
+};
+
+// out = conv3x3(input as `in` sees it), by products with u = Weights::all(); what `post` says is applied to the
 // result. Each thread takes slices of tiles from the input's transform to the output's; too few tiles, and it takes
 // some of the products of all of them, or the weights would be read once per thread.
-void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor& out, int64_t padding) {
+void by_slices(const Args& in, const Tensor& x, const Tensor& u, const Args& post, const Tensor& out, Winograd q) {
     const GemmKernel& kernel = table().float_gemm;
     const int64_t products = u.size(0), panels = u.size(1), C = x.size(1), K = out.size(1);
-    Winograd q = tiles_of(x, products == 36 ? 4 : 2, out.size(2), out.size(3), padding);
-    const int64_t tiles = x.size(0) * q.tiles_h * q.tiles_w, threads = at::get_num_threads();
+    const int64_t tiles = q.count, threads = at::get_num_threads();
     const int64_t takers = tiles >= kWinogradTiles * threads ? threads : 1;
     // tiles whose transforms stay in half of the L2; or so many that the weights are read less often than the
     // transforms
@@ -141,26 +180,74 @@ void winograd(Args in, const Tensor& x, const Tensor& u, Args post, const Tensor
     });
 }
 
+// The same with weights that are transformed for this call. Each thread takes panels of output channels, from the
+// weight's transform to the output's, so that transformed weights never leave its cache; the transformed input is read
+// once per panel.
+void by_panels(const Args& in, const Tensor& x, const Weights& weights, const Args& post, const Tensor& out,
+               const Winograd& q) {
+    const GemmKernel& kernel = table().float_gemm;
+    const int64_t products = weights.products, C = x.size(1), K = out.size(1), width = kernel.columns;
+    const Tensor transforms =
+        at::empty({products, q.matrix(C)}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+    float* const v = transforms.mutable_data_ptr<float>();
+    parallel(0, q.count, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, q, v, b, e); });
+    parallel(0, panels_of(kernel, K), 1, [&](int64_t first, int64_t last) {
+        const int64_t matrix = odd_lines(C * width);
+        float *const u = scratch(products * (matrix + q.matrix(width)) + weights.scratch_size()),
+                     *const m = u + products * matrix, *const part = m + products * q.matrix(width);
+        for (int64_t i = first; i < last; i++) {
+            const int64_t channel = i * width, count = std::min(width, K - channel);
+            weights.panel(i, u, matrix, part);
+            for (int64_t p = 0; p < products; p++)
+                kernel.gemm({q.count, count, C, v + p * q.matrix(C), C, 1, u + p * matrix, m + p * q.matrix(count),
+                             count, false},
+                            gemm_scratch(), 0, q.count, 0, 1);
+            table().winograd_output(channels_from(post, channel, count, out), q, m, 0, q.count);
+        }
+    });
+}
+
+}  // namespace
+
+void winograd(const Args& in, const Tensor& x, const Tensor& weight, bool backward, const Args& post, const Tensor& out,
+              int64_t padding) {
+    const int tile = tile_for(out, x.size(1));
+    const Winograd q = tiles_of(x, tile, out, padding);
+    const Weights weights(weight, backward, tile);
+    if (q.count <= kPanelTiles && panels_of(table().float_gemm, out.size(1)) >= at::get_num_threads())
+        return by_panels(in, x, weights, post, out, q);
+    by_slices(in, x, weights.all(), post, out, q);
+}
+
 // The gradient [K, C, 3, 3] of the weight of out = conv3x3(input as `in` sees it), from dy, in float: the sum over
 // tiles of G' [(A dy A') (B' input B)] G, the products by channels. All threads take each step together.
 Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding) {
     const GemmKernel& kernel = table().float_gemm;
     const int64_t C = x.size(1), K = dy.size(1), width = kernel.columns, panels = panels_of(kernel, C);
-    Winograd q = tiles_of(x, tile_for(dy, C), dy.size(2), dy.size(3), padding);
-    const int64_t products = (q.tile + 2) * (q.tile + 2), tiles = x.size(0) * q.tiles_h * q.tiles_w;
+    Winograd q = tiles_of(x, tile_for(dy, C), dy, padding);
+    const int64_t products = (q.tile + 2) * (q.tile + 2), tiles = q.count;
     const int64_t most = std::max(kGradientTiles, kGradientSlice / (4 * products * (C + K + panels * width)));
     const int64_t slices = (tiles + most - 1) / most, slice = (tiles + slices - 1) / slices;
     const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
-    const Tensor u = at::empty({products, K, C}, options),
-                 packed = at::empty({products, panels, slice, width}, options);
+    const Tensor packed = at::empty({products, panels, slice, width}, options);
     q.count = slice;
     const Tensor v = at::empty({products, q.matrix(C)}, options), e = at::empty({products, q.matrix(K)}, options);
+    const Tensor dw = at::empty({K, C, 3, 3}, options.memory_format(at::MemoryFormat::ChannelsLast));
     float *const v_data = v.mutable_data_ptr<float>(), *const e_data = e.mutable_data_ptr<float>();
-    float *const b_data = packed.mutable_data_ptr<float>(), *const u_data = u.mutable_data_ptr<float>();
+    float *const b_data = packed.mutable_data_ptr<float>(), *const dw_data = dw.mutable_data_ptr<float>();
     const float* const dy_data = dy.const_data_ptr<float>();
-    // parts of the rows of each product, so that all threads have some
     const int64_t height = kernel.rows, rows = (K + height - 1) / height;
-    const int64_t parts = std::min(rows, 1 + (2 * at::get_num_threads() - 1) / products);
+    // product p of rows [begin, end), to `to` as if all rows were there
+    const auto multiply = [&](int64_t p, int64_t begin, int64_t end, float* to) {
+        kernel.gemm(
+            {K, C, q.count, e_data + p * q.matrix(K), 1, K, b_data + p * panels * q.count * width, to, C, q.first > 0},
+            gemm_scratch(), begin, std::min(K, end), 0, panels);
+    };
+    // With one slice, blocks of rows go from the products to the result while they are in L2, if all threads have some.
+    const int64_t block = height * std::max<int64_t>(1, l2_bytes() / (4 * products * height * C)),
+                  blocks = (K + block - 1) / block;
+    const bool at_once = slices == 1 && blocks >= at::get_num_threads();
+    const Tensor u = at_once ? Tensor() : at::empty({products, K, C}, options);
     for (q.first = 0; q.first < tiles; q.first += slice) {
         q.count = std::min(slice, tiles - q.first);
         const int64_t n = q.count, end = q.first + n;
@@ -172,20 +259,28 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
             for (int64_t p = b; p < t; p++)
                 kernel.pack({n, C, v_data + p * q.matrix(C), C, 1, b_data + p * panels * n * width}, 0, n, 0, panels);
         });
+        if (at_once) break;
+        // parts of the rows of each product, so that all threads have some
+        const int64_t parts = std::min(rows, 1 + (2 * at::get_num_threads() - 1) / products);
         parallel(0, products * parts, 1, [&](int64_t b, int64_t t) {
             for (int64_t i = b; i < t; i++) {
                 const int64_t p = i / parts, part = i % parts;
-                kernel.gemm({K, C, n, e_data + p * q.matrix(K), 1, K, b_data + p * panels * n * width,
-                             u_data + p * K * C, C, q.first > 0},
-                            gemm_scratch(), rows * part / parts * height,
-                            std::min(K, rows * (part + 1) / parts * height), 0, panels);
+                multiply(p, rows * part / parts * height, rows * (part + 1) / parts * height,
+                         u.mutable_data_ptr<float>() + p * K * C);
             }
         });
     }
-    const Tensor dw = at::empty({K, C, 3, 3}, options.memory_format(at::MemoryFormat::ChannelsLast));
-    float* const dw_data = dw.mutable_data_ptr<float>();
-    parallel(0, K, 4,
-             [&](int64_t b, int64_t t) { table().winograd_weight_gradient(q.tile, u_data, dw_data, K, C, b, t); });
+    parallel(0, blocks, 1, [&](int64_t b, int64_t t) {
+        float* const part = at_once ? scratch(products * block * C) : nullptr;
+        for (int64_t i = b; i < t; i++) {
+            const int64_t begin = i * block, count = std::min(block, K - begin);
+            for (int64_t p = 0; at_once && p < products; p++)
+                multiply(p, begin, begin + count, part + (p * count - begin) * C);
+            const float* const from = at_once ? part : u.const_data_ptr<float>() + begin * C;
+            table().winograd_weight_gradient(q.tile, from, (at_once ? count : K) * C, dw_data + begin * 9 * C, C, 0,
+                                             count);
+        }
+    });
     return dw;
 }
 
@@ -202,7 +297,7 @@ int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, Int
 
 Tensor winograd_prepack(const Tensor& weight, int64_t tile) {
     TORCH_CHECK(tile == 2 || tile == 4, "tile: expected 2 or 4, got ", tile);
-    return winograd_weight(weight, false, int(tile));
+    return Weights(weight, false, int(tile)).all();
 }
 
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
@@ -219,7 +314,7 @@ Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bi
     const Tensor y = winograd_output(x, K, padding);
     Args post = epilogue_args(y, act, act_param, residual);
     post.norm.shift = bias.data_ptr();
-    winograd(raw_args(x), x, packed, post, y, padding);
+    by_slices(raw_args(x), x, packed, post, y, tiles_of(x, packed.size(0) == 36 ? 4 : 2, y, padding));
     return y;
 }
 
