@@ -247,7 +247,8 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
     const int64_t block = height * std::max<int64_t>(1, l2_bytes() / (4 * products * height * C)),
                   blocks = (K + block - 1) / block;
     const bool at_once = slices == 1 && blocks >= at::get_num_threads();
-    const Tensor u = at_once ? Tensor() : at::empty({products, K, C}, options);
+    const Tensor u = at::empty({at_once ? 0 : products, K, C}, options);
+    float* const u_data = u.mutable_data_ptr<float>();
     for (q.first = 0; q.first < tiles; q.first += slice) {
         q.count = std::min(slice, tiles - q.first);
         const int64_t n = q.count, end = q.first + n;
@@ -265,8 +266,7 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
         parallel(0, products * parts, 1, [&](int64_t b, int64_t t) {
             for (int64_t i = b; i < t; i++) {
                 const int64_t p = i / parts, part = i % parts;
-                multiply(p, rows * part / parts * height, rows * (part + 1) / parts * height,
-                         u.mutable_data_ptr<float>() + p * K * C);
+                multiply(p, rows * part / parts * height, rows * (part + 1) / parts * height, u_data + p * K * C);
             }
         });
     }
@@ -276,7 +276,7 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
             const int64_t begin = i * block, count = std::min(block, K - begin);
             for (int64_t p = 0; at_once && p < products; p++)
                 multiply(p, begin, begin + count, part + (p * count - begin) * C);
-            const float* const from = at_once ? part : u.const_data_ptr<float>() + begin * C;
+            const float* const from = at_once ? part : u_data + begin * C;
             table().winograd_weight_gradient(q.tile, from, (at_once ? count : K) * C, dw_data + begin * 9 * C, C, 0,
                                              count);
         }
