@@ -138,7 +138,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield "# Ours against plain PyTorch: times as fast"
     yield ""
     yield (
-        f"{found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, {found['date']}. Written "
+        f"{found['device']}, torch {found['versions']['torch']}, {found['date']}. Written "
         f"by `make grid`: {len(done)} cells, {slow} of them below {SLOWER} (**bold**), the slowest {min(done):.2f}."
     )
     yield "A dash: plain PyTorch raises, because one value per channel has no statistics."
@@ -187,7 +187,6 @@ def main() -> int:
             pairs = {cell.network: Pair(cell.network)}
         found["cells"].append(measured(pairs[cell.network], cell))
         found |= {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": device_name(CPU), **describe()}
-        found["threads"] = torch.get_num_threads()
         path.write_text(json.dumps(found, indent=1) + "\n")
         (args.output / "grid.md").write_text("\n".join(lines(found)) + "\n")
     slow = [row for row in found["cells"] if row["status"] == "measured" and row["ratio"]["median"] < SLOWER]
