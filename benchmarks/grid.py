@@ -7,7 +7,7 @@ Each cell is the median of the paired ratios of interleaved repeats, both in cha
 (``training``) or a forward under no_grad (``evaluation``) of the fused network, or the frozen network (``frozen``).
 bf16 is autocast; frozen, a bfloat16 copy of either network.
 
-Writes results.json after every cell and goes on where an earlier run with the same output stopped; writes grid.md.
+Writes grid.json after every cell and goes on where an earlier run with the same output stopped; writes grid.md.
 Exit code 1 if a cell is below ``SLOWER``.
 """
 
@@ -111,7 +111,7 @@ def train(net: nn.Module, x: Tensor, labels: Tensor, autocast: bool) -> None:
 
 
 def measured(pair: Pair, cell: Cell, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
-    """The cell's row of results.json. ``clock``: as of ``measure.seconds``."""
+    """The cell's row of grid.json. ``clock``: as of ``measure.seconds``."""
     row: dict[str, Any] = cell._asdict()
     steps = pair.steps(cell)
     try:
@@ -126,7 +126,7 @@ def measured(pair: Pair, cell: Cell, clock: Callable[[], float] = time.perf_coun
 
 
 def key(row: dict[str, Any]) -> Cell:
-    """The cell of a row of results.json."""
+    """The cell of a row of grid.json."""
     return Cell(*(row[name] for name in Cell._fields))
 
 
@@ -176,7 +176,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "results.json"
+    path = args.output / "grid.json"
     found = json.loads(path.read_text()) if path.exists() else {"cells": []}
     cells = list(map(Cell._make, itertools.product(args.networks, args.modes, args.dtypes, args.sizes, args.batches)))
     wanted = [cell for cell in cells if cell not in {key(row) for row in found["cells"]}]
