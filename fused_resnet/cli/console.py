@@ -78,6 +78,9 @@ def process_group(device: torch.device, timeout: timedelta | None = None) -> Ite
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield device
+        # Nobody leaves before the first process has written its results, nor while gloo's threads still hold tensors:
+        # these would abort a process that ends (pytorch#179291).
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -52,6 +52,7 @@ def trainer(output: Path | None, *, norm: bool = True, **options: object) -> Tra
 
 if __name__ == "__main__":
     import any_size  # noqa: F401
+    from processes import leave
 
     torch.set_num_threads(1)
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
@@ -61,4 +62,4 @@ if __name__ == "__main__":
     elif how == "share":
         dist.init_process_group("gloo")
         trainer(folder, norm=False).run()
-        dist.destroy_process_group()
+        leave()
