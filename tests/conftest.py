@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 
 # Generated tests: the same examples every time; other ones, and more: --hypothesis-profile=hunt.
 settings.register_profile(
-    "fixed", derandomize=True, deadline=None, database=None, max_examples=100, print_blob=False,
+    "fixed", derandomize=True, deadline=None, database=None, max_examples=80, print_blob=False,
     phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 settings.register_profile(

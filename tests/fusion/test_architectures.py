@@ -36,7 +36,8 @@ timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
 
 CLASSES = 5
-resnet = torchvision.models.resnet
+models = torchvision.models
+resnet = models.resnet
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +92,18 @@ def _efficientnet() -> nn.Module:
     return net.EfficientNet(setting, 0.0, stochastic_depth_prob=0.0, num_classes=CLASSES, last_channel=last)
 
 
+def _mobilenet_v2() -> nn.Module:
+    setting = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 3, 2], [6, 64, 2, 2]]
+    return models.MobileNetV2(CLASSES, width_mult=0.5, inverted_residual_setting=setting, dropout=0.0)
+
+
+def _mobilenet_v3() -> nn.Module:
+    """One block of each kind: with and without squeeze-and-excitation, residual add and hardswish."""
+    net = torchvision.models.mobilenetv3
+    setting, last = net._mobilenet_v3_conf("mobilenet_v3_small", width_mult=0.5)
+    return net.MobileNetV3(setting[:6], last, num_classes=CLASSES, dropout=0.0)
+
+
 def _regnet() -> nn.Module:
     net = torchvision.models.regnet
     blocks = net.BlockParams.from_init_params(depth=6, w_0=16, w_a=20.0, w_m=2.2, group_width=8, se_ratio=0.25)
@@ -108,7 +121,6 @@ def _transformers(name: str, **kwargs: Any) -> nn.Module:
     return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**(small | kwargs)))
 
 
-models = torchvision.models
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision/resnet18": lambda: _resnet(resnet.BasicBlock),
     "torchvision/resnet50": _resnet,
@@ -117,12 +129,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "torchvision/deeplabv3_resnet50": _deeplabv3,
     "torchvision/fcn_resnet50": _fcn,
     "torchvision/resnet50 FPN (detection)": _fpn,
-    "torchvision/mobilenet_v2": lambda: models.mobilenet_v2(num_classes=CLASSES, width_mult=0.25, dropout=0.0),
-    "torchvision/mobilenet_v3_small": lambda: models.mobilenet_v3_small(num_classes=CLASSES, width_mult=0.5, dropout=0),
+    "torchvision/mobilenet_v2": _mobilenet_v2,
+    "torchvision/mobilenet_v3_small": _mobilenet_v3,
     "torchvision/efficientnet_b0": _efficientnet,
     "torchvision/regnet_y_400mf": _regnet,
     "torchvision/densenet121": lambda: models.DenseNet(8, (2, 3, 2), 16, num_classes=CLASSES),
-    "torchvision/shufflenet_v2_x0_5": lambda: models.shufflenet_v2_x0_5(num_classes=CLASSES),
+    "torchvision/shufflenet_v2_x0_5": lambda: models.ShuffleNetV2([2, 3, 2], [24, 48, 96, 192, 256], CLASSES),
     "torchvision/mnasnet0_5": lambda: models.MNASNet(0.25, num_classes=CLASSES, dropout=0.0),
     "torchvision/vgg16_bn": _vgg,
     "timm/resnet18": lambda: _timm("resnet18"),
