@@ -110,7 +110,8 @@ def _captures(fronts: Sequence[tuple[str, Front]]) -> Iterator[str]:
         if front.calls:
             plain = f", {front.without} of them without a graph: dynamo's log says why" if front.without else ""
             graphs, calls = _times(len(front.graphs), "graph"), _times(front.calls, "call")
-            yield f"captured: {name or '(model)'}, {graphs}, {calls}{plain}"
+            settled = f"; {front.settled}" if str(front.settled) else ""
+            yield f"captured: {name or '(model)'}, {graphs}, {calls}{plain}{settled}"
 
 
 def _times(number: int, what: str) -> str:

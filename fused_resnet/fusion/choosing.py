@@ -9,6 +9,7 @@ of images in steps), dtypes and layouts, on autocast, and on which tensors need 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -71,11 +72,13 @@ class _Thread(threading.local):
     """The state of a thread.
 
     Attributes:
-        plain: the number of rows that ran as operators. other: the number of rows that ran as chains, plus the number
-            of checkpoints. inside: whether the thread is in a module's own forward because none of its rows pays.
+        plain: the number of rows that ran as operators. gained: the milliseconds that rows gained as chains; infinite
+            if one of them was not measured, or if a checkpoint ran. inside: whether the thread is in a module's own
+            forward because its rows do not pay.
     """
 
-    plain = other = 0
+    plain = 0
+    gained = 0.0
     inside = False
 
 
@@ -129,10 +132,18 @@ def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 class Settled:
-    """The kinds of a module's calls in which no row pays. Such calls run the module's own forward."""
+    """The kinds of a module's calls in which its rows do not pay. Such calls run the module's own forward.
+
+    Attributes:
+        calls: kind -> the number of plain calls left until the rows are asked again. guards: kind -> the milliseconds
+            that the call's guards take. outweighed: kind -> what its rows would gain, in milliseconds, if the guards
+            take longer.
+    """
 
     def __init__(self) -> None:
-        self.calls: dict[Any, int] = {}  # kind -> plain calls left until the rows are asked again
+        self.calls: dict[Any, int] = {}
+        self.guards: dict[Any, float] = {}
+        self.outweighed: dict[Any, float] = {}
 
     def runs_plain(self, kind: Any) -> bool:
         """Whether a call of this kind runs the module's own forward."""
@@ -149,19 +160,41 @@ class Settled:
         finally:
             thread.inside = before
 
-    def asking(self, kind: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs a forward whose rows choose how they run, and keeps their answer."""
-        before, thread.inside = thread.inside, False
-        plain, other = thread.plain, thread.other
+    def asking(self, kind: Any, forward: Callable[[], Any], guards: Callable[[], float]) -> Any:
+        """Runs a forward whose rows choose how they run, and keeps their answer.
+
+        Args:
+            guards: gives the milliseconds that the guards of such a call take; called right after the forward.
+        """
+        inside, gained, plain = thread.inside, thread.gained, thread.plain
+        thread.inside, thread.gained = False, 0.0
         try:
-            out = forward(*args, **kwargs)
+            out = forward()
+            if kind is not None:
+                self._settle(kind, thread.plain > plain, guards)
         finally:
-            thread.inside = before
-        if len(self.calls) >= _ANSWERS:
-            self.calls.clear()
-        if kind is not None:
-            self.calls[kind] = _AGAIN if thread.plain > plain and thread.other == other else 0
+            thread.inside, thread.gained = inside, gained + thread.gained
         return out
+
+    def _settle(self, kind: Any, plain: bool, guards: Callable[[], float]) -> None:
+        """``plain``: whether some rows ran as operators."""
+        if len(self.calls) >= _ANSWERS:
+            for kept in (self.calls, self.guards, self.outweighed):
+                kept.clear()
+        pays = not plain and not thread.gained
+        if thread.gained:
+            if kind not in self.guards:
+                self.guards[kind] = 0.0 if math.isinf(thread.gained) else guards()
+            pays = thread.gained > self.guards[kind]
+            self.outweighed.pop(kind, None)
+            if not pays:
+                self.outweighed[kind] = thread.gained
+        self.calls[kind] = 0 if pays else _AGAIN
+
+    def __str__(self) -> str:
+        """The text that ``explain`` prints."""
+        some = [f"{gain:.2g} against {self.guards[kind]:.2g} ms" for kind, gain in self.outweighed.items()]
+        return f"plain where chains gain less than dynamo's guards take: {', '.join(some)}" if some else ""
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -182,20 +215,33 @@ class Choice:
         return "; ".join(f"{about}: {found}" for about, found in self.measured.items() if found is not sizes.CHAINS)
 
     def pays(self, row: ChainRow, given: Sequence[Tensor]) -> bool:
-        """Whether the row runs as chains when it is called with these tensors."""
+        """Whether the row runs as chains when it is called with these tensors. Counts the answer."""
+        found = self._found(row, given)
+        if found.pays:
+            self.chains += 1
+            gained = found.plain - found.ours
+            thread.gained += math.inf if math.isnan(gained) else gained
+        else:
+            self.plain += 1
+            thread.plain += 1
+        return found.pays
+
+    def _found(self, row: ChainRow, given: Sequence[Tensor]) -> sizes.Measured:
         about = like(given[0])
         if about is None or row.group:
-            return True  # all processes of a group must run chains, and PyTorch's own SyncBatchNorm refuses a CPU
+            return (
+                sizes.CHAINS
+            )  # all processes of a group must run chains, and PyTorch's own SyncBatchNorm refuses a CPU
         found = self.measured.get(about)
         if found is None:
             if not all(type(t) in _OWN_TENSORS and t.is_cpu for t in given if isinstance(t, Tensor)):
-                return True
+                return sizes.CHAINS
             if len(self.measured) >= _ANSWERS:
                 self.measured.clear()
             twins, tie = _Twins(row, given, about), sizes.TIE_OF_A_STEP if about.grad else sizes.TIE
             text = _signature(row, given, about)
             found = self.measured[about] = sizes.faster(text, about.shape[0], twins, _CALL_S, tie)
-        return found.pays
+        return found
 
 
 def _signature(row: ChainRow, given: Sequence[Tensor], x: Like) -> str:

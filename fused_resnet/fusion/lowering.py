@@ -133,11 +133,7 @@ class ChainRow(nn.Module):
 
     def forward(self, *given: Tensor) -> Tensor:
         if self.choice.pays(self, given):
-            self.choice.chains += 1
-            thread.other += 1
             return self.chained(*given)
-        self.choice.plain += 1
-        thread.plain += 1
         if not in_backward():
             return self.plain(*given)
         # a forward inside a backward (a checkpoint's) updates no statistics, as in a chain
@@ -217,7 +213,7 @@ class _Checkpoint(nn.Module):
     def forward(self, *args: Any) -> Any:
         from torch.utils.checkpoint import checkpoint
 
-        thread.other += 1
+        thread.gained = math.inf  # the fused module around it keeps its graph
         # The arguments are saved, so tensors that change in place (a norm's statistics) must not be among them.
         wanting = [i for i, value in enumerate(args) if _wants_grad(value)]
 

@@ -45,9 +45,10 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
         if is_dynamo_compiling():
             announce()
             return plain(self, *args, **kwargs)
+        method = getattr(cls, name)
         if inside_plain():
-            return plain(self, *args, **kwargs)
-        method, kind = getattr(cls, name), kind_of_call(self, args, kwargs)
+            return method(self, *args, **kwargs)
+        kind = kind_of_call(self, args, kwargs)
         front = self.__dict__.get("_fr_fronts", _NO_FRONTS).get(method)
         if front is not None and front.settled.runs_plain(kind):
             return front.settled.plainly(method, self, *args, **kwargs)

@@ -32,8 +32,8 @@ def chains_at_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
 
     def faster(text: str, n: int, calls: Any, call_s: float, tie: float = sizes.TIE) -> Measured:
         width = max(t.shape[0] for t in calls.given if t.dim() == 1)
-        ours = 2.0 * 1200 / math.prod(calls.x.shape) * width / 8
-        return Measured(ours <= 2.0, ours, 2.0)
+        ours = 2e3 * 1200 / math.prod(calls.x.shape) * width / 8
+        return Measured(ours <= 2e3, ours, 2e3)
 
     monkeypatch.setattr(sizes, "faster", faster)
     monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "plans"))
@@ -171,3 +171,22 @@ def test_what_runs_inside_a_modules_own_forward_is_not_asked() -> None:
         model(x)
     assert not choosing.thread.inside
     assert rows_of(lambda: fr.fuse(network()[:1])(images(14))) == [1]
+
+
+@pytest.mark.parametrize(("gain", "rows"), [(1e-5, []), (1e3, [2, 2])])
+def test_chains_that_gain_less_than_guards_take(gain: float, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such calls run plain from the second on, in evaluation and in training, and explain says so."""
+    monkeypatch.setattr(sizes, "faster", lambda *args: Measured(True, 1.0, 1.0 + gain))
+    fused, plain = fr.fuse(copy.deepcopy(model := network())), model
+    x = images(8)
+    for mode in (False, True):
+        fused.train(mode), plain.train(mode)
+        assert [rows_of(lambda: same(step(fused, x), step(plain, x))) for _ in range(3)] == [[2, 2], rows, rows]
+    assert ("gain less than dynamo's guards take" in str(fr.explain(fused))) == (rows == [])
+
+
+def test_guards_that_cannot_be_timed_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "faster", lambda *args: Measured(True, 1.0, 1.0 + 1e-5))
+    monkeypatch.setattr("torch._C._dynamo.eval_frame._debug_get_cache_entry_list", lambda code: [])
+    model, x = fr.fuse(network()), images(8)
+    assert [rows_of(lambda: model(x)) for _ in range(2)] == [[2, 2]] * 2
