@@ -28,6 +28,10 @@ from fused_resnet.models.resnet import (
     init_weights,
 )
 
+__all__ = [
+    "CifarResNet", "ZeroPadShortcut", "cifar_resnet", "plain20", "plain32", "plain44", "plain56", "plain110",
+    "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet1202",
+]  # fmt: skip
 Shortcut: TypeAlias = Literal["A", "B", "C"]
 
 

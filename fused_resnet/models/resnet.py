@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 from fused_resnet.base.arguments import integer
 
+__all__ = [
+    "BasicBlock", "Bottleneck", "PlainBlock", "ResNet", "plain18", "plain34", "resnet18", "resnet34", "resnet50",
+    "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2",
+]  # fmt: skip
 NormLayer: TypeAlias = Callable[..., nn.Module]
 ActLayer: TypeAlias = Callable[[], nn.Module]
 Weights: TypeAlias = "str | os.PathLike[str] | Mapping[str, Tensor] | Enum"
