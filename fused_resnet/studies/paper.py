@@ -7,14 +7,8 @@ from __future__ import annotations
 
 # Table 6: test error on CIFAR-10 in per cent, by depth; the 110-layer network's is the best of five runs.
 CIFAR10_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43, 1202: 7.93}
-# Table 6: mean and standard deviation over five runs of the 110-layer network.
-CIFAR10_ERROR_110 = (6.61, 0.16)
-# Table 6: parameters in millions.
-CIFAR10_PARAMETERS = {20: 0.27, 32: 0.46, 44: 0.66, 56: 0.85, 110: 1.7, 1202: 19.4}
 # Table 1: multiply-adds in 10^9 at 224x224, by depth. 18 and 34 layers are counted without projections (option A).
 IMAGENET_MULTIPLY_ADDS = {18: 1.8, 34: 3.6, 50: 3.8, 101: 7.6, 152: 11.3}
-# Table 2: top-1 error on ImageNet's validation images in per cent, 10 crops.
-IMAGENET_TOP1 = {"plain-18": 27.94, "ResNet-18": 27.88, "plain-34": 28.54, "ResNet-34": 25.03}
 # Table 3: top-1 and top-5 error on ImageNet's validation images in per cent, 10 crops.
 IMAGENET_SHORTCUTS = {
     "plain-34": (28.54, 10.02),
@@ -25,5 +19,3 @@ IMAGENET_SHORTCUTS = {
     "ResNet-101": (21.75, 6.05),
     "ResNet-152": (21.43, 5.71),
 }
-# In 10^6. The paper gives no parameters of its ImageNet networks; every implementation has these.
-IMAGENET_PARAMETERS = {"resnet18": 11.69, "resnet50": 25.56}
