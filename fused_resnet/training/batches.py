@@ -7,7 +7,7 @@ nor the number of images drawn before matters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -83,26 +83,16 @@ class Batches:
         """
         whole = self.steps_per_epoch * self.batch_size
         order = epoch_order(len(self.data.train_x), self.seed, epoch)[:whole].split(self.batch_size)[start:]
-        x = self.data.train_x
-        if isinstance(x, ImageFiles):
-            random = (self.seed, epoch) if self.augment else None
-            yield from self._decoded(_Decoding(x, self.data.train_y, True, random), [self.share.of(o) for o in order])
-            return
-        for step, indices in enumerate(order, start):
-            mine = self.share.of(indices).to(x.device)
-            images = self._augmented(x[mine], epoch, step) if self.augment else x[mine]
-            yield Batch(images, self.data.train_y[mine], {})
+        mine = [self.share.of(indices) for indices in order]
+        random = (self.seed, epoch) if self.augment else None
+        late = self.augment and self.data.in_memory  # files are augmented as they are decoded
+        for step, batch in enumerate(self._read(self.data.train_x, self.data.train_y, mine, True, random), start):
+            yield batch._replace(x=self._augmented(batch.x, epoch, step)) if late else batch
 
     def test(self) -> Iterator[Batch]:
         """This process's share of the test images. Files that can't be read are left out; a batch may be empty."""
-        x = self.data.test_x
-        indices = self.share.of(torch.arange(len(x))).split(self.batch_size)
-        if isinstance(x, ImageFiles):
-            yield from self._decoded(_Decoding(x, self.data.test_y, False, None), list(indices))
-            return
-        for chosen in indices:
-            mine = chosen.to(x.device)
-            yield Batch(x[mine], self.data.test_y[mine], {})
+        indices = self.share.of(torch.arange(len(self.data.test_x))).split(self.batch_size)
+        return self._read(self.data.test_x, self.data.test_y, indices, False, None)
 
     def _augmented(self, x: Tensor, epoch: int, step: int) -> Tensor:
         # drawn for the whole batch, so that an image's crop does not depend on how many processes share it
@@ -111,11 +101,18 @@ class Batches:
         flipped = torch.rand(self.batch_size, generator=generator) < (0.5 if self.data.flip else 0)
         return pad_crop_flip(x, self.data.pad, *(self.share.of(t).to(x.device) for t in (offsets, flipped)))
 
-    def _decoded(self, dataset: _Decoding, batches: list[Tensor]) -> Iterator[Batch]:
+    def _read(
+        self, x: Tensor | ImageFiles, y: Tensor, order: Sequence[Tensor], replace: bool, random: tuple[int, int] | None
+    ) -> Iterator[Batch]:
+        """A batch for each element of ``order``, its indices; ``replace`` and ``random`` are :class:`_Decoding`'s."""
+        if isinstance(x, Tensor):
+            yield from (Batch(x[i], y[i], {}) for i in (indices.to(x.device) for indices in order))
+            return
+        dataset = _Decoding(x, y, replace, random)
         # its own generator: otherwise a DataLoader draws from torch's global one, once per epoch or resumption
         yield from DataLoader(
             dataset,
-            batch_sampler=[b.tolist() for b in batches],
+            batch_sampler=[b.tolist() for b in order],
             collate_fn=dataset.collate,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),

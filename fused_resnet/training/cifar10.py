@@ -113,10 +113,9 @@ def _read(root: Path) -> tuple[Part, Part] | None:
 def _cached() -> tuple[Part, Part] | None:
     """The data in the cache of ``datasets``; downloads nothing."""
     try:
-        datasets = importlib.import_module("datasets")
-        only_here = datasets.DownloadConfig(local_files_only=True)
-        found = datasets.load_dataset(_HUB_NAME, download_config=only_here)
-    except (ModuleNotFoundError, OSError, ValueError):  # OSError, ValueError: data are missing
+        only_here = _datasets().DownloadConfig(local_files_only=True)
+        found = _datasets().load_dataset(_HUB_NAME, download_config=only_here)
+    except (OSError, ValueError):  # data or the package are missing
         return None
     return _splits(found, _HUB_NAME)
 
