@@ -120,7 +120,7 @@ def runs(model: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
     found = {}
     for mode, gradient in (("train", dout), ("eval", dout), ("inference", None)):
         each = copy.deepcopy(model)
-        tensors = validate.run(each, each, x, gradient, train=mode == "train")
+        tensors = validate.run(each, x, gradient, train=mode == "train")
         found |= {f"{mode}: {name}": t for name, t in tensors.items()}
     return found
 

@@ -72,7 +72,7 @@ class Subject:
         self.relus = min(n for n, _ in validate.relu_inputs(model, few))
         self.ref = {
             "inference": {"out": out},
-            "training": validate.run(truth, truth, wide, self.dout, train=True, input_gradient=False),
+            "training": validate.run(truth, wide, self.dout, train=True, input_gradient=False),
         }
 
     def run(self, variant: Variant, mode: str) -> Tensors:
@@ -80,7 +80,7 @@ class Subject:
         train = mode == "training"
         x, dout = variant.x[:VALIDATED_IMAGES], self.dout if train else None
         found = validate.run(
-            variant.forward, variant.model, x, dout, train=train, dtype=variant.autocast, input_gradient=False
+            variant.model, x, dout, train=train, dtype=variant.autocast, input_gradient=False, forward=variant.forward
         )
         return {name: found[name] for name in self.ref[mode] if name in found}
 
@@ -102,12 +102,9 @@ def _validated(
     row: Row = {"variant": name, "status": "measured", "note": "", "error": {}, "worst": None}
     worst: Finding | None = None
     try:
-        model = copy.deepcopy(subject.model)
         if compiles and budget is None:
             raise Skipped("not compiled: --no-compile")
-        if compiles and budget:
-            budget.check(model, train)
-        variant = variants.VARIANTS[name](model, subject.x, train, dtype)
+        variant = variants.VARIANTS[name](copy.deepcopy(subject.model), subject.x, train, dtype)
         row["note"] = variant.note
         before = budget.spent_s if budget else 0.0
         with budget.compiling(variant.model, train) if compiles and budget else nullcontext():

@@ -72,7 +72,7 @@ def _all_runs(model: nn.Module, x: Tensor, dout: Tensor, dtype: torch.dtype | No
     found: Tensors = {}
     for mode in ("train", "eval", "inference"):
         seed = None if mode == "inference" else dout
-        tensors = validate.run(model, model, x, seed, train=mode == "train", dtype=dtype)
+        tensors = validate.run(model, x, seed, train=mode == "train", dtype=dtype)
         found |= {f"{mode}: {name}": t for name, t in tensors.items()}
         for buffer, value in buffers:
             buffer.detach().copy_(value)

@@ -93,18 +93,17 @@ def _validate(model: nn.Module, few: Tensor, dtype: torch.dtype, all_: Processes
     dout = validate.exact((len(few), *shape[1:]), torch.Generator().manual_seed(0)).to(device)
     mine = slice(all_.rank * VALIDATED_IMAGES, (all_.rank + 1) * VALIDATED_IMAGES)
     wrapped = _wrapped(model, True, True, all_.groups[n], device)
-    found = validate.run(wrapped, wrapped, few[mine], dout[mine], train=True, dtype=dtype, input_gradient=False)
+    found = validate.run(wrapped, few[mine], dout[mine], train=True, dtype=dtype, input_gradient=False)
     # the processes' gradients add up to the joint batch's, and DDP has averaged them
     got = {k.replace("module.", ""): v * n if k.startswith("d ") else v for k, v in found.items()}
     if all_.rank:
         return None
-    plain = copy.deepcopy(model)
-    plain_found = validate.run(plain, plain, few, dout, train=True, dtype=dtype, input_gradient=False)
+    plain = validate.run(copy.deepcopy(model), few, dout, train=True, dtype=dtype, input_gradient=False)
     truth = validate.in_layout(copy.deepcopy(model).double(), torch.contiguous_format)
-    ref = validate.run(truth, truth, few.double().contiguous(), dout, train=True, input_gradient=False)
-    ref["out"], plain_found["out"] = ref["out"][mine], plain_found["out"][mine]
+    ref = validate.run(truth, few.double().contiguous(), dout, train=True, input_gradient=False)
+    ref["out"], plain["out"] = ref["out"][mine], plain["out"][mine]
     relus = min(values for values, _ in validate.relu_inputs(model, few))
-    return validate.worst(validate.compare(got, plain_found, ref, dtype, relus=relus))
+    return validate.worst(validate.compare(got, plain, ref, dtype, relus=relus))
 
 
 def _rows(model: nn.Module, low: torch.dtype, settings: Settings, all_: Processes, batch: tuple[Tensor, Tensor],

@@ -55,8 +55,6 @@ class Subject:
 
 
 def _network(name: str, kwargs: dict[str, Any]) -> Any:
-    if "shortcut" in kwargs:
-        return models.cifar_resnet(int(name.removeprefix("resnet")), fused=False, **kwargs)
     return getattr(models, name)(fused=False, **kwargs)
 
 

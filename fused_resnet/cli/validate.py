@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -170,7 +170,6 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def run(
-    forward: Callable[[Tensor], Tensor],
     model: nn.Module,
     x: Tensor,
     dout: Tensor | None,
@@ -178,11 +177,12 @@ def run(
     train: bool,
     dtype: torch.dtype | None = None,
     input_gradient: bool = True,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensors:
     """Runs the forward and, with ``dout``, the backward; copies all results.
 
     Args:
-        forward: the model, or a compiled version of it. model: the module that owns parameters and buffers.
+        model: the module that owns parameters and buffers. forward: a compiled version of it that runs in its place.
         x: [N, C, H, W]. dout: the gradient of the output, of its shape; None: runs without gradients.
         train: training mode or eval mode. dtype: 16-bit dtypes run under autocast.
 
@@ -194,7 +194,7 @@ def run(
     model.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_(dout is not None and input_gradient)
     with torch.set_grad_enabled(dout is not None), autocast(x.device, dtype), chains_always():
-        out = forward(x)
+        out = (forward or model)(x)
     found = {"out": out.detach().clone()}
     if dout is not None:
         out.backward(dout.to(out.dtype))
@@ -253,9 +253,9 @@ def randomise(
             bn.running_var *= uniform(bn.running_var, 0.7, 1.4)
 
 
-def exact(shape: Iterable[int], generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def exact(shape: Sequence[int], generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Normally distributed float64 values that bfloat16 holds exactly: every dtype starts from the same input."""
-    values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * std + mean
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * std + mean
     return values.to(torch.bfloat16).double()
 
 
@@ -273,13 +273,12 @@ def relu_inputs(plain: nn.Module, x: Tensor) -> list[tuple[int, float]]:
 
 
 def draw(
-    plain: nn.Module, shape: Iterable[int], generator: torch.Generator, device: torch.device, tries: int
+    plain: nn.Module, shape: Sequence[int], generator: torch.Generator, device: torch.device, tries: int
 ) -> Tensor:
     """A float64 input with a mean that is not 0 and a std that is not 1.
 
     Draws up to ``tries`` inputs and returns the first that stays clear of the kinks of ``plain``, or the clearest.
     """
-    shape = tuple(shape)
     best, distance = exact(shape, generator, 0.5, 2.0).to(device), -1.0
     candidate = best
     for _ in range(tries - 1):

@@ -113,21 +113,19 @@ class CompileBudget:
         convs = sum(isinstance(m, nn.Conv2d) for m in model.modules())
         return 6 + 1.0 * convs if train else 5 + 0.3 * convs
 
-    def check(self, model: nn.Module, train: bool) -> None:
-        """Raises Skipped if compiling ``model`` would probably exceed the limit."""
-        pace = self.spent_s / self.predicted_s if self.predicted_s else 1.0
-        expected = pace * self.prediction(model, train)
-        if self.spent_s + expected > self.limit_s:
-            budget = f"of {self.limit_s:.0f} s for compilation {self.spent_s:.0f} are spent"
-            raise Skipped(f"not compiled: would take about {expected:.0f} s, and {budget} (--preset full compiles all)")
-
     @contextmanager
     def compiling(self, model: nn.Module, train: bool) -> Iterator[None]:
         """Adds the time of its body to the time used.
 
         Raises:
-            Skipped: the compilation failed (this machine has no compiler, say).
+            Skipped: compiling ``model`` would probably exceed the limit; or the compilation failed (this machine has
+                no compiler, say).
         """
+        pace = self.spent_s / self.predicted_s if self.predicted_s else 1.0
+        expected = pace * self.prediction(model, train)
+        if self.spent_s + expected > self.limit_s:
+            budget = f"of {self.limit_s:.0f} s for compilation {self.spent_s:.0f} are spent"
+            raise Skipped(f"not compiled: would take about {expected:.0f} s, and {budget} (--preset full compiles all)")
         start = time.perf_counter()
         try:
             yield
