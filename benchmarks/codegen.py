@@ -88,6 +88,7 @@ class Call:
                 "scale_ptr",
                 "bias_ptr",
                 "residual_ptr",
+                "r_scale_ptr",
                 "add_ptr",
                 "summand_ptr",
                 "mean_ptr",
@@ -96,7 +97,8 @@ class Call:
             )
             if name in dict(self.signature) and name not in c
         ]
-        parts += [name.lower() for name in ("FROZEN", "TF32", "WIDE") if c.get(name)]
+        parts += ["frozen"] if "b_ptr" in c else []
+        parts += [name.lower() for name in ("TF32", "WIDE") if c.get(name)]
         if "R" not in c:
             parts += [f"{n}={v}" for n, v in self.constants if v is not None]
         types = sorted({t[1:] for _, t in self.signature if t.startswith("*")} - {"fp32", "u8", "i32"}) or ["fp32"]

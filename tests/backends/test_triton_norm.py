@@ -106,7 +106,7 @@ def test_merge_moments(channels: int, partials: int, rows: int, last: int) -> No
     # of the mean as it is rounded, so that nothing but the merge is measured
     m2 = torch.stack([(p - p.mean(0)).square().sum(0) for p in pieces]).float().to(DEVICE)
     rounded = torch.cat([p - p.mean(0) + m.double() for p, m in zip(pieces, means, strict=True)])
-    got_mean, got_var = reduce.merge_moments(mean, m2, rows, total)
+    got_mean, got_var = reduce.merge_moments(torch.stack([mean, m2]), rows, total)
     assert_close("mean", got_mean.cpu(), rounded.mean(0), 1)
     torch.testing.assert_close(got_var.cpu().double(), rounded.var(0, unbiased=False), rtol=1e-4, atol=0)
 
@@ -114,9 +114,9 @@ def test_merge_moments(channels: int, partials: int, rows: int, last: int) -> No
 @pytest.mark.parametrize("partials", [0, 1, 129, 1500])
 @pytest.mark.parametrize("tensors", [1, 2, 3])
 def test_sum_partials(tensors: int, partials: int) -> None:
-    parts = [torch.randn(partials, 65, device=DEVICE) for _ in range(tensors)]
-    sums = reduce.sum_partials(*parts)
-    assert len(sums) == tensors
+    parts = torch.randn(tensors, partials, 65, device=DEVICE)
+    sums = reduce.sum_partials(parts)
+    assert sums.shape == (tensors, 65)
     for got, part in zip(sums, parts, strict=True):
         assert_close("sum", got, part.double().sum(0), partials)
 

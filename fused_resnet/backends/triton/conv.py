@@ -25,10 +25,8 @@ def conv_stats(call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if call.prologue is None:
         x, weight = pad_channels(x, weight)
     g = Geometry.of(x, weight, call.conv)
-    y, means, m2s, rows = conv_fprop(x, krsc(weight, x.dtype), g, call.prologue, stats=call.stats)
-    if means is None or m2s is None:
-        return y, None, None
-    return y, *merge_moments(means, m2s, rows, g.m)
+    y, moments, rows = conv_fprop(x, krsc(weight, x.dtype), g, call.prologue, stats=call.stats)
+    return (y, None, None) if moments is None else (y, *merge_moments(moments, rows, g.m))
 
 
 def conv_backward(call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
@@ -44,9 +42,9 @@ def conv_backward(call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sum
     add = None if call.add is None else nhwc(call.add)
     g = Geometry.of(call.x, call.weight, call.conv)
     dx, sums = conv_dgrad(call.dz, call.y, call.coef, call.x, krsc(call.weight, call.x.dtype), g, add, closing)
-    if not sums:
+    if closing is None:
         return dx, dw, None, None
-    total, *others = sum_partials(*sums)
+    total, *others = sum_partials(sums)
     return dx, dw, Sums(total, others[0]), Sums(total, others[1]) if len(others) > 1 else None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_resnet.backends import Closing, DyCoefficients, allow_tf32
 from fused_resnet.backends.triton import configs, formulas
-from fused_resnet.backends.triton.geometry import Geometry, Phase, inside_table
+from fused_resnet.backends.triton.geometry import Geometry, Phase, inside_table, vectors
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 from fused_resnet.spec import Act
 
@@ -28,7 +28,7 @@ def _tile(
     PHASE_H: tl.constexpr, PHASE_W: tl.constexpr, MASKED: tl.constexpr, TABLE: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, POINTWISE: tl.constexpr,
-    FROZEN: tl.constexpr, ACT: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """conv_dgrad_kernel's tile of one phase.
@@ -110,12 +110,12 @@ def _tile(
         w = tl.load(w_ptr + (w_offsets + w_step), mask=w_mask, other=0.0)
         dz = tl.load(dz_ptr + offsets, mask=inside, other=0.0)
         a = tl.load(a_ptr + k)
-        if FROZEN:
-            dy = formulas.bn_backward(dz, dz, a, a, a, a, True)
+        if b_ptr is None:
+            dy = formulas.bn_backward(dz, None, a, None, None, None)
         else:
             y = tl.load(y_ptr + offsets, mask=inside, other=0.0)
             b = tl.load(b_ptr + k)
-            dy = formulas.bn_backward(dz, y, a, b, tl.load(c_ptr + k), tl.load(center_ptr + k), False)
+            dy = formulas.bn_backward(dz, y, a, b, tl.load(c_ptr + k), tl.load(center_ptr + k))
             if MASKED and inside_ptr is not None:
                 dy = tl.where((tl.load(inside_ptr + (TABLE + tap * (SIZE_H * SIZE_W) + place)) != 0)[:, None], dy, 0.0)
             elif MASKED or OWN_TAPS:
@@ -127,30 +127,24 @@ def _tile(
     if add_ptr is not None:
         acc += tl.load(add_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if x_ptr is not None:
-        RESIDUAL: tl.constexpr = 0 if summand_ptr is None else 1 if summand_scale_ptr is None else 2
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-        scale = tl.load(scale_ptr + c, mask=in_c, other=0.0)
-        shift = tl.load(shift_ptr + c, mask=in_c, other=0.0)
-        center = tl.load(x_center_ptr + c, mask=in_c, other=0.0)
-        summand = x
-        summand_scale = scale
-        summand_shift = shift
-        if RESIDUAL > 0:
-            summand = tl.load(summand_ptr + offsets, mask=mask, other=0.0)
-        if RESIDUAL == 2:
-            summand_scale = tl.load(summand_scale_ptr + c, mask=in_c, other=0.0)
-            summand_shift = tl.load(summand_shift_ptr + c, mask=in_c, other=0.0)
-        z = formulas.closing(x, summand, scale, shift, summand_scale, summand_shift, RESIDUAL)
+        scale = formulas.load_vector(scale_ptr, c, C)
+        shift = formulas.load_vector(shift_ptr, c, C)
+        center = formulas.load_vector(x_center_ptr, c, C)
+        summand = None if summand_ptr is None else tl.load(summand_ptr + offsets, mask=mask, other=0.0)
+        summand_scale = formulas.load_vector(summand_scale_ptr, c, C)
+        summand_shift = formulas.load_vector(summand_shift_ptr, c, C)
+        z = formulas.closing(x, summand, scale, shift, summand_scale, summand_shift)
         # without a mask dy of rows beyond M is not 0
         acc = tl.where(in_m[:, None], formulas.act_backward(acc, z, ACT, act_param), 0.0)
         tl.store(sum_dz_ptr + row * C + c, tl.sum(acc, 0), mask=in_c)
-        if RESIDUAL == 2:
+        if sum_dzs_ptr is not None:
             # loaded again, from cache: both would not fit into registers until here
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
         tl.store(sum_dzx_ptr + row * C + c, tl.sum(acc * (x.to(tl.float32) - center[None, :]), 0), mask=in_c)
-        if RESIDUAL == 2:
+        if sum_dzs_ptr is not None:
             summand = tl.load(summand_ptr + offsets, mask=mask, other=0.0)
-            off = summand.to(tl.float32) - tl.load(summand_center_ptr + c, mask=in_c, other=0.0)[None, :]
+            off = summand.to(tl.float32) - formulas.load_vector(summand_center_ptr, c, C)[None, :]
             tl.store(sum_dzs_ptr + row * C + c, tl.sum(acc * off, 0), mask=in_c)
     tl.store(dx_ptr + offsets, formulas.narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
 
@@ -164,7 +158,7 @@ def conv_dgrad_kernel(
     C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PHASES: tl.constexpr, COUNT: tl.constexpr, POINTWISE: tl.constexpr,
-    FROZEN: tl.constexpr, ACT: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr,
+    ACT: tl.constexpr, TF32: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """da[n, h, w, c] = sum over (r, s, k) of dy[n, p, q, k] * w[k, r, s, c],   p*stride - pad + r*dil = h, q as p
@@ -194,7 +188,7 @@ def conv_dgrad_kernel(
                 inside_ptr, dx_ptr, add_ptr, x_ptr, scale_ptr, shift_ptr, x_center_ptr, summand_ptr,
                 summand_scale_ptr, summand_shift_ptr, summand_center_ptr, sum_dz_ptr, sum_dzx_ptr,
                 sum_dzs_ptr, N, act_param, PHASES[f][0], PHASES[f][1], PHASES[f][2], PHASES[f][3],
-                C, K, H, W, OH, OW, R, S, STRIDE_H, STRIDE_W, POINTWISE, FROZEN, ACT, TF32, WIDE,
+                C, K, H, W, OH, OW, R, S, STRIDE_H, STRIDE_W, POINTWISE, ACT, TF32, WIDE,
                 BLOCK_M, BLOCK_N, BLOCK_K
             )  # fmt: skip
 
@@ -208,8 +202,10 @@ def conv_dgrad(
     g: Geometry,
     add: Tensor | None,
     closing: Closing | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """dx. With a closing: dz, and per-tile sums [tiles, C] of dz, dz*(y - center) [and dz*(summand - its center)].
+) -> tuple[Tensor, Tensor]:
+    """dx and partial sums [kinds, tiles, C]. Without a closing there are no kinds.
+
+    With one dx is its dz, and the sums are of dz, dz*(y - center) [and dz*(summand - its center)].
 
     Args:
         dz, y, add, closing: NHWC in memory; ``add`` may be overwritten, unless it is dz.
@@ -228,23 +224,21 @@ def conv_dgrad(
     config = configs.choose("dgrad", pixels, g.c, g.k * most, g.k, x, tf32=tf32, formed=not frozen)
     tiles = cdiv(pixels, config.block_m)
     kinds = 0 if closing is None else 2 if closing.summand_norm is None else 3
-    sums = [torch.empty((tiles * len(phases), g.c), dtype=torch.float32, device=x.device) for _ in range(kinds)]
+    partials = torch.empty((kinds, tiles * len(phases), g.c), dtype=torch.float32, device=x.device)
     operands, act = _closing_operands(closing)
-    looked_up = g.k % config.block_k == 0 and not frozen
-    places, table = _places(phases, g, looked_up, x.device)
+    places, table = _places(phases, g, g.k % config.block_k == 0 and not frozen, x.device)
     done = sum(g.n * h.size * w.size for h, w in phases)
     taps = sum(h.taps * w.taps for h, w in phases)
     launch(
         conv_dgrad_kernel,
         (tiles * len(phases) * cdiv(g.c, config.block_n),),
         dz, y, coef.a, coef.b, coef.c, coef.center, weight, table, dx, add,
-        *operands, *sums, *[None] * (3 - kinds),
+        *operands, *partials, *[None] * (3 - kinds),
         g.n, float(act.param),
         C=g.c, K=g.k, H=g.h, W=g.w, OH=g.oh, OW=g.ow, R=g.r, S=g.s,
         STRIDE_H=g.conv.stride[0], STRIDE_W=g.conv.stride[1],
         PHASES=tuple(places), COUNT=len(places),
         POINTWISE=g.pointwise,
-        FROZEN=frozen,
         ACT=act.index,
         TF32=tf32,
         WIDE=wide(dz, x, weight),
@@ -256,9 +250,9 @@ def conv_dgrad(
             table,
             *(done * g.c * t.element_size() for t in (add, *operands) if t is not None and t.dim() == 4),
         ),
-        writes=(done * g.c * dx.element_size(), *sums),
+        writes=(done * g.c * dx.element_size(), partials),
     )  # fmt: skip
-    return dx, sums
+    return dx, partials
 
 
 def _places(
@@ -279,9 +273,8 @@ def _closing_operands(closing: Closing | None) -> tuple[list[Tensor | None], Act
     """The kernel's arguments y, its vectors, the summand, its vectors; and the activation."""
     if closing is None:
         return [None] * 8, Act("identity")
-    n, s = closing.norm, closing.summand_norm
-    own = [closing.y, n.scale, n.shift, n.center]
-    return [*own, closing.summand, *((s.scale, s.shift, s.center) if s else (None,) * 3)], closing.act
+    own, others = vectors(closing.norm), vectors(closing.summand_norm)
+    return [closing.y, *own, closing.summand, *others], closing.act
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

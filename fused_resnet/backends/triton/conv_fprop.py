@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_resnet.backends import Prologue, allow_tf32
 from fused_resnet.backends.triton import configs, formulas
-from fused_resnet.backends.triton.geometry import Geometry, inside_table
+from fused_resnet.backends.triton.geometry import Geometry, inside_table, vectors
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 from fused_resnet.spec import Act
 
@@ -128,8 +128,8 @@ def conv_fprop(
     residual: Tensor | None = None,
     act: Act | None = None,
     stats: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    """y and, if ``stats``, its per-tile means and M2 [tiles, K] and the pixels per tile (the last tile may have fewer).
+) -> tuple[Tensor, Tensor | None, int]:
+    """y and, if ``stats``, its mean and M2 per tile [2, tiles, K]; and the pixels per tile (the last may have fewer).
 
     Args:
         x, residual: NHWC in memory. weight: KRSC in memory, in x's dtype. bias: [K].
@@ -139,15 +139,15 @@ def conv_fprop(
     y = empty_nhwc(x, g.y_shape)
     tiles = cdiv(g.m, config.block_m)
     table = inside_table((g.axes(),), x.device) if prologue and g.padded and g.c % config.block_k == 0 else None
-    means, m2s = (torch.empty((tiles, g.k), dtype=torch.float32, device=x.device) if stats else None for _ in range(2))
+    moments = torch.empty((2, tiles, g.k), dtype=torch.float32, device=x.device) if stats else None
     norm, pre_act = (None, Act("identity")) if prologue is None else prologue
     act = act or Act("identity")
     launch(
         conv_fprop_kernel,
         (tiles * cdiv(g.k, config.block_n),),
         x, weight, y,
-        norm and norm.scale, norm and norm.shift, table,
-        bias, residual, means, m2s,
+        *vectors(norm)[:2], table,
+        bias, residual, *((None, None) if moments is None else moments),
         g.m, float(pre_act.param), float(act.param),
         **g.constants(),
         PRE_ACT=pre_act.index,
@@ -155,7 +155,7 @@ def conv_fprop(
         TF32=tf32,
         WIDE=wide(x, y, weight),
         **config.constants(),
-        reads=(g.x_bytes(x), weight, table, bias, residual, *((norm.scale, norm.shift) if norm else ())),
-        writes=(y, means, m2s),
+        reads=(g.x_bytes(x), weight, table, bias, residual, *vectors(norm)[:2]),
+        writes=(y, moments),
     )  # fmt: skip
-    return y, means, m2s, config.block_m
+    return y, moments, config.block_m

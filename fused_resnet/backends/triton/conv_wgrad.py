@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused_resnet.backends import DyCoefficients, Prologue, allow_tf32
 from fused_resnet.backends.triton import configs, formulas
-from fused_resnet.backends.triton.geometry import Geometry
+from fused_resnet.backends.triton.geometry import Geometry, vectors
 from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 from fused_resnet.spec import Act
 
@@ -20,8 +20,8 @@ def conv_wgrad_kernel(
     M, steps, pre_act_param,
     C: tl.constexpr, K: tl.constexpr, H: tl.constexpr, W: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, POINTWISE: tl.constexpr, FROZEN: tl.constexpr,
-    PRE_ACT: tl.constexpr, TF32: tl.constexpr,
+    PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, POINTWISE: tl.constexpr, PRE_ACT: tl.constexpr,
+    TF32: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dw[split, k, r, s, c] = sum over the split's m of dy[m, k] * pre(x[n, p*stride - pad + r*dil, q.., c])
@@ -42,6 +42,8 @@ def conv_wgrad_kernel(
     PADDED: tl.constexpr = PAD_H + PAD_W > 0
     pid = tl.program_id(0)
     split = pid // TILES
+    if WIDE:
+        split = split.to(tl.int64)
     tile = pid % TILES
     k = tile // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     j0 = tile % TILES_N * BLOCK_N
@@ -53,14 +55,11 @@ def conv_wgrad_kernel(
     r = tap // S * DIL_H
     s = tap % S * DIL_W
     m = split * steps * BLOCK_K + tl.arange(0, BLOCK_K)
-    if WIDE:
-        m = (split.to(tl.int64) * steps * BLOCK_K) + tl.arange(0, BLOCK_K)
 
-    a = tl.load(a_ptr + k, mask=in_k, other=0.0)
-    if not FROZEN:
-        b = tl.load(b_ptr + k, mask=in_k, other=0.0)
-        constant = tl.load(c_ptr + k, mask=in_k, other=0.0)
-        center = tl.load(center_ptr + k, mask=in_k, other=0.0)
+    a = formulas.load_vector(a_ptr, k, K)
+    b = formulas.load_vector(b_ptr, k, K)
+    constant = formulas.load_vector(c_ptr, k, K)
+    center = formulas.load_vector(center_ptr, k, K)
     if scale_ptr is not None:
         # c is a valid channel in every column, even in the last ones beyond R*S*C
         scale = tl.load(scale_ptr + c)
@@ -73,11 +72,8 @@ def conv_wgrad_kernel(
         dz_offsets = (m * K)[:, None] + k[None, :]
         dz_mask = in_m[:, None] & in_k[None, :]
         dz = tl.load(dz_ptr + dz_offsets, mask=dz_mask, other=0.0)
-        if FROZEN:
-            dy = formulas.bn_backward(dz, dz, a, a, a, a, True)
-        else:
-            y = tl.load(y_ptr + dz_offsets, mask=dz_mask, other=0.0)
-            dy = formulas.bn_backward(dz, y, a, b, constant, center, False)
+        y = None if b is None else tl.load(y_ptr + dz_offsets, mask=dz_mask, other=0.0)
+        dy = formulas.bn_backward(dz, y, a, b, constant, center)
         if POINTWISE:
             x_offsets = (m * C)[:, None] + j[None, :]
             inside = in_m[:, None] & in_j[None, :]
@@ -101,15 +97,13 @@ def conv_wgrad_kernel(
             if PADDED:
                 x_pre = tl.where(inside, x_pre, 0.0)
             x = formulas.narrow(x_pre, x_ptr.dtype.element_ty)
-        if scale_ptr is not None and not PADDED and not FROZEN:
+        if scale_ptr is not None and not PADDED and b is not None:
             # in every other case x or dy is 0 beyond the last m
             dy = tl.where(in_m[:, None], dy, 0.0)
         acc = formulas.dot(tl.trans(formulas.narrow(dy, x.dtype)), x, acc, TF32)
         m += BLOCK_K
 
     dw_offsets = (split * K + k)[:, None] * COLUMNS + j[None, :]
-    if WIDE:
-        dw_offsets = (split.to(tl.int64) * K + k)[:, None] * COLUMNS + j[None, :]
     tl.store(dw_ptr + dw_offsets, formulas.narrow(acc, dw_ptr.dtype.element_ty), mask=in_k[:, None] & in_j[None, :])
 
 
@@ -157,10 +151,9 @@ def conv_wgrad(
         conv_wgrad_kernel,
         (splits * cdiv(g.k, config.block_m) * cdiv(columns, config.block_n),),
         dz, y, coef.a, coef.b, coef.c, coef.center,
-        x, norm and norm.scale, norm and norm.shift, part,
+        x, *vectors(norm)[:2], part,
         g.m, steps, float(pre_act.param),
         **g.constants(),
-        FROZEN=frozen,
         PRE_ACT=pre_act.index,
         TF32=tf32,
         WIDE=wide(dz, x, part),
@@ -173,6 +166,6 @@ def conv_wgrad(
         block_n = max(32, 1024 // block_s)
         launch(
             sum_splits_kernel, (cdiv(dw.numel(), block_n),), part, dw, dw.numel(), splits,
-            WIDE=wide(part), BLOCK_S=block_s, BLOCK_N=block_n, reads=(part,), writes=(dw,),
+            WIDE=wide(part), BLOCK_S=block_s, BLOCK_N=block_n, writes=(dw,),
         )  # fmt: skip
     return dw

@@ -75,8 +75,12 @@ def act_backward(g, z, ACT: tl.constexpr, act_param):
 
 @triton.jit
 def load_vector(ptr, cols, C: tl.constexpr):
-    """A per-channel vector in float32."""
-    return tl.load(ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    """A per-channel vector in float32; None for the pointer None."""
+    if ptr is None:
+        vector = None
+    else:
+        vector = tl.load(ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+    return vector
 
 
 @triton.jit
@@ -86,20 +90,23 @@ def affine(y, scale, shift):
 
 
 @triton.jit
-def closing(y, r, scale, shift, r_scale, r_shift, RESIDUAL: tl.constexpr):
-    """z = s y + t [+ r, or + s_d r + t_d]. Forward and backward use this one expression, so both see the same sign."""
+def closing(y, r, scale, shift, r_scale, r_shift):
+    """z = s y + t [+ r, or + s_d r + t_d]; what there is none of is None.
+
+    Forward and backward use this one expression, so both see the same sign.
+    """
     z = affine(y, scale, shift)
-    if RESIDUAL == 1:
-        z += r.to(tl.float32)
-    elif RESIDUAL == 2:
+    if r_scale is not None:
         z += affine(r, r_scale, r_shift)
+    elif r is not None:
+        z += r.to(tl.float32)
     return z
 
 
 @triton.jit
-def bn_backward(dz, y, a, b, c, center, FROZEN: tl.constexpr):
-    """dy = A dz + B (y - mu) + C; A dz if BatchNorm is frozen."""
-    if FROZEN:
+def bn_backward(dz, y, a, b, c, center):
+    """dy = A dz + B (y - mu) + C; A dz if BatchNorm is frozen: B is None."""
+    if b is None:
         dy = a[None, :] * dz.to(tl.float32)
     else:
         dy = a[None, :] * dz.to(tl.float32) + b[None, :] * (y.to(tl.float32) - center[None, :]) + c[None, :]

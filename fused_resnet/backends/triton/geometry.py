@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_resnet.backends import Norm
 from fused_resnet.backends.triton.runtime import cdiv
 from fused_resnet.spec import ConvSpec
 
@@ -166,6 +167,11 @@ def _kept_table(places: tuple[tuple[Axis, Axis], ...], device: torch.device) -> 
 def _inside_table(places: tuple[tuple[Axis, Axis], ...], device: torch.device) -> Tensor:
     tables = (r.inside(device)[:, None, :, None] & c.inside(device)[None, :, None, :] for r, c in places)
     return torch.cat([table.flatten() for table in tables]).to(torch.int32)
+
+
+def vectors(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A norm's scale, shift and center, as kernels take them."""
+    return (norm.scale, norm.shift, norm.center) if norm is not None else (None, None, None)
 
 
 def nhwc(t: Tensor) -> Tensor:

@@ -46,6 +46,6 @@ def pad_channels(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     out = empty_nhwc(x, (x.shape[0], padded, *x.shape[2:]))
     launch(
         pad_channels_kernel, (cdiv(out.numel(), _BLOCK),), x, out, out.numel(),
-        C=c, PADDED=padded, WIDE=wide(out), BLOCK=_BLOCK, reads=(x,), writes=(out,),
+        C=c, PADDED=padded, WIDE=wide(out), BLOCK=_BLOCK, writes=(out,),
     )  # fmt: skip
     return out, F.pad(weight, (0, 0, 0, 0, 0, padded - c))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from fused_resnet.backends.triton.runtime import cdiv, empty_nhwc, launch, wide
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 # Elements of a tile, a square of pixels: neighbouring windows share their loads.
-_TILE, _WIDEST, _WARPS = 1024, 64, 4
+_TILE, _WIDEST = 1024, 64
 _PROGRAMS = 4
 
 
@@ -124,13 +126,13 @@ def _bn_act_max_pool_backward_kernel(
     tl.store(sum_y_ptr + to, tl.sum(total_y, 0), mask=cols < C)
 
 
-def _constants(y: Tensor, out: Tensor, act: Act, pool: PoolSpec) -> dict[str, int]:
+def _constants(y: Tensor, out: Tensor, act: Act, pool: PoolSpec) -> dict[str, Any]:
     names = ("C", "H", "W", "OH", "OW", "R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W")
     sizes = (*y.shape[1:], *out.shape[2:], *pool.kernel, *pool.stride, *pool.padding)
     return dict(zip(names, sizes, strict=True)) | {"ACT": act.index, "WIDE": wide(y)}
 
 
-def _tile(t: Tensor) -> tuple[dict[str, int], int, int]:
+def _tile(t: Tensor) -> tuple[dict[str, Any], int, int]:
     """The tile, the number of tiles over t's pixels, and the number over its channels."""
     n, channels, h, w = t.shape
     block_c = min(triton.next_power_of_2(channels), _WIDEST)
@@ -147,8 +149,7 @@ def bn_act_max_pool(call: BnActMaxPool) -> tuple[Tensor, Tensor]:
     tile, tiles, c_tiles = _tile(out)
     launch(
         _bn_act_max_pool_kernel, (tiles * c_tiles,), y, norm.scale, norm.shift, out, argmax, float(act.param),
-        **_constants(y, out, act, pool), **tile, num_warps=_WARPS,
-        reads=(y, norm.scale, norm.shift), writes=(out, argmax),
+        **_constants(y, out, act, pool), **tile, writes=(out, argmax),
     )  # fmt: skip
     return out, argmax
 
@@ -159,12 +160,11 @@ def bn_act_max_pool_backward(call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
     dz = empty_nhwc(y, y.shape, dout.dtype)
     tile, tiles, c_tiles = _tile(y)
     each = max(1, cdiv(tiles, max(1, _PROGRAMS * target_of(y.device).processors // c_tiles)))
-    partials = cdiv(tiles, each)
-    sums = [torch.empty((partials, y.shape[1]), dtype=torch.float32, device=y.device) for _ in range(2)]
+    partials = torch.empty((2, cdiv(tiles, each), y.shape[1]), dtype=torch.float32, device=y.device)
+    sums = partials.unbind()
     launch(
-        _bn_act_max_pool_backward_kernel, (c_tiles, partials),
+        _bn_act_max_pool_backward_kernel, (c_tiles, partials.shape[1]),
         dout, argmax, y, norm.scale, norm.shift, norm.center, dz, *sums, tiles, each, float(act.param),
-        **_constants(y, dout, act, pool), **tile, num_warps=_WARPS,
-        reads=(dout, argmax, y, norm.scale, norm.shift, norm.center), writes=(dz, *sums),
+        **_constants(y, dout, act, pool), **tile, writes=(dz, *sums),
     )  # fmt: skip
-    return dz, Sums(*sum_partials(*sums))
+    return dz, Sums(*sum_partials(partials))

@@ -1,7 +1,7 @@
 """Starts kernels, and records the bytes that they read and write.
 
-Every kernel starts through ``launch``. Beside the arguments it takes the tensors that are read and written, each once.
-A ``traffic`` context sums their bytes. On meta tensors nothing else happens, so a whole network's traffic can be
+Every kernel starts through ``launch``, which is told what it writes and, unless that is every other tensor, what it
+reads. A ``traffic`` context sums the bytes. On meta tensors nothing else happens, so a whole network's traffic can be
 counted without a GPU.
 """
 
@@ -69,13 +69,19 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     *args: Any,
-    reads: Sequence[Tensor | int | None],
     writes: Sequence[Tensor | int | None],
+    reads: Sequence[Tensor | int | None] | None = None,
     **constants: Any,
 ) -> None:
-    """kernel[grid](*args, **constants), recorded. ``reads``, ``writes``: tensors or bytes, each counted once; None:
-    the operand is absent."""
+    """kernel[grid](*args, **constants), recorded.
+
+    Args:
+        writes, reads: tensors or bytes, each counted once; None in their place: the operand is absent. By default the
+            kernel reads every tensor of ``args`` that it does not write.
+    """
     if (record := _traffic.get()) is not None:
+        if reads is None:
+            reads = [t for t in args if isinstance(t, Tensor) and not any(t is written for written in writes)]
         name = getattr(kernel, "__name__", None) or kernel.fn.__name__
         record.launches.append(Launch(name, _bytes(reads), _bytes(writes)))
     if (observer := _observer.get()) is not None:

@@ -47,7 +47,7 @@ def _bn_fold_kernel(
 def _bn_coefficients_kernel(
     scale_ptr, rstd_ptr, sum_ptr, sum_y_ptr, dgamma_ptr, b_ptr, c_ptr,
     count,
-    C: tl.constexpr, FROZEN: tl.constexpr,
+    C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dgamma = rstd sum dz (y - mu);  B = -scale rstd dgamma / M,  C = -scale sum dz / M (neither if frozen).
@@ -59,19 +59,19 @@ def _bn_coefficients_kernel(
     rstd = load_vector(rstd_ptr, cols, C)
     dgamma = rstd * load_vector(sum_y_ptr, cols, C)
     tl.store(dgamma_ptr + cols, dgamma, mask=mask)
-    if not FROZEN:
+    if b_ptr is not None:
         share = load_vector(scale_ptr, cols, C) / -count.to(tl.float32)
         tl.store(b_ptr + cols, share * rstd * dgamma, mask=mask)
         tl.store(c_ptr + cols, share * load_vector(sum_ptr, cols, C), mask=mask)
 
 
 def bn_fold(call: BnFold) -> Norm:
-    given = (call.mean, call.var, call.weight, call.bias, call.conv_bias)
     channels = call.mean.numel()
     norm = Norm(*(torch.empty(channels, dtype=torch.float32, device=call.mean.device) for _ in range(4)))
     launch(
-        _bn_fold_kernel, (cdiv(channels, _BLOCK),), *given, *norm, float(call.eps),
-        C=channels, BLOCK=_BLOCK, reads=given, writes=norm,
+        _bn_fold_kernel, (cdiv(channels, _BLOCK),),
+        call.mean, call.var, call.weight, call.bias, call.conv_bias, *norm, float(call.eps),
+        C=channels, BLOCK=_BLOCK, writes=norm,
     )  # fmt: skip
     return norm
 
@@ -83,9 +83,8 @@ def bn_coefficients(call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
         torch.empty(channels, dtype=torch.float32, device=norm.scale.device) for _ in range(1 if frozen else 3)
     )
     b, c = bc if bc else (None, None)
-    reads = (norm.scale, norm.rstd, *sums)
     launch(
-        _bn_coefficients_kernel, (cdiv(channels, _BLOCK),), *reads, dgamma, b, c, count or 0,
-        C=channels, FROZEN=frozen, BLOCK=_BLOCK, reads=reads, writes=(dgamma, b, c),
+        _bn_coefficients_kernel, (cdiv(channels, _BLOCK),), norm.scale, norm.rstd, *sums, dgamma, b, c, count or 0,
+        C=channels, BLOCK=_BLOCK, writes=(dgamma, b, c),
     )  # fmt: skip
     return dgamma, DyCoefficients(norm.scale, b, c, norm.center)
