@@ -88,8 +88,7 @@ class ConvBNAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if graphed():
-            plain: Tensor = self.act(self.bn(self.conv(x)))
-            return plain
+            return self.act(self.bn(self.conv(x)))
         return _run(x, [self], None)
 
     def _why_not(self) -> str | None:

@@ -61,8 +61,7 @@ class _JointSum(torch.autograd.Function):
 def all_reduce(t: Tensor, group: str) -> Tensor:
     """The sum of every process's ``t``, with the same bits in all processes."""
     c10d = torch.ops._c10d_functional
-    found: Tensor = c10d.wait_tensor(c10d.all_reduce(t.contiguous(), "sum", group))
-    return found
+    return c10d.wait_tensor(c10d.all_reduce(t.contiguous(), "sum", group))
 
 
 def batch_stats(y: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:

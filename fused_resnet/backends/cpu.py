@@ -174,8 +174,7 @@ def _in_float(call: ConvBiasAct) -> bool:
 
 
 def _winograd(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
-    y: Tensor = _ops.winograd_bias_act(call.x, packed, call.bias, call.conv.padding[0], *_act(call.act), call.residual)
-    return y
+    return _ops.winograd_bias_act(call.x, packed, call.bias, call.conv.padding[0], *_act(call.act), call.residual)
 
 
 def _pointwise(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
@@ -189,10 +188,9 @@ def _pointwise(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> T
 
 def _onednn_weight(call: ConvBiasAct) -> Tensor:
     x, conv = call.x, call.conv
-    packed: Tensor = _mkldnn._reorder_convolution_weight(
+    return _mkldnn._reorder_convolution_weight(
         call.weight.to(compute_dtype(x.dtype)), conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
     )
-    return packed
 
 
 def _onednn_layout(packed: Tensor) -> bytes:
@@ -224,8 +222,7 @@ def _with_post_ops(call: ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:
     where = (conv.padding, conv.stride, conv.dilation, conv.groups)
     if call.residual is None:
         name = POST_OPS[act.name][0]
-        y: Tensor = _mkldnn._convolution_pointwise(x, packed, bias, *where, name, scalars(act), "")
-        return y
+        return _mkldnn._convolution_pointwise(x, packed, bias, *where, name, scalars(act), "")
     unary = "relu" if act.name == "relu" else None
     r = call.residual.to(compute)
     if owned or r is not call.residual:
@@ -299,8 +296,7 @@ class Cpu(Backend):
 
         def name(kind: str) -> str:
             compute = compute_dtype(x.dtype)
-            found: str = _ops.conv_algorithm(kind, x, weight, *_where(conv), prologue, compute, _gemm())
-            return found
+            return _ops.conv_algorithm(kind, x, weight, *_where(conv), prologue, compute, _gemm())
 
         if primitive is ConvStats:
             return name("fprop")
@@ -340,30 +336,27 @@ class Cpu(Backend):
 
     def conv_pooled(self, call: ConvBiasAct, packed: Packed, pool: PoolSpec) -> Tensor:
         """The convolution's output is never written to memory."""
-        out: Tensor = _ops.stem_bias_act_max_pool(
+        return _ops.stem_bias_act_max_pool(
             call.x, packed.weight, call.bias, call.conv.stride, call.conv.padding, *_act(call.act),
             pool.kernel, pool.stride, pool.padding,
         )  # fmt: skip
-        return out
 
     def frozen_row(self, recorded: Sequence[Recorded], dtype: torch.dtype) -> Callable[..., Tensor] | None:
         return Writer().row(recorded) if compute_dtype(dtype) == dtype else None  # otherwise tensors are converted
 
     def conv_bn_act(self, call: ConvBnAct) -> Tensor:
-        out: Tensor = _ops.conv_bn_act(
+        return _ops.conv_bn_act(
             call.x, call.weight, *_where(call.conv), _pair(call.norm), *_act(call.act), call.residual,
             compute_dtype(call.x.dtype), _gemm(),
         )  # fmt: skip
-        return out
 
     # ------------------------------------------------------------------------------------------------ training
     def conv_stats(self, call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
         norm, act = _prologue(call.prologue)
-        out: tuple[Any, Any, Any] = _ops.conv_stats(
+        return _ops.conv_stats(
             call.x, call.weight, *_where(call.conv), _pair(norm), *_act(act), call.stats,
             compute_dtype(call.x.dtype), _gemm(),
         )  # fmt: skip
-        return out
 
     def conv_backward(self, call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
         norm, act = _prologue(call.prologue)
@@ -379,13 +372,11 @@ class Cpu(Backend):
         return dz, dw, sums, summand_sums
 
     def bn_stats(self, call: BnStats) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = _ops.bn_stats(call.y)
-        return out
+        return _ops.bn_stats(call.y)
 
     def bn_act(self, call: BnAct) -> Tensor:
         y, residual = call.y, call.residual
-        out: Tensor = _ops.bn_act(y, _pair(call.norm), *_act(call.act), residual, _pair(call.residual_norm), y.dtype)
-        return out
+        return _ops.bn_act(y, _pair(call.norm), *_act(call.act), residual, _pair(call.residual_norm), y.dtype)
 
     def bn_act_backward(self, call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         dz, s0, s1, s2 = _ops.bn_act_backward(
@@ -394,15 +385,11 @@ class Cpu(Backend):
         return dz, Sums(s0, s1), Sums(s0, s2) if call.residual_norm is not None else None
 
     def bn_backward(self, call: BnBackward) -> Tensor:
-        out: Tensor = _ops.bn_backward(call.dz, call.y, _coef(call.coef), call.y.dtype)
-        return out
+        return _ops.bn_backward(call.dz, call.y, _coef(call.coef), call.y.dtype)
 
     def bn_act_max_pool(self, call: BnActMaxPool) -> tuple[Tensor, Tensor]:
         pool = call.pool
-        out: tuple[Tensor, Tensor] = _ops.bn_act_max_pool(
-            call.y, _pair(call.norm), *_act(call.act), pool.kernel, pool.stride, pool.padding
-        )
-        return out
+        return _ops.bn_act_max_pool(call.y, _pair(call.norm), *_act(call.act), pool.kernel, pool.stride, pool.padding)
 
     def bn_act_max_pool_backward(self, call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
         y, pool = call.y, call.pool
@@ -422,19 +409,16 @@ class Cpu(Backend):
 
     # ------------------------------------------------------------------------------------------------ whole rows
     def row_forward(self, call: RowForward) -> list[Tensor]:
-        out: list[Tensor] = _ops.row_forward(call.x, call.residual, call.params, *_setting(call))
-        return out
+        return _ops.row_forward(call.x, call.residual, call.params, *_setting(call))
 
     def row_backward(self, call: RowBackward) -> list[Tensor]:
         numbers, setting = _setting(call)[:2], _setting(call)[2:]
-        out: list[Tensor] = _ops.row_backward(
+        return _ops.row_backward(
             call.dout, call.x, call.residual, call.weights, call.saved, *numbers, call.needs, *setting
         )
-        return out
 
     def row_inference(self, call: RowInference) -> Tensor:
-        out: Tensor = _ops.row_inference(call.x, call.residual, call.params, *_setting(call))
-        return out
+        return _ops.row_inference(call.x, call.residual, call.params, *_setting(call))
 
 
 BACKEND = Cpu()

@@ -48,8 +48,7 @@ def identity(channels: int, dtype: torch.dtype) -> Norm:
 
 
 def _run(tensors: list[Tensor], ints: Tensor, reals: Tensor, x: Tensor, summand: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.fused_resnet_cpu.frozen_row(x, summand, tensors, ints, reals, _NAMES)
-    return out
+    return torch.ops.fused_resnet_cpu.frozen_row(x, summand, tensors, ints, reals, _NAMES)
 
 
 class Writer:

@@ -59,8 +59,7 @@ class Call(Generic[R]):
     @property
     def like(self) -> Tensor:
         """The tensor whose device, dtype and layout decide who takes the call: the first argument."""
-        first: Tensor = next(iter(vars(self).values()))
-        return first
+        return next(iter(vars(self).values()))
 
     @property
     def case(self) -> Case:

@@ -118,8 +118,7 @@ def text_of(argument: Any) -> str:
         layout = "nhwc" if argument.dim() == 4 and argument.is_contiguous(memory_format=torch.channels_last) else ""
         return f"{str(argument.dtype).removeprefix('torch.')}{layout}{'x'.join(map(str, shape))}"
     if isinstance(argument, (*_TUPLES, ConvSpec, Act, PoolSpec)):
-        text: str = argument.text
-        return text
+        return argument.text
     return "-" if argument is None else str(argument)
 
 

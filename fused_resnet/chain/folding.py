@@ -70,5 +70,4 @@ def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> b
         known = about, fold_weight(weight, norm, dtype)[1] is None
         with _asking.held():
             _answers[weight] = known
-    answer: bool = known[1]
-    return answer
+    return known[1]

@@ -316,16 +316,14 @@ def _chain(
     for unit in before:
         h = ways.unit(*_begun(h, unit, ways), None, True)
     if chain.pool is not None:  # a chain closed by a pool has no shortcut
-        pooled: Tensor = ways.pooled(*_begun(h, last, ways), chain.pool)
-        return pooled
+        return ways.pooled(*_begun(h, last, ways), chain.pool)
     if kind not in ("none", "tensor"):
         residual = ways.start(x, chain.shortcut)
     if chain.shortcut.unit is not None:
         assert residual is not None
         residual = ways.unit(*_begun(residual, units[-1], ways), None, True)
     free = kind in ("projection", "pad") or (kind == "identity" and owned and h is not x)
-    out: Tensor = ways.unit(*_begun(h, last, ways), residual, free)
-    return out
+    return ways.unit(*_begun(h, last, ways), residual, free)
 
 
 def _chains(

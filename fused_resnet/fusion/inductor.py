@@ -95,8 +95,7 @@ def put_chains(gm: fx.GraphModule) -> Matches:
 
 def _function(row: Any) -> Callable[..., Tensor]:
     def chains(*given: Tensor) -> Tensor:
-        out: Tensor = row.chained(*given)
-        return out
+        return row.chained(*given)
 
     return chains
 

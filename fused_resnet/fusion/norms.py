@@ -61,8 +61,7 @@ def _batch_norm(m: Any, input: Tensor) -> Tensor:
 def _numbered_methods(cls: Any) -> dict[str, Callable[..., Any]]:
     def forward(self: Any, input: Tensor) -> Tensor:
         own = cls.forward  # looked up at each call: it may be replaced at any time
-        out: Tensor = _batch_norm(self, input) if own is _FORWARD and _captured() else own(self, input)
-        return out
+        return _batch_norm(self, input) if own is _FORWARD and _captured() else own(self, input)
 
     return {"forward": wraps(cls.forward)(forward)}
 

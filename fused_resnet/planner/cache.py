@@ -124,8 +124,7 @@ class PlanCache:
         if reason:
             warn_once(f"plan cache {self.path} is ignored: {reason}")
             return {}
-        choices: dict[str, Any] = raw["choices"]
-        return choices
+        return raw["choices"]
 
     def _foreign(self, raw: Any) -> str | None:
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -160,8 +159,7 @@ class PlanCache:
     def _hold(self, signature: str, entry: dict[str, Any], instead_of: dict[str, Any] | None) -> dict[str, Any]:
         if self.choices.get(signature) in (None, instead_of):
             self.choices[signature] = entry
-        held: dict[str, Any] = self.choices[signature]
-        return held
+        return self.choices[signature]
 
     def _write(self) -> None:
         text = json.dumps({"format": FORMAT, "identity": self.identity, "choices": self.choices}, indent=1)

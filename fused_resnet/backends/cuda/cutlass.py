@@ -40,14 +40,12 @@ def refuse(kind: str, x: Tensor, weight: Tensor, conv: ConvSpec) -> str | None:
         return f"made for compute capability 9.0 (Hopper), this GPU has {chip[0]}.{chip[1]}"
     if x.dtype == torch.float32 and not allow_tf32(x.dtype):
         return "computes float32 in tf32, which torch.backends.cudnn.conv.fp32_precision does not allow"
-    reason: str | None = _ops.conv_why_not(kind, x, weight, *_sizes(conv))
-    return reason
+    return _ops.conv_why_not(kind, x, weight, *_sizes(conv))
 
 
 def built(device: str) -> bool:
     """Whether the compiled extension contains CUTLASS's convolutions ("cpu": whether a test's stand-in does)."""
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::conv_bias_act", device.upper())
-    return found
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::conv_bias_act", device.upper())
 
 
 class Convolutions(library_conv.Convolutions):

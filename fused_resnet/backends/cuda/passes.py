@@ -19,8 +19,7 @@ ON_CPU = False
 
 def _built() -> bool:
     """Whether the compiled extension contains the CUDA operators."""
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::bn_act", "CUDA")
-    return found
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::bn_act", "CUDA")
 
 
 def _act(act: Act) -> tuple[int, float]:
@@ -78,10 +77,9 @@ class Passes(Backend):
         return mean, var
 
     def bn_act(self, call: primitives.BnAct) -> Tensor:
-        out: Tensor = _ops.bn_act(
+        return _ops.bn_act(
             call.y, _vectors(call.norm, 2), *_act(call.act), call.residual, _vectors(call.residual_norm, 2)
         )
-        return out
 
     def bn_act_backward(self, call: primitives.BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         """dout in y's dtype."""
@@ -95,8 +93,7 @@ class Passes(Backend):
         """dz in y's dtype."""
         coef = call.coef
         frozen = coef.b is None or coef.c is None
-        dy: Tensor = _ops.bn_backward(call.dz, call.y, [coef.a] if frozen else [coef.a, coef.b, coef.c, coef.center])
-        return dy
+        return _ops.bn_backward(call.dz, call.y, [coef.a] if frozen else [coef.a, coef.b, coef.c, coef.center])
 
     def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
         out, argmax = _ops.bn_act_max_pool(call.y, _vectors(call.norm, 2), *_act(call.act), *_window(call.pool))
