@@ -9,30 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.backends.primitives import (
-    BnAct,
-    BnActBackward,
-    BnActMaxPool,
-    BnActMaxPoolBackward,
-    BnBackward,
-    BnCoefficients,
-    BnFold,
-    BnStats,
-    Call,
-    ConvBackward,
-    ConvBiasAct,
-    ConvBnAct,
-    ConvStats,
-    RowBackward,
-    RowForward,
-    RowInference,
-)
-from fused_resnet.backends.values import (
-    Case,
-    DyCoefficients,
-    Norm,
-    Sums,
-)
+from fused_resnet.backends.primitives import Call, ConvBiasAct
+from fused_resnet.backends.values import Case
 from fused_resnet.spec import ConvSpec, PoolSpec
 
 if TYPE_CHECKING:
@@ -49,7 +27,10 @@ class Packed(NamedTuple):
 
 
 class Backend:
-    """The base of all backends. A backend overrides the primitives that it offers, and gives its limits.
+    """The base of all backends. A backend gives its limits.
+
+    It has a method for each primitive that it offers, with the primitive's name. The method takes the call and returns
+    the call's result (``primitives.py``).
 
     Attributes:
         name: its name for ``use_backend``. companions: the backends that serve what it does not offer, if it is
@@ -72,7 +53,7 @@ class Backend:
     @classmethod
     def offers(cls, primitive: type[Call[Any]]) -> bool:
         """Whether it has the primitive."""
-        return getattr(cls, primitive.name) is not getattr(Backend, primitive.name)
+        return hasattr(cls, primitive.name)
 
     def declines(self, primitive: type[Call[Any]], case: Case) -> str | None:
         """The reason why it can't serve a call, or None."""
@@ -126,51 +107,3 @@ class Backend:
         None: the steps run one by one.
         """
         return None
-
-    # ------------------------------------------------------------------------------------------------ primitives
-    # Their calls say what they do (primitives.py).
-    def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
-        raise NotImplementedError
-
-    def conv_bn_act(self, call: ConvBnAct) -> Tensor:
-        raise NotImplementedError
-
-    def conv_stats(self, call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        raise NotImplementedError
-
-    def conv_backward(self, call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
-        raise NotImplementedError
-
-    def bn_stats(self, call: BnStats) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def bn_act(self, call: BnAct) -> Tensor:
-        raise NotImplementedError
-
-    def bn_act_backward(self, call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
-        raise NotImplementedError
-
-    def bn_backward(self, call: BnBackward) -> Tensor:
-        raise NotImplementedError
-
-    def bn_act_max_pool(self, call: BnActMaxPool) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def bn_act_max_pool_backward(self, call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
-        raise NotImplementedError
-
-    def bn_fold(self, call: BnFold) -> Norm:
-        raise NotImplementedError
-
-    def bn_coefficients(self, call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
-        raise NotImplementedError
-
-    # ------------------------------------------------------------------------------------------------ whole rows
-    def row_forward(self, call: RowForward) -> list[Tensor]:
-        raise NotImplementedError
-
-    def row_backward(self, call: RowBackward) -> list[Tensor]:
-        raise NotImplementedError
-
-    def row_inference(self, call: RowInference) -> Tensor:
-        raise NotImplementedError

@@ -43,18 +43,18 @@ class Convolutions(Backend):
         wide = vector_dtype(y.dtype)
         one = torch.ones(y.shape[1], dtype=wide, device=y.device)
         shift = torch.zeros_like(one) if call.bias is None else call.bias.to(wide)
-        return self.passes.bn_act(BnAct(y, Norm(one, shift, one, one), call.act, call.residual))
+        return BnAct(y, Norm(one, shift, one, one), call.act, call.residual).on(self.passes)
 
     def conv_stats(self, call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        a = call.x if call.prologue is None else self.passes.bn_act(BnAct(call.x, *call.prologue))
+        a = call.x if call.prologue is None else BnAct(call.x, *call.prologue).on(self.passes)
         y = self.convolution(a, call.weight, call.conv)
-        return (y, *self.passes.bn_stats(BnStats(y))) if call.stats else (y, None, None)
+        return (y, *BnStats(y).on(self.passes)) if call.stats else (y, None, None)
 
     def conv_backward(self, call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
         x, weight, add = call.x, call.weight, call.add
         # only the weight's gradient needs the input's values
-        a = x if call.prologue is None or not call.need_weight else self.passes.bn_act(BnAct(x, *call.prologue))
-        dy = self.passes.bn_backward(BnBackward(call.dz, call.y, call.coef))
+        a = x if call.prologue is None or not call.need_weight else BnAct(x, *call.prologue).on(self.passes)
+        dy = BnBackward(call.dz, call.y, call.coef).on(self.passes)
         spare = add is not None and not add.is_set_to(call.dz)
         needs = (call.need_input, call.need_weight)
         da, dw = self.gradients(dy, a, as_operand(weight, x.dtype), call.conv, needs, add, spare)
@@ -65,7 +65,7 @@ class Convolutions(Backend):
         if closing is None:
             return da, dw, None, None
         da = da.contiguous(memory_format=torch.channels_last)
-        previous, sums, summand_sums = self.passes.bn_act_backward(BnActBackward(da, *closing))
+        previous, sums, summand_sums = BnActBackward(da, *closing).on(self.passes)
         return previous, dw, sums, summand_sums
 
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:

@@ -283,9 +283,9 @@ def _unit_gradients(
     """
     alone = unit.batch_stats and unit.group is None
     count = y.numel() // y.shape[1] if alone else None
-    dgamma, coef = vectors.bn_coefficients(BnCoefficients(norm, sums, count))
+    dgamma, coef = BnCoefficients(norm, sums, count).on(vectors)
     if means is not None:
-        _, coef = vectors.bn_coefficients(BnCoefficients(norm, means, 1))
+        _, coef = BnCoefficients(norm, means, 1).on(vectors)
     grads = {"bn_weight": dgamma, "bn_bias": sums.dz}
     if unit.conv is not None and unit.conv.bias:
         # y minus its mean does not depend on the bias

@@ -176,7 +176,7 @@ def _inference(
             return run(BnAct(h, norm, act, summand))
         backend = pick(ConvBiasAct, Case.of(h, u.conv, p["weight"]))
         if backend.offers(ConvBnAct):
-            out = backend.conv_bn_act(ConvBnAct(h, p["weight"], norm, u.conv, act, summand))
+            out = ConvBnAct(h, p["weight"], norm, u.conv, act, summand).on(backend)
         elif folds(p, norm, u.eps, h.dtype):
             weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
             out = run(ConvBiasAct(h, weight, norm.shift, u.conv, act, summand))
@@ -207,6 +207,6 @@ def _inference(
 def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:
     backend, aten = pick(BnActMaxPool, Case.of(y)), loaded("aten")
     if backend is aten:  # aten would compute the positions too, in separate operators
-        a = aten.bn_act(BnAct(y, norm, act))
+        a = BnAct(y, norm, act).on(aten)
         return torch.nn.functional.max_pool2d(a, pool.kernel, pool.stride, pool.padding)
-    return backend.bn_act_max_pool(BnActMaxPool(y, norm, act, pool))[0]
+    return BnActMaxPool(y, norm, act, pool).on(backend)[0]

@@ -236,8 +236,7 @@ def _row_arguments(tensors: Sequence[Tensor], has_residual: bool) -> tuple[Tenso
 
 def _redispatch(below: Any, *args: Any) -> list[Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        out: list[Tensor] = torch.ops.fused_resnet.chain.default.redispatch(below, *args)
-    return out
+        return torch.ops.fused_resnet.chain.default.redispatch(below, *args)
 
 
 def _autograd(keyset: Any, x: Tensor, residual: Tensor | None, params: list[Tensor], text: str) -> list[Tensor]:

@@ -101,8 +101,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
         from triton.testing import do_bench
 
         with torch.cuda.device(device):
-            median: float = do_bench(call, warmup=5, rep=20, return_mode="median")
-        return median
+            return do_bench(call, warmup=5, rep=20, return_mode="median")
     from torch.utils.benchmark import Timer
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
