@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fused_resnet.backends import Call, Case, ConvBackward, ConvBiasAct, ConvStats, Packed, primitives
+from fused_resnet.frozen.forward import FoldedUnit
 from fused_resnet.frozen.modules import Frozen
-from fused_resnet.frozen.rows import FoldedUnit, FrozenRow
+from fused_resnet.frozen.rows import FrozenRow
 from fused_resnet.fusion.front import Front
 from fused_resnet.fusion.inspection import copy_of, named_modules
 from fused_resnet.fusion.patterns import looks_like_norm, original
@@ -245,20 +246,22 @@ def _serving_frozen(chains: Sequence[ChainReport]) -> dict[str, str]:
         spec, units = row.folded[chain.place]
         for i, unit in enumerate(units, 1):
             place = str(i) if i <= len(spec.units) else "shortcut"
-            kind = "bn_act" if unit.spec.conv is None else "conv"
-            size = "x".join(map(str, unit.tensors[0].shape[2:]))
+            kind = "bn_act" if unit.conv is None else "conv"
+            size = "x".join(map(str, unit.weight.shape[2:]))
             served[f"{of}{kind} {place} {size}".rstrip()] = _serving_unit(unit, row)
     return served
 
 
 def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
-    w, conv = unit.tensors[0], unit.spec.conv
+    w, conv = unit.weight, unit.conv
     if row.portable:
         return "PyTorch's own"
-    if conv is None:
+    if conv is None or isinstance(w, Tensor):
         case = Case(w.device.type, row.dtype, True)
         return planned(primitives.BnAct, None, w.shape[0]) or why(primitives.BnAct, case)[0]
-    behind = ", its scale in a separate pass: folded, it would leave the dtype's range" if unit.spec.scaled else ""
+    behind = (
+        ", its scale in a separate pass: folded, it would leave the dtype's range" if unit.scale is not None else ""
+    )
     if measured := planned(ConvBiasAct, conv, tuple(w.shape)):
         return measured + behind
     backend = why(ConvBiasAct, Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]

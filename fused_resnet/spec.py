@@ -152,6 +152,10 @@ class ConvSpec:
         )
         return h, w
 
+    def out_shape(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the output for an input and a weight of these shapes."""
+        return (x[0], weight[0], *self.out_size(x[2:], weight[2:]))
+
 
 @dataclass(frozen=True)
 class PoolSpec:
@@ -198,7 +202,7 @@ class UnitSpec:
     ``conv=None``: the convolution is outside the chain, and y is the chain's input. ``batch_stats``: mean and var are
     this batch's (training); otherwise the running ones (frozen or eval). ``bn_weight=False``: gamma = 1;
     ``bn_bias=False``: beta = 0. ``group``: the name of the process group that shares this batch's statistics; None:
-    they are this process's own. ``scaled``, in a frozen model: s is not folded into the weight but a separate tensor.
+    they are this process's own.
     """
 
     conv: ConvSpec | None
@@ -208,7 +212,6 @@ class UnitSpec:
     bn_weight: bool = True
     bn_bias: bool = True
     group: str | None = None
-    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.group is not None and not self.batch_stats:

@@ -60,10 +60,7 @@ def unit_shapes(x: Tensor, params: Sequence[Tensor], spec: ChainSpec) -> list[tu
     parts = spec.split(params)
 
     def conv(shape: Sequence[Any], p: dict[str, Tensor], unit: UnitSpec) -> tuple[Any, ...]:
-        if unit.conv is None:
-            return tuple(shape)
-        weight = p["weight"]
-        return (shape[0], weight.shape[0], *unit.conv.out_size(shape[2:], weight.shape[2:]))
+        return tuple(shape) if unit.conv is None else unit.conv.out_shape(shape, p["weight"].shape)
 
     shape: tuple[Any, ...] = tuple(x.shape)
     for unit, p in zip(spec.units, parts, strict=False):

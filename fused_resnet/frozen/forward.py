@@ -39,19 +39,39 @@ from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec
 
 # A stem with stages behind it makes at most this many bytes of its convolution's output per thread at a time.
 _STEM_BYTES = 8 << 20
+_IDENTITY = Act("identity")
 
 
 # ---------------------------------------------------------------------------------------------------- units
-def _affine(scale: Weight | Tensor, shift: Tensor) -> Norm:
-    """scale*y + shift as a ``Norm``. Inference reads neither its center nor its rstd."""
-    assert isinstance(scale, Tensor)
-    return Norm(scale, shift, shift, shift)
+class FoldedUnit(NamedTuple):
+    """act(s*conv(x, W) + b [+ residual]), with BatchNorm folded into W and b.
+
+    Attributes:
+        weight: W, channels_last, in x's dtype; the factors [C] in ``vector_dtype`` if there is no convolution. bias: b.
+        scale: s, [out_channels] in ``vector_dtype``; None: it is folded into W.
+    """
+
+    weight: Weight | Tensor
+    bias: Tensor
+    conv: ConvSpec | None
+    act: Act
+    scale: Tensor | None = None
+
+    @property
+    def norm(self) -> Norm:
+        """A unit without a convolution as scale*y + shift. Inference reads neither its center nor its rstd."""
+        assert isinstance(self.weight, Tensor)
+        return Norm(self.weight, self.bias, self.bias, self.bias)
+
+    def out_shape(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape) if self.conv is None else self.conv.out_shape(x.shape, self.weight.shape)
 
 
-def _out_shape(x: Tensor, weight: Weight | Tensor, conv: ConvSpec | None) -> tuple[int, ...]:
-    if conv is None:
-        return tuple(x.shape)
-    return (x.shape[0], weight.shape[0], *conv.out_size(x.shape[2:], weight.shape[2:]))
+class FoldedChain(NamedTuple):
+    """A chain of folded units, its projection last."""
+
+    spec: ChainSpec
+    units: list[FoldedUnit]
 
 
 # key -> whether a unit runs on the backend that serves it; and the number of answers that are kept.
@@ -61,22 +81,19 @@ _ASKED = 4096
 _CALL_S = 0.008
 
 
-def _is_served(
-    x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, residual: Tensor | None,
-    pool: Any = None,
-) -> bool:  # fmt: skip
+def _is_served(x: Tensor, unit: FoldedUnit, residual: Tensor | None, pool: PoolSpec | None = None) -> bool:
     """Whether a unit, with its max-pool, runs on the backend that serves it.
 
     On a CPU it does if that is faster than PyTorch's own operators, which have less overhead per call.
     """
     if not x.is_cpu or not sizes.has_choice():
         return True
-    key = (x.shape, x.dtype, weight.shape, conv, act, residual is None, pool, torch.get_num_threads())
+    key = (x.shape, x.dtype, unit.weight.shape, unit.conv, unit.act, residual is None, pool, torch.get_num_threads())
     answer = _served.get(key)
     if answer is None:
-        own = Weight(weight.borrowed()) if isinstance(weight, Weight) else weight
-        unit = _Measured(own, bias.detach(), conv, act, residual is not None, pool)
-        found = sizes.faster(unit.signature(x), x.shape[0], partial(unit.calls, x.shape, x.dtype), _CALL_S)
+        weight = Weight(unit.weight.borrowed()) if isinstance(unit.weight, Weight) else unit.weight
+        timed = _Measured(unit._replace(weight=weight, bias=unit.bias.detach()), residual is not None, pool)
+        found = sizes.faster(timed.signature(x), x.shape[0], partial(timed.calls, x.shape, x.dtype), _CALL_S)
         if len(_served) >= _ASKED:
             _served.clear()
         _served[key] = answer = found.pays
@@ -86,27 +103,23 @@ def _is_served(
 class _Measured(NamedTuple):
     """A unit for the timing, with random images and its own packed weights."""
 
-    weight: Weight | Tensor
-    bias: Tensor
-    conv: ConvSpec | None
-    act: Act
+    unit: FoldedUnit
     summand: bool
     pool: PoolSpec | None
 
     def signature(self, x: Tensor) -> str:
-        weight = f"{text_of(self.conv)} {'x'.join(map(str, self.weight.shape))}"
+        weight = f"{text_of(self.unit.conv)} {'x'.join(map(str, self.unit.weight.shape))}"
         summand = "summand" if self.summand else "-"
         size = sizes.size(x.shape, x.dtype)
-        return f"frozen {weight} {text_of(self.act)} {summand} {text_of(self.pool)} {size}"
+        return f"frozen {weight} {text_of(self.unit.act)} {summand} {text_of(self.pool)} {size}"
 
     def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[sizes.Call, sizes.Call]:
         x = sizes.images((images, *shape[1:]), dtype, True)
-        unit = (x, self.weight, self.bias, self.conv, self.act)
         ours = _Backends(perform, measured=False)
         if self.pool is not None:
-            return partial(ours.pooled, *unit, self.pool), partial(_PLAIN.pooled, *unit, self.pool)
-        residual = sizes.images(_out_shape(x, self.weight, self.conv), dtype, True) if self.summand else None
-        return partial(ours.unit, *unit, residual, False), partial(_PLAIN.unit, *unit, residual, False)
+            return partial(ours.pooled, x, self.unit, self.pool), partial(_PLAIN.pooled, x, self.unit, self.pool)
+        residual = sizes.images(self.unit.out_shape(x), dtype, True) if self.summand else None
+        return partial(ours.unit, x, self.unit, residual, False), partial(_PLAIN.unit, x, self.unit, residual, False)
 
 
 Do = Callable[[Step | MaxPool | ShortcutInput], Tensor]
@@ -137,20 +150,16 @@ class _Plain:
     def __init__(self, do: Do) -> None:
         self.do = do
 
-    def unit(
-        self, x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act,
-        residual: Tensor | None, owned: bool,
-    ) -> Tensor:  # fmt: skip
-        """``owned``: nothing else uses the residual, so its memory may be reused."""
+    def unit(self, x: Tensor, unit: FoldedUnit, residual: Tensor | None, owned: bool) -> Tensor:
+        """A unit whose scale is folded. ``owned``: nothing else uses the residual, so its memory may be reused."""
+        weight, bias, conv, act, _ = unit
         if isinstance(weight, Tensor) or conv is None:
-            return self.do(Step(BnAct(x, _affine(weight, bias), act, residual), loaded("aten")))
+            return self.do(Step(BnAct(x, unit.norm, act, residual), loaded("aten")))
         return self.do(Step(ConvBiasAct(x, weight.own(), bias, conv, act, residual), loaded("aten")))
 
-    def pooled(
-        self, x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec
-    ) -> Tensor:
+    def pooled(self, x: Tensor, unit: FoldedUnit, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output."""
-        return self.do(MaxPool(self.unit(x, weight, bias, conv, act, None, True), pool))
+        return self.do(MaxPool(self.unit(x, unit, None, True), pool))
 
     def start(self, x: Tensor, shortcut: ShortcutSpec) -> Tensor:
         """x after a shortcut without parameters."""
@@ -168,19 +177,17 @@ class _Backends(_Plain):
         super().__init__(do)
         self.measured = measured
 
-    def unit(
-        self, x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act,
-        residual: Tensor | None, owned: bool,
-    ) -> Tensor:  # fmt: skip
+    def unit(self, x: Tensor, unit: FoldedUnit, residual: Tensor | None, owned: bool) -> Tensor:
+        weight, bias, conv, act, _ = unit
         if residual is not None:
-            if residual.dtype != x.dtype or tuple(residual.shape) != _out_shape(x, weight, conv):
+            if residual.dtype != x.dtype or tuple(residual.shape) != unit.out_shape(x):
                 # the add converts or broadcasts a summand, so it is PyTorch's add
-                return self.broadcast(self.unit(x, weight, bias, conv, Act("identity"), None, True), residual, act)
+                return self.broadcast(self.unit(x, unit._replace(act=_IDENTITY), None, True), residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
-        if self.measured and not _is_served(x, weight, bias, conv, act, residual):
-            return super().unit(x, weight, bias, conv, act, residual, owned)
+        if self.measured and not _is_served(x, unit, residual):
+            return super().unit(x, unit, residual, owned)
         if isinstance(weight, Tensor) or conv is None:
-            return self.do(Step(BnAct(x, _affine(weight, bias), act, residual)))
+            return self.do(Step(BnAct(x, unit.norm, act, residual)))
         call = ConvBiasAct(x, weight.like, bias, conv, act, residual)
         backend = pick(ConvBiasAct, call.case)
         if not backend.packs:
@@ -194,14 +201,13 @@ class _Backends(_Plain):
         """act(z + residual), with a summand of another shape or dtype."""
         return reference.act(z + residual, act)
 
-    def pooled(
-        self, x: Tensor, weight: Weight | Tensor, bias: Tensor, conv: ConvSpec | None, act: Act, pool: PoolSpec
-    ) -> Tensor:
+    def pooled(self, x: Tensor, unit: FoldedUnit, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output, in one pass if the backend has such a pass."""
-        if self.measured and not _is_served(x, weight, bias, conv, act, None, pool):
-            return self.do(MaxPool(super().unit(x, weight, bias, conv, act, None, True), pool))
+        weight, bias, conv, act, _ = unit
+        if self.measured and not _is_served(x, unit, None, pool):
+            return self.do(MaxPool(super().unit(x, unit, None, True), pool))
         if isinstance(weight, Tensor) or conv is None:
-            return self.do(Step(BnActMaxPool(x, _affine(weight, bias), act, pool)))
+            return self.do(Step(BnActMaxPool(x, unit.norm, act, pool)))
         call = ConvBiasAct(x, weight.like, bias, conv, act, None)
         backend = pick(ConvBiasAct, call.case)
         if backend.packs:
@@ -209,9 +215,10 @@ class _Backends(_Plain):
             stem = weight.packed(key, lambda own, _: backend.prepack_pooled(call.replace(weight=own), pool))
             if stem is not None:
                 return self.do(Step(call, backend, stem, pool=pool))
-        h = _Backends(self.do, measured=False).unit(x, weight, bias, conv, act, None, True)
+        h = _Backends(self.do, measured=False).unit(x, unit, None, True)
         one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
-        return self.do(Step(BnActMaxPool(h, _affine(one, torch.zeros_like(one)), Act("identity"), pool)))
+        zero = torch.zeros_like(one)
+        return self.do(Step(BnActMaxPool(h, Norm(one, zero, zero, zero), _IDENTITY, pool)))
 
 
 _PLAIN, _SERVED = _Plain(perform), _Backends(perform)
@@ -252,7 +259,7 @@ class _Recorder(_Backends):
             return step._replace(x=step.x.to("meta")).run().shape
         call, pool = step.call, step.pool
         if isinstance(call, ConvBiasAct):
-            shape = _out_shape(call.x, call.weight, call.conv)
+            shape = call.conv.out_shape(call.x.shape, call.weight.shape)
         else:
             shape = tuple(call.y.shape)
             pool = call.pool if isinstance(call, BnActMaxPool) else None
@@ -262,93 +269,60 @@ class _Recorder(_Backends):
         raise LookupError("a summand that is broadcast")
 
 
-def _recorded(x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None) -> Row | None:
+def _recorded(x: Tensor, chains: Sequence[FoldedChain], residual: Tensor | None) -> Row | None:
     """The row as one call of the backend that serves it, or None."""
     recorder = _Recorder(x, residual)
     try:
-        _chains(x, params, chains, residual, recorder)
+        _chains(x, chains, residual, recorder)
     except LookupError:
         return None
     return pick(BnAct, Case.of(x)).frozen_row(recorder.steps, x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- chains
-class _Unit(NamedTuple):
-    """A unit's spec and tensors."""
-
-    weight: Weight | Tensor
-    bias: Tensor
-    scale: Tensor | None
-    conv: ConvSpec | None
-    act: Act
+def _begun(x: Tensor, unit: FoldedUnit, ways: _Plain) -> tuple[Tensor, FoldedUnit]:
+    """What is left of a unit with a scale after its convolution, and its input; the whole unit if it has none."""
+    if unit.scale is None:
+        return x, unit
+    conv = unit._replace(bias=torch.zeros_like(unit.bias), act=_IDENTITY, scale=None)
+    return ways.unit(x, conv, None, True), FoldedUnit(unit.scale, unit.bias, None, unit.act)
 
 
-def _split(params: Sequence[Any], chains: Sequence[ChainSpec]) -> list[list[_Unit]]:
-    """The units of each chain."""
-    found, at = [], 0
-    for chain in chains:
-        units = []
-        for u in chain.all_units:
-            weight, bias, *scale = params[at : at + 2 + u.scaled]
-            if u.conv is not None and not isinstance(weight, Weight):
-                weight = Weight(weight)
-            units.append(_Unit(weight, bias, scale[0] if scale else None, u.conv, u.act))
-            at += 2 + u.scaled
-        found.append(units)
-    return found
-
-
-def _begun(x: Tensor, unit: _Unit, ways: Any) -> tuple[Any, ...]:
-    """The arguments of ``ways.unit``: the whole unit, or the part after the convolution of a unit with a scale."""
-    weight, bias, scale, conv, act = unit
-    if scale is None:
-        return x, weight, bias, conv, act
-    return ways.unit(x, weight, torch.zeros_like(bias), conv, Act("identity"), None, True), scale, bias, None, act
-
-
-def _chain(
-    x: Tensor, units: Sequence[_Unit], chain: ChainSpec, residual: Tensor | None, owned: bool, ways: Any
-) -> Tensor:
+def _chain(x: Tensor, chain: FoldedChain, residual: Tensor | None, owned: bool, ways: _Plain) -> Tensor:
     """``residual``: the given summand. ``owned``: nothing else uses x, so its memory may be reused."""
-    kind = chain.shortcut.kind
-    *before, last = units[: len(chain.units)]
+    spec, units = chain
+    kind = spec.shortcut.kind
+    *before, last = units[: len(spec.units)]
     h = x
     for unit in before:
         h = ways.unit(*_begun(h, unit, ways), None, True)
-    if chain.pool is not None:  # a chain closed by a pool has no shortcut
-        return ways.pooled(*_begun(h, last, ways), chain.pool)
+    if spec.pool is not None:  # a chain closed by a pool has no shortcut
+        return ways.pooled(*_begun(h, last, ways), spec.pool)
     if kind not in ("none", "tensor"):
-        residual = ways.start(x, chain.shortcut)
-    if chain.shortcut.unit is not None:
+        residual = ways.start(x, spec.shortcut)
+    if spec.shortcut.unit is not None:
         assert residual is not None
         residual = ways.unit(*_begun(residual, units[-1], ways), None, True)
     free = kind in ("projection", "pad") or (kind == "identity" and owned and h is not x)
     return ways.unit(*_begun(h, last, ways), residual, free)
 
 
-def _chains(
-    x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None, ways: Any
-) -> Tensor:
-    for i, (chain, units) in enumerate(zip(chains, _split(params, chains), strict=True)):
-        x = _chain(x, units, chain, residual if i == 0 else None, i > 0, ways)
+def _chains(x: Tensor, chains: Sequence[FoldedChain], residual: Tensor | None, ways: _Plain) -> Tensor:
+    for i, chain in enumerate(chains):
+        x = _chain(x, chain, residual if i == 0 else None, i > 0, ways)
     return x
 
 
 def run_chains(
-    x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None = None,
-    known: dict[Any, Row | None] | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, chains: Sequence[FoldedChain], residual: Tensor | None = None, known: dict[Any, Row | None] | None = None
+) -> Tensor:
     """Runs the chains on the backends that serve them.
 
     On a CPU a stem and the stages after it take a few images at a time. Their tensors are the network's largest: for
     the whole batch every call would get new memory from the system for them.
 
     Args:
-        x: [N, C, H, W]. params: for each unit of each chain (projection last) the weight with BatchNorm folded in, a
-            ``Weight`` (a tensor is packed in each call), channels_last, x's dtype, or [C] in ``vector_dtype`` if there
-            is no convolution; the bias; the scale, if it is not in the weight (``scaled``): [out_channels] in
-            ``vector_dtype``.
-        chains: any number; each takes the output of the one before.
+        x: [N, C, H, W]. chains: any number; each takes the output of the one before.
         residual: the summand of a first chain whose shortcut is "tensor".
         known: the chains as one call each, for inputs that came before; None: units run one by one.
 
@@ -358,54 +332,51 @@ def run_chains(
     Raises:
         ValueError: x does not have the channels of the first weight.
     """
-    conv = chains[0].units[0].conv
-    channels = params[0].shape[0] if conv is None else params[0].shape[1] * conv.groups
+    first = chains[0].units[0]
+    channels = first.weight.shape[0] if first.conv is None else first.weight.shape[1] * first.conv.groups
     if x.shape[1] != channels:
         raise ValueError(f"x: expected {channels} channels, got shape {tuple(x.shape)}")
     if x.numel() == 0:
-        return plain_chains(x, params, chains, residual)
+        return plain_chains(x, chains, residual)
     # a model's own operations may pass a slice, but packed weights expect dense tensors
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None and residual.dim() == 4:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    parts = _parts(x, params, chains) if x.device.type == "cpu" else 1
+    parts = _parts(x, chains) if x.device.type == "cpu" else 1
     if parts <= 1:
-        return _served_row(x, params, chains, residual, known)
-    return torch.cat([_served_row(part, params, chains, None, known) for part in x.chunk(min(parts, x.shape[0]))])
+        return _served_row(x, chains, residual, known)
+    return torch.cat([_served_row(part, chains, None, known) for part in x.chunk(min(parts, x.shape[0]))])
 
 
 def _served_row(
-    x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None,
-    known: dict[Any, Row | None] | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, chains: Sequence[FoldedChain], residual: Tensor | None, known: dict[Any, Row | None] | None
+) -> Tensor:
     """Runs a row as one call if its backend takes such calls."""
     if known is None or forced() is not None or not x.is_cpu or plan() == "measure":
-        return _chains(x, params, chains, residual, _SERVED)
+        return _chains(x, chains, residual, _SERVED)
     summand = None if residual is None else (residual.shape, residual.dtype)
     key = (x.shape, summand, sizes.has_choice(), torch.get_num_threads(), torch.get_float32_matmul_precision())
     if key not in known:
         if len(known) >= _ASKED:
             known.clear()
-        known[key] = _recorded(x, params, chains, residual)
+        known[key] = _recorded(x, chains, residual)
     row = known[key]
-    return _chains(x, params, chains, residual, _SERVED) if row is None else row(x, residual)
+    return _chains(x, chains, residual, _SERVED) if row is None else row(x, residual)
 
 
-def _parts(x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec]) -> int:
+def _parts(x: Tensor, chains: Sequence[FoldedChain]) -> int:
     """The number of parts in which a batch passes: one, unless the first chain is a stem with others after it."""
-    stem = chains[0]
+    stem, units = chains[0]
     if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
         return 1
     size, image = (x.shape[2], x.shape[3]), 0
-    for unit in _split(params, chains[:1])[0][: len(stem.units)]:
+    for unit in units[: len(stem.units)]:
         if unit.conv is not None:
             size = unit.conv.out_size(size, unit.weight.shape[2:])
         image = max(image, x.element_size() * unit.weight.shape[0] * size[0] * size[1])
     return -(-x.shape[0] * image // (torch.get_num_threads() * _STEM_BYTES))
 
 
-def plain_chains(
-    x: Tensor, params: Sequence[Any], chains: Sequence[ChainSpec], residual: Tensor | None = None
-) -> Tensor:
+def plain_chains(x: Tensor, chains: Sequence[FoldedChain], residual: Tensor | None = None) -> Tensor:
     """``run_chains`` with PyTorch's own operators, for runtimes that have no others."""
-    return _chains(x, params, chains, residual, _PLAIN)
+    return _chains(x, chains, residual, _PLAIN)

@@ -14,7 +14,7 @@ from fused_resnet.base.arguments import number
 from fused_resnet.chain.folding import fold, fold_weight
 from fused_resnet.chain.packing import Weight, values_of
 from fused_resnet.chain.units import Unit
-from fused_resnet.frozen.forward import Row, plain_chains, run_chains
+from fused_resnet.frozen.forward import FoldedChain, FoldedUnit, Row, plain_chains, run_chains
 from fused_resnet.fusion.lowering import ChainCall, Places, UnitCall, finish, put_in
 from fused_resnet.fusion.matcher import match
 from fused_resnet.fusion.matches import Matches, RowMatch
@@ -34,20 +34,6 @@ _HAND_ON: set[Any] = {
 _TAKE_ANY: set[Any] = {torch.flatten, "flatten", "reshape", torch.reshape, "mean", torch.mean, "sum", "size", "dim"}
 
 
-class FoldedUnit(NamedTuple):
-    """act(conv(x, W) + b [+ residual]): its spec, and W, b (and s, if it is not folded into W)."""
-
-    spec: UnitSpec
-    tensors: list[Any]
-
-
-class FoldedChain(NamedTuple):
-    """A chain of folded units, its projection last."""
-
-    spec: ChainSpec
-    units: list[FoldedUnit]
-
-
 class _Folded(NamedTuple):
     """A folded row.
 
@@ -59,7 +45,6 @@ class _Folded(NamedTuple):
     values: list[tuple[int, int]]
     kept: list[Tensor]
     chains: list[FoldedChain]
-    params: list[Any]
     calls: dict[Any, Row | None]
 
 
@@ -113,7 +98,7 @@ class FrozenRow(nn.Module):
         if made is None or made.values != values or uncounted:
             self.made = made = self._fold(values, sources)
         residual = images[1] if len(images) > 1 else None
-        row = images[0], made.params, [chain.spec for chain in made.chains], residual
+        row = images[0], made.chains, residual
         with torch._C._DisableAutocast():
             return plain_chains(*row) if self.portable else run_chains(*row, made.calls)
 
@@ -124,8 +109,7 @@ class FrozenRow(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             tensors = self._tensors(sources)
             chains = [self._chain(call, tensors, sources) for call in self.chains]
-        params = [t for chain in chains for unit in chain.units for t in unit.tensors]
-        self.known[self.text] = made = _Folded(values, [t.detach() for t in sources], chains, params, {})
+        self.known[self.text] = made = _Folded(values, [t.detach() for t in sources], chains, {})
         return made
 
     def _tensors(self, sources: Sequence[Tensor]) -> list[Any]:
@@ -135,12 +119,15 @@ class FrozenRow(nn.Module):
 
     def _chain(self, call: ChainCall, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> FoldedChain:
         units = [self._unit(unit, tensors, sources) for unit in call.all_units]
-        specs = tuple(unit.spec for unit in units)
+        specs = tuple(
+            UnitSpec(unit.conv, unit.act, given.options["eps"], batch_stats=False)
+            for unit, given in zip(units, call.all_units, strict=True)
+        )
         shortcut = ShortcutSpec("tensor" if call.residual is not None else "none")
         if call.projection is not None:
             shortcut = ShortcutSpec("projection", specs[-1], call.avg_pool)
         elif call.shortcut == "pad":
-            channels = units[-1].tensors[0].shape[0]
+            channels = units[-1].weight.shape[0]
             shortcut = ShortcutSpec("pad", stride=call.stride, channels=channels)
         elif call.shortcut is not None:
             shortcut = ShortcutSpec("identity")
@@ -150,17 +137,14 @@ class FrozenRow(nn.Module):
         u = call.unit(tensors)
         norm = self._norm(u)
         wide = vector_dtype(self.dtype)
-        conv, act = None, u.act if isinstance(u.act, Act) else Act.make(u.act)
-        weight: Weight | Tensor
+        act = u.act if isinstance(u.act, Act) else Act.make(u.act)
         if u.weight is None:
-            weight, scale, bias_dtype = norm.scale.to(wide), None, wide
-        else:
-            own, scale = self._weight(u, norm)
-            again = None if self.portable else lambda: self._weight(call.unit(self._tensors(sources)))[0]
-            weight, bias_dtype = Weight(own, again), self.dtype if self.portable and scale is None else wide
-            conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
-        spec = UnitSpec(conv, act, number(u.eps, "eps"), batch_stats=False, scaled=scale is not None)
-        return FoldedUnit(spec, [weight, norm.shift.to(bias_dtype), *([scale] if scale is not None else [])])
+            return FoldedUnit(norm.scale.to(wide), norm.shift.to(wide), None, act)
+        own, scale = self._weight(u, norm)
+        again = None if self.portable else lambda: self._weight(call.unit(self._tensors(sources)))[0]
+        bias = norm.shift.to(self.dtype if self.portable and scale is None else wide)
+        conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
+        return FoldedUnit(Weight(own, again), bias, conv, act, scale)
 
     @staticmethod
     def _norm(u: Unit) -> Norm:

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from networks import BATCH, blocks, images, narrow, prepared, relative, small
+from networks import BATCH, blocks, folded, images, narrow, prepared, relative, small
 from torch import Tensor, nn
 from torchvision_shim import torchvision
 
@@ -370,7 +370,7 @@ def test_chains_with_a_summand(shape, act):
     want = torch.nn.functional.conv2d(h, params[2], params[3], padding=1) + residual
     want = want.relu() if act == "relu" else want
     for run in (frozen_forward.run_chains, frozen_forward.plain_chains):
-        assert relative(run(x, params, chains, residual), want) < 1e-5
+        assert relative(run(x, folded(params, chains), residual), want) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------ what it says

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from networks import images, prepared, small
+from networks import folded, images, prepared, small
 from torch import Tensor, nn
 
 import fused_resnet as fr
@@ -35,11 +35,12 @@ def weights(out: int, into: int, kernel: int, dtype: torch.dtype) -> list[Tensor
 def both_ways(x: Tensor, params: list[Tensor], chains: list[ChainSpec], residual: Tensor | None = None) -> None:
     """Compares the row as one call, made and made again, with its units one by one."""
     given, known = (x.clone(), None if residual is None else residual.clone()), {}
-    want = run_chains(x, params, chains, residual)
+    row = folded(params, chains)
+    want = run_chains(x, row, residual)
     # float64 runs on PyTorch's convolutions; the pass after them has our activations' rounding
     bound = 1e-12 if x.dtype == torch.float64 else 0
     for _ in range(2):
-        torch.testing.assert_close(run_chains(x, params, chains, residual, known), want, rtol=bound, atol=bound)
+        torch.testing.assert_close(run_chains(x, row, residual, known), want, rtol=bound, atol=bound)
     assert [row is not None for row in known.values()] == [True]
     assert torch.equal(x, given[0]) and (residual is None or torch.equal(residual, given[1]))
 
@@ -90,7 +91,7 @@ def test_a_network_runs_as_recorded_rows(build: Callable[[], nn.Module], empty_i
     model, x = build(), images()
     frozen = fr.freeze(model, x)
     rows = []
-    with patch.object(frozen_rows, "run_chains", lambda *args: rows.append(args[4]) or run_chains(*args)):
+    with patch.object(frozen_rows, "run_chains", lambda *args: rows.append(args[3]) or run_chains(*args)):
         for mode in (torch.no_grad, torch.inference_mode):
             for size in (64, 33):
                 with mode():

@@ -24,7 +24,7 @@ from fused_resnet.spec import Act, ConvSpec
 
 def weights_of(frozen: Frozen) -> list[Weight]:
     """The weights of its convolutions."""
-    return [unit.tensors[0] for chain in blocks(frozen) for unit in chain.units]
+    return [unit.weight for chain in blocks(frozen) for unit in chain.units]
 
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"packs weights: backend cpu: {load('cpu')[1]}")
@@ -112,7 +112,7 @@ def test_no_weight_is_held_twice():
     graphs = frozen.front().graphs
     assert len(graphs) > 2
     rows = {id(chain.choice): chain.choice for graph in graphs for chain in graph.chains}.values()
-    made = {id(w): w for row in rows for chain in row.folded for unit in chain.units for w in unit.tensors[:1]}
+    made = {id(unit.weight): unit.weight for row in rows for chain in row.folded for unit in chain.units}
     assert len(made) == len(weights_of(frozen)), "a capture has folded its own"
     assert not any(w._own is not None for w in made.values()), "what is packed is also held as it was folded"
 

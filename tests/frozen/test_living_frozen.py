@@ -48,7 +48,7 @@ def live_frozen(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[
                 got = outcome(nets[1], call, step, frozen)
             note(f"step {step}: {want.get('error', '')!r}")
             same(got, want, BOUND[torch.float64])
-            ran = sum(len(args[2]) for args, _ in rows.call_args_list)
+            ran = sum(len(args[1]) for args, _ in rows.call_args_list)
             total += ran
             if step == 0 and "raised" not in want and len(frozen.front().graphs) == 1:
                 assert sum(row.chains for row in fr.explain(frozen).rows) == ran

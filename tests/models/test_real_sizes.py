@@ -179,7 +179,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, int]:
         monkeypatch.setattr(module, name, counting)
 
     count("fused", chain_call, "run_row", lambda *_: 1)
-    count("frozen", frozen_forward, "_served_row", lambda x, params, chains, *_: len(chains))
+    count("frozen", frozen_forward, "_served_row", lambda x, chains, *_: len(chains))
     return counts
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.chain.packing import Weight
+from fused_resnet.frozen.forward import FoldedChain, FoldedUnit
 from fused_resnet.frozen.modules import Frozen
-from fused_resnet.frozen.rows import FoldedChain
 from fused_resnet.models.resnet import BasicBlock, Bottleneck, ResNet
+from fused_resnet.spec import ChainSpec, UnitSpec
 
 SIZE = 48
 # Of a model that torch.export takes with any number of images.
@@ -76,3 +80,14 @@ def blocks(frozen: Frozen) -> list[FoldedChain]:
     """The folded chains of a frozen model's latest graph."""
     chains = frozen.front().graphs[-1].chains
     return [chain.choice.folded[chain.place] for chain in chains]
+
+
+def folded(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[FoldedChain]:
+    """Frozen chains of these specs. ``params``: the weight and the bias of each unit, a chain's projection last."""
+    it = iter(params)
+
+    def unit(u: UnitSpec) -> FoldedUnit:
+        weight = next(it)
+        return FoldedUnit(weight if u.conv is None else Weight(weight), next(it), u.conv, u.act)
+
+    return [FoldedChain(chain, [unit(u) for u in chain.all_units]) for chain in chains]
