@@ -45,46 +45,6 @@ from fused_resnet.backends.values import (
     vector_dtype,
 )
 
-__all__ = [
-    "NAMES",
-    "Backend",
-    "BackendUnavailable",
-    "BnAct",
-    "BnActBackward",
-    "BnActMaxPool",
-    "BnActMaxPoolBackward",
-    "BnBackward",
-    "BnCoefficients",
-    "BnFold",
-    "BnStats",
-    "Call",
-    "Case",
-    "Closing",
-    "ConvBackward",
-    "ConvBiasAct",
-    "ConvBnAct",
-    "ConvStats",
-    "DyCoefficients",
-    "Norm",
-    "Packed",
-    "Prologue",
-    "RowBackward",
-    "RowForward",
-    "RowInference",
-    "Sums",
-    "allow_tf32",
-    "backends",
-    "forced",
-    "forced_again",
-    "load",
-    "loaded",
-    "text_of",
-    "use_backend",
-    "vector_dtype",
-    "warn_lost_speed",
-    "warn_once",
-]
-
 # The planner prefers them in this order if it has measured nothing. "aten" takes every case on every device.
 NAMES = ("cuda", "cudnn", "triton", "cpu", "aten")
 

@@ -12,25 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.backends import (
-    Backend,
-    BnAct,
-    BnActBackward,
-    BnActMaxPool,
-    BnActMaxPoolBackward,
-    BnBackward,
-    BnCoefficients,
-    BnFold,
-    BnStats,
-    ConvBackward,
-    ConvBiasAct,
-    ConvStats,
-    DyCoefficients,
-    Norm,
-    Prologue,
-    Sums,
-    vector_dtype,
-)
+from fused_resnet.backends import Backend, DyCoefficients, Norm, Prologue, Sums, primitives, vector_dtype
 from fused_resnet.reference import ACT
 from fused_resnet.spec import ConvSpec
 
@@ -77,26 +59,26 @@ class Aten(Backend):
 
     name = "aten"
 
-    def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
+    def conv_bias_act(self, call: primitives.ConvBiasAct) -> Tensor:
         x, act = call.x, call.act
         y = _convolve(x, call.weight, call.bias.to(x.dtype) if call.bias is not None else None, call.conv)
         return ACT[act.name](y if call.residual is None else y + call.residual, act.param)
 
-    def conv_stats(self, call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def conv_stats(self, call: primitives.ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y = _convolve(self._operand(call.x, call.prologue), call.weight, None, call.conv)
-        return (y, *self.bn_stats(BnStats(y))) if call.stats else (y, None, None)
+        return (y, *self.bn_stats(primitives.BnStats(y))) if call.stats else (y, None, None)
 
-    def bn_stats(self, call: BnStats) -> tuple[Tensor, Tensor]:
+    def bn_stats(self, call: primitives.BnStats) -> tuple[Tensor, Tensor]:
         """Two passes, so that |mean| >> std loses no precision."""
         wide = _wide(call.y)
         mean = wide.mean(_DIMS)
         return mean, (wide - _c(mean)).square().mean(_DIMS)
 
-    def bn_act(self, call: BnAct) -> Tensor:
+    def bn_act(self, call: primitives.BnAct) -> Tensor:
         z = _z(call.y, call.norm, call.residual, call.residual_norm)
         return ACT[call.act.name](z, call.act.param).to(call.y.dtype)
 
-    def bn_act_backward(self, call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
+    def bn_act_backward(self, call: primitives.BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         dout, y, norm, act = call.dout, call.y, call.norm, call.act
         residual, residual_norm = call.residual, call.residual_norm
         dz = _ACT_BACKWARD[act.name](_wide(dout), _z(y, norm, residual, residual_norm), act.param)
@@ -107,17 +89,17 @@ class Aten(Backend):
         # for the identity this is dout itself; a later primitive might overwrite it as its ``add``
         return new.clone() if new is dout else new, _sums(dz, y, norm), with_residual
 
-    def bn_backward(self, call: BnBackward) -> Tensor:
+    def bn_backward(self, call: primitives.BnBackward) -> Tensor:
         y, coef = call.y, call.coef
         dy = _c(coef.a) * _wide(call.dz)
         if coef.b is not None and coef.c is not None:
             dy = dy + _c(coef.b) * (_wide(y) - _c(coef.center)) + _c(coef.c)
         return dy.to(y.dtype)
 
-    def conv_backward(self, call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
+    def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
         x, weight, conv = call.x, call.weight, call.conv
         da, dw, _ = _aten.convolution_backward(
-            self.bn_backward(BnBackward(call.dz, call.y, call.coef)),
+            self.bn_backward(primitives.BnBackward(call.dz, call.y, call.coef)),
             self._operand(x, call.prologue),
             weight.to(x.dtype),
             None,
@@ -137,12 +119,12 @@ class Aten(Backend):
         closing = call.before
         if closing is None:
             return da, dw, None, None
-        dz, sums, summand_sums = self.bn_act_backward(BnActBackward(da, *closing))
+        dz, sums, summand_sums = self.bn_act_backward(primitives.BnActBackward(da, *closing))
         return dz, dw, sums, summand_sums
 
-    def bn_act_max_pool(self, call: BnActMaxPool) -> tuple[Tensor, Tensor]:
+    def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
         y, pool = call.y, call.pool
-        a = self.bn_act(BnAct(y, call.norm, call.act))
+        a = self.bn_act(primitives.BnAct(y, call.norm, call.act))
         out, index = F.max_pool2d(a, pool.kernel, pool.stride, pool.padding, return_indices=True)
         # PyTorch's index is into the H*W plane; ours is the position in the window
         row, col = index // a.shape[3], index % a.shape[3]
@@ -150,7 +132,7 @@ class Aten(Backend):
         left = torch.arange(out.shape[3], device=y.device) * pool.stride[1] - pool.padding[1]
         return out, ((row - top) * pool.kernel[1] + (col - left)).to(torch.uint8)
 
-    def bn_act_max_pool_backward(self, call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
+    def bn_act_max_pool_backward(self, call: primitives.BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
         dout, y, pool = call.dout, call.y, call.pool
         place = call.argmax.long()
         top = torch.arange(dout.shape[2], device=y.device)[:, None] * pool.stride[0] - pool.padding[0]
@@ -159,10 +141,10 @@ class Aten(Backend):
         da = _aten.max_pool2d_with_indices_backward(
             _wide(dout), _wide(y), pool.kernel, pool.stride, pool.padding, (1, 1), False, index
         )
-        dz, sums, _ = self.bn_act_backward(BnActBackward(da, y, call.norm, call.act))
+        dz, sums, _ = self.bn_act_backward(primitives.BnActBackward(da, y, call.norm, call.act))
         return dz.to(dout.dtype), sums
 
-    def bn_fold(self, call: BnFold) -> Norm:
+    def bn_fold(self, call: primitives.BnFold) -> Norm:
         """In float64, because a rounding error here affects every pixel of a channel."""
         mean, weight, bias, conv_bias = call.mean, call.weight, call.bias, call.conv_bias
         wide = vector_dtype(mean.dtype)
@@ -175,7 +157,7 @@ class Aten(Backend):
         shift = (bias.to(exact) if bias is not None else 0) - center * scale
         return Norm(scale, shift.to(wide), center.to(wide), rstd.to(wide))
 
-    def bn_coefficients(self, call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
+    def bn_coefficients(self, call: primitives.BnCoefficients) -> tuple[Tensor, DyCoefficients]:
         norm, sums, count = call.norm, call.sums, call.count
         dgamma = norm.rstd * sums.dz_y
         if count is None:
@@ -184,7 +166,7 @@ class Aten(Backend):
         return dgamma, DyCoefficients(norm.scale, b, norm.scale * sums.dz / -count, norm.center)
 
     def _operand(self, x: Tensor, prologue: Prologue | None) -> Tensor:
-        return x if prologue is None else self.bn_act(BnAct(x, *prologue))
+        return x if prologue is None else self.bn_act(primitives.BnAct(x, *prologue))
 
 
 BACKEND = Aten()

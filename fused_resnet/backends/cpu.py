@@ -17,29 +17,15 @@ from torch import Tensor
 
 from fused_resnet.backends import (
     Backend,
-    BnAct,
-    BnActBackward,
-    BnActMaxPool,
-    BnActMaxPoolBackward,
-    BnBackward,
-    BnCoefficients,
-    BnFold,
-    BnStats,
     Call,
     Case,
-    ConvBackward,
-    ConvBiasAct,
-    ConvBnAct,
-    ConvStats,
     DyCoefficients,
     Norm,
     Packed,
     Prologue,
-    RowBackward,
-    RowForward,
-    RowInference,
     Sums,
     aten,
+    primitives,
     warn_once,
 )
 from fused_resnet.backends.cpu_steps import POST_OPS, Writer, identity, needs_pass, scalars
@@ -126,7 +112,7 @@ def _prologue(prologue: Prologue | None) -> tuple[Norm | None, Act]:
     return prologue if prologue is not None else (None, Act("identity"))
 
 
-def _setting(call: RowForward | RowBackward | RowInference) -> tuple[Any, ...]:
+def _setting(call: primitives.RowForward | primitives.RowBackward | primitives.RowInference) -> tuple[Any, ...]:
     return *ints_and_reals(call.spec), compute_dtype(call.x.dtype), _gemm()
 
 
@@ -163,21 +149,21 @@ class Convolution(NamedTuple):
     """
 
     name: str
-    takes: Callable[[ConvBiasAct], bool]
-    pack: Callable[[ConvBiasAct], Tensor]
+    takes: Callable[[primitives.ConvBiasAct], bool]
+    pack: Callable[[primitives.ConvBiasAct], Tensor]
     layout: Callable[[Tensor], bytes] | None
-    run: Callable[[ConvBiasAct, Tensor, bool, bool], Tensor]
+    run: Callable[[primitives.ConvBiasAct, Tensor, bool, bool], Tensor]
 
 
-def _in_float(call: ConvBiasAct) -> bool:
+def _in_float(call: primitives.ConvBiasAct) -> bool:
     return compute_dtype(call.x.dtype) == torch.float32 and _gemm()
 
 
-def _winograd(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+def _winograd(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
     return _ops.winograd_bias_act(call.x, packed, call.bias, call.conv.padding[0], *_act(call.act), call.residual)
 
 
-def _pointwise(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+def _pointwise(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
     x, out = call.x, call.residual
     if out is None or not owned:
         shape = (x.shape[0], call.weight.shape[0], *x.shape[2:])
@@ -186,7 +172,7 @@ def _pointwise(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> T
     return out
 
 
-def _onednn_weight(call: ConvBiasAct) -> Tensor:
+def _onednn_weight(call: primitives.ConvBiasAct) -> Tensor:
     x, conv = call.x, call.conv
     return _mkldnn._reorder_convolution_weight(
         call.weight.to(compute_dtype(x.dtype)), conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape)
@@ -203,19 +189,19 @@ def _onednn_layout(packed: Tensor) -> bytes:
     return bytes(description[:108] + description[112:])
 
 
-def _onednn(call: ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+def _onednn(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
     x, bias, act, residual = call.x, call.bias, call.act, call.residual
     assert bias is not None
     # oneDNN's relu turns NaN into 0: acceptable for a frozen model (docs/limits.md says so), not in training
     if (exact and act.name != "identity") or needs_pass(act, residual is not None):
         y = _onednn(call.replace(act=Act("identity"), residual=None), packed, False, False)
-        return BnAct(y, identity(bias.numel(), y.dtype), act, residual).on(BACKEND)
+        return primitives.BnAct(y, identity(bias.numel(), y.dtype), act, residual).on(BACKEND)
     y = _with_post_ops(call, packed, owned)
     fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     return y.to(x.dtype).contiguous(memory_format=fmt)
 
 
-def _with_post_ops(call: ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:
+def _with_post_ops(call: primitives.ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:
     compute, conv, act = compute_dtype(call.x.dtype), call.conv, call.act
     assert call.bias is not None
     x, bias = call.x.to(compute), call.bias.to(compute)
@@ -298,15 +284,15 @@ class Cpu(Backend):
             compute = compute_dtype(x.dtype)
             return _ops.conv_algorithm(kind, x, weight, *_where(conv), prologue, compute, _gemm())
 
-        if primitive is ConvStats:
+        if primitive is primitives.ConvStats:
             return name("fprop")
-        if primitive is ConvBackward:
+        if primitive is primitives.ConvBackward:
             dgrad, wgrad = name("dgrad"), name("wgrad")
             return dgrad if dgrad == wgrad else f"{dgrad} for the input, {wgrad} for the weight"
         return None
 
     # ------------------------------------------------------------------------------------------------ inference
-    def prepack(self, call: ConvBiasAct, known: Sequence[Any] = ()) -> Packed | None:
+    def prepack(self, call: primitives.ConvBiasAct, known: Sequence[Any] = ()) -> Packed | None:
         """The weight packed for the first of ``CONVOLUTIONS`` that takes the call; None for float64."""
         if torch.float64 in (call.x.dtype, call.weight.dtype):
             return None
@@ -319,22 +305,22 @@ class Cpu(Backend):
             return packed
         return next((form for form in same if layout(form.weight) == layout(packed.weight)), packed)
 
-    def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
+    def conv_bias_act(self, call: primitives.ConvBiasAct) -> Tensor:
         packed = self.prepack(call)
         if packed is None:
             return aten.BACKEND.conv_bias_act(call)
         return _BY_NAME[packed.kind].run(call, packed.weight, False, True)
 
-    def conv_packed(self, call: ConvBiasAct, packed: Packed, owned: bool) -> Tensor:
+    def conv_packed(self, call: primitives.ConvBiasAct, packed: Packed, owned: bool) -> Tensor:
         return _BY_NAME[packed.kind].run(call, packed.weight, owned, False)
 
-    def prepack_pooled(self, call: ConvBiasAct, pool: PoolSpec) -> Packed | None:
+    def prepack_pooled(self, call: primitives.ConvBiasAct, pool: PoolSpec) -> Packed | None:
         conv, weight = call.conv, call.weight
         if not _ops.stem_suits(call.x, weight, conv.dilation, conv.groups, pool.kernel):
             return None
         return Packed(_ops.direct_prepack(weight), "stem")
 
-    def conv_pooled(self, call: ConvBiasAct, packed: Packed, pool: PoolSpec) -> Tensor:
+    def conv_pooled(self, call: primitives.ConvBiasAct, packed: Packed, pool: PoolSpec) -> Tensor:
         """The convolution's output is never written to memory."""
         return _ops.stem_bias_act_max_pool(
             call.x, packed.weight, call.bias, call.conv.stride, call.conv.padding, *_act(call.act),
@@ -344,21 +330,21 @@ class Cpu(Backend):
     def frozen_row(self, recorded: Sequence[Recorded], dtype: torch.dtype) -> Callable[..., Tensor] | None:
         return Writer().row(recorded) if compute_dtype(dtype) == dtype else None  # otherwise tensors are converted
 
-    def conv_bn_act(self, call: ConvBnAct) -> Tensor:
+    def conv_bn_act(self, call: primitives.ConvBnAct) -> Tensor:
         return _ops.conv_bn_act(
             call.x, call.weight, *_where(call.conv), _pair(call.norm), *_act(call.act), call.residual,
             compute_dtype(call.x.dtype), _gemm(),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ training
-    def conv_stats(self, call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def conv_stats(self, call: primitives.ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
         norm, act = _prologue(call.prologue)
         return _ops.conv_stats(
             call.x, call.weight, *_where(call.conv), _pair(norm), *_act(act), call.stats,
             compute_dtype(call.x.dtype), _gemm(),
         )  # fmt: skip
 
-    def conv_backward(self, call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
+    def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
         norm, act = _prologue(call.prologue)
         dx, dw, s0, s1 = _ops.conv_backward(
             call.dz, call.y, _coef(call.coef), call.x, _triple(norm), *_act(act), call.weight, *_where(call.conv),
@@ -368,30 +354,30 @@ class Cpu(Backend):
             return dx, dw, None, None
         if call.closing is None:
             return dx, dw, Sums(s0, s1), None
-        dz, sums, summand_sums = self.bn_act_backward(BnActBackward(dx, *call.closing))
+        dz, sums, summand_sums = self.bn_act_backward(primitives.BnActBackward(dx, *call.closing))
         return dz, dw, sums, summand_sums
 
-    def bn_stats(self, call: BnStats) -> tuple[Tensor, Tensor]:
+    def bn_stats(self, call: primitives.BnStats) -> tuple[Tensor, Tensor]:
         return _ops.bn_stats(call.y)
 
-    def bn_act(self, call: BnAct) -> Tensor:
+    def bn_act(self, call: primitives.BnAct) -> Tensor:
         y, residual = call.y, call.residual
         return _ops.bn_act(y, _pair(call.norm), *_act(call.act), residual, _pair(call.residual_norm), y.dtype)
 
-    def bn_act_backward(self, call: BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
+    def bn_act_backward(self, call: primitives.BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         dz, s0, s1, s2 = _ops.bn_act_backward(
             call.dout, call.y, _triple(call.norm), *_act(call.act), call.residual, _triple(call.residual_norm)
         )
         return dz, Sums(s0, s1), Sums(s0, s2) if call.residual_norm is not None else None
 
-    def bn_backward(self, call: BnBackward) -> Tensor:
+    def bn_backward(self, call: primitives.BnBackward) -> Tensor:
         return _ops.bn_backward(call.dz, call.y, _coef(call.coef), call.y.dtype)
 
-    def bn_act_max_pool(self, call: BnActMaxPool) -> tuple[Tensor, Tensor]:
+    def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
         pool = call.pool
         return _ops.bn_act_max_pool(call.y, _pair(call.norm), *_act(call.act), pool.kernel, pool.stride, pool.padding)
 
-    def bn_act_max_pool_backward(self, call: BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
+    def bn_act_max_pool_backward(self, call: primitives.BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
         y, pool = call.y, call.pool
         dz, s0, s1 = _ops.bn_act_max_pool_backward(
             call.dout, call.argmax, y, _triple(call.norm), *_act(call.act), pool.kernel, pool.stride, pool.padding,
@@ -399,25 +385,25 @@ class Cpu(Backend):
         )  # fmt: skip
         return dz, Sums(s0, s1)
 
-    def bn_fold(self, call: BnFold) -> Norm:
+    def bn_fold(self, call: primitives.BnFold) -> Norm:
         return Norm(*_ops.bn_fold(call.mean, call.var, call.weight, call.bias, call.conv_bias, call.eps))
 
-    def bn_coefficients(self, call: BnCoefficients) -> tuple[Tensor, DyCoefficients]:
+    def bn_coefficients(self, call: primitives.BnCoefficients) -> tuple[Tensor, DyCoefficients]:
         norm = call.norm
         dgamma, b, c = _ops.bn_coefficients(norm.scale, norm.rstd, *call.sums, call.count)
         return dgamma, DyCoefficients(norm.scale, b, c, norm.center)
 
     # ------------------------------------------------------------------------------------------------ whole rows
-    def row_forward(self, call: RowForward) -> list[Tensor]:
+    def row_forward(self, call: primitives.RowForward) -> list[Tensor]:
         return _ops.row_forward(call.x, call.residual, call.params, *_setting(call))
 
-    def row_backward(self, call: RowBackward) -> list[Tensor]:
+    def row_backward(self, call: primitives.RowBackward) -> list[Tensor]:
         numbers, setting = _setting(call)[:2], _setting(call)[2:]
         return _ops.row_backward(
             call.dout, call.x, call.residual, call.weights, call.saved, *numbers, call.needs, *setting
         )
 
-    def row_inference(self, call: RowInference) -> Tensor:
+    def row_inference(self, call: primitives.RowInference) -> Tensor:
         return _ops.row_inference(call.x, call.residual, call.params, *_setting(call))
 
 

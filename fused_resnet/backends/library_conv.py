@@ -10,19 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import (
-    Backend,
-    BnAct,
-    BnActBackward,
-    BnBackward,
-    BnStats,
-    ConvBackward,
-    ConvBiasAct,
-    ConvStats,
-    Norm,
-    Sums,
-    vector_dtype,
-)
+from fused_resnet.backends import Backend, Norm, primitives, vector_dtype
 from fused_resnet.spec import Act, ConvSpec
 
 _IDENTITY = Act("identity")
@@ -36,25 +24,25 @@ class Convolutions(Backend):
         """The backend whose ``bn_act``, ``bn_act_backward``, ``bn_backward`` and ``bn_stats`` run: itself."""
         return self
 
-    def conv_bias_act(self, call: ConvBiasAct) -> Tensor:
+    def conv_bias_act(self, call: primitives.ConvBiasAct) -> Tensor:
         y = self.convolution(call.x, call.weight, call.conv)
         if call.bias is None and call.act == _IDENTITY and call.residual is None:
             return y
         wide = vector_dtype(y.dtype)
         one = torch.ones(y.shape[1], dtype=wide, device=y.device)
         shift = torch.zeros_like(one) if call.bias is None else call.bias.to(wide)
-        return BnAct(y, Norm(one, shift, one, one), call.act, call.residual).on(self.passes)
+        return primitives.BnAct(y, Norm(one, shift, one, one), call.act, call.residual).on(self.passes)
 
-    def conv_stats(self, call: ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        a = call.x if call.prologue is None else BnAct(call.x, *call.prologue).on(self.passes)
+    def conv_stats(self, call: primitives.ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        a = call.x if call.prologue is None else primitives.BnAct(call.x, *call.prologue).on(self.passes)
         y = self.convolution(a, call.weight, call.conv)
-        return (y, *BnStats(y).on(self.passes)) if call.stats else (y, None, None)
+        return (y, *primitives.BnStats(y).on(self.passes)) if call.stats else (y, None, None)
 
-    def conv_backward(self, call: ConvBackward) -> tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]:
+    def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
         x, weight, add = call.x, call.weight, call.add
         # only the weight's gradient needs the input's values
-        a = x if call.prologue is None or not call.need_weight else BnAct(x, *call.prologue).on(self.passes)
-        dy = BnBackward(call.dz, call.y, call.coef).on(self.passes)
+        a = x if call.prologue is None or not call.need_weight else primitives.BnAct(x, *call.prologue).on(self.passes)
+        dy = primitives.BnBackward(call.dz, call.y, call.coef).on(self.passes)
         spare = add is not None and not add.is_set_to(call.dz)
         needs = (call.need_input, call.need_weight)
         da, dw = self.gradients(dy, a, as_operand(weight, x.dtype), call.conv, needs, add, spare)
@@ -65,7 +53,7 @@ class Convolutions(Backend):
         if closing is None:
             return da, dw, None, None
         da = da.contiguous(memory_format=torch.channels_last)
-        previous, sums, summand_sums = BnActBackward(da, *closing).on(self.passes)
+        previous, sums, summand_sums = primitives.BnActBackward(da, *closing).on(self.passes)
         return previous, dw, sums, summand_sums
 
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 R = TypeVar("R")
+# The gradient of the input and dW, and the sums of dz with y and with the summand, see ``ConvBackward``.
+Gradients = tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]
 
 
 # ---------------------------------------------------------------------------------------------------- calls
@@ -215,7 +217,7 @@ class BnBackward(Call[Tensor]):
 
 
 @_call
-class ConvBackward(_Convolution[tuple[Tensor | None, Tensor | None, Sums | None, Sums | None]]):
+class ConvBackward(_Convolution[Gradients]):
     """The gradient of the input and dW. dy is formed from (dz, y).
 
     With a prologue, x is the previous unit's raw y. The input's gradient is then that unit's dz = da*act'(z), with its
