@@ -12,19 +12,13 @@ from fused_resnet.chain.call import in_backward, run
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.inspection import graphed, shared_by
 from fused_resnet.fusion.patterns import norm_kind, original, same_as
-from fused_resnet.spec import Act
+from fused_resnet.spec import ACTIVATIONS, Act
 
-# Activation modules and the name of the attribute that holds their parameter.
-ACT_MODULES: dict[type[nn.Module], tuple[str, str]] = {
-    nn.Identity: ("identity", ""),
-    nn.ReLU: ("relu", ""),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.ELU: ("elu", "alpha"),
-    nn.Sigmoid: ("sigmoid", ""),
-    nn.SiLU: ("silu", ""),
-    nn.ReLU6: ("relu6", ""),
-    nn.Hardswish: ("hardswish", ""),
-}
+# Activation modules -> their names in ``ACTIVATIONS``, which also names the attribute that holds their parameter.
+ACT_MODULES: dict[type[nn.Module], str] = {
+    nn.Identity: "identity", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu", nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish",
+}  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -83,7 +77,7 @@ class ConvBNAct(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum)
         a = Act.make(act)
-        kind, attribute = next((k, v[1]) for k, v in ACT_MODULES.items() if v[0] == a.name)
+        kind, attribute = next(m for m, name in ACT_MODULES.items() if name == a.name), ACTIVATIONS[a.name][1]
         self.act = kind(**({attribute: a.param} if attribute else {}))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +127,8 @@ class ConvBNAct(nn.Module):
         if momentum is None:
             counted = bn.num_batches_tracked if averaging else None
             momentum = 0.0 if counted is None else 1.0 / float(counted + 1)
-        name, attribute = ACT_MODULES[same_as(type(self.act))]
+        name = ACT_MODULES[same_as(type(self.act))]
+        attribute = ACTIVATIONS[name][1]
         used = averaging or not training
         return Unit(
             weight=conv.weight,

@@ -42,7 +42,7 @@ def act(z: Tensor, a: Act) -> Tensor:
 
 def conv(x: Tensor, p: dict[str, Tensor], c: ConvSpec) -> Tensor:
     """y = conv(x, W) (+ b): torch.nn.functional.conv2d."""
-    return F.conv2d(x, p["weight"], p.get("bias"), c.stride, c.padding, c.dilation, c.groups)
+    return F.conv2d(x, p["weight"], p.get("bias"), *c.geometry)
 
 
 class _JointSum(torch.autograd.Function):
@@ -94,7 +94,7 @@ def shortcut_input(x: Tensor, shortcut: ShortcutSpec) -> Tensor:
         return F.pad(x, (0, 0, 0, 0, 0, shortcut.channels - x.shape[1]))
     if shortcut.pool is not None:
         p = shortcut.pool
-        return F.avg_pool2d(x, p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad)
+        return F.avg_pool2d(x, *p.window, p.ceil_mode, p.count_include_pad)
     return x
 
 
@@ -122,7 +122,7 @@ def chain(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: Ch
             stats.append(s)
         a = act(z + summand, spec.units[-1].act)
     if spec.pool is not None:
-        a = F.max_pool2d(a, spec.pool.kernel, spec.pool.stride, spec.pool.padding)
+        a = F.max_pool2d(a, *spec.pool.window)
     return ChainResult(a, stats)
 
 

@@ -68,6 +68,11 @@ class Act:
         """Its index in ``ACTIVATIONS``, which csrc uses."""
         return _INDEX[self.name]
 
+    @property
+    def numbers(self) -> tuple[int, float]:
+        """The arguments of csrc's operators: ``index``, ``param``."""
+        return self.index, self.param
+
     @staticmethod
     def make(act: str | tuple[str, float] | Act | None) -> Act:
         """Makes an ``Act`` from ``"relu"``, ``("leaky_relu", 0.2)``, ``None`` (identity) or an ``Act``."""
@@ -144,6 +149,11 @@ class ConvSpec:
         fields = f"stride={self.stride},padding={self.padding},dilation={self.dilation},groups={self.groups}"
         return f"conv({fields})".replace(" ", "")
 
+    @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """The last arguments of ``conv2d``: stride, padding, dilation, groups."""
+        return self.stride, self.padding, self.dilation, self.groups
+
     def out_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         """Output height and width for an input of ``size`` (the formula of ``torch.nn.Conv2d``)."""
         h, w = (
@@ -180,6 +190,11 @@ class PoolSpec:
     def text(self) -> str:
         """Its text in signatures of the planner's file."""
         return f"pool({self.kernel},{self.stride},{self.padding})".replace(" ", "")
+
+    @property
+    def window(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """The arguments of ``max_pool2d``: kernel, stride, padding."""
+        return self.kernel, self.stride, self.padding
 
     @staticmethod
     def make(

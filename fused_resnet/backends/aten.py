@@ -51,7 +51,7 @@ def _sums(dz: Tensor, y: Tensor, norm: Norm) -> Sums:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec) -> Tensor:
-    return F.conv2d(x, weight.to(x.dtype), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(x, weight.to(x.dtype), bias, *conv.geometry)
 
 
 class Aten(Backend):
@@ -102,15 +102,9 @@ class Aten(Backend):
             self.bn_backward(primitives.BnBackward(call.dz, call.y, call.coef)),
             self._operand(x, call.prologue),
             weight.to(x.dtype),
-            None,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            False,
-            (0, 0),
-            conv.groups,
+            None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups,
             (call.need_input, call.need_weight, False),
-        )
+        )  # fmt: skip
         dw = dw.to(weight.dtype) if call.need_weight else None
         if not call.need_input:
             return None, dw, None, None
@@ -125,7 +119,7 @@ class Aten(Backend):
     def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
         y, pool = call.y, call.pool
         a = self.bn_act(primitives.BnAct(y, call.norm, call.act))
-        out, index = F.max_pool2d(a, pool.kernel, pool.stride, pool.padding, return_indices=True)
+        out, index = F.max_pool2d(a, *pool.window, return_indices=True)
         # PyTorch's index is into the H*W plane; ours is the position in the window
         row, col = index // a.shape[3], index % a.shape[3]
         top = torch.arange(out.shape[2], device=y.device)[:, None] * pool.stride[0] - pool.padding[0]
@@ -138,9 +132,7 @@ class Aten(Backend):
         top = torch.arange(dout.shape[2], device=y.device)[:, None] * pool.stride[0] - pool.padding[0]
         left = torch.arange(dout.shape[3], device=y.device) * pool.stride[1] - pool.padding[1]
         index = (top + place // pool.kernel[1]) * y.shape[3] + left + place % pool.kernel[1]
-        da = _aten.max_pool2d_with_indices_backward(
-            _wide(dout), _wide(y), pool.kernel, pool.stride, pool.padding, (1, 1), False, index
-        )
+        da = _aten.max_pool2d_with_indices_backward(_wide(dout), _wide(y), *pool.window, (1, 1), False, index)
         dz, sums, _ = self.bn_act_backward(primitives.BnActBackward(da, y, call.norm, call.act))
         return dz.to(dout.dtype), sums
 

@@ -30,6 +30,7 @@ from fused_resnet.backends import (
 )
 from fused_resnet.backends.cpu_steps import POST_OPS, Writer, identity, needs_pass, scalars
 from fused_resnet.backends.steps import Recorded
+from fused_resnet.backends.values import vectors_of
 from fused_resnet.base.locks import Lock
 from fused_resnet.spec import SHORTCUTS, Act, ConvSpec, PoolSpec, RowSpec
 
@@ -88,26 +89,6 @@ def _gemm() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
-def _act(act: Act) -> tuple[int, float]:
-    return act.index, act.param
-
-
-def _pair(norm: Norm | None) -> list[Tensor]:
-    return [norm.scale, norm.shift] if norm is not None else []
-
-
-def _triple(norm: Norm | None) -> list[Tensor]:
-    return [norm.scale, norm.shift, norm.center] if norm is not None else []
-
-
-def _coef(c: DyCoefficients) -> list[Tensor]:
-    return [c.a] if c.b is None or c.c is None else [c.a, c.b, c.c, c.center]
-
-
-def _where(conv: ConvSpec) -> tuple[Any, ...]:
-    return conv.stride, conv.padding, conv.dilation, conv.groups
-
-
 def _prologue(prologue: Prologue | None) -> tuple[Norm | None, Act]:
     return prologue if prologue is not None else (None, Act("identity"))
 
@@ -160,7 +141,7 @@ def _in_float(call: primitives.ConvBiasAct) -> bool:
 
 
 def _winograd(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
-    return _ops.winograd_bias_act(call.x, packed, call.bias, call.conv.padding[0], *_act(call.act), call.residual)
+    return _ops.winograd_bias_act(call.x, packed, call.bias, call.conv.padding[0], *call.act.numbers, call.residual)
 
 
 def _pointwise(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
@@ -168,7 +149,7 @@ def _pointwise(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact:
     if out is None or not owned:
         shape = (x.shape[0], call.weight.shape[0], *x.shape[2:])
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    _ops.pointwise_bias_act(x, packed, call.bias, *_act(call.act), call.residual, out)
+    _ops.pointwise_bias_act(x, packed, call.bias, *call.act.numbers, call.residual, out)
     return out
 
 
@@ -222,8 +203,8 @@ def _with_post_ops(call: primitives.ConvBiasAct, packed: Tensor, owned: bool) ->
 CONVOLUTIONS = (
     Convolution(
         "winograd",
-        lambda call: _in_float(call) and _ops.winograd_tile(call.x, call.weight, *_where(call.conv)) != 0,
-        lambda call: _ops.winograd_prepack(call.weight, _ops.winograd_tile(call.x, call.weight, *_where(call.conv))),
+        lambda call: _in_float(call) and _ops.winograd_tile(call.x, call.weight, *call.conv.geometry) != 0,
+        lambda call: _ops.winograd_prepack(call.weight, _ops.winograd_tile(call.x, call.weight, *call.conv.geometry)),
         None,
         _winograd,
     ),
@@ -282,7 +263,7 @@ class Cpu(Backend):
 
         def name(kind: str) -> str:
             compute = compute_dtype(x.dtype)
-            return _ops.conv_algorithm(kind, x, weight, *_where(conv), prologue, compute, _gemm())
+            return _ops.conv_algorithm(kind, x, weight, *conv.geometry, prologue, compute, _gemm())
 
         if primitive is primitives.ConvStats:
             return name("fprop")
@@ -323,8 +304,7 @@ class Cpu(Backend):
     def conv_pooled(self, call: primitives.ConvBiasAct, packed: Packed, pool: PoolSpec) -> Tensor:
         """The convolution's output is never written to memory."""
         return _ops.stem_bias_act_max_pool(
-            call.x, packed.weight, call.bias, call.conv.stride, call.conv.padding, *_act(call.act),
-            pool.kernel, pool.stride, pool.padding,
+            call.x, packed.weight, call.bias, call.conv.stride, call.conv.padding, *call.act.numbers, *pool.window,
         )  # fmt: skip
 
     def frozen_row(self, recorded: Sequence[Recorded], dtype: torch.dtype) -> Callable[..., Tensor] | None:
@@ -332,7 +312,7 @@ class Cpu(Backend):
 
     def conv_bn_act(self, call: primitives.ConvBnAct) -> Tensor:
         return _ops.conv_bn_act(
-            call.x, call.weight, *_where(call.conv), _pair(call.norm), *_act(call.act), call.residual,
+            call.x, call.weight, *call.conv.geometry, vectors_of(call.norm, 2), *call.act.numbers, call.residual,
             compute_dtype(call.x.dtype), _gemm(),
         )  # fmt: skip
 
@@ -340,15 +320,15 @@ class Cpu(Backend):
     def conv_stats(self, call: primitives.ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
         norm, act = _prologue(call.prologue)
         return _ops.conv_stats(
-            call.x, call.weight, *_where(call.conv), _pair(norm), *_act(act), call.stats,
+            call.x, call.weight, *call.conv.geometry, vectors_of(norm, 2), *act.numbers, call.stats,
             compute_dtype(call.x.dtype), _gemm(),
         )  # fmt: skip
 
     def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
         norm, act = _prologue(call.prologue)
         dx, dw, s0, s1 = _ops.conv_backward(
-            call.dz, call.y, _coef(call.coef), call.x, _triple(norm), *_act(act), call.weight, *_where(call.conv),
-            call.need_input, call.need_weight, call.add, compute_dtype(call.x.dtype), _gemm(),
+            call.dz, call.y, call.coef.vectors, call.x, vectors_of(norm, 3), *act.numbers, call.weight,
+            *call.conv.geometry, call.need_input, call.need_weight, call.add, compute_dtype(call.x.dtype), _gemm(),
         )  # fmt: skip
         if not call.need_input or call.before is None:
             return dx, dw, None, None
@@ -361,26 +341,27 @@ class Cpu(Backend):
         return _ops.bn_stats(call.y)
 
     def bn_act(self, call: primitives.BnAct) -> Tensor:
-        y, residual = call.y, call.residual
-        return _ops.bn_act(y, _pair(call.norm), *_act(call.act), residual, _pair(call.residual_norm), y.dtype)
+        norms = vectors_of(call.norm, 2), vectors_of(call.residual_norm, 2)
+        return _ops.bn_act(call.y, norms[0], *call.act.numbers, call.residual, norms[1], call.y.dtype)
 
     def bn_act_backward(self, call: primitives.BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         dz, s0, s1, s2 = _ops.bn_act_backward(
-            call.dout, call.y, _triple(call.norm), *_act(call.act), call.residual, _triple(call.residual_norm)
-        )
+            call.dout, call.y, vectors_of(call.norm, 3), *call.act.numbers, call.residual,
+            vectors_of(call.residual_norm, 3),
+        )  # fmt: skip
         return dz, Sums(s0, s1), Sums(s0, s2) if call.residual_norm is not None else None
 
     def bn_backward(self, call: primitives.BnBackward) -> Tensor:
-        return _ops.bn_backward(call.dz, call.y, _coef(call.coef), call.y.dtype)
+        return _ops.bn_backward(call.dz, call.y, call.coef.vectors, call.y.dtype)
 
     def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
         pool = call.pool
-        return _ops.bn_act_max_pool(call.y, _pair(call.norm), *_act(call.act), pool.kernel, pool.stride, pool.padding)
+        return _ops.bn_act_max_pool(call.y, vectors_of(call.norm, 2), *call.act.numbers, *pool.window)
 
     def bn_act_max_pool_backward(self, call: primitives.BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
         y, pool = call.y, call.pool
         dz, s0, s1 = _ops.bn_act_max_pool_backward(
-            call.dout, call.argmax, y, _triple(call.norm), *_act(call.act), pool.kernel, pool.stride, pool.padding,
+            call.dout, call.argmax, y, vectors_of(call.norm, 3), *call.act.numbers, *pool.window,
             compute_dtype(y.dtype),
         )  # fmt: skip
         return dz, Sums(s0, s1)

@@ -59,7 +59,7 @@ class Convolutions(Backend):
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
         """conv(x, W), channels_last; W of any dtype."""
         w = as_operand(weight, x.dtype)
-        y = torch.conv2d(x, w, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        y = torch.conv2d(x, w, None, *conv.geometry)
         return y.contiguous(memory_format=torch.channels_last)
 
     def gradients(

@@ -20,7 +20,7 @@ class MaxPool(NamedTuple):
     pool: PoolSpec
 
     def run(self) -> Tensor:
-        return F.max_pool2d(self.x, self.pool.kernel, self.pool.stride, self.pool.padding)
+        return F.max_pool2d(self.x, *self.pool.window)
 
 
 class ShortcutInput(NamedTuple):

@@ -31,6 +31,11 @@ class Norm(NamedTuple):
         return "norm"
 
 
+def vectors_of(norm: Norm | None, count: int) -> list[Tensor]:
+    """The first ``count`` of a norm's scale, shift and center, as csrc's operators take them; none without a norm."""
+    return [] if norm is None else list(norm[:count])
+
+
 class Prologue(NamedTuple):
     """Applied to a raw convolution output when it is loaded: act(scale*y + shift)."""
 
@@ -75,6 +80,11 @@ class DyCoefficients(NamedTuple):
     b: Tensor | None
     c: Tensor | None
     center: Tensor
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """Those that there are, as csrc's operators take them."""
+        return [self.a] if self.b is None or self.c is None else [self.a, self.b, self.c, self.center]
 
     @property
     def key(self) -> Any:

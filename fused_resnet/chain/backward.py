@@ -206,7 +206,7 @@ class _Gradients:
         if dstart is None:
             return None
         return torch.ops.aten.avg_pool2d_backward(
-            dstart.to(x.dtype), x, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, None
+            dstart.to(x.dtype), x, *pool.window, pool.ceil_mode, pool.count_include_pad, None
         )
 
     def units(self, dx: Tensor | None, before: Closing | None) -> tuple[Tensor | None, _Closed | None]:

@@ -166,4 +166,4 @@ def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: Chai
         assert summand is not None
         h = h + (unit(summand, units[-1], spec.shortcut.unit) if spec.shortcut.unit is not None else summand)
     h = reference.act(h, spec.units[-1].act)
-    return F.max_pool2d(h, spec.pool.kernel, spec.pool.stride, spec.pool.padding) if spec.pool is not None else h
+    return F.max_pool2d(h, *spec.pool.window) if spec.pool is not None else h

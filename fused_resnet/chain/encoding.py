@@ -87,7 +87,7 @@ def _key(unit: Unit, index: int) -> tuple[Any, ...]:
         c = ConvSpec.make(
             unit.weight.shape, unit.stride, unit.padding, unit.dilation, unit.groups, unit.bias is not None
         )
-        conv = (c.stride, c.padding, c.dilation, c.groups, c.bias)
+        conv = (*c.geometry, c.bias)
     act, eps = Act.make(unit.act), number(unit.eps, "eps")
     group = sync.name_of(unit.process_group) if unit.training else None
     has = (unit.bn_weight is not None, unit.bn_bias is not None)
@@ -99,7 +99,7 @@ def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
         return None
     if not isinstance(pool, PoolSpec):
         raise TypeError(f"{name}: expected a PoolSpec or None, got {pool!r}")
-    return pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
+    return *pool.window, pool.ceil_mode, pool.count_include_pad
 
 
 def chain_spec(

@@ -208,5 +208,5 @@ def _max_pool(y: Tensor, norm: Norm, act: Act, pool: PoolSpec) -> Tensor:
     backend, aten = pick(BnActMaxPool, Case.of(y)), loaded("aten")
     if backend is aten:  # aten would compute the positions too, in separate operators
         a = BnAct(y, norm, act).on(aten)
-        return torch.nn.functional.max_pool2d(a, pool.kernel, pool.stride, pool.padding)
+        return torch.nn.functional.max_pool2d(a, *pool.window)
     return BnActMaxPool(y, norm, act, pool).on(backend)[0]

@@ -137,7 +137,7 @@ def _convolutions(row: ChainRow, given: Sequence[Any]) -> Tensor:
         if chain.projection is not None:
             pool = chain.avg_pool
             if pool is not None:
-                start = F.avg_pool2d(start, pool.kernel, pool.stride, pool.padding, pool.ceil_mode)
+                start = F.avg_pool2d(start, *pool.window, pool.ceil_mode)
             x = x + conv(start, chain.projection)
     return x
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -34,26 +33,19 @@ def graphed() -> bool:
     return torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every (name, module) in the model, parents first. A module in several places appears once per place.
-
-    This is ``named_modules(remove_duplicate=False)``, but it also works for modules with their own ``__eq__`` or
-    without a hash.
-    """
-    rest: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
-    while rest:
-        name, m, above = rest.pop()
-        yield name, m
-        if id(m) not in above:  # otherwise the module contains itself
-            children = [(k, child) for k, child in m._modules.items() if child is not None]
-            rest += [(f"{name}.{k}".lstrip("."), child, (*above, id(m))) for k, child in reversed(children)]
-
-
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Each module of the model once, with its first name, parents first."""
+    """Each module of the model once, with its first name, parents first.
+
+    This is ``model.named_modules()``, but it also works for modules with their own ``__eq__`` or without a hash.
+    """
     found: dict[int, tuple[str, nn.Module]] = {}
-    for name, m in places(model):
-        found.setdefault(id(m), (name, m))
+    rest = [("", model)]
+    while rest:
+        name, m = rest.pop()
+        if id(m) not in found:
+            found[id(m)] = name, m
+            children = [(k, child) for k, child in m._modules.items() if child is not None]
+            rest += [(f"{name}.{k}".lstrip("."), child) for k, child in reversed(children)]
     return list(found.values())
 
 

@@ -23,22 +23,15 @@ ACTS = {"transformers.activations.SiLUActivation": nn.SiLU}
 # Methods of a network that its forward calls and that users call too.
 METHODS = ("forward_features", "_forward_impl", "forward")
 ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
-# Activations called as functions or methods, and the name of their parameter.
-ACT_CALLS: dict[Callable[..., Tensor] | str, tuple[str, str]] = {
-    F.relu: ("relu", ""),
-    F.relu_: ("relu", ""),
-    torch.relu: ("relu", ""),
-    torch.relu_: ("relu", ""),
-    "relu": ("relu", ""),
-    "relu_": ("relu", ""),
-    F.leaky_relu: ("leaky_relu", "negative_slope"),
-    F.elu: ("elu", "alpha"),
-    F.sigmoid: ("sigmoid", ""),
-    torch.sigmoid: ("sigmoid", ""),
-    "sigmoid": ("sigmoid", ""),
-    F.silu: ("silu", ""),
-    F.relu6: ("relu6", ""),
-    F.hardswish: ("hardswish", ""),
+# Activations called as functions or methods -> their names in ``spec.ACTIVATIONS``.
+ACT_CALLS: dict[Callable[..., Tensor] | str, str] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), "sigmoid"),
+    F.leaky_relu: "leaky_relu",
+    F.elu: "elu",
+    F.silu: "silu",
+    F.relu6: "relu6",
+    F.hardswish: "hardswish",
 }
 
 

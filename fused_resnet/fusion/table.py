@@ -89,12 +89,13 @@ def act_of(node: fx.Node) -> Act | None:
         return Act("relu6") if (limits.get("min_val"), limits.get("max_val")) == (0, 6) else None
     if target not in ACT_CALLS:
         return None
-    name, parameter = ACT_CALLS[target]
+    name = ACT_CALLS[target]
+    default, parameter = ACTIVATIONS[name]
     names = (parameter, "inplace") if parameter else ("inplace",)
     given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
     if not given.keys() <= set(names):
         return None
-    value = constant(given.get(parameter, ACTIVATIONS[name][0])) if parameter else 0.0
+    value = constant(given.get(parameter, default))
     return Act(name, float(value)) if isinstance(value, int | float) else None
 
 

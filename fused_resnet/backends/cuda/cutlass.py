@@ -40,7 +40,7 @@ def refuse(kind: str, x: Tensor, weight: Tensor, conv: ConvSpec) -> str | None:
         return f"made for compute capability 9.0 (Hopper), this GPU has {chip[0]}.{chip[1]}"
     if x.dtype == torch.float32 and not allow_tf32(x.dtype):
         return "computes float32 in tf32, which torch.backends.cudnn.conv.fp32_precision does not allow"
-    return _ops.conv_why_not(kind, x, weight, *_sizes(conv))
+    return _ops.conv_why_not(kind, x, weight, *conv.geometry)
 
 
 def built(device: str) -> bool:
@@ -95,12 +95,12 @@ class Convolutions(library_conv.Convolutions):
         if needs[0]:
             dx = _run(
                 ("dgrad", x, weight, conv),
-                lambda tile: _ops.conv_backward_input(dy, weight, x.shape[2:], *_sizes(conv), add, tile),
+                lambda tile: _ops.conv_backward_input(dy, weight, x.shape[2:], *conv.geometry, add, tile),
             )
         if needs[1]:
             dw = _run(
                 ("wgrad", x, weight, conv),
-                lambda tile: _ops.conv_backward_weight(dy, x, weight.shape[2:], *_sizes(conv), tile),
+                lambda tile: _ops.conv_backward_weight(dy, x, weight.shape[2:], *conv.geometry, tile),
             )
         left = (needs[0] and dx is None, needs[1] and dw is None)
         if any(left):
@@ -114,7 +114,7 @@ def _fprop(call: ConvBiasAct) -> Tensor | None:
     return _run(
         ("fprop", x, weight, conv),
         lambda tile: _ops.conv_bias_act(
-            x, library_conv.as_operand(weight, x.dtype), call.bias, *_sizes(conv), act.index, act.param,
+            x, library_conv.as_operand(weight, x.dtype), call.bias, *conv.geometry, *act.numbers,
             call.residual, tile,
         ),
     )  # fmt: skip
@@ -132,7 +132,3 @@ def _run(asked: Asked, launch: Callable[[tuple[int, ...]], Tensor]) -> Tensor | 
         return launch(config[1:])
     except NotImplementedError:  # the batch, another than the measured one, may be too large or empty
         return None
-
-
-def _sizes(conv: ConvSpec) -> tuple[Any, ...]:
-    return conv.stride, conv.padding, conv.dilation, conv.groups

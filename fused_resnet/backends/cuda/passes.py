@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import Backend, Call, Case, DyCoefficients, Norm, Sums, forced, primitives
-from fused_resnet.spec import Act, PoolSpec
+from fused_resnet.backends.values import vectors_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.fused_resnet_cuda
@@ -20,19 +20,6 @@ ON_CPU = False
 def _built() -> bool:
     """Whether the compiled extension contains the CUDA operators."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("fused_resnet_cuda::bn_act", "CUDA")
-
-
-def _act(act: Act) -> tuple[int, float]:
-    return act.index, act.param
-
-
-def _vectors(norm: Norm | None, count: int) -> list[Tensor]:
-    """The first ``count`` of a norm's scale, shift and center."""
-    return list(norm[:count]) if norm is not None else []
-
-
-def _window(pool: PoolSpec) -> tuple[Any, ...]:
-    return pool.kernel, pool.stride, pool.padding
 
 
 class Passes(Backend):
@@ -78,31 +65,30 @@ class Passes(Backend):
 
     def bn_act(self, call: primitives.BnAct) -> Tensor:
         return _ops.bn_act(
-            call.y, _vectors(call.norm, 2), *_act(call.act), call.residual, _vectors(call.residual_norm, 2)
+            call.y, vectors_of(call.norm, 2), *call.act.numbers, call.residual, vectors_of(call.residual_norm, 2)
         )
 
     def bn_act_backward(self, call: primitives.BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
         """dout in y's dtype."""
         dz, *sums = _ops.bn_act_backward(
-            call.dout, call.y, _vectors(call.norm, 3), *_act(call.act), call.residual, _vectors(call.residual_norm, 3)
-        )
+            call.dout, call.y, vectors_of(call.norm, 3), *call.act.numbers, call.residual,
+            vectors_of(call.residual_norm, 3),
+        )  # fmt: skip
         third = call.residual is not None and call.residual_norm is not None
         return dz, Sums(sums[0], sums[1]), Sums(sums[0], sums[2]) if third else None
 
     def bn_backward(self, call: primitives.BnBackward) -> Tensor:
         """dz in y's dtype."""
-        coef = call.coef
-        frozen = coef.b is None or coef.c is None
-        return _ops.bn_backward(call.dz, call.y, [coef.a] if frozen else [coef.a, coef.b, coef.c, coef.center])
+        return _ops.bn_backward(call.dz, call.y, call.coef.vectors)
 
     def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
-        out, argmax = _ops.bn_act_max_pool(call.y, _vectors(call.norm, 2), *_act(call.act), *_window(call.pool))
+        out, argmax = _ops.bn_act_max_pool(call.y, vectors_of(call.norm, 2), *call.act.numbers, *call.pool.window)
         return out, argmax
 
     def bn_act_max_pool_backward(self, call: primitives.BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
         """dout in y's dtype."""
         dz, *sums = _ops.bn_act_max_pool_backward(
-            call.dout, call.argmax, call.y, _vectors(call.norm, 3), *_act(call.act), *_window(call.pool)
+            call.dout, call.argmax, call.y, vectors_of(call.norm, 3), *call.act.numbers, *call.pool.window
         )
         return dz, Sums(*sums)
 
