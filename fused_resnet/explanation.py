@@ -148,7 +148,7 @@ def _norms(model: nn.Module) -> dict[str, nn.Module]:
 
 def _rows(model: nn.Module) -> Iterator[Row]:
     norms = _norms(model)
-    chains, left, fronts = _captured(model)
+    chains, left, fronts = _captured(_fronts(model))
     taken = {unit.norm[0] for chain in chains for unit in chain.units}
     plain = [(name, left.get(name) or _unseen(model, name, fronts)) for name in norms.keys() - taken]
     closed_by = _closed_by(chains)
@@ -167,7 +167,7 @@ def _rows(model: nn.Module) -> Iterator[Row]:
 
 def units_of(model: nn.Module) -> list[UnitReport]:
     """The units of the chains that a fused model ran, with the model's names of their norms."""
-    return [unit for chain in _captured(model)[0] if _ran(chain) for unit in chain.units]
+    return [unit for chain in _captured(_fronts(model))[0] if _ran(chain) for unit in chain.units]
 
 
 def _ran(chain: ChainReport) -> bool:
@@ -175,13 +175,9 @@ def _ran(chain: ChainReport) -> bool:
     return bool(chain.choice.chains) or not chain.choice.plain
 
 
-def _captured(model: nn.Module) -> tuple[list[ChainReport], dict[str, str], int]:
+def _captured(fronts: Sequence[tuple[str, Front]]) -> tuple[list[ChainReport], dict[str, str], int]:
     """The chains of the latest graphs, with the model's names; the norms outside chains, and why; the number of fronts
     that were called."""
-    return _merged(_fronts(model))
-
-
-def _merged(fronts: Sequence[tuple[str, Front]]) -> tuple[list[ChainReport], dict[str, str], int]:
     chains: list[ChainReport] = []
     left: dict[str, str] = {}
     for name, front in fronts:
@@ -208,7 +204,7 @@ def closing_norms(model: nn.Module, *example: Any) -> set[str]:
 
 def captured_closing_norms(model: nn.Module) -> set[str]:
     """The same of a fused model, by the graphs that its calls ran."""
-    closed = (chain for chain in _captured(model)[0] if chain.shortcut != "none")
+    closed = (chain for chain in _captured(_fronts(model))[0] if chain.shortcut != "none")
     return {chain.units[-2 if chain.shortcut == "projection" else -1].norm[0] for chain in closed}
 
 
@@ -225,7 +221,7 @@ def _unseen(model: nn.Module, norm: str, fronts: int) -> str:
 
 
 def _frozen_rows(model: Frozen) -> Iterator[Row]:
-    chains, left, _ = _merged([("", model.front())])
+    chains, left, _ = _captured([("", model.front())])
     taken = set() if model.differs else {unit.norm[0] for chain in chains for unit in chain.units}
     norms = _norms(model.model).keys() - taken
     plain = [(name, _DIFFERS if model.differs else left.get(name, _NOT_CAPTURED)) for name in norms]

@@ -28,11 +28,15 @@ ACT: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+Stats = tuple[Tensor, Tensor]
+Normalise = Callable[[Tensor, dict[str, Tensor], "UnitSpec"], tuple[Tensor, Stats | None]]
+
+
 class ChainResult(NamedTuple):
     """out, and per unit (projection last) the batch's mean and biased variance; None if running ones were used."""
 
     out: Tensor
-    stats: list[tuple[Tensor, Tensor] | None]
+    stats: list[Stats | None]
 
 
 def act(z: Tensor, a: Act) -> Tensor:
@@ -41,8 +45,9 @@ def act(z: Tensor, a: Act) -> Tensor:
 
 
 def conv(x: Tensor, p: dict[str, Tensor], c: ConvSpec) -> Tensor:
-    """y = conv(x, W) (+ b): torch.nn.functional.conv2d."""
-    return F.conv2d(x, p["weight"], p.get("bias"), *c.geometry)
+    """y = conv(x, W) (+ b): torch.nn.functional.conv2d, in x's dtype."""
+    bias = p["bias"].to(x.dtype) if "bias" in p else None
+    return F.conv2d(x, p["weight"].to(x.dtype), bias, *c.geometry)
 
 
 class _JointSum(torch.autograd.Function):
@@ -75,7 +80,7 @@ def batch_stats(y: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
     return mean, total((y - mean[:, None, None]).square().sum((0, 2, 3))) / count
 
 
-def normalise(y: Tensor, p: dict[str, Tensor], unit: UnitSpec) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def normalise(y: Tensor, p: dict[str, Tensor], unit: UnitSpec) -> tuple[Tensor, Stats | None]:
     """z = gamma * (y - mean) / sqrt(var + eps) + beta, and the statistics if they are this batch's."""
     stats = batch_stats(y, unit.group) if unit.batch_stats else None
     mean, var = stats if stats is not None else (p["running_mean"], p["running_var"])
@@ -98,19 +103,21 @@ def shortcut_input(x: Tensor, shortcut: ShortcutSpec) -> Tensor:
     return x
 
 
-def chain(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: ChainSpec) -> ChainResult:
+def chain(
+    x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: ChainSpec, norm: Normalise = normalise
+) -> ChainResult:
     """The whole chain: a_i = act_i(BN_i(conv_i(a_{i-1}))), out = act(BN_k(...) + shortcut(x)), then the max-pool.
 
     Args:
         x: [N, C, H, W], any layout. residual: the summand of a "tensor" shortcut. params: the flat list for
-        ``spec.split``.
+        ``spec.split``. norm: computes z, in the order of the units, the projection last.
     """
     parts = spec.split(params)
     stats = []
     a = x
     for unit, p in zip(spec.units, parts, strict=False):
         y = conv(a, p, unit.conv) if unit.conv is not None else a
-        z, s = normalise(y, p, unit)
+        z, s = norm(y, p, unit)
         stats.append(s)
         a = act(z, unit.act)
     if spec.shortcut.kind != "none":
@@ -118,7 +125,7 @@ def chain(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], spec: Ch
         assert summand is not None
         if spec.shortcut.unit is not None:
             assert spec.shortcut.unit.conv is not None
-            summand, s = normalise(conv(summand, parts[-1], spec.shortcut.unit.conv), parts[-1], spec.shortcut.unit)
+            summand, s = norm(conv(summand, parts[-1], spec.shortcut.unit.conv), parts[-1], spec.shortcut.unit)
             stats.append(s)
         a = act(z + summand, spec.units[-1].act)
     if spec.pool is not None:

@@ -10,9 +10,10 @@ import importlib
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from typing import Any
 
 from fused_resnet.backends.backend import Backend, Packed
 from fused_resnet.backends.primitives import (
@@ -44,6 +45,7 @@ from fused_resnet.backends.values import (
     text_of,
     vector_dtype,
 )
+from fused_resnet.base.scoped import scoped
 
 # The planner prefers them in this order if it has measured nothing. "aten" takes every case on every device.
 NAMES = ("cuda", "cudnn", "triton", "cpu", "aten")
@@ -120,14 +122,9 @@ def use_backend(name: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def forced_again(name: str | None) -> Iterator[None]:
+def forced_again(name: str | None) -> AbstractContextManager[Any]:
     """Requests again what ``use_backend`` requested in the forward: the backward may run on another thread."""
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return scoped(_forced, name)
 
 
 def warn_lost_speed(message: str, stacklevel: int = 3) -> None:

@@ -56,7 +56,7 @@ def run(
     empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
     if empty or transformed():
         for chain, spec in zip(chains, specs, strict=True):
-            x = _plain(*_autocast(x, residual, chain.units[0]), chain.everyone, spec)
+            x = _plain(*_autocast(x, residual, chain.units[0]), chain, spec)
         return x
     # Chains whose input and parameters need no gradient run outside the row, because a row saves every intermediate.
     # Without a convolution at the start of each chain there is no row.
@@ -141,29 +141,16 @@ def _update_running(unit: Unit, mean: Tensor, var: Tensor, count: int | Tensor) 
     unit.running_var.lerp_((var * (count / (count - 1))).to(unit.running_var.dtype), momentum)
 
 
-def _plain(x: Tensor, residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec) -> Tensor:
+def _plain(x: Tensor, residual: Tensor | None, chain: Chain, spec: ChainSpec) -> Tensor:
     """Runs a chain by PyTorch's own functions.
 
     For an empty batch or image they define the result and the statistics. torch.func's transforms have rules for them.
     """
+    units = iter(chain.everyone)
 
-    def unit(h: Tensor, u: Unit, s: UnitSpec) -> Tensor:
-        if u.weight is not None and s.conv is not None:
-            h = reference.conv(
-                h,
-                {"weight": u.weight.to(h.dtype)} | ({"bias": u.bias.to(h.dtype)} if u.bias is not None else {}),
-                s.conv,
-            )
-        return F.batch_norm(h, u.running_mean, u.running_var, u.bn_weight, u.bn_bias, s.batch_stats, u.momentum, s.eps)
+    def norm(y: Tensor, p: dict[str, Tensor], s: UnitSpec) -> tuple[Tensor, None]:
+        u = next(units)
+        tensors = u.running_mean, u.running_var, u.bn_weight, u.bn_bias
+        return F.batch_norm(y, *tensors, s.batch_stats, u.momentum, s.eps), None
 
-    h = x
-    for i, (u, s) in enumerate(zip(units[: len(spec.units)], spec.units, strict=True)):
-        h = unit(h, u, s)
-        if i + 1 < len(spec.units):
-            h = reference.act(h, s.act)
-    if spec.shortcut.kind != "none":
-        summand = residual if spec.shortcut.kind == "tensor" else reference.shortcut_input(x, spec.shortcut)
-        assert summand is not None
-        h = h + (unit(summand, units[-1], spec.shortcut.unit) if spec.shortcut.unit is not None else summand)
-    h = reference.act(h, spec.units[-1].act)
-    return F.max_pool2d(h, *spec.pool.window) if spec.pool is not None else h
+    return reference.chain(x, residual, _params([chain], [spec]), spec, norm).out

@@ -61,12 +61,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_chain(
-    x: Tensor,
-    start: tuple[int, ...],
-    residual: Tensor | None,
-    units: Sequence[Unit],
-    spec: ChainSpec,
-    where: str = "",
+    x: Tensor, start: tuple[int, ...], residual: Tensor | None, units: Sequence[Unit], spec: ChainSpec, where: str = ""
 ) -> tuple[int, ...]:
     """Checks the shapes, dtypes and devices of a chain unit by unit. Returns the shape of its output.
 

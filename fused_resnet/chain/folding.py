@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 
-from fused_resnet.backends import Backend, BnFold, Norm, loaded, vector_dtype
+from fused_resnet.backends import Backend, BnFold, Norm, vector_dtype
 from fused_resnet.base.locks import Lock
 from fused_resnet.chain.packing import values_of
 
@@ -15,13 +15,10 @@ _answers = WeakTensorKeyDictionary()
 _asking = Lock()
 
 
-def fold(
-    p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Backend | None = None
-) -> Norm:
-    """The unit's BatchNorm as vectors, computed by the backend ``vectors`` (aten)."""
+def fold(p: dict[str, Tensor], mean: Tensor, var: Tensor, eps: float, wide: torch.dtype, vectors: Backend) -> Norm:
+    """The unit's BatchNorm as vectors, computed by the backend ``vectors``."""
     bias = p.get("bias") if "running_mean" in p else None
-    call = BnFold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps)
-    return call.on(vectors or loaded("aten"))
+    return BnFold(mean.to(wide), var.to(wide), p.get("bn_weight"), p.get("bn_bias"), bias, eps).on(vectors)
 
 
 def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

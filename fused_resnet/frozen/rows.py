@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fused_resnet.backends import Norm, vector_dtype
+from fused_resnet.backends import BnFold, Norm, loaded, vector_dtype
 from fused_resnet.base.arguments import number
-from fused_resnet.chain.folding import fold, fold_weight
+from fused_resnet.chain.folding import fold_weight
 from fused_resnet.chain.packing import Weight, values_of
 from fused_resnet.chain.units import Unit
 from fused_resnet.frozen.forward import FoldedChain, FoldedUnit, Row, plain_chains, run_chains
@@ -150,9 +150,9 @@ class FrozenRow(nn.Module):
     def _norm(u: Unit) -> Norm:
         """The unit's BatchNorm as vectors."""
         assert u.running_mean is not None and u.running_var is not None
-        params = {"bn_weight": u.bn_weight, "bn_bias": u.bn_bias, "bias": u.bias, "running_mean": u.running_mean}
-        given = {name: t for name, t in params.items() if t is not None}
-        return fold(given, u.running_mean, u.running_var, number(u.eps, "eps"), vector_dtype(u.running_mean.dtype))
+        wide = vector_dtype(u.running_mean.dtype)
+        mean, var = u.running_mean.to(wide), u.running_var.to(wide)
+        return BnFold(mean, var, u.bn_weight, u.bn_bias, u.bias, number(u.eps, "eps")).on(loaded("aten"))
 
     def _weight(self, u: Unit, norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
         """``fold_weight``, channels_last."""

@@ -9,11 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as nn_module
 from torch.nn.parameter import is_lazy

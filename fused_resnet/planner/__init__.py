@@ -6,18 +6,3 @@ from fused_resnet.planner.choice import Choice, label
 from fused_resnet.planner.dispatch import cache_of, forget, listeners, plan, planned, run, run_whole
 from fused_resnet.planner.measuring import milliseconds
 from fused_resnet.planner.preference import pick, why
-
-__all__ = [
-    "Choice",
-    "cache_of",
-    "forget",
-    "label",
-    "listeners",
-    "milliseconds",
-    "pick",
-    "plan",
-    "planned",
-    "run",
-    "run_whole",
-    "why",
-]

@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -27,9 +27,10 @@ from torch import Tensor
 
 from fused_resnet.backends import forced
 from fused_resnet.base.locks import Lock
+from fused_resnet.base.scoped import scoped
 from fused_resnet.planner.dispatch import cache_of, plan
 
-_always: ContextVar[bool] = ContextVar("fused_resnet_always", default=False)
+_always: ContextVar[bool | None] = ContextVar("fused_resnet_always", default=False)
 Call = Callable[[], Any]
 Calls = Callable[[int], tuple[Call, Call]]
 
@@ -61,14 +62,9 @@ def has_choice() -> bool:
     return not _always.get() and forced() is None
 
 
-@contextmanager
-def chains_always() -> Iterator[None]:
+def chains_always() -> AbstractContextManager[Any]:
     """Chains run at any size within this context, for checks of their results."""
-    token = _always.set(True)
-    try:
-        yield
-    finally:
-        _always.reset(token)
+    return scoped(_always, True)
 
 
 def size(shape: Sequence[int], dtype: torch.dtype) -> str:
