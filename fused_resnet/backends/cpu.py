@@ -15,22 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import (
-    Backend,
-    Call,
-    Case,
-    DyCoefficients,
-    Norm,
-    Packed,
-    Prologue,
-    Sums,
-    aten,
-    primitives,
-    warn_once,
-)
+from fused_resnet.backends import Backend, Call, Case, Packed, aten, primitives, warn_once
 from fused_resnet.backends.cpu_steps import POST_OPS, Writer, identity, needs_pass, scalars
 from fused_resnet.backends.steps import Recorded
-from fused_resnet.backends.values import vectors_of
+from fused_resnet.backends.values import DyCoefficients, Norm, Prologue, Sums, vectors_of
 from fused_resnet.base.locks import Lock
 from fused_resnet.spec import SHORTCUTS, Act, ConvSpec, PoolSpec, RowSpec
 

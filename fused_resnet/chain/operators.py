@@ -31,14 +31,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused_resnet import reference
-from fused_resnet.backends import (
-    RowBackward,
-    RowForward,
-    RowInference,
-    forced,
-    forced_again,
-    vector_dtype,
-)
+from fused_resnet.backends import RowBackward, RowForward, RowInference, forced, forced_again, vector_dtype
 from fused_resnet.chain.backward import row_backward
 from fused_resnet.chain.forward import inference, memory_format, row_forward
 from fused_resnet.planner import run_whole

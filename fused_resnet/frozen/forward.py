@@ -21,17 +21,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet import reference
-from fused_resnet.backends import (
-    BnAct,
-    BnActMaxPool,
-    Case,
-    ConvBiasAct,
-    Norm,
-    forced,
-    loaded,
-    text_of,
-    vector_dtype,
-)
+from fused_resnet.backends import BnAct, BnActMaxPool, Case, ConvBiasAct, Norm, forced, loaded, text_of, vector_dtype
 from fused_resnet.backends.steps import MaxPool, Recorded, ShortcutInput, Step
 from fused_resnet.chain.packing import Weight
 from fused_resnet.planner import pick, plan, run, sizes

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.backends import Backend, Call, Case, DyCoefficients, Norm, Sums, forced, primitives
-from fused_resnet.backends.values import vectors_of
+from fused_resnet.backends import Backend, Call, Case, forced, primitives
+from fused_resnet.backends.values import DyCoefficients, Norm, Sums, vectors_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.fused_resnet_cuda
