@@ -8,7 +8,7 @@ text.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import compress, product
@@ -406,29 +406,17 @@ def _decode(text: str) -> RowSpec:
 
 
 def _chain(raw: dict[str, Any]) -> ChainSpec:
-    shortcut = raw["shortcut"]
-    return ChainSpec(
-        tuple(_unit(u) for u in raw["units"]),
-        ShortcutSpec(
-            shortcut["kind"],
-            _unit(shortcut["unit"]) if shortcut["unit"] else None,
-            _pool(shortcut["pool"]),
-            (shortcut["stride"][0], shortcut["stride"][1]),
-            shortcut["channels"],
-        ),
-        _pool(raw["pool"]),
-        raw["recompute"],
-    )
+    given = raw["shortcut"]
+    shortcut = _made(ShortcutSpec, given, unit=_unit(given["unit"]), pool=_made(PoolSpec, given["pool"]))
+    return ChainSpec(tuple(map(_unit, raw["units"])), shortcut, _made(PoolSpec, raw["pool"]), raw["recompute"])
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def _unit(raw: dict[str, Any] | None) -> Any:
+    return raw and _made(UnitSpec, raw, conv=_made(ConvSpec, raw["conv"]), act=_made(Act, raw["act"]))
 
 
-def _pool(raw: dict[str, Any] | None) -> PoolSpec | None:
-    return PoolSpec(**_tuples(raw)) if raw else None
-
-
-def _unit(raw: dict[str, Any]) -> UnitSpec:
-    conv = ConvSpec(**_tuples(raw["conv"])) if raw["conv"] else None
-    return UnitSpec(**raw | {"conv": conv, "act": Act(**raw["act"])})
+def _made(kind: Callable[..., Any], raw: dict[str, Any] | None, **parts: Any) -> Any:
+    """A spec from its decoded fields, with pairs as tuples and the specs that it holds given by ``parts``."""
+    if raw is None:
+        return None
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()} | parts)
