@@ -371,10 +371,6 @@ class RowSpec:
         """The units of all chains."""
         return [unit for chain in self.chains for unit in chain.all_units]
 
-    @property
-    def n_params(self) -> int:
-        return sum(chain.n_params for chain in self.chains)
-
     @cached_property
     def shares_statistics(self) -> bool:
         """Whether a process group shares the statistics of a unit."""
