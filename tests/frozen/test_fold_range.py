@@ -159,7 +159,8 @@ def test_folded_channel_by_channel(dtype: torch.dtype) -> None:
     weight = torch.randn(8, 4, 3, 3)
     gamma = torch.tensor([1.0, -1e-6, 1e-3, 1e6, 0.0, 1.0, -2.0, 1e-5])
     mean = torch.tensor([0.0, 0, 0, 0, 0, 9e4, 0, 0])
-    norm = fold({"bn_weight": gamma, "bn_bias": torch.zeros(8)}, mean, torch.ones(8), 0.0, torch.float32)
+    p, vectors = {"bn_weight": gamma, "bn_bias": torch.zeros(8)}, loaded("aten")
+    norm = fold(p, mean, torch.ones(8), 0.0, torch.float32, vectors)
     got, scale = fold_weight(weight, norm, dtype)
     assert got.dtype == dtype
     outside = [1, 3, 5, 7] if dtype == torch.float16 else []
