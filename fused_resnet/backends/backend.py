@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_resnet.backends import primitives
 from fused_resnet.backends.primitives import Call, ConvBiasAct
-from fused_resnet.backends.values import Case
+from fused_resnet.backends.values import Case, DyCoefficients, Norm, Sums
 from fused_resnet.spec import ConvSpec, PoolSpec
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ class Packed(NamedTuple):
 
 
 class Backend:
-    """The base of all backends. A backend gives its limits.
-
-    It has a method for each primitive that it offers, with the primitive's name. The method takes the call and returns
-    the call's result (``primitives.py``).
+    """The base of all backends. A backend overrides the primitives that it offers, and gives its limits.
 
     Attributes:
         name: its name for ``use_backend``. companions: the backends that serve what it does not offer, if it is
@@ -53,7 +51,7 @@ class Backend:
     @classmethod
     def offers(cls, primitive: type[Call[Any]]) -> bool:
         """Whether it has the primitive."""
-        return hasattr(cls, primitive.name)
+        return getattr(cls, primitive.name) is not getattr(Backend, primitive.name)
 
     def declines(self, primitive: type[Call[Any]], case: Case) -> str | None:
         """The reason why it can't serve a call, or None."""
@@ -107,3 +105,51 @@ class Backend:
         None: the steps run one by one.
         """
         return None
+
+    # ------------------------------------------------------------------------------------------------ primitives
+    # Their calls say what they do (primitives.py).
+    def conv_bias_act(self, call: primitives.ConvBiasAct) -> Tensor:
+        raise NotImplementedError
+
+    def conv_bn_act(self, call: primitives.ConvBnAct) -> Tensor:
+        raise NotImplementedError
+
+    def conv_stats(self, call: primitives.ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        raise NotImplementedError
+
+    def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
+        raise NotImplementedError
+
+    def bn_stats(self, call: primitives.BnStats) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def bn_act(self, call: primitives.BnAct) -> Tensor:
+        raise NotImplementedError
+
+    def bn_act_backward(self, call: primitives.BnActBackward) -> tuple[Tensor, Sums, Sums | None]:
+        raise NotImplementedError
+
+    def bn_backward(self, call: primitives.BnBackward) -> Tensor:
+        raise NotImplementedError
+
+    def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def bn_act_max_pool_backward(self, call: primitives.BnActMaxPoolBackward) -> tuple[Tensor, Sums]:
+        raise NotImplementedError
+
+    def bn_fold(self, call: primitives.BnFold) -> Norm:
+        raise NotImplementedError
+
+    def bn_coefficients(self, call: primitives.BnCoefficients) -> tuple[Tensor, DyCoefficients]:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------ whole rows
+    def row_forward(self, call: primitives.RowForward) -> list[Tensor]:
+        raise NotImplementedError
+
+    def row_backward(self, call: primitives.RowBackward) -> list[Tensor]:
+        raise NotImplementedError
+
+    def row_inference(self, call: primitives.RowInference) -> Tensor:
+        raise NotImplementedError
