@@ -85,14 +85,9 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
-def _comes_again() -> bool:
+def comes_again() -> bool:
     """Whether the current forward may be one of a checkpoint's two forwards. Both have to run the same operators."""
     return _current_graph_task_id() != -1 or _top_saved_tensors_default_hooks(True) is not None
-
-
-def inside_plain() -> bool:
-    """Whether a module around this one runs its own forward because none of its rows pays."""
-    return thread.inside and not _comes_again()
 
 
 _CONSTANTS = (bool, int, str, type(None))
@@ -108,7 +103,7 @@ def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         not sizes.has_choice()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or _comes_again()
+        or comes_again()
     ):
         return None
     kind: list[Any] = [

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fused_resnet.backends import warn_once
 from fused_resnet.chain.operators import transformed
-from fused_resnet.fusion.choosing import inside_plain, kind_of_call
+from fused_resnet.fusion.choosing import comes_again, kind_of_call, thread
 from fused_resnet.fusion.classes import KINDS, FusedModule, fused_class, set_class, unfuse_module, why_no_class
 from fused_resnet.fusion.front import Front, others_capture
 from fused_resnet.fusion.inductor import announce
@@ -42,7 +42,7 @@ def _fused_method(cls: Any, name: str) -> Callable[..., Any]:
             announce()
             return plain(self, *args, **kwargs)
         method = getattr(cls, name)
-        if inside_plain():
+        if thread.inside and not comes_again():  # asked by each module inside, so no function more than is needed
             return method(self, *args, **kwargs)
         kind = kind_of_call(self, args, kwargs)
         front = self.__dict__.get("_fr_fronts", _NO_FRONTS).get(method)
@@ -98,7 +98,7 @@ def _watched() -> bool:
 
 
 _never_first(others_capture)
-for function in (graphed, inside_plain, kind_of_call, plain_here, _captured):
+for function in (graphed, comes_again, kind_of_call, plain_here, _captured):
     _never_first(function, _FrameAction.SKIP)
 
 
