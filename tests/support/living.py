@@ -60,10 +60,11 @@ ACTS = [  # {d} may be written, {v} not
     "{d} = F.gelu({v})", "{d} = {v}.clamp(min=0)", "{d} = helper({v})", "{d} = F.leaky_relu_({d})",
     "{d} = F.hardswish({d}, inplace=True)", "{d} = F.elu_({d})", "{d} = F.relu(input={v})", "{d} = self.activate({v})",
 ]  # fmt: skip
+# No statement makes all values of an image equal: two norms behind it multiply rounding by 1e5, in plain PyTorch too.
 ADDS = [
     "{d} = {d} + {w}", "{d} = {w} + {d}", "{d} += {w}", "{d} = torch.add({d}, {w})", "{d} = {d}.add({w})",
     "{d}.add_({w})", "{w} += {d}\n{d} = {w}", "{d} = torch.add({d}, {w}, alpha=2)", "{d} = {d}.add({w}, alpha=0.5)",
-    "{d} = {d} + {w} * {scale}", "{d} = {d} * {scale} + {w}", "{d} = {d} - {w}", "{d} = {d} + {w}.detach()",
+    "{d} = {d} + {w} * {scale}", "{d} = {d} * {scale} + {w}", "{d} = {d} - {w} * 0.5", "{d} = {d} + {w}.detach()",
     "{d} = {d} + {w}[:1]", "{d} = {d} + {w}.mean((2, 3), keepdim=True)", "{d} = sum([{d}, {w}])",
     "{d} = torch.stack([{d}, {w}]).sum(0)", "{d} = {w}.clone().add_({d})", "{d} = {d} + {w} + x",
     "t = {w}.view_as({w})\nt += {d}\n{d} = t", "t = {w}[:]\nt += {d}\n{d} = F.relu(t)", "{d} = {d} + F.relu({w})",
@@ -73,7 +74,7 @@ ADDS = [
 WRITES = [
     "{v}.mul_(0.9)", "{v}[:, :1] += 0.5", "{v}[:, 0] = 0.5", "t = {v}[:, :1]\nt.mul_(1.1)", "{v}.detach().mul_(1.01)",
     "with torch.no_grad():\n    {v}.mul_(0.9)", "{v}.flatten(1)[:, :3].add_(1)", "{v} *= 1.1",
-    "torch.mul({v}, 0.9, out={v}.detach())", "{v}.zero_()", "{v}.copy_({w})", "F.dropout({v}, 0.5, False, True)",
+    "torch.mul({v}, 0.9, out={v}.detach())", "{v}[:, :2].zero_()", "{v}.copy_({w})", "F.dropout({v}, 0.5, False, True)",
     "with torch.no_grad():\n    self.conv{i}.weight.mul_(0.9)",
     "self.bn{i}.running_mean.add_(0.1)", "with torch.no_grad():\n    self.bn{i}.bias += 0.1",
     "F.relu({v}, inplace=True)",
