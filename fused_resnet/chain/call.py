@@ -1,4 +1,4 @@
-"""``run``: checks and encodes chains, calls the operators, then updates the running statistics."""
+"""Checks and encodes chains (``checked``), then runs them and updates the running statistics (``run_checked``)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.spec import ChainSpec, PoolSpec, RowSpec, UnitSpec
 
 
-def run(
+def checked(
     x: Tensor,
     chains: Sequence[Chain],
     residual: Tensor | None = None,
     pool: PoolSpec | None = None,
     recompute: bool = False,
     rows: Rows | None = None,
-) -> Tensor:
-    """Checks and runs the chains. ``residual``, ``pool`` and ``recompute`` are only for a single chain.
+) -> Row:
+    """The chains' specs, for ``run_checked``. ``residual``, ``pool`` and ``recompute`` are only for a single chain.
 
     ``rows``: keeps what was encoded, for calls that differ only in their tensors.
+
+    Raises:
+        TypeError, ValueError: a chain does not take these tensors.
     """
     checks.check_tensor("x", x)
     if x.dim() != 4:
@@ -50,8 +53,23 @@ def run(
         shape = checks.check_chain(x, shape, residual, chain.everyone, row.specs[i], where)
     if rows is not None and known is None:
         rows.keep(about, row)
-    specs = row.specs
+    return row
 
+
+def run(
+    x: Tensor,
+    chains: Sequence[Chain],
+    residual: Tensor | None = None,
+    pool: PoolSpec | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Checks and runs the chains; arguments and errors as of ``checked``."""
+    return run_checked(x, chains, residual, checked(x, chains, residual, pool, recompute))
+
+
+def run_checked(x: Tensor, chains: Sequence[Chain], residual: Tensor | None, row: Row) -> Tensor:
+    """Runs chains with the specs that ``checked`` gave."""
+    specs = row.specs
     # with a process group an empty batch still takes part in the statistics, for which the others wait
     empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
     if empty or transformed():

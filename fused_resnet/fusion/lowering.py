@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fused_resnet.chain.call import in_backward, run
+from fused_resnet.chain.call import checked, in_backward, run_checked
 from fused_resnet.chain.checks import autocasts
 from fused_resnet.chain.encoding import Rows
 from fused_resnet.chain.units import Chain, Unit
@@ -132,8 +132,9 @@ class ChainRow(nn.Module):
         self.encoded = Rows()
 
     def forward(self, *given: Tensor) -> Tensor:
-        if self.choice.pays(self, given):
-            return self.chained(*given)
+        return self.chained(*given) if self.choice.pays(self, given) else self._plainly(given)
+
+    def _plainly(self, given: Sequence[Tensor]) -> Tensor:
         if not in_backward():
             return self.plain(*given)
         # a forward inside a backward (a checkpoint's) updates no statistics, as in a chain
@@ -149,7 +150,11 @@ class ChainRow(nn.Module):
         chains = [call.chain(given) for call in self.chains]
         first = self.chains[0]  # a chain that has one of these is alone in its row
         x, residual = self._images(first, given)
-        out = run(x, chains, residual, first.max_pool, self._recompute(first, given), self.encoded)
+        try:
+            row = checked(x, chains, residual, first.max_pool, self._recompute(first, given), self.encoded)
+        except (TypeError, ValueError):
+            return self._plainly(given)  # PyTorch's own error, or what PyTorch takes and a chain does not
+        out = run_checked(x, chains, residual, row)
         if not in_backward():
             for counter in (c for call in self.chains for c in call.counters):
                 given[counter].add_(1)

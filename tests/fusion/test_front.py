@@ -165,3 +165,17 @@ def test_a_function_of_torch_in_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> No
     relu = F.relu
     monkeypatch.setattr(F, "relu", lambda x: relu(x) * 2)
     same_as_plain(plain, fused)
+
+
+def test_an_input_that_a_chain_refuses_raises_pytorchs_error() -> None:
+    """A norm in another dtype than its input, and too few channels: the types of PyTorch's own errors."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    plain[1].double()
+    fused = fr.fuse(copy.deepcopy(plain))
+    for x in (torch.randn(2, 3, 8, 8), torch.randn(2, 2, 8, 8), torch.randn(2, 3, 8, 8, dtype=torch.float64)):
+        with pytest.raises(Exception) as want:  # noqa: B017
+            plain(x)
+        with pytest.raises(want.type) as got:
+            fused(x)
+        assert str(got.value) == str(want.value)
+    assert fused[1].num_batches_tracked == plain[1].num_batches_tracked
