@@ -48,7 +48,7 @@ def test_a_place_whose_tensors_change() -> None:
         vectors = {"bn_weight": torch.randn(outputs), "bn_bias": torch.randn(outputs)}
         weight = torch.randn(outputs, channels, kernel, kernel, requires_grad=True)
         chains = [Chain([Unit(weight, **vectors, padding="same", training=True)], "pad")]
-        got = call.run(x, chains, None, None, recompute, rows)
+        got = call.run_checked(x, chains, None, call.checked(x, chains, None, None, recompute, rows))
         torch.testing.assert_close(got, call.run(x, chains, None, None, recompute))
     assert len(rows.known) == 3
 
@@ -58,5 +58,5 @@ def test_what_a_place_keeps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = encoding.Rows()
     for outputs in range(1, 6):
         unit = Unit(torch.randn(outputs, 3, 1, 1), training=True)
-        call.run(torch.randn(2, 3, 4, 4), [Chain([unit], None)], rows=rows)
+        call.checked(torch.randn(2, 3, 4, 4), [Chain([unit], None)], rows=rows)
         assert 1 <= len(rows.known) <= 2
