@@ -194,7 +194,7 @@ def run(
     model.zero_grad(set_to_none=True)
     x = x.detach().requires_grad_(dout is not None and input_gradient)
     with torch.set_grad_enabled(dout is not None), autocast(x.device, dtype), chains_always():
-        out = (forward or model)(x)
+        out = model(x) if forward is None else forward(x)
     found = {"out": out.detach().clone()}
     if dout is not None:
         out.backward(dout.to(out.dtype))

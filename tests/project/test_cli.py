@@ -341,6 +341,16 @@ def test_bench_does_not_time_what_is_wrong(
     assert "validation FAILED" in capsys.readouterr().out
 
 
+def test_a_compiled_network_is_compared() -> None:
+    """``torch.compile``'s module has no length, so it is neither true nor false."""
+    model, x = fr.models.resnet20(fused=False), torch.randn(2, 3, 8, 8)
+    found = [
+        validate.run(model, x, None, train=False, forward=forward)["out"]
+        for forward in (None, torch.compile(model, backend="eager"))
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_compile_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_(model: nn.Module, **options: Any) -> Callable[[Tensor], Tensor]:
         def fail(x: Tensor) -> Tensor:
