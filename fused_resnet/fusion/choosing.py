@@ -224,9 +224,8 @@ class Choice:
     def _found(self, row: ChainRow, given: Sequence[Tensor]) -> sizes.Measured:
         about = like(given[0])
         if about is None or row.group:
-            return (
-                sizes.CHAINS
-            )  # all processes of a group must run chains, and PyTorch's own SyncBatchNorm refuses a CPU
+            # all processes of a group must run chains, and PyTorch's own SyncBatchNorm refuses a CPU
+            return sizes.CHAINS
         found = self.measured.get(about)
         if found is None:
             if not all(type(t) in _OWN_TENSORS and t.is_cpu for t in given if isinstance(t, Tensor)):
