@@ -48,7 +48,14 @@ _OPTIONS: dict[str, Any] = {
     "suppress_errors": True,
     "recompile_limit": 64,
     "error_on_nested_fx_trace": False,  # torch.fx's flag is set whichever thread traces
+    # Defaults that the user may have changed: parameters are inputs of the graph and have fixed sizes.
+    "prepare_freezing": False,
+    "install_free_tensors": False,
+    "assume_static_by_default": True,
+    "error_on_recompile": False,
 }
+# Options of Inductor that dynamo reads.
+_INDUCTOR_OPTIONS: dict[str, Any] = {"freezing": False}
 # PyTorch's modules look these functions up at each call; dynamo guards none of them.
 _FUNCTIONS = [
     (torch, "conv2d"), (torch, "sigmoid"), (torch, "relu"),
@@ -151,10 +158,13 @@ class Front:
         self, module: nn.Module, plain: Callable[..., Any], lower: Callable[[fx.GraphModule, Sequence[Any]], Matches]
     ) -> None:
         import torch._dynamo as dynamo
+        from torch._inductor import config as inductor_config
 
         _set_up()
         self.module, self.plain, self.lower = weakref.ref(module), plain, lower
-        self.config, self.settled = dynamo.config, Settled()
+        self.settled = Settled()
+        configs = ((dynamo.config, _OPTIONS), (inductor_config, _INDUCTOR_OPTIONS))
+        self.options = [(config, name, value) for config, wanted in configs for name, value in wanted.items()]
         self.graphs: list[GraphReport] = []
         self.calls = self.without = 0
         self.runs = _Runs()
@@ -219,11 +229,12 @@ class Front:
         outermost = not calling()
         if outermost:
             _running.add(threading.get_ident())
-        token, before = front_here.set(self), [(name, getattr(self.config, name)) for name in _OPTIONS]
+        found = [(config, name, getattr(config, name), value) for config, name, value in self.options]
+        token, other = front_here.set(self), [option for option in found if option[2] != option[3]]
         try:
             # like dynamo.config.patch, which would make a class at each call
-            for name, value in _OPTIONS.items():
-                setattr(self.config, name, value)
+            for config, name, _, value in other:
+                setattr(config, name, value)
             out = captured(module, *args, **kwargs)
             self.without += self.runs.graphs == ran
             if self.whole and self.runs.graphs - ran != 1:
@@ -236,8 +247,8 @@ class Front:
             self._forget()  # dynamo does not capture a frame again that raised
             raise
         finally:
-            for name, value in before:
-                setattr(self.config, name, value)
+            for config, name, before, _ in other:
+                setattr(config, name, before)
             front_here.reset(token)
             if outermost:
                 _running.discard(threading.get_ident())

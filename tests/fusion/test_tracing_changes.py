@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 from collections.abc import Iterator
 
@@ -152,3 +153,27 @@ def test_past_the_limit_of_recompilations(monkeypatch: pytest.MonkeyPatch, logge
     (warning,) = (text for text in logged if "recompile_limit" in text)
     assert "self.key == '2'" in warning
     assert "captured: (model), 3 graphs, 5 calls, 2 of them without a graph" in str(fr.explain(fused))
+
+
+OPTIONS = [
+    "torch._inductor.freezing", "torch._dynamo.prepare_freezing", "torch._dynamo.install_free_tensors",
+    "torch._dynamo.assume_static_by_default", "torch._dynamo.error_on_recompile",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_that_the_user_sets_for_other_compilations(option: str) -> None:
+    """Fused and frozen modules are captured with the options that the package needs, and the user's options stay."""
+    module, _, name = option.rpartition(".")
+    config = importlib.import_module(f"{module}.config")
+    plain = prepared(nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))).double().eval()
+    value = not getattr(config, name)
+    with config.patch({name: value}), torch.no_grad():
+        fused, frozen = fr.fuse(copy.deepcopy(plain)), fr.freeze(plain, images())
+        for x in (images(), images()[:1], images()[..., :5]):
+            torch.testing.assert_close(fused(x), plain(x))
+            torch.testing.assert_close(frozen(x), plain(x))
+            assert getattr(config, name) is value
+    for net in (fused, frozen):
+        assert [row.chains for row in fr.explain(net).rows] == [1], fr.explain(net)
+        assert "without a graph" not in str(fr.explain(net))
