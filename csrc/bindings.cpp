@@ -64,6 +64,8 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def(
         "conv_algorithm(str kind, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
         "bool prologue, ScalarType compute, bool gemm) -> str");
+    m.def(
+        "winograd_suits(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> bool");
     m.def("winograd_tile(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> int");
     m.def("winograd_prepack(Tensor weight, int tile) -> Tensor");
     m.def(
@@ -139,6 +141,7 @@ TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("row_backward", cpu::row_backward);
     m.impl("row_inference", cpu::row_inference);
     m.impl("conv_algorithm", cpu::conv_algorithm);
+    m.impl("winograd_suits", cpu::winograd_suits);
     m.impl("winograd_tile", cpu::winograd_tile);
     m.impl("winograd_prepack", cpu::winograd_prepack);
     m.impl("winograd_bias_act", cpu::winograd_bias_act);

@@ -80,10 +80,15 @@ class Backend:
         """The dtype in which it computes convolutions of ``dtype``."""
         return dtype
 
-    def prepack(self, call: ConvBiasAct, known: Sequence[Any] = ()) -> Packed | None:
+    def algorithms(self, call: ConvBiasAct) -> Sequence[str]:
+        """The algorithms for which ``prepack`` can pack the call's weight. Which is fastest is measured."""
+        return ()
+
+    def prepack(self, call: ConvBiasAct, known: Sequence[Any] = (), algorithm: str = "") -> Packed | None:
         """The call's weight, packed for inputs like its x; None: the weight is used as it is.
 
-        If one of ``known`` (packed earlier, for other inputs) has the same layout, that one is returned.
+        ``algorithm``: one of ``algorithms``; "": the backend chooses. If one of ``known`` (packed earlier, for other
+        inputs) has the same layout, that one is returned.
         """
         return None
 

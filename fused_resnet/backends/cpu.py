@@ -111,13 +111,15 @@ class Convolution(NamedTuple):
     """An algorithm for the convolutions of inference.
 
     Attributes:
-        name: what ``explain`` calls it. takes: whether it is for inputs like the call's x. pack: packs the call's
-            weight. layout: a packed weight's layout, which may depend on x; None: there is one.
+        name: what ``explain`` calls it; the first word names the step of a recorded row. suits: whether it can run the
+            call. takes: whether it is expected to be the fastest; asked only where nothing is measured. pack: packs the
+            call's weight. layout: a packed weight's layout, which may depend on x; None: there is one.
         run: (call, packed weight, owned, exact) -> the result. ``owned``: it may overwrite the residual. ``exact``: NaN
             goes where PyTorch's activations send it.
     """
 
     name: str
+    suits: Callable[[primitives.ConvBiasAct], bool]
     takes: Callable[[primitives.ConvBiasAct], bool]
     pack: Callable[[primitives.ConvBiasAct], Tensor]
     layout: Callable[[Tensor], bytes] | None
@@ -126,6 +128,15 @@ class Convolution(NamedTuple):
 
 def _in_float(call: primitives.ConvBiasAct) -> bool:
     return compute_dtype(call.x.dtype) == torch.float32 and _gemm()
+
+
+def _suits_winograd(call: primitives.ConvBiasAct) -> bool:
+    return _in_float(call) and _ops.winograd_suits(call.x, call.weight, *call.conv.geometry)
+
+
+def _suits_pointwise(call: primitives.ConvBiasAct) -> bool:
+    conv = call.conv
+    return _in_float(call) and _ops.pointwise_suits(call.x, call.weight, conv.stride, conv.padding, conv.groups)
 
 
 def _winograd(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
@@ -187,26 +198,29 @@ def _with_post_ops(call: primitives.ConvBiasAct, packed: Tensor, owned: bool) ->
     return y
 
 
-# The first that takes a call runs it. Which instruction sets an algorithm is for is part of what it takes.
+# Where nothing is measured, the first that takes a call runs it. Which instruction sets an algorithm is for is part of
+# what suits it.
 CONVOLUTIONS = (
     Convolution(
         "winograd",
-        lambda call: _in_float(call) and _ops.winograd_tile(call.x, call.weight, *call.conv.geometry) != 0,
-        lambda call: _ops.winograd_prepack(call.weight, _ops.winograd_tile(call.x, call.weight, *call.conv.geometry)),
+        _suits_winograd,
+        lambda call: _in_float(call) and _ops.winograd_tile(call.x, call.weight, *call.conv.geometry) == 4,
+        lambda call: _ops.winograd_prepack(call.weight, 4),
         None,
         _winograd,
     ),
     Convolution(
-        "pointwise",
-        lambda call: (
-            _in_float(call)
-            and _ops.pointwise_suits(call.x, call.weight, call.conv.stride, call.conv.padding, call.conv.groups)
-        ),
-        lambda call: _ops.direct_prepack(call.weight),
+        "winograd F(2x2)",
+        _suits_winograd,
+        lambda call: False,
+        lambda call: _ops.winograd_prepack(call.weight, 2),
         None,
-        _pointwise,
+        _winograd,
     ),
-    Convolution("onednn", lambda call: True, _onednn_weight, _onednn_layout, _onednn),
+    Convolution(
+        "pointwise", _suits_pointwise, _suits_pointwise, lambda call: _ops.direct_prepack(call.weight), None, _pointwise
+    ),
+    Convolution("onednn", lambda call: True, lambda call: True, _onednn_weight, _onednn_layout, _onednn),
 )
 _BY_NAME = {convolution.name: convolution for convolution in CONVOLUTIONS}
 
@@ -261,11 +275,19 @@ class Cpu(Backend):
         return None
 
     # ------------------------------------------------------------------------------------------------ inference
-    def prepack(self, call: primitives.ConvBiasAct, known: Sequence[Any] = ()) -> Packed | None:
-        """The weight packed for the first of ``CONVOLUTIONS`` that takes the call; None for float64."""
+    def algorithms(self, call: primitives.ConvBiasAct) -> Sequence[str]:
+        if torch.float64 in (call.x.dtype, call.weight.dtype):
+            return ()
+        return [convolution.name for convolution in CONVOLUTIONS if convolution.suits(call)]
+
+    def prepack(self, call: primitives.ConvBiasAct, known: Sequence[Any] = (), algorithm: str = "") -> Packed | None:
+        """The weight packed for the algorithm, or for the first of ``CONVOLUTIONS`` that takes the call; None for
+        float64."""
         if torch.float64 in (call.x.dtype, call.weight.dtype):
             return None
-        name, _, pack, layout, _ = next(convolution for convolution in CONVOLUTIONS if convolution.takes(call))
+        if not algorithm:
+            algorithm = next(convolution.name for convolution in CONVOLUTIONS if convolution.takes(call))
+        name, _, _, pack, layout, _ = _BY_NAME[algorithm]
         same = [form for form in known if isinstance(form, Packed) and form.kind == name]
         if same and layout is None:
             return same[0]

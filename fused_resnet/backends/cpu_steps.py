@@ -14,7 +14,7 @@ from fused_resnet.backends.steps import MaxPool, Recorded, ShortcutInput, Step
 from fused_resnet.backends.values import Norm, vector_dtype
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
-# In the order of frozen_row.cpp's enum. A packed weight's kind is one of these.
+# In the order of frozen_row.cpp's enum. The first word of a packed weight's kind is one of these.
 KINDS = (
     "aten", "onednn", "winograd", "pointwise", "stem", "bn_act", "bn_act_max_pool", "max_pool", "avg_pool", "pad",
 )  # fmt: skip
@@ -92,7 +92,7 @@ class Writer:
             if summand >= 0 or act.name != "identity":
                 tensors += identity(call.bias.numel(), dtype)[:2]
             return self._write("aten", x, summand, tensors, conv=conv, act=act)
-        kind, tensors = step.packed.kind, [step.packed.weight, call.bias]
+        kind, tensors = step.packed.kind.split()[0], [step.packed.weight, call.bias]
         if kind != "onednn":
             return self._write(kind, x, summand, tensors, step.owned, conv, act, step.pool)
         tensors[1] = call.bias.to(dtype)

@@ -64,29 +64,36 @@ class FoldedChain(NamedTuple):
     units: list[FoldedUnit]
 
 
-# key -> whether a unit runs on the backend that serves it; and the number of answers that are kept.
-_served: dict[Any, bool] = {}
+# key -> the algorithm of a unit; and the number of answers that are kept.
+_served: dict[Any, str] = {}
 _ASKED = 4096
+# The answer for PyTorch's own operators.
+_ATEN = "aten"
 # Seconds that one timed call of a unit should take: networks have some ten to a hundred units.
 _CALL_S = 0.008
 
 
-def _is_served(x: Tensor, unit: FoldedUnit, residual: Tensor | None, pool: PoolSpec | None = None) -> bool:
-    """Whether a unit, with its max-pool, runs on the backend that serves it.
+def _algorithm(x: Tensor, unit: FoldedUnit, residual: Tensor | None, pool: PoolSpec | None = None) -> str:
+    """The fastest way to run a unit with its max-pool: an algorithm of the backend that serves it, or ``_ATEN``.
 
-    On a CPU it does if that is faster than PyTorch's own operators, which have less overhead per call.
+    On a CPU all ways are timed. "": nothing is timed, and the backend chooses.
     """
     if not x.is_cpu or not sizes.has_choice():
-        return True
+        return ""
     key = (x.shape, x.dtype, unit.weight.shape, unit.conv, unit.act, residual is None, pool, torch.get_num_threads())
     answer = _served.get(key)
     if answer is None:
         weight = Weight(unit.weight.borrowed()) if isinstance(unit.weight, Weight) else unit.weight
-        timed = _Measured(unit._replace(weight=weight, bias=unit.bias.detach()), residual is not None, pool)
+        unit = unit._replace(weight=weight, bias=unit.bias.detach())
+        algorithms: Sequence[str] = ()
+        if pool is None and unit.conv is not None and isinstance(weight, Weight):
+            call = ConvBiasAct(x, weight.borrowed(), unit.bias, unit.conv, unit.act, residual)
+            algorithms = pick(ConvBiasAct, call.case).algorithms(call)
+        timed = _Measured(unit, residual is not None, pool, tuple(algorithms) or ("",))
         found = sizes.faster(timed.signature(x), x.shape[0], partial(timed.calls, x.shape, x.dtype), _CALL_S)
         if len(_served) >= _ASKED:
             _served.clear()
-        _served[key] = answer = found.pays
+        _served[key] = answer = timed.algorithms[found.which] if found.pays else _ATEN
     return answer
 
 
@@ -96,20 +103,21 @@ class _Measured(NamedTuple):
     unit: FoldedUnit
     summand: bool
     pool: PoolSpec | None
+    algorithms: tuple[str, ...]
 
     def signature(self, x: Tensor) -> str:
         weight = f"{text_of(self.unit.conv)} {'x'.join(map(str, self.unit.weight.shape))}"
         summand = "summand" if self.summand else "-"
-        size = sizes.size(x.shape, x.dtype)
-        return f"frozen {weight} {text_of(self.unit.act)} {summand} {text_of(self.pool)} {size}"
+        size, ways = sizes.size(x.shape, x.dtype), ", ".join(self.algorithms)
+        return f"frozen {weight} {text_of(self.unit.act)} {summand} {text_of(self.pool)} {size} {ways}"
 
-    def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[sizes.Call, sizes.Call]:
+    def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[sizes.Call, ...]:
         x = sizes.images((images, *shape[1:]), dtype, True)
-        ours = _Backends(perform, measured=False)
+        ways = [*(_Backends(perform, False, algorithm) for algorithm in self.algorithms), _PLAIN]
         if self.pool is not None:
-            return partial(ours.pooled, x, self.unit, self.pool), partial(_PLAIN.pooled, x, self.unit, self.pool)
+            return tuple(partial(way.pooled, x, self.unit, self.pool) for way in ways)
         residual = sizes.images(self.unit.out_shape(x), dtype, True) if self.summand else None
-        return partial(ours.unit, x, self.unit, residual, False), partial(_PLAIN.unit, x, self.unit, residual, False)
+        return tuple(partial(way.unit, x, self.unit, residual, False) for way in ways)
 
 
 Do = Callable[[Step | MaxPool | ShortcutInput], Tensor]
@@ -160,12 +168,12 @@ class _Backends(_Plain):
     """The steps of units on the backends that serve them, or on PyTorch's own operators if these are faster.
 
     Args:
-        measured: whether PyTorch's operators are an alternative.
+        measured: whether the fastest way is chosen, PyTorch's operators among them. algorithm: the way otherwise.
     """
 
-    def __init__(self, do: Do, measured: bool = True) -> None:
+    def __init__(self, do: Do, measured: bool = True, algorithm: str = "") -> None:
         super().__init__(do)
-        self.measured = measured
+        self.measured, self.algorithm = measured, algorithm
 
     def unit(self, x: Tensor, unit: FoldedUnit, residual: Tensor | None, owned: bool) -> Tensor:
         weight, bias, conv, act, _ = unit
@@ -174,7 +182,8 @@ class _Backends(_Plain):
                 # the add converts or broadcasts a summand, so it is PyTorch's add
                 return self.broadcast(self.unit(x, unit._replace(act=_IDENTITY), None, True), residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
-        if self.measured and not _is_served(x, unit, residual):
+        algorithm = _algorithm(x, unit, residual) if self.measured else self.algorithm
+        if algorithm == _ATEN:
             return super().unit(x, unit, residual, owned)
         if isinstance(weight, Tensor) or conv is None:
             return self.do(Step(BnAct(x, unit.norm, act, residual)))
@@ -182,8 +191,8 @@ class _Backends(_Plain):
         backend = pick(ConvBiasAct, call.case)
         if not backend.packs:
             return self.do(Step(call.replace(weight=weight.own())))
-        key = (backend.name, x.shape, x.dtype)
-        form = weight.packed(key, lambda own, known: backend.prepack(call.replace(weight=own), known))
+        key = (backend.name, algorithm, x.shape, x.dtype)
+        form = weight.packed(key, lambda own, known: backend.prepack(call.replace(weight=own), known, algorithm))
         call = call if form is not None else call.replace(weight=weight.own())
         return self.do(Step(call, backend, form, owned))
 
@@ -194,7 +203,7 @@ class _Backends(_Plain):
     def pooled(self, x: Tensor, unit: FoldedUnit, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output, in one pass if the backend has such a pass."""
         weight, bias, conv, act, _ = unit
-        if self.measured and not _is_served(x, unit, None, pool):
+        if self.measured and _algorithm(x, unit, None, pool) == _ATEN:
             return self.do(MaxPool(super().unit(x, unit, None, True), pool))
         if isinstance(weight, Tensor) or conv is None:
             return self.do(Step(BnActMaxPool(x, unit.norm, act, pool)))

@@ -2,9 +2,9 @@
 
 On a CPU a chain saves passes over its convolutions' raw outputs, but it adds overhead per call. Which of the two weighs
 more depends on sizes, dtypes, threads and the processor, so no constant of one machine decides here. The caller
-(``fusion/choosing.py`` for chains, ``frozen/forward.py`` for frozen units) describes its case by a text and passes both
-candidates as calls. They are timed in turns. The answer is kept in the process, and in the planner's file for later
-processes. FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
+(``fusion/choosing.py`` for chains, ``frozen/forward.py`` for frozen units) describes its case by a text and passes its
+candidates and PyTorch's as calls. They are timed in turns. The answer is kept in the process, and in the planner's file
+for later processes. FUSED_RESNET_PLAN=preference measures nothing: chains run at any size.
 
 A measurement runs in the caller's thread, outside its inference mode. A second thread would have OpenMP threads of its
 own, more than there are cores, and both candidates would take twice as long, not in proportion. If the caller has hooks
@@ -18,7 +18,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from fused_resnet.planner.dispatch import cache_of, plan
 
 _always: ContextVar[bool | None] = ContextVar("fused_resnet_always", default=False)
 Call = Callable[[], Any]
-Calls = Callable[[int], tuple[Call, Call]]
+Calls = Callable[[int], tuple[Call, ...]]
 
 # The fewest and the most rounds. After the fewest, no round starts after this many seconds.
 ROUNDS, ROUNDS_S = (2, 15), 0.03
@@ -43,11 +43,12 @@ TIE_OF_A_STEP = 1.0
 
 
 class Measured(NamedTuple):
-    """Whether ours is faster, and the milliseconds of both."""
+    """Whether ours is faster, the milliseconds of both, and which of our calls is the fastest."""
 
     pays: bool
     ours: float
     plain: float
+    which: int = 0
 
     def __str__(self) -> str:
         return f"{'chains' if self.pays else 'plain'} (chains {self.ours:.3g} ms, plain {self.plain:.3g})"
@@ -92,10 +93,9 @@ def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE
 
     Args:
         text: everything that the times depend on, except the machine, the number of threads and the versions.
-        images: the batch. calls: maps a batch of at most that size to our call and PyTorch's, ready to be timed; may
-            run in another thread. call_s: the seconds that one timed call should take; of a larger batch a part is
-            timed.
-            tie: ours is the answer below this share of PyTorch's time.
+        images: the batch. calls: maps a batch of at most that size to our calls and, last, PyTorch's, ready to be
+            timed; may run in another thread. call_s: the seconds that one timed call should take; of a larger batch a
+            part is timed. tie: ours is the answer below this share of PyTorch's time.
 
     Returns:
         The measurement. ``CHAINS`` if nothing is measured, or if PyTorch's call raises: then chains report the error.
@@ -114,8 +114,11 @@ def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE
 
 def _kept(text: str) -> Measured | None:
     entry = cache_of(torch.device("cpu")).choices.get(text)
+    if entry is None:
+        return None
     try:
-        return Measured(entry["choice"]["chains"], entry["ms"]["chains"], entry["ms"]["plain"]) if entry else None
+        choice, ms = entry["choice"], entry["ms"]
+        return Measured(choice["chains"], ms["chains"], ms["plain"], choice.get("which", 0))
     except (KeyError, TypeError):  # another program wrote the file
         return None
 
@@ -123,7 +126,8 @@ def _kept(text: str) -> Measured | None:
 def _keep(text: str, found: Measured) -> Measured:
     """Stores an answer. Returns the valid one: another process may have been first."""
     if math.isfinite(found.ours):
-        entry = {"choice": {"chains": found.pays}, "ms": {"chains": found.ours, "plain": found.plain}}
+        choice = {"chains": found.pays} | ({"which": found.which} if found.which else {})
+        entry = {"choice": choice, "ms": {"chains": found.ours, "plain": found.plain}}
         cache_of(torch.device("cpu")).add(text, entry)
     return _kept(text) or found
 
@@ -134,6 +138,9 @@ def forget() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
+_PLAIN = -1  # the number of PyTorch's call
+
+
 def _measured(images: int, calls: Calls, call_s: float, tie: float) -> Measured | None:
     found: list[Measured] = []
 
@@ -189,33 +196,38 @@ def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:
         call()
         return clock() - start
 
-    few, ours, plain = _begun(images, calls)
+    few, *ours, plain = _begun(images, calls)
     part = min(images, max(few, math.ceil(few * call_s / max(seconds(plain), 1e-6))))
     if part > few:
-        ours, plain = calls(part)
+        *ours, plain = calls(part)
         plain()
-    try:
-        ours()
-    except Exception:  # a case that PyTorch takes and we refuse runs plain
+    able: dict[int, Call] = {}
+    for number, call in enumerate(ours):
+        with suppress(Exception):  # a case that PyTorch takes and we refuse runs plain
+            call()
+            able[number] = call
+    if not able:
         return Measured(False, math.inf, seconds(plain) * 1e3)
-    best = {ours: math.inf, plain: math.inf}
+    turns = [*able.items(), (_PLAIN, plain)]
+    best = {number: math.inf for number, _ in turns}
     start = clock()
     for done in range(ROUNDS[1]):
         if done >= ROUNDS[0] and clock() - start > ROUNDS_S:
             break
-        for call in (ours, plain) if done % 2 else (plain, ours):
-            best[call] = min(best[call], seconds(call))
-    return Measured(best[ours] < tie * best[plain], best[ours] * 1e3, best[plain] * 1e3)
+        for number, call in turns if done % 2 else reversed(turns):
+            best[number] = min(best[number], seconds(call))
+    which = min(able, key=best.__getitem__)
+    return Measured(best[which] < tie * best[_PLAIN], best[which] * 1e3, best[_PLAIN] * 1e3, which)
 
 
-def _begun(images: int, calls: Calls) -> tuple[int, Call, Call]:
-    """The calls for one image, or for two if one has no statistics. PyTorch's has run once."""
+def _begun(images: int, calls: Calls) -> tuple[Any, ...]:
+    """The number of images, one, or two if one has no statistics, and the calls for them. PyTorch's has run once."""
     try:
-        ours, plain = calls(1)
-        plain()
-        return 1, ours, plain
+        made = calls(1)
+        made[-1]()
+        return 1, *made
     except ValueError:
         few = min(images, 2)
-        ours, plain = calls(few)
-        plain()
-        return few, ours, plain
+        made = calls(few)
+        made[-1]()
+        return few, *made

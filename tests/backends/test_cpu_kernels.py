@@ -377,6 +377,7 @@ def test_schemas_of_the_compiled_operators() -> None:
         "row_backward": (y, y, None, [w3], saved, *rows(True), [True, False, *[True] * 3], f32, True),
         "row_inference": (y, None, [*row, v[0], v[1].abs()], *rows(False), f32, True),
         "frozen_row": (y, y, *recorded.args, ["none"]),
+        "winograd_suits": (y, w3, one, one, one, 1),
         "winograd_tile": (y, w3, one, one, one, 1),
         "winograd_prepack": (w3, 4),
         "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),

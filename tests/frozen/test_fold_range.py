@@ -209,7 +209,7 @@ def test_what_a_scale_travels_through() -> None:
 def test_backends_take_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 16-bit weights on any CPU; and what ``explain`` says of it."""
     native(monkeypatch)
-    monkeypatch.setattr(frozen_forward, "_is_served", lambda *_: True)
+    monkeypatch.setattr(frozen_forward, "_algorithm", lambda *_: "")
     monkeypatch.setattr(loaded("cpu"), "prepack", lambda *_: None)
     monkeypatch.setattr(loaded("cpu"), "conv_bias_act", loaded("aten").conv_bias_act)
     for change in ("tiny gamma", "tiny gamma, pooled", "tiny gamma of the summands"):

@@ -141,7 +141,7 @@ def test_threads(monkeypatch):
     cpu, _ = load("cpu")
     if cpu is not None:
         prepack = cpu.prepack
-        record = lambda call, known: packed.append((id(call.weight), call.x.shape)) or prepack(call, known)  # noqa: E731
+        record = lambda call, *rest: packed.append((id(call.weight), call.x.shape)) or prepack(call, *rest)  # noqa: E731
         monkeypatch.setattr(cpu, "prepack", record)
     wrong: list[Any] = []
 

@@ -66,6 +66,8 @@ Tensor frozen_row(const Tensor& x, const OptTensor& residual, at::TensorList ten
 
 // Inference by Winograd: the outputs per side of a tile (0: not used), the transformed weights, and
 // act(conv(x) + bias (+ residual)).
+bool winograd_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                    int64_t groups);
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                       int64_t groups);
 Tensor winograd_prepack(const Tensor& weight, int64_t tile);

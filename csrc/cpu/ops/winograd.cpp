@@ -67,15 +67,19 @@ int tile_for(const Tensor& out, int64_t channels) {
 
 }  // namespace
 
-// 3x3, stride 1, channels_last, and cheaper than the convolution's own products, of which `rate` take the time of one
-// in float. Packed weights have tiles of 4, whatever x is, so that all calls can share them.
+bool winograd_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                    int64_t groups) {
+    return weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && stride[0] == 1 && stride[1] == 1 &&
+           dilation[0] == 1 && dilation[1] == 1 && padding[0] == padding[1] && padding[0] <= 2 && x.size(2) >= 4 &&
+           x.size(3) >= 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// Cheaper than the convolution's own products, of which `rate` take the time of one in float. Packed weights have tiles
+// of 4, whatever x is, so that all calls can share them.
 bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                  int64_t groups, bool packed, int64_t rate) {
     const int64_t C = weight.size(1), K = weight.size(0);  // or, for the gradient of an input, turned round
-    if (weight.size(2) != 3 || weight.size(3) != 3 || groups != 1 || stride[0] != 1 || stride[1] != 1 ||
-        dilation[0] != 1 || dilation[1] != 1 || padding[0] != padding[1] || padding[0] > 2 ||
-        std::min(K, C) < kWinogradChannels || x.size(2) < 4 || x.size(3) < 4 ||
-        !x.is_contiguous(at::MemoryFormat::ChannelsLast))
+    if (std::min(K, C) < kWinogradChannels || !winograd_suits(x, weight, stride, padding, dilation, groups))
         return false;
     const int64_t height = x.size(2) + 2 * padding[0] - 2, width = x.size(3) + 2 * padding[0] - 2;
     const int64_t direct = 9 * x.size(0) * height * width * C * K / rate;
