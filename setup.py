@@ -1,4 +1,6 @@
-"""Builds the extension ``fused_resnet._C``: csrc/cpu always, csrc/cuda where torch and nvcc allow it.
+"""Builds the library ``fused_resnet/lib/libfused_resnet.so``: csrc/cpu always, csrc/cuda where nvcc allows it.
+
+It uses torch's stable ABI: built with one torch, it runs under every torch from OLDEST_TORCH on, with any Python.
 
 Environment (the table is in CONTRIBUTING.md): FUSED_RESNET_CUDA=auto|0|1, FUSED_RESNET_NO_EXT=0|1, and what torch's
 own builds read: TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDA_HOME.
@@ -6,31 +8,36 @@ own builds read: TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CUDA_HOME.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.modified import newer_group
 
-CSRC = Path("csrc")
+PACKAGE, CSRC = "fused_resnet", Path("csrc")
+OLDEST_TORCH = "0x020b000000000000"  # 2.11
 # Translation units that include ATen's headers take 1 to 2 GiB each; a build that swaps is slower than a serial one.
 BYTES_PER_JOB = 2 << 30
 # CUTLASS's convolutions and what chooses among them and calls them; conv_train_sm90.cu, our own, is not among them:
 # it has never run on a GPU, and no comparison with other numbers saves a user from a kernel that waits for ever.
 CONVOLUTIONS, CUTLASS = ("cuda/conv_sm90.cu", "cuda/conv_ops.cpp"), "cuda/conv_sm90_*.cu"
+NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden")
 # -DNDEBUG: with CUTLASS's assertions ptxas serializes every wgmma.
 CUTLASS_FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a")
 CUTLASS_FLAGS += ("-Xcompiler=-fPIC,-fvisibility=hidden",)
 CUTLASS_BYTES_PER_JOB = 4 << 30
+Command = Callable[[str, str | Path, str | Path], list[str]]
 
 
 def fail(sentence: str) -> NoReturn:
@@ -73,32 +80,35 @@ def nvcc_release(nvcc: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def find_nvcc(cuda_home: str | None) -> str | None:
-    """The CUDA compiler. torch looks for CUDA only when it is a CUDA build itself; where it found one, that is the one
-    it will call."""
-    return shutil.which("nvcc", path=str(Path(cuda_home, "bin"))) if cuda_home else shutil.which("nvcc")
+def find_nvcc() -> str | None:
+    """The CUDA compiler, for which torch need not be a CUDA build."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
 
 
-def cuda_lacks(torch, cuda_home: str | None) -> tuple[list[str], tuple[int, int]]:
+def cuda_folders(nvcc: str, *names: str) -> list[Path]:
+    """Folders of that name in the toolkit of the compiler."""
+    home = Path(nvcc).parents[1]
+    return [path for name in names for path in (home / name, *home.glob(f"targets/*/{name}")) if path.is_dir()]
+
+
+def cuda_lacks() -> tuple[list[str], tuple[int, int]]:
     """What is missing for the CUDA part (empty: nothing), and nvcc's release."""
     lacks, release = [], (0, 0)
     if not sources("cuda/*.cu"):
         lacks.append("csrc/cuda has no .cu file")
-    nvcc = find_nvcc(cuda_home)
+    nvcc = find_nvcc()
     if nvcc is None:
-        lacks.append("nvcc was not found (set CUDA_HOME, or put nvcc on PATH)")
-    else:
-        release = nvcc_release(nvcc)
-        # an nvcc on PATH that is a link or a script leads torch to a CUDA_HOME that holds nothing else
-        places = ("include", "targets/*/include")
-        elsewhere = any(os.environ.get(name) for name in ("CPATH", "CPLUS_INCLUDE_PATH"))
-        if cuda_home and not elsewhere and not any(any(Path(cuda_home).glob(f"{p}/cuda_runtime.h")) for p in places):
-            lacks.append(f"{cuda_home} has nvcc but not CUDA's headers (set CUDA_HOME to the toolkit's folder)")
-    if torch.version.cuda is None:
-        lacks.append(f"torch {torch.__version__} is not a CUDA build")
-    elif nvcc is not None and release[0] != int(torch.version.cuda.split(".")[0]):
-        # torch refuses this pair too, but with a traceback and late; a difference in the minor version is fine.
-        lacks.append(f"nvcc is of CUDA {release[0]}.{release[1]} but torch was built with CUDA {torch.version.cuda}")
+        return [*lacks, "nvcc was not found (set CUDA_HOME, or put nvcc on PATH)"], release
+    release, oldest = nvcc_release(nvcc), (12, 6)
+    if release < oldest:
+        lacks.append(f"nvcc is of CUDA {release[0]}.{release[1]}, older than {oldest[0]}.{oldest[1]}")
+    # an nvcc on PATH that is a link or a script leads to a folder that holds nothing else
+    elsewhere = any(os.environ.get(name) for name in ("CPATH", "CPLUS_INCLUDE_PATH"))
+    if not elsewhere and not any((folder / "cuda_runtime.h").exists() for folder in cuda_folders(nvcc, "include")):
+        home = Path(nvcc).parents[1]
+        lacks.append(f"{home} has nvcc but not CUDA's headers (set CUDA_HOME to the toolkit's folder)")
     return lacks, release
 
 
@@ -127,43 +137,63 @@ def cutlass_lacks(archs: str) -> list[str]:
     return lacks
 
 
+def cuda_sources(suffix: str, with_cutlass: bool) -> list[str]:
+    """All but the convolutions, of which only those that call CUTLASS's have a place, beside them."""
+    convolutions = {*sources("cuda/conv_*")} - {*(sources(*CONVOLUTIONS) if with_cutlass else ())}
+    return sorted({*sources(f"cuda/*{suffix}")} - convolutions)
+
+
+def host_compiler() -> list[str]:
+    """nvcc's flag for the compiler of what runs on the CPU."""
+    return ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []  # as torch's own builds do
+
+
 def cutlass_command(nvcc: str, source: str | Path, to: str | Path) -> list[str]:
-    """How a file with CUTLASS's convolutions is compiled: for sm_90a alone, which one flag list for all files of an
-    extension, torch's, does not allow."""
-    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []  # as torch does
+    """How a file with CUTLASS's convolutions is compiled: for sm_90a alone."""
     includes = [f"-isystem={folder}" for folder in cutlass_includes()]
-    return [nvcc, *CUTLASS_FLAGS, *host, *includes, "-c", str(source), "-o", str(to)]
+    return [nvcc, *CUTLASS_FLAGS, *host_compiler(), *includes, "-c", str(source), "-o", str(to)]
 
 
-def compile_cutlass(nvcc: str, folder: Path) -> list[str]:
-    """The objects of CUTLASS's convolutions, those compiled again that are older than what they are made of. Each takes
-    a minute and 4 GiB: MAX_JOBS at once, or as many as memory allows. ``folder``: another one for another CUTLASS."""
-    given, jobs = os.environ["MAX_JOBS"], default_jobs(CUTLASS_BYTES_PER_JOB)
+def gencode(archs: str) -> list[str]:
+    """nvcc's flags for the architectures of TORCH_CUDA_ARCH_LIST."""
+    flags: list[str] = []
+    for arch in re.split(r"[;\s]+", archs.strip("; ")):
+        found = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
+        if found is None:
+            fail(f"TORCH_CUDA_ARCH_LIST={archs!r} is not understood: expected numbers, as in 8.0;9.0a;10.0+PTX.")
+        number, kinds = found[1] + found[2], ["sm", "compute"] if found[3] else ["sm"]
+        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return flags
+
+
+def cuda_command(nvcc: str, source: str | Path, to: str | Path) -> list[str]:
+    """How the other files are compiled, for all architectures."""
+    archs = gencode(os.environ["TORCH_CUDA_ARCH_LIST"])
+    return [nvcc, *NVCC_FLAGS, *host_compiler(), *archs, "-c", str(source), "-o", str(to)]
+
+
+def compile_cuda(nvcc: str, files: list[str], command: Command, folder: Path, bytes_per_job: int) -> list[str]:
+    """The objects of these .cu files, those compiled again that are older than what they are made of: MAX_JOBS at once,
+    or as many as memory allows. ``folder``: another one for other flags."""
+    given, jobs = os.environ["MAX_JOBS"], default_jobs(bytes_per_job)
     if given.isdigit():  # as torch reads it
         jobs = max(1, min(jobs, int(given)))
     headers = sources("*.h", "cuda/*.h", "cuda/*.cuh")
-    objects = {source: folder / f"{Path(source).stem}.o" for source in sources(CUTLASS)}
+    objects = {source: folder / f"{Path(source).stem}.o" for source in files}
     folder.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: str) -> None:
         if newer_group([source, *headers, "setup.py"], str(objects[source])):
-            command = cutlass_command(nvcc, source, objects[source])
-            print(shlex.join(command), flush=True)
-            if subprocess.run(command).returncode:
+            line = command(nvcc, source, objects[source])
+            print(shlex.join(line), flush=True)
+            if subprocess.run(line).returncode:
                 objects[source].unlink(missing_ok=True)
-                fail(f"nvcc could not compile {source}: a TORCH_CUDA_ARCH_LIST without 9.0a builds without CUTLASS.")
+                hint = "a TORCH_CUDA_ARCH_LIST without 9.0a builds without CUTLASS"
+                fail(f"nvcc could not compile {source}{f': {hint}' if command is cutlass_command else ''}.")
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(compiled, objects))
     return [str(path) for path in objects.values()]
-
-
-def openmp_link_args(compiler: list[str]) -> list[str]:
-    """at::parallel_for is a template that runs in parallel only where it is compiled with OpenMP. With GCC nothing is
-    linked for it: torch has its OpenMP runtime loaded already, and a second one would bring a second set of threads.
-    Clang's calls need clang's own runtime."""
-    text = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-    return ["-fopenmp"] if "clang" in text else []
 
 
 def extension_arguments() -> dict:
@@ -184,28 +214,35 @@ def extension_arguments() -> dict:
             "pip install torch first, then pip install --no-build-isolation ."
         )
 
-    lacks, nvcc = ([], (0, 0)) if use_cuda == "0" else cuda_lacks(torch, cpp_extension.CUDA_HOME)
+    asked = use_cuda == "1" or torch.version.cuda is not None or "TORCH_CUDA_ARCH_LIST" in os.environ
+    lacks, release = cuda_lacks() if use_cuda != "0" and asked else ([], (0, 0))
     if use_cuda == "1" and lacks:
         fail(f"FUSED_RESNET_CUDA=1 can't be met: {', and '.join(lacks)}.")
+    if use_cuda == "auto" and not asked:
+        lacks = [f"torch {torch.__version__} is not a CUDA build (FUSED_RESNET_CUDA=1 builds the CUDA part, too)"]
     with_cuda = use_cuda != "0" and not lacks
     os.environ.setdefault("MAX_JOBS", str(default_jobs()))
     # Where pip put ninja, when the environment of the build is used without being activated.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
     if with_cuda:
-        # Set here because torch's own default needs a GPU at build time. sm_100 came with CUDA 12.8.
-        newest = "10.0+PTX" if nvcc >= (12, 8) else "9.0+PTX"
+        # sm_100 came with CUDA 12.8
+        newest = "10.0+PTX" if release >= (12, 8) else "9.0+PTX"
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.6;8.9;9.0a;{newest}")
-    no_cutlass = ", and ".join(cutlass_lacks(os.environ["TORCH_CUDA_ARCH_LIST"])) if with_cuda else ""
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    no_cutlass = ", and ".join(cutlass_lacks(archs)) if with_cuda else ""
     with_cutlass, version = with_cuda and not no_cutlass, cutlass_version(cutlass_includes())
-
     compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    nvcc = find_nvcc() or ""
 
     class Build(cpp_extension.BuildExtension):
         def finalize_options(self):
             super().finalize_options()
             # pip gives every build a new folder; with one of its own, ninja recompiles only what has changed.
-            tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-            self.build_temp = os.path.join("build", f"temp-{tag}-cuda" if with_cuda else f"temp-{tag}")
+            self.build_temp = os.path.join("build", f"temp-torch{torch.__version__}{'-cuda' if with_cuda else ''}")
+
+        def get_ext_filename(self, fullname):
+            """No Python's name: no Python API is used, and torch loads the file."""
+            return os.path.join(*fullname.split(".")) + ".so"
 
         def build_extensions(self):
             if shutil.which(compiler[0]) is None:
@@ -218,43 +255,61 @@ def extension_arguments() -> dict:
                 print(f"fused_resnet: building the CPU part only: {', and '.join(lacks)}.", flush=True)
             if no_cutlass:
                 print(f"fused_resnet: building without CUTLASS's convolutions: {no_cutlass}.", flush=True)
+            objects, folder = self.extensions[0].extra_objects, Path(self.build_temp)
+            if with_cuda:
+                digest = hashlib.sha256(archs.encode()).hexdigest()[:8]
+                objects += compile_cuda(nvcc, kernels, cuda_command, folder / f"nvcc-{digest}", BYTES_PER_JOB)
             if with_cutlass:
-                objects = Path(self.build_temp, f"cutlass-{version}")
-                self.extensions[0].extra_objects += compile_cutlass(find_nvcc(cpp_extension.CUDA_HOME), objects)
-            if "-fopenmp" in cxx:
-                self.extensions[0].extra_link_args += openmp_link_args(compiler)
+                objects += compile_cuda(
+                    nvcc, sources(CUTLASS), cutlass_command, folder / f"cutlass-{version}", CUTLASS_BYTES_PER_JOB
+                )
             super().build_extensions()
 
+        def copy_extensions_to_source(self):
+            """Of an editable install."""
+            Path(PACKAGE, "lib").mkdir(exist_ok=True)
+            super().copy_extensions_to_source()
+
+    class Wheel(bdist_wheel):
+        def get_tag(self):
+            """Any Python 3, this platform."""
+            return "py3", "none", super().get_tag()[2]
+
     # No -march: which instructions may run is decided on the user's machine, inside the sources. No -std: torch adds
-    # the one its own headers need (C++20 from 2.14 on, where they refuse C++17).
+    # the one that its headers need.
     # -ffp-contract=fast because GCC's ISO modes turn fused multiply-adds off; the -fno's let sqrt and selects vectorise
     # without giving up on NaN, Inf or the order of additions, as -ffast-math would.
     cxx = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-ffp-contract=fast", "-fno-math-errno"]
     cxx += ["-fno-trapping-math", "-g0"]
-    if sys.platform == "linux":
-        cxx.append("-fopenmp")
-    nvcc_flags = ["-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden"]
 
-    files = sources("bindings.cpp", "cpu/**/*.cpp")
-    macros: list[tuple[str, str | None]] = []
-    make = cpp_extension.CppExtension
+    files = sources("*.cpp", "cpu/**/*.cpp")
+    kernels: list[str] = []
+    macros: list[tuple[str, str | None]] = [("TORCH_TARGET_VERSION", OLDEST_TORCH)]
     if with_cuda:
-        files += sorted({*sources("cuda/*.cu", "cuda/*.cpp")} - {*sources("cuda/conv_*")})
+        files += cuda_sources(".cpp", with_cutlass)
+        kernels += cuda_sources(".cu", with_cutlass)
         # nvcc's own list says 900 for 9.0a
-        macros += [("FUSED_RESNET_WITH_CUDA", "1"), ("FUSED_RESNET_CUDA_ARCHS", os.environ["TORCH_CUDA_ARCH_LIST"])]
-        make = cpp_extension.CUDAExtension
+        macros += [("FUSED_RESNET_WITH_CUDA", "1"), ("FUSED_RESNET_CUDA_ARCHS", archs)]
     if with_cutlass:
-        files += sources(*CONVOLUTIONS)
         macros.append(("FUSED_RESNET_CUTLASS", version))
-    extension = make(
-        "fused_resnet._C",
+    extension = cpp_extension.CppExtension(
+        f"{PACKAGE}.lib.libfused_resnet",
         files,
-        depends=sources("**/*.h", "**/*.inc", "**/*.cuh", CUTLASS),
+        depends=sources("**/*.h", "**/*.inc", "**/*.cuh", "cuda/*.cu"),
         define_macros=macros,
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc_flags},
+        extra_compile_args=cxx,
+        # -lgcc: its functions for 16-bit floats from the archive, for the shared library of older systems has none
+        extra_link_args=["-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", "-lgcc"],
+        py_limited_api=True,
     )
-    extension.extra_link_args = list(extension.extra_link_args or [])
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    # PyTorch's C functions are in this library alone, which is loaded by the time that ours is
+    extension.libraries = ["torch_cpu", "dl", "pthread"]
+    if with_cuda:
+        # CUDA's runtime goes into ours, so that no version of it need be there
+        extension.include_dirs += map(str, cuda_folders(nvcc, "include"))
+        extension.library_dirs += map(str, cuda_folders(nvcc, "lib64", "lib"))
+        extension.libraries += ["cudart_static", "rt"]
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
 
 
 if __name__ == "__main__":  # benchmarks and tests read what is above

@@ -1,12 +1,7 @@
-// Schemas of the compiled primitives, and the Python module that loads them. No logic.
-#include <torch/library.h>
+// Schemas of the compiled primitives, and which functions implement them. No logic.
 #include <torch/headeronly/version.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <map>
-#include <string>
-
+#include "box.h"
 #include "cpu/ops/ops.h"
 #ifdef FUSED_RESNET_WITH_CUDA
 #include "cuda/ops.h"
@@ -16,7 +11,7 @@
 #define FR_QUOTED(text) #text
 #define FR_TEXT(macro) FR_QUOTED(macro)
 
-TORCH_LIBRARY(fused_resnet_cpu, m) {
+STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
     m.def(
         "bn_act(Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, Tensor[] residual_norm, "
@@ -50,17 +45,15 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
         "norm, "
         "int act, float act_param, Tensor? residual, ScalarType compute, bool gemm) -> Tensor");
     m.def(
-        "row_forward(Tensor x, Tensor? residual, Tensor[] params, int[] ints, float[] reals, ScalarType compute, "
-        "bool gemm) -> Tensor[]");
+        "row_forward(Tensor x, Tensor? residual, Tensor[] params, Tensor ints, Tensor reals, "
+        "ScalarType compute, bool gemm) -> Tensor[]");
     m.def(
-        "row_backward(Tensor dout, Tensor x, Tensor? residual, Tensor[] weights, Tensor[] saved, int[] ints, "
-        "float[] reals, bool[] needs, ScalarType compute, bool gemm) -> Tensor[]");
+        "row_backward(Tensor dout, Tensor x, Tensor? residual, Tensor[] weights, Tensor[] saved, Tensor ints, "
+        "Tensor reals, Tensor needs, ScalarType compute, bool gemm) -> Tensor[]");
     m.def(
-        "row_inference(Tensor x, Tensor? residual, Tensor[] params, int[] ints, float[] reals, ScalarType compute, "
-        "bool gemm) -> Tensor");
-    m.def(
-        "frozen_row(Tensor x, Tensor? residual, Tensor[] tensors, Tensor ints, Tensor reals, str[] post_ops) "
-        "-> Tensor");
+        "row_inference(Tensor x, Tensor? residual, Tensor[] params, Tensor ints, Tensor reals, "
+        "ScalarType compute, bool gemm) -> Tensor");
+    m.def("frozen_row(Tensor x, Tensor? residual, Tensor[] tensors, Tensor ints, Tensor reals) -> Tensor");
     m.def(
         "conv_algorithm(str kind, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
         "bool prologue, ScalarType compute, bool gemm) -> str");
@@ -85,7 +78,7 @@ TORCH_LIBRARY(fused_resnet_cpu, m) {
 }
 
 // Defined in every build, so that schemas are the same everywhere; implemented only if csrc/cuda is compiled.
-TORCH_LIBRARY(fused_resnet_cuda, m) {
+STABLE_TORCH_LIBRARY(fused_resnet_cuda, m) {
     m.def("bn_stats(Tensor y) -> (Tensor, Tensor)");
     m.def(
         "bn_act(Tensor y, Tensor[] norm, int act, float act_param, Tensor? residual, Tensor[] residual_norm) -> "
@@ -124,76 +117,82 @@ TORCH_LIBRARY(fused_resnet_cuda, m) {
         "int groups, int[2] tile) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
-    namespace cpu = fused_resnet::cpu;
-    m.impl("bn_stats", cpu::bn_stats);
-    m.impl("bn_act", cpu::bn_act);
-    m.impl("bn_act_backward", cpu::bn_act_backward);
-    m.impl("bn_backward", cpu::bn_backward);
-    m.impl("bn_act_max_pool", cpu::bn_act_max_pool);
-    m.impl("bn_act_max_pool_backward", cpu::bn_act_max_pool_backward);
-    m.impl("bn_fold", cpu::bn_fold);
-    m.impl("bn_coefficients", cpu::bn_coefficients);
-    m.impl("conv_stats", cpu::conv_stats);
-    m.impl("conv_backward", cpu::conv_backward);
-    m.impl("conv_bn_act", cpu::conv_bn_act);
-    m.impl("row_forward", cpu::row_forward);
-    m.impl("row_backward", cpu::row_backward);
-    m.impl("row_inference", cpu::row_inference);
-    m.impl("conv_algorithm", cpu::conv_algorithm);
-    m.impl("winograd_suits", cpu::winograd_suits);
-    m.impl("winograd_tile", cpu::winograd_tile);
-    m.impl("winograd_prepack", cpu::winograd_prepack);
-    m.impl("winograd_bias_act", cpu::winograd_bias_act);
-    m.impl("matmul", cpu::matmul);
-    m.impl("pointwise_suits", cpu::pointwise_suits);
-    m.impl("pointwise_bias_act", cpu::pointwise_bias_act);
-    m.impl("stem_suits", cpu::stem_suits);
-    m.impl("direct_prepack", cpu::direct_prepack);
-    m.impl("stem_bias_act_max_pool", cpu::stem_bias_act_max_pool);
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
+    using namespace fused_resnet;
+    m.impl("bn_stats", Boxed<cpu::bn_stats>::call);
+    m.impl("bn_act", Boxed<cpu::bn_act>::call);
+    m.impl("bn_act_backward", Boxed<cpu::bn_act_backward>::call);
+    m.impl("bn_backward", Boxed<cpu::bn_backward>::call);
+    m.impl("bn_act_max_pool", Boxed<cpu::bn_act_max_pool>::call);
+    m.impl("bn_act_max_pool_backward", Boxed<cpu::bn_act_max_pool_backward>::call);
+    m.impl("bn_fold", Boxed<cpu::bn_fold>::call);
+    m.impl("bn_coefficients", Boxed<cpu::bn_coefficients>::call);
+    m.impl("conv_stats", Boxed<cpu::conv_stats>::call);
+    m.impl("conv_backward", Boxed<cpu::conv_backward>::call);
+    m.impl("conv_bn_act", Boxed<cpu::conv_bn_act>::call);
+    m.impl("row_forward", Boxed<cpu::row_forward>::call);
+    m.impl("row_backward", Boxed<cpu::row_backward>::call);
+    m.impl("row_inference", Boxed<cpu::row_inference>::call);
+    m.impl("conv_algorithm", Boxed<cpu::conv_algorithm>::call);
+    m.impl("winograd_suits", Boxed<cpu::winograd_suits>::call);
+    m.impl("winograd_tile", Boxed<cpu::winograd_tile>::call);
+    m.impl("winograd_prepack", Boxed<cpu::winograd_prepack>::call);
+    m.impl("winograd_bias_act", Boxed<cpu::winograd_bias_act>::call);
+    m.impl("matmul", Boxed<cpu::matmul>::call);
+    m.impl("pointwise_suits", Boxed<cpu::pointwise_suits>::call);
+    m.impl("pointwise_bias_act", Boxed<cpu::pointwise_bias_act>::call);
+    m.impl("stem_suits", Boxed<cpu::stem_suits>::call);
+    m.impl("direct_prepack", Boxed<cpu::direct_prepack>::call);
+    m.impl("stem_bias_act_max_pool", Boxed<cpu::stem_bias_act_max_pool>::call);
 }
 
 // weights that oneDNN packed are its own kind of tensor
-TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) { m.impl("frozen_row", fused_resnet::cpu::frozen_row); }
-TORCH_LIBRARY_IMPL(fused_resnet_cpu, MkldnnCPU, m) { m.impl("frozen_row", fused_resnet::cpu::frozen_row); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
+    m.impl("frozen_row", fused_resnet::Boxed<fused_resnet::cpu::frozen_row>::call);
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, MkldnnCPU, m) {
+    m.impl("frozen_row", fused_resnet::Boxed<fused_resnet::cpu::frozen_row>::call);
+}
 
 #ifdef FUSED_RESNET_WITH_CUDA
-TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) { fused_resnet::cuda::ops::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CUDA, m) { fused_resnet::cuda::ops::implement(m); }
 #endif
 
-PYBIND11_MODULE(_C, m) {
-    m.doc() =
-        "The compiled part of fused_resnet: its operators live in torch.ops.fused_resnet_cpu and fused_resnet_cuda.";
-    m.def(
-        "build_info",
-        [] {
-            return std::map<std::string, std::string>{
-                {"compiler", __VERSION__},
-                {"torch", TORCH_VERSION},
-                {"cpu_isa", fused_resnet::cpu::table().name},
+namespace {
+
+// How this library was built and which instruction set it uses: names and values in turn.
+std::vector<std::string> build_info() {
 #ifdef FUSED_RESNET_WITH_CUDA
-                {"cuda", fused_resnet::cuda::built_with()},
-                {"cuda_archs", FR_TEXT(FUSED_RESNET_CUDA_ARCHS)},
+    const std::string cuda = fused_resnet::cuda::built_with(), archs = FR_TEXT(FUSED_RESNET_CUDA_ARCHS);
 #else
-                {"cuda", "not built"},     {"cuda_archs", "none"},
+    const std::string cuda = "not built", archs = "none";
 #endif
 #ifdef FUSED_RESNET_CUTLASS
-                {"cutlass", FR_TEXT(FUSED_RESNET_CUTLASS)},
+    const std::string cutlass = FR_TEXT(FUSED_RESNET_CUTLASS);
 #else
-                {"cutlass", "none"},
+    const std::string cutlass = "none";
 #endif
-            };
-        },
-        "How this extension was built and which instruction set it uses.");
-    m.def(
-        "cuda_status",
-        []() -> std::string {
+    return {"compiler", __VERSION__, "torch",      TORCH_VERSION, "cpu_isa", fused_resnet::cpu::table().name,
+            "cuda",     cuda,        "cuda_archs", archs,         "cutlass", cutlass};
+}
+
+// Why the CUDA kernels can't run on the current device, empty if they can.
+std::string cuda_status() {
 #ifdef FUSED_RESNET_WITH_CUDA
-            const char* const status = fused_resnet::cuda::usable();
-            return status == nullptr ? "" : status;
+    const char* const status = fused_resnet::cuda::usable();
+    return status == nullptr ? "" : status;
 #else
-            return "this build has no CUDA part";
+    return "this build has no CUDA part";
 #endif
-        },
-        "Why the CUDA kernels can't run on the current device, empty if they can.");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fused_resnet_library, m) {
+    m.def("build_info() -> str[]");
+    m.def("cuda_status() -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_library, CompositeExplicitAutograd, m) {
+    m.impl("build_info", fused_resnet::Boxed<build_info>::call);
+    m.impl("cuda_status", fused_resnet::Boxed<cuda_status>::call);
 }

@@ -1,8 +1,5 @@
-// The convolutions of conv.h on tensors. A case that CUTLASS can't take raises c10::NotImplementedError, so that the
-// caller may use PyTorch's convolution. An invalid case raises another error.
-#include <ATen/Functions.h>
-#include <c10/core/DeviceGuard.h>
-
+// The convolutions of conv.h on tensors. A case that CUTLASS can't take returns no tensor, so that the caller may
+// use PyTorch's convolution. An invalid case raises an error.
 #include <algorithm>
 #include <limits>
 
@@ -25,7 +22,7 @@ constexpr Kind kWgrad{"wgrad", conv_wgrad_sm90_why_not, conv_wgrad_sm90_tiles};
 const Kind& kind_of(std::string_view name) {
     for (const Kind* kind : {&kFprop, &kDgrad, &kWgrad})
         if (kind->name == name) return *kind;
-    TORCH_CHECK(false, "kind: expected fprop, dgrad or wgrad, got ", name);
+    FR_CHECK(false, "kind: expected fprop, dgrad or wgrad, got ", name);
 }
 
 // The convolution of x [N, C, H, W] by a weight [K, C / groups, R, S] from its sizes, and the reason why CUTLASS can't
@@ -35,25 +32,25 @@ struct Sized {
     const char* why_not;
 };
 
-std::optional<ConvType> type_of(at::ScalarType dtype) {
+std::optional<ConvType> type_of(ScalarType dtype) {
     switch (dtype) {
-        case at::kBFloat16: return ConvType::bf16;
-        case at::kHalf: return ConvType::f16;
-        case at::kFloat: return ConvType::tf32;
+        case ScalarType::BFloat16: return ConvType::bf16;
+        case ScalarType::Half: return ConvType::f16;
+        case ScalarType::Float: return ConvType::tf32;
         default: return std::nullopt;
     }
 }
 
-Sized sized(const Kind& kind, at::ScalarType dtype, IntList x, IntList weight, IntList stride, IntList padding,
+Sized sized(const Kind& kind, ScalarType dtype, IntList x, IntList weight, IntList stride, IntList padding,
             IntList dilation, int64_t groups) {
-    TORCH_CHECK(groups > 0, "groups: expected at least 1, got ", groups);
-    TORCH_CHECK(x.size() == 4, "x: expected [N, C, H, W], got ", x);
-    TORCH_CHECK(weight.size() == 4 && weight[1] * groups == x[1], "weight: expected [K, C / groups, R, S] of x's ",
-                x[1], " channels in ", groups, " groups, got ", weight);
+    FR_CHECK(groups > 0, "groups: expected at least 1, got ", groups);
+    FR_CHECK(x.size() == 4, "x: expected [N, C, H, W], got ", x);
+    FR_CHECK(weight.size() == 4 && weight[1] * groups == x[1], "weight: expected [K, C / groups, R, S] of x's ", x[1],
+             " channels in ", groups, " groups, got ", weight);
     for (int i = 0; i < 2; i++)
-        TORCH_CHECK(stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
-                    "conv: expected a stride and dilation of at least 1 and a padding of at least 0, got ", stride,
-                    ", ", dilation, " and ", padding);
+        FR_CHECK(stride[i] > 0 && padding[i] >= 0 && dilation[i] > 0,
+                 "conv: expected a stride and dilation of at least 1 and a padding of at least 0, got ", stride, ", ",
+                 dilation, " and ", padding);
     const std::optional<ConvType> type = type_of(dtype);
     if (!type) return {{}, "the sm_90 convolutions take bfloat16, float16 and float32"};
     if (groups != 1) return {{}, "the sm_90 convolutions take no groups"};
@@ -67,31 +64,25 @@ Sized sized(const Kind& kind, at::ScalarType dtype, IntList x, IntList weight, I
     return {g, kind.why_not(g)};
 }
 
-ConvProblem checked(const Sized& s, const char* op) {
-    TORCH_CHECK_NOT_IMPLEMENTED(s.why_not == nullptr, op, ": ", s.why_not);
-    return s.problem;
-}
-
 ConvTile tile_of(IntList tile, const ConvProblem& g, const Kind& kind) {
     ConvTile found[kConvTiles];
     const int count = kind.tiles(g.type, found);
     for (int i = 0; i < count; i++)
         if (found[i].m == tile[0] && found[i].n == tile[1]) return found[i];
-    TORCH_CHECK(false, "tile: expected one of conv_tiles, got ", tile);
+    FR_CHECK(false, "tile: expected one of conv_tiles, got ", tile);
 }
 
 // TMA reads from multiples of 16 bytes. A tensor that begins elsewhere is copied.
-Tensor aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone(); }
+Tensor aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 ? t : t.clone(); }
 
 // An operand in x's dtype on x's device.
 Tensor operand(const char* name, const Tensor& t, const Tensor& x) {
-    TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.device() == x.device(), name, ": expected ", x.scalar_type(),
-                " on ", x.device(), ", got ", t.scalar_type(), " on ", t.device());
+    FR_CHECK(t.options() == x.options(), name, ": expected ", x.options(), ", got ", t.options());
     return aligned(nhwc(name, t));
 }
 
 void check(cudaError_t status, const char* op) {
-    TORCH_CHECK(status == cudaSuccess, "fused_resnet_cuda::", op, ": ", cudaGetErrorString(status));
+    FR_CHECK(status == cudaSuccess, "fused_resnet_cuda::", op, ": ", cudaGetErrorString(status));
 }
 
 }  // namespace
@@ -115,65 +106,66 @@ std::vector<int64_t> conv_tiles(std::string_view kind, const Tensor& x) {
 Tensor conv_bias_act(const Tensor& x, const Tensor& weight, const OptTensor& bias, IntList stride, IntList padding,
                      IntList dilation, int64_t groups, int64_t act, double act_param, const OptTensor& residual,
                      IntList tile) {
-    const c10::DeviceGuard guard(x.device());
-    const ConvProblem g = checked(
-        sized(kFprop, x.scalar_type(), x.sizes(), weight.sizes(), stride, padding, dilation, groups), "conv_bias_act");
+    const OnDevice guard(x);
+    const auto [g, why_not] =
+        sized(kFprop, x.scalar_type(), x.sizes(), weight.sizes(), stride, padding, dilation, groups);
+    if (why_not != nullptr) return Tensor();
     const ConvTile chosen = tile_of(tile, g, kFprop);
     const Tensor from = operand("x", x, x), w = operand("weight", weight, x);
     const Tensor y = empty_nhwc({g.n, g.k, g.p(), g.q()}, x.options());
     const Tensor r = residual ? aligned(like("residual", *residual, y)) : Tensor();
     Tensor b;
     if (bias) {
-        TORCH_CHECK(bias->dim() == 1 && bias->size(0) == g.k && bias->device() == x.device(), "bias: expected ", g.k,
-                    " values on ", x.device(), ", got ", bias->sizes(), " on ", bias->device());
-        b = aligned(bias->to(at::kFloat).contiguous());
+        const Options like = x.options().dtype(bias->scalar_type());
+        FR_CHECK(bias->dim() == 1 && bias->size(0) == g.k && bias->options() == like, "bias: expected ", g.k,
+                 " values in ", like, ", got ", bias->sizes(), " in ", bias->options());
+        b = aligned(bias->to(ScalarType::Float).contiguous());
     }
-    const ConvInference t{from.const_data_ptr(),
-                          w.const_data_ptr(),
-                          b.defined() ? b.const_data_ptr<float>() : nullptr,
-                          r.defined() ? r.const_data_ptr() : nullptr,
+    const ConvInference t{from.data_ptr(),
+                          w.data_ptr(),
+                          b.defined() ? static_cast<const float*>(b.data_ptr()) : nullptr,
+                          r.defined() ? r.data_ptr() : nullptr,
                           act_of(act),
                           static_cast<float>(act_param),
-                          y.mutable_data_ptr()};
-    check(conv_fprop_sm90(g, chosen, t, current_stream(x.device())), "conv_bias_act");
+                          y.data_ptr()};
+    check(conv_fprop_sm90(g, chosen, t, current_stream(x)), "conv_bias_act");
     return y;
 }
 
 Tensor conv_backward_input(const Tensor& dy, const Tensor& weight, IntList size, IntList stride, IntList padding,
                            IntList dilation, int64_t groups, const OptTensor& add, IntList tile) {
-    const c10::DeviceGuard guard(dy.device());
-    TORCH_CHECK(dy.dim() == 4 && weight.dim() == 4 && dy.size(1) == weight.size(0),
-                "dy: expected [N, K, P, Q] of a weight [K, C, R, S], got ", dy.sizes(), " and ", weight.sizes());
+    const OnDevice guard(dy);
+    FR_CHECK(dy.dim() == 4 && weight.dim() == 4 && dy.size(1) == weight.size(0),
+             "dy: expected [N, K, P, Q] of a weight [K, C, R, S], got ", dy.sizes(), " and ", weight.sizes());
     const int64_t x[4] = {dy.size(0), weight.size(1) * groups, size[0], size[1]};
-    const ConvProblem g = checked(sized(kDgrad, dy.scalar_type(), x, weight.sizes(), stride, padding, dilation, groups),
-                                  "conv_backward_input");
-    TORCH_CHECK(dy.size(2) == g.p() && dy.size(3) == g.q(), "dy: expected images of ", g.p(), " x ", g.q(), ", got ",
-                dy.sizes());
+    const auto [g, why_not] = sized(kDgrad, dy.scalar_type(), x, weight.sizes(), stride, padding, dilation, groups);
+    if (why_not != nullptr) return Tensor();
+    FR_CHECK(dy.size(2) == g.p() && dy.size(3) == g.q(), "dy: expected images of ", g.p(), " x ", g.q(), ", got ",
+             dy.sizes());
     const ConvTile chosen = tile_of(tile, g, kDgrad);
     const Tensor from = operand("dy", dy, dy), w = operand("weight", weight, dy);
     const Tensor dx = empty_nhwc(x, dy.options());
     const Tensor a = add ? aligned(like("add", *add, dx, "x")) : Tensor();
-    const ConvDgrad t{from.const_data_ptr(), w.const_data_ptr(), a.defined() ? a.const_data_ptr() : nullptr,
-                      dx.mutable_data_ptr()};
-    check(conv_dgrad_sm90(g, chosen, t, current_stream(dy.device())), "conv_backward_input");
+    const ConvDgrad t{from.data_ptr(), w.data_ptr(), a.defined() ? a.data_ptr() : nullptr, dx.data_ptr()};
+    check(conv_dgrad_sm90(g, chosen, t, current_stream(dy)), "conv_backward_input");
     return dx;
 }
 
 Tensor conv_backward_weight(const Tensor& dy, const Tensor& x, IntList kernel, IntList stride, IntList padding,
                             IntList dilation, int64_t groups, IntList tile) {
-    const c10::DeviceGuard guard(x.device());
-    TORCH_CHECK(dy.dim() == 4 && x.dim() == 4, "dy: expected [N, K, P, Q] beside x [N, C, H, W], got ", dy.sizes(),
-                " and ", x.sizes());
+    const OnDevice guard(x);
+    FR_CHECK(dy.dim() == 4 && x.dim() == 4, "dy: expected [N, K, P, Q] beside x [N, C, H, W], got ", dy.sizes(),
+             " and ", x.sizes());
     const int64_t weight[4] = {dy.size(1), x.size(1) / std::max<int64_t>(groups, 1), kernel[0], kernel[1]};
-    const ConvProblem g = checked(sized(kWgrad, x.scalar_type(), x.sizes(), weight, stride, padding, dilation, groups),
-                                  "conv_backward_weight");
-    TORCH_CHECK(dy.size(0) == g.n && dy.size(2) == g.p() && dy.size(3) == g.q(), "dy: expected ", g.n, " images of ",
-                g.p(), " x ", g.q(), ", got ", dy.sizes());
+    const auto [g, why_not] = sized(kWgrad, x.scalar_type(), x.sizes(), weight, stride, padding, dilation, groups);
+    if (why_not != nullptr) return Tensor();
+    FR_CHECK(dy.size(0) == g.n && dy.size(2) == g.p() && dy.size(3) == g.q(), "dy: expected ", g.n, " images of ",
+             g.p(), " x ", g.q(), ", got ", dy.sizes());
     const ConvTile chosen = tile_of(tile, g, kWgrad);
     const Tensor from = operand("dy", dy, x), a = operand("x", x, x);
-    const Tensor dw = empty_nhwc(weight, x.options().dtype(at::kFloat));
-    const ConvWgrad t{from.const_data_ptr(), a.const_data_ptr(), dw.mutable_data_ptr<float>()};
-    check(conv_wgrad_sm90(g, chosen, t, current_stream(x.device())), "conv_backward_weight");
+    const Tensor dw = empty_nhwc(weight, x.options().dtype(ScalarType::Float));
+    const ConvWgrad t{from.data_ptr(), a.data_ptr(), static_cast<float*>(dw.data_ptr())};
+    check(conv_wgrad_sm90(g, chosen, t, current_stream(x)), "conv_backward_weight");
     return dw;
 }
 

@@ -1,39 +1,42 @@
 // The CUDA backend's primitives on tensors; fused_resnet/backends/primitives.py says what each computes.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <torch/library.h>
-
-#include <optional>
-#include <string>
-#include <string_view>
-#include <tuple>
-#include <vector>
-
+#include "../box.h"
 #include "kernels.h"
 
 namespace fused_resnet::cuda {
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-using IntList = at::IntArrayRef;
+// PyTorch's current stream of the tensor's device.
+Stream current_stream(const Tensor& t);
 
-// torch's current stream of the device.
-Stream current_stream(const at::Device& device);
+// Makes the tensor's device the current one.
+class OnDevice {
+    DeviceGuardHandle guard = nullptr;
+
+  public:
+    explicit OnDevice(const Tensor& t) {
+        const Options o = t.options();
+        if (o.device == kCuda) fused_resnet::check(aoti_torch_create_device_guard(o.index, &guard), "the device");
+    }
+    ~OnDevice() {
+        if (guard != nullptr) aoti_torch_delete_device_guard(guard);
+    }
+    OnDevice(const OnDevice&) = delete;
+};
 
 namespace ops {
 
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& y);
-Tensor bn_act(const Tensor& y, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
-              at::TensorList residual_norm);
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& y, at::TensorList norm,
+Tensor bn_act(const Tensor& y, TensorList norm, int64_t act, double act_param, const OptTensor& residual,
+              TensorList residual_norm);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& y, TensorList norm,
                                                            int64_t act, double act_param, const OptTensor& residual,
-                                                           at::TensorList residual_norm);
-Tensor bn_backward(const Tensor& dz, const Tensor& y, at::TensorList coef);
-std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& y, at::TensorList norm, int64_t act, double act_param,
+                                                           TensorList residual_norm);
+Tensor bn_backward(const Tensor& dz, const Tensor& y, TensorList coef);
+std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& y, TensorList norm, int64_t act, double act_param,
                                            IntList kernel, IntList stride, IntList padding);
 std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, const Tensor& argmax, const Tensor& y,
-                                                            at::TensorList norm, int64_t act, double act_param,
+                                                            TensorList norm, int64_t act, double act_param,
                                                             IntList kernel, IntList stride, IntList padding);
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var, const OptTensor& weight,
                                                    const OptTensor& bias, const OptTensor& conv_bias, double eps);
@@ -57,23 +60,23 @@ Tensor conv_backward_weight(const Tensor& dy, const Tensor& x, IntList kernel, I
 #endif
 
 // Registers the functions of torch.ops.fused_resnet_cuda for tensors of one dispatch key.
-inline void implement(torch::Library& m) {
-    m.impl("bn_stats", bn_stats);
-    m.impl("bn_act", bn_act);
-    m.impl("bn_act_backward", bn_act_backward);
-    m.impl("bn_backward", bn_backward);
-    m.impl("bn_act_max_pool", bn_act_max_pool);
-    m.impl("bn_act_max_pool_backward", bn_act_max_pool_backward);
-    m.impl("bn_fold", bn_fold);
-    m.impl("bn_coefficients", bn_coefficients);
-    m.impl("channels_last", channels_last);
-    m.impl("contiguous", contiguous);
+inline void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("bn_stats", Boxed<bn_stats>::call);
+    m.impl("bn_act", Boxed<bn_act>::call);
+    m.impl("bn_act_backward", Boxed<bn_act_backward>::call);
+    m.impl("bn_backward", Boxed<bn_backward>::call);
+    m.impl("bn_act_max_pool", Boxed<bn_act_max_pool>::call);
+    m.impl("bn_act_max_pool_backward", Boxed<bn_act_max_pool_backward>::call);
+    m.impl("bn_fold", Boxed<bn_fold>::call);
+    m.impl("bn_coefficients", Boxed<bn_coefficients>::call);
+    m.impl("channels_last", Boxed<channels_last>::call);
+    m.impl("contiguous", Boxed<contiguous>::call);
 #ifdef FUSED_RESNET_CUTLASS
-    m.impl("conv_why_not", conv_why_not);
-    m.impl("conv_tiles", conv_tiles);
-    m.impl("conv_bias_act", conv_bias_act);
-    m.impl("conv_backward_input", conv_backward_input);
-    m.impl("conv_backward_weight", conv_backward_weight);
+    m.impl("conv_why_not", Boxed<conv_why_not>::call);
+    m.impl("conv_tiles", Boxed<conv_tiles>::call);
+    m.impl("conv_bias_act", Boxed<conv_bias_act>::call);
+    m.impl("conv_backward_input", Boxed<conv_backward_input>::call);
+    m.impl("conv_backward_weight", Boxed<conv_backward_weight>::call);
 #endif
 }
 

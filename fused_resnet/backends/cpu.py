@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import Backend, Call, Case, Packed, aten, primitives, warn_once
-from fused_resnet.backends.cpu_steps import POST_OPS, Writer, identity, needs_pass, scalars
+from fused_resnet.backends.cpu_steps import POST_OPS, Writer, identity, needs_pass, scalars, vector
 from fused_resnet.backends.steps import Recorded
 from fused_resnet.backends.values import DyCoefficients, Norm, Prologue, Sums, vectors_of
+from fused_resnet.base import library
 from fused_resnet.base.locks import Lock
 from fused_resnet.spec import SHORTCUTS, Act, ConvSpec, PoolSpec, RowSpec
 
@@ -86,10 +87,11 @@ def _setting(call: primitives.RowForward | primitives.RowBackward | primitives.R
 
 
 @lru_cache(maxsize=4096)
-def ints_and_reals(spec: str) -> tuple[list[int], list[float]]:
-    """A row's spec as two flat lists, in the order in which csrc/cpu/ops/row.cpp reads them."""
+def ints_and_reals(spec: str) -> tuple[Tensor, Tensor]:
+    """A row's spec as two vectors, in the order in which csrc/cpu/ops/row.cpp reads them."""
     row = RowSpec.decode(spec)
-    ints, reals = [len(row.chains)], []
+    ints: list[int] = [len(row.chains)]
+    reals: list[float] = []
     for chain in row.chains:
         shortcut = chain.shortcut
         ints += [SHORTCUTS.index(shortcut.kind), chain.recompute]
@@ -103,7 +105,12 @@ def ints_and_reals(spec: str) -> tuple[list[int], list[float]]:
             ints += [unit.conv is not None, *conv.stride, *conv.padding, *conv.dilation, conv.groups, conv.bias]
             ints += [unit.act.index, unit.batch_stats, unit.bn_weight, unit.bn_bias]
             reals += [unit.act.param, unit.eps]
-    return [int(i) for i in ints], reals
+    return vector(ints, torch.int64), vector(reals, torch.float64)
+
+
+@lru_cache(maxsize=4096)
+def _flags(needs: tuple[bool, ...]) -> Tensor:
+    return vector(needs, torch.bool)
 
 
 # ---------------------------------------------------------------------------------------------------- inference
@@ -234,16 +241,9 @@ class Cpu(Backend):
 
     def unavailable(self) -> str | None:
         """The reason why the extension can't be used, or None."""
-        if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
-            reason = "switched off: FUSED_RESNET_NO_EXT=1"
-        else:
-            try:
-                from fused_resnet import _C  # noqa: F401
-
-                return None
-            except ImportError as error:
-                reason = f"the compiled extension is not built: {error}"
-        warn_once(f"fused_resnet runs without its compiled extension, which costs speed on a CPU ({reason})")
+        reason = library.unavailable()
+        if reason is not None:
+            warn_once(f"fused_resnet runs without its compiled extension, which costs speed on a CPU ({reason})")
         return reason
 
     def refuse(self, primitive: type[Call[Any]], case: Case) -> str | None:
@@ -389,9 +389,9 @@ class Cpu(Backend):
         return _ops.row_forward(call.x, call.residual, call.params, *_setting(call))
 
     def row_backward(self, call: primitives.RowBackward) -> list[Tensor]:
-        numbers, setting = _setting(call)[:2], _setting(call)[2:]
+        ints, reals, *setting = _setting(call)
         return _ops.row_backward(
-            call.dout, call.x, call.residual, call.weights, call.saved, *numbers, call.needs, *setting
+            call.dout, call.x, call.residual, call.weights, call.saved, ints, reals, _flags(tuple(call.needs)), *setting
         )
 
     def row_inference(self, call: primitives.RowInference) -> Tensor:

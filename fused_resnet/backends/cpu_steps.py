@@ -18,7 +18,7 @@ from fused_resnet.spec import Act, ConvSpec, PoolSpec
 KINDS = (
     "aten", "onednn", "winograd", "pointwise", "stem", "bn_act", "bn_act_max_pool", "max_pool", "avg_pool", "pad",
 )  # fmt: skip
-# oneDNN's names of the activations that its convolutions can apply: (name, scalars)
+# oneDNN's names of the activations that its convolutions can apply: (name, scalars); in the order of frozen_row.cpp's
 POST_OPS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "identity": ("none", ()),
     "relu": ("relu", ()),
@@ -28,7 +28,12 @@ POST_OPS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "relu6": ("hardtanh", (0.0, 6.0)),
     "hardswish": ("hardswish", ()),
 }
-_NAMES = [name for name, _ in POST_OPS.values()]
+_POST_OPS = list(POST_OPS)
+
+
+def vector(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Numbers as operators take them: a list would be converted one by one in each call."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 
 def scalars(act: Act) -> list[float]:
@@ -48,7 +53,7 @@ def identity(channels: int, dtype: torch.dtype) -> Norm:
 
 
 def _run(tensors: list[Tensor], ints: Tensor, reals: Tensor, x: Tensor, summand: Tensor | None) -> Tensor:
-    return torch.ops.fused_resnet_cpu.frozen_row(x, summand, tensors, ints, reals, _NAMES)
+    return torch.ops.fused_resnet_cpu.frozen_row(x, summand, tensors, ints, reals)
 
 
 class Writer:
@@ -66,8 +71,8 @@ class Writer:
         for step, x, summand in recorded:
             self._step(step, self.places[x], -1 if summand is None else self.places[summand])
             self.places.append(self.steps + 1)
-        ints = torch.tensor([self.steps, *self.ints], dtype=torch.int64)
-        return partial(_run, self.tensors, ints, torch.tensor(self.reals, dtype=torch.float64))
+        ints = vector([self.steps, *self.ints], torch.int64)
+        return partial(_run, self.tensors, ints, vector(self.reals, torch.float64))
 
     def _step(self, step: Step | MaxPool | ShortcutInput, x: int, summand: int) -> None:
         if isinstance(step, MaxPool):
@@ -106,7 +111,7 @@ class Writer:
         conv: ConvSpec | None = None, act: Act | None = None, pool: PoolSpec | None = None, channels: int = 0,
     ) -> None:  # fmt: skip
         conv, act = conv or ConvSpec(), act or Act("identity")
-        post_op = _NAMES.index(POST_OPS[act.name][0]) if kind == "onednn" else 0
+        post_op = _POST_OPS.index(act.name) if kind == "onednn" else 0
         numbers = scalars(act) if kind == "onednn" else []
         self.ints += [KINDS.index(kind), x, summand, len(self.tensors), len(tensors), owned]
         self.ints += [*conv.stride, *conv.padding, *conv.dilation, conv.groups, act.index, channels, post_op]

@@ -6,7 +6,6 @@ The same facts head every report.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import platform
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import fused_resnet as fr
+from fused_resnet.base import library
 from fused_resnet.cli.console import console, table, write_json
 
 # Instructions that decide how fast a convolution can be, as /proc/cpuinfo spells them.
@@ -93,11 +93,7 @@ def versions() -> dict[str, Any]:
 
 def extension() -> dict[str, str]:
     """How the compiled extension was built; empty if there is none."""
-    try:
-        built = importlib.import_module("fused_resnet._C").build_info()
-    except (ImportError, AttributeError):
-        return {}
-    return {str(key): str(value) for key, value in built.items()}
+    return library.build_info()
 
 
 def describe() -> dict[str, Any]:

@@ -25,6 +25,7 @@ import torch
 
 from fused_resnet._version import __version__
 from fused_resnet.backends import warn_once
+from fused_resnet.base import library
 
 FORMAT = 1
 # Seconds that a process waits for another one's write.
@@ -40,22 +41,14 @@ def folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fused_resnet"
 
 
-def _built() -> dict[str, str]:
-    """The compiled extension's description of its build, with its file's time; empty without an extension."""
-    if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
-        return {}
-    try:
-        from fused_resnet import _C
-    except ImportError:
-        return {}
-    # kernels of one version may change, as in a source tree
-    return {**_C.build_info(), "file": f"{Path(_C.__file__).stat().st_mtime_ns:x}"}
-
-
 def _extension() -> str:
     """The compiled extension: its GPU part, and which build it is."""
-    built = _built()
-    return f"cuda {built['cuda_archs']}, cutlass {built['cutlass']}, built {built['file']}" if built else "none"
+    built = library.build_info()
+    if not built:
+        return "none"
+    # kernels of one version may change, as in a source tree
+    time = library.PATH.stat().st_mtime_ns
+    return f"cuda {built['cuda_archs']}, cutlass {built['cutlass']}, built {time:x}"
 
 
 # Environment variables that change the speed of the libraries behind PyTorch's operators, or of memory.
@@ -70,7 +63,7 @@ def _processor() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     told = [next(models, "") or platform.processor() or platform.machine()]
-    told += [torch.backends.cpu.get_cpu_capability(), f"kernels {_built().get('cpu_isa', 'none')}"]
+    told += [torch.backends.cpu.get_cpu_capability(), f"kernels {library.build_info().get('cpu_isa', 'none')}"]
     return ", ".join([*told, *(f"{name}={os.environ[name]}" for name in _SPEED if os.environ.get(name))])
 
 

@@ -217,8 +217,8 @@ def test_bad_operands_of_a_1x1_convolution(change: dict[str, Tensor], message: s
 def test_every_instruction_set_agrees_with_aten(isa: str) -> None:
     """In a process of its own, since the choice is made once; a machine without the set takes the next lower one."""
     code = (
-        "import json, torch; torch.manual_seed(5); from fused_resnet import _C; import test_cpu_kernels as t;"
-        "print(json.dumps([_C.build_info()['cpu_isa'], t.compare_all()]))"
+        "import json, torch; torch.manual_seed(5); from fused_resnet.base import library; import test_cpu_kernels as t;"
+        "print(json.dumps([library.build_info()['cpu_isa'], t.compare_all()]))"
     )
     path = os.pathsep.join(map(str, (ROOT, SUPPORT, Path(__file__).parent)))
     env = os.environ | {"FUSED_RESNET_CPU_ISA": isa, "PYTHONPATH": path}
@@ -255,7 +255,7 @@ def test_native_where_the_cpu_has_it(dtype: torch.dtype, monkeypatch: pytest.Mon
 
 @needs_extension
 def test_unknown_instruction_set_is_an_error() -> None:
-    code = "import torch; from fused_resnet import _C; _C.build_info()"
+    code = "from fused_resnet.base import library; library.build_info()"
     env = os.environ | {"FUSED_RESNET_CPU_ISA": "mmx", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0 and "expected default, avx2, avx512 or avx512_bf16, got 'mmx'" in done.stderr
@@ -356,7 +356,7 @@ def test_schemas_of_the_compiled_operators() -> None:
     call = ConvBiasAct(y, w3, v[0], ConvSpec(padding=(1, 1)), Act("relu"), y)
     recorded = Writer().row([Recorded(Step(call, None, Packed(packed, "winograd")), 0, 1)])
 
-    def rows(batch_stats: bool) -> tuple[list[int], list[float]]:
+    def rows(batch_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
         unit = UnitSpec(ConvSpec(padding=(1, 1)), Act("relu"), batch_stats=batch_stats)
         return ints_and_reals(ChainSpec((unit,), ShortcutSpec("identity")).encode())
 
@@ -374,9 +374,9 @@ def test_schemas_of_the_compiled_operators() -> None:
         "conv_backward": (y, y, coef, y, v, 1, 0.0, w1, one, none, one, 1, True, True, None, f32, True),
         "conv_algorithm": ("fprop", y, w3, one, one, one, 1, False, f32, True),
         "row_forward": (y, None, row, *rows(True), f32, True),
-        "row_backward": (y, y, None, [w3], saved, *rows(True), [True, False, *[True] * 3], f32, True),
+        "row_backward": (y, y, None, [w3], saved, *rows(True), torch.tensor([True, False, *[True] * 3]), f32, True),
         "row_inference": (y, None, [*row, v[0], v[1].abs()], *rows(False), f32, True),
-        "frozen_row": (y, y, *recorded.args, ["none"]),
+        "frozen_row": (y, y, *recorded.args),
         "winograd_suits": (y, w3, one, one, one, 1),
         "winograd_tile": (y, w3, one, one, one, 1),
         "winograd_prepack": (w3, 4),

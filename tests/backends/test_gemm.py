@@ -18,6 +18,7 @@ from tolerances import assert_as_good
 from torch import Tensor
 
 from fused_resnet.backends import DyCoefficients, Prologue, load
+from fused_resnet.base import library
 from fused_resnet.spec import Act, ConvSpec
 
 pytestmark = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
@@ -27,9 +28,7 @@ ISAS = ("default", "avx2", "avx512", "avx512_bf16")
 
 
 def has_bf16() -> bool:
-    from fused_resnet import _C
-
-    return _C.build_info()["cpu_isa"] == "avx512_bf16"
+    return library.build_info()["cpu_isa"] == "avx512_bf16"
 
 
 # the dtypes of operands; a product of two bfloat16 values is exact in float32, so one bound holds for both

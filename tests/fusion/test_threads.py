@@ -46,7 +46,11 @@ def threads() -> Iterator[Callable[[int], None]]:
 PARALLEL = re.compile(r"\bparallel\(")
 RAW = re.compile(r"parallel_for|parallel_reduce|#pragma omp|std::(thread|async|jthread)|TaskThreadPool")
 METHODS = set(dir(Tensor)) - {"dim", "numel", "size", "stride"}  # which read what the caller's thread knows
-ATEN = re.compile(r"\bat::|\btorch::|\bTensor\b|data_ptr|(?:\.|->)(?:" + "|".join(METHODS) + r")\(")
+ATEN = re.compile(
+    r"\b(?:at|torch)::|\b(?:aoti_|torch_)|\b(?:call|made)\(|\bTensor\b|data_ptr|(?:\.|->)(?:"
+    + "|".join(METHODS)
+    + r")\("
+)
 
 
 def argument_list(source: str, start: int) -> str:
@@ -69,21 +73,22 @@ def calls_in_parallel(source: str) -> list[str]:
 
 
 def test_no_operator_runs_in_a_thread_without_the_callers_state() -> None:
-    """The loops of csrc/cpu go through ``parallel``, without ATen inside."""
+    """The loops of csrc/cpu go through ``parallel``, without operators inside."""
     folder, helper = ROOT / "csrc" / "cpu", "ops/launch.h"
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sources = {path.relative_to(folder).as_posix(): path.read_text() for path in files}
     assert sum(len(PARALLEL.findall(source)) for source in sources.values()) > 10
     defined = sources.pop(helper)
     assert {name: found for name, source in sources.items() if (found := calls_in_parallel(source))} == {}
-    assert len(RAW.findall(re.sub(r"//.*", "", defined))) == 1, "launch.h has one loop of ATen's, that of parallel"
+    assert len(RAW.findall(re.sub(r"//.*", "", defined))) == 1, "launch.h has one loop of PyTorch's, that of parallel"
 
 
 @pytest.mark.parametrize(
     "source",
     [
         "at::parallel_for(0, n, 1, [&](int64_t b, int64_t e) { kernel(b, e); });",
-        "parallel(0, n, 1, [&](int64_t b, int64_t e) { at::mm_out(c, a, w); });",
+        "parallel(0, n, 1, [&](int64_t b, int64_t e) { aoti_torch_cpu_mm_out(c, a, w); });",
+        'parallel(0, n, 1, [&](int64_t b, int64_t e) { call({"aten::mul", "Tensor"}, a, w); });',
         "parallel(0, n, 1, [&](int64_t b, int64_t e) { kernel(x.narrow(0, b, (e - b)), b); });",
         "parallel(0, 2, 1, [&](auto b, auto e) { parallel(b, e, 1, [&](auto f, auto g) { y->copy_(x); }); });",
         "#pragma omp parallel for",

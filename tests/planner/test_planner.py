@@ -28,6 +28,7 @@ from fused_resnet.backends import (
     loaded,
     use_backend,
 )
+from fused_resnet.base import library
 from fused_resnet.planner import Choice
 from fused_resnet.planner.cache import PlanCache, identity
 from fused_resnet.spec import Act, ConvSpec
@@ -183,16 +184,15 @@ def test_tf32_is_another_signature() -> None:
 
 def test_another_build_has_another_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What was built in since is measured too, and kernels that changed are measured again."""
-    from fused_resnet import _C
-
     mine = identity(CPU)
     (tmp_path / "built_again.so").touch()
     with monkeypatch.context() as later:
-        later.setattr(_C, "__file__", str(tmp_path / "built_again.so"))
+        later.setattr(library, "PATH", tmp_path / "built_again.so")
         assert identity(CPU) != mine
-    monkeypatch.setattr(_C, "build_info", lambda: {"cuda_archs": "8.0;9.0a", "cutlass": "4.2.0"})
-    assert identity(CPU)["extension"].startswith("cuda 8.0;9.0a, cutlass 4.2.0, built ")
-    assert identity(CPU)["extension"] != mine["extension"]
+    with monkeypatch.context() as other:
+        other.setattr(library, "build_info", lambda: {"cuda_archs": "8.0;9.0a", "cutlass": "4.2.0"})
+        assert identity(CPU)["extension"].startswith("cuda 8.0;9.0a, cutlass 4.2.0, built ")
+        assert identity(CPU)["extension"] != mine["extension"]
     monkeypatch.setenv("FUSED_RESNET_NO_EXT", "1")
     assert identity(CPU)["extension"] == "none"
 

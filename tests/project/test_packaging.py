@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
+import pytest
 from source_tree import PACKAGE, ROOT, add_cuda_source, run
+
+from fused_resnet.base import library
 
 
 def test_source_distribution_holds_the_sources(tree: Path, tmp_path: Path) -> None:
@@ -26,7 +32,7 @@ def test_source_distribution_holds_the_sources(tree: Path, tmp_path: Path) -> No
 USE_WITHOUT_EXTENSION = """
 import json, sys, warnings
 import torch
-# An editable install's finder would serve the source tree's own fused_resnet._C to this other copy of the package.
+# An editable install's finder would serve the source tree's own modules to this other copy of the package.
 sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
 import fused_resnet
 fused_resnet.planner.sizes.faster = lambda *args: fused_resnet.planner.sizes.CHAINS  # though the images are small
@@ -64,6 +70,80 @@ def test_pure_python_wheel_works_and_warns_once(tree: Path, tmp_path: Path) -> N
     assert seen["version"] == wheel.name.split("-")[1]
     assert seen["finite"]
     assert len(seen["warnings"]) == 1, seen["warnings"]
+
+
+needs_library = pytest.mark.skipif(library.unavailable() is not None, reason=f"{library.unavailable()}")
+
+
+@needs_library
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on this machine")
+def test_the_library_needs_no_symbol_of_one_torch_or_python() -> None:
+    """What it takes from PyTorch are C functions that every later torch has, and it takes nothing from Python."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", library.PATH], capture_output=True, text=True, check=True)
+    needed = {line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()}
+    plain = subprocess.run(["c++filt"], input="\n".join(needed), capture_output=True, text=True, check=True).stdout
+    assert not [name for name in plain.splitlines() if re.search(r"\b(c10|at|torch|caffe2)::|^_?Py", name)]
+    assert {"torch_call_dispatcher", "torch_parallel_for", "aoti_torch_empty_strided"} <= needed
+    read = subprocess.run(["readelf", "-d", library.PATH], capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"NEEDED.*\[(.+?)\.so", read))
+    assert found <= {
+        "libtorch_cpu",
+        "libstdc++",
+        "libm",
+        "libgcc_s",
+        "libc",
+        "libdl",
+        "libpthread",
+        "librt",
+        "ld-linux-x86-64",
+    }
+
+
+# Compiling takes minutes: the library that is built already takes the place of one.
+BUILT_ALREADY = """
+import shutil
+from torch.utils import cpp_extension
+def build_extensions(self):
+    to = self.get_ext_fullpath(self.extensions[0].name)
+    self.mkpath(to.rpartition("/")[0])
+    shutil.copy({library!r}, to)
+cpp_extension.BuildExtension.build_extensions = build_extensions
+"""
+USE_INSTALLED = """
+import fused_resnet, json, torch
+model = fused_resnet.models.resnet18(num_classes=10)
+model(torch.randn(2, 3, 32, 32)).sum().backward()
+print(json.dumps([fused_resnet.__file__, fused_resnet.backends()["cpu"]]))
+"""
+
+
+@needs_library
+def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path) -> None:
+    """Its name promises it; where it is installed no compiler is needed."""
+    patch = tmp_path / "patch" / "sitecustomize.py"
+    patch.parent.mkdir()
+    patch.write_text(BUILT_ALREADY.format(library=str(library.PATH)))
+    command = ["setup.py", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    result = run(command, tree, PYTHONPATH=str(patch.parent), FUSED_RESNET_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(rf"{PACKAGE}-[^-]+-py3-none-linux_\w+\.whl", wheel.name)
+    assert f"{PACKAGE}/lib/libfused_resnet.so" in zipfile.ZipFile(wheel).namelist()
+
+    home = tmp_path / "venv"
+    venv.create(home)
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))
+    pip = ["-m", "pip", "--python", str(home), "install", "--no-index", "--no-deps", str(wheel)]
+    installed = run(pip, tmp_path, PATH="")
+    assert installed.returncode == 0, installed.stderr
+    used = subprocess.run(
+        [home / "bin" / "python", "-c", USE_INSTALLED], cwd=tmp_path, env={"PATH": "", "HOME": str(tmp_path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert used.returncode == 0, used.stderr
+    file, cpu = json.loads(used.stdout.splitlines()[-1])
+    assert Path(file).is_relative_to(site) and cpu == "ok"
 
 
 def test_every_variable_is_documented() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import runpy
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ CSRC, SHIM = ROOT / "csrc" / "cuda", SUPPORT / "cuda_on_cpu"
 # What runs on a CPU: no kernel that needs a tensor core.
 KERNELS = tuple(CSRC / name for name in ("copy.cu", "norm.cu", "pool.cu", "stats.cu"))
 # What checks, chooses and launches; CUTLASS's own convolutions are loops for a CPU here.
-GLUE = (CSRC / "ops.cpp", CSRC / "conv_ops.cpp", SHIM / "register.cpp")
+GLUE = (ROOT / "csrc" / "tensor.cpp", CSRC / "ops.cpp", CSRC / "conv_ops.cpp", SHIM / "register.cpp")
 WARNINGS = ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 # What compilations depend on, and where their results are kept (``make clean`` removes them).
@@ -58,8 +59,14 @@ def kept(name: str, make: Callable[[Path], Path]) -> Path:
 
 def torch_flags() -> list[str]:
     """For sources that include torch's headers, whose own warnings are not ours."""
-    standard = "-std=c++20"
-    return [standard, *WARNINGS, f"-I{CSRC}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    target = f"-DTORCH_TARGET_VERSION={runpy.run_path(str(ROOT / 'setup.py'))['OLDEST_TORCH']}"
+    return [
+        "-std=c++20",
+        target,
+        *WARNINGS,
+        f"-I{CSRC}",
+        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+    ]
 
 
 def compile_all(jobs: dict[Path, list[str]]) -> None:
@@ -107,18 +114,20 @@ def link(folder: Path, name: str, flags: list[str]) -> Path:
     library = folder / f"libfused_resnet_cuda_{name}.so"
     torch_lib = Path(torch.__file__).parent / "lib"
     objects = [str(path) for path in sorted(folder.glob("*.o"))]
-    command = ["g++", "-shared", *flags, "-o", str(library), *objects, f"-L{torch_lib}", "-lc10", "-ltorch_cpu"]
+    command = ["g++", "-shared", *flags, "-o", str(library), *objects, f"-L{torch_lib}", "-ltorch_cpu"]
     subprocess.run(command, check=True)
     return library
 
 
 def use(library: Path | None) -> None:
     """Loads it, and lets the cuda backend serve a CPU; None: no longer."""
-    from fused_resnet import _C, planner  # noqa: F401
+    from fused_resnet import planner
     from fused_resnet.backends import load
     from fused_resnet.backends.cuda import passes
+    from fused_resnet.base.library import unavailable
 
     global _library
+    unavailable()  # loads ours, which has the schemas
     if library is not None:
         torch.ops.load_library(library)
         _library = ctypes.CDLL(str(library))

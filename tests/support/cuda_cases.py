@@ -15,6 +15,7 @@ from tolerances import assert_as_good, assert_close
 from torch import Tensor
 
 from fused_resnet.backends import DyCoefficients, Sums, vector_dtype
+from fused_resnet.base import library
 from fused_resnet.spec import ACTIVATIONS, Act, PoolSpec
 
 ACTS = [Act.make(name) for name in ACTIVATIONS]
@@ -136,7 +137,7 @@ def main(where: str) -> None:
         cuda_build.use(Path(where))
         torch.use_deterministic_algorithms(True)  # fills what is allocated with NaN
     else:
-        from fused_resnet import _C  # noqa: F401
+        library.unavailable()  # loads it
 
         device = where
     torch.manual_seed(0)

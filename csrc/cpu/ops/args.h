@@ -5,12 +5,9 @@
 
 namespace fused_resnet::cpu {
 
-// [M, C], the same memory as a channels_last [N, C, H, W]
-inline Tensor rows_of(const Tensor& t) { return t.permute({0, 2, 3, 1}).view({-1, t.size(1)}); }
-
 inline Layout rows_layout(int64_t channels) { return {channels, 0}; }
 
-inline Args prologue_args(const Tensor& x, at::TensorList prologue, int64_t act, double act_param) {
+inline Args prologue_args(const Tensor& x, TensorList prologue, int64_t act, double act_param) {
     Args a{};
     a.layout = rows_layout(x.size(1));
     a.y_type = dtype_of(x.scalar_type());
@@ -36,9 +33,9 @@ inline Args epilogue_args(const Tensor& y, int64_t act, double act_param, const 
     a.act = act_of(act);
     a.act_param = act_param;
     if (residual) {
-        TORCH_CHECK(residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type() &&
-                        residual->is_contiguous(at::MemoryFormat::ChannelsLast),
-                    "residual: expected the output's shape, dtype and layout");
+        FR_CHECK(residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type() &&
+                     residual->is_channels_last(),
+                 "residual: expected the output's shape, dtype and layout");
         a.residual = residual->data_ptr();
     }
     return a;

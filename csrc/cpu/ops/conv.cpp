@@ -11,8 +11,8 @@ namespace {
 enum class Algorithm { gemm, winograd, aten };
 
 // Of a convolution of x. The gradient of its input is a convolution of dy.
-Algorithm algorithm_of(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
-                       int64_t groups, at::ScalarType compute, bool gemm) {
+Algorithm algorithm_of(const Image& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                       int64_t groups, ScalarType compute, bool gemm) {
     if (gemm && is_gemm(x, weight, stride, padding, groups)) return Algorithm::gemm;
     // in float, also for bfloat16, whose own products take half of the time
     const GemmKernel* const kernel = gemm_kernel_of(compute);
@@ -21,15 +21,15 @@ Algorithm algorithm_of(const Tensor& x, const Tensor& weight, IntList stride, In
     return Algorithm::aten;
 }
 
-Algorithm algorithm_of_wgrad(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
-                             int64_t groups, at::ScalarType compute, bool gemm) {
+Algorithm algorithm_of_wgrad(const Image& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                             int64_t groups, ScalarType compute, bool gemm) {
     const Algorithm found = algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
     // the transform reads dy in float
-    return found == Algorithm::winograd && compute != at::kFloat ? Algorithm::aten : found;
+    return found == Algorithm::winograd && compute != ScalarType::Float ? Algorithm::aten : found;
 }
 
-Algorithm algorithm_of_dgrad(const Tensor& dy, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
-                             int64_t groups, at::ScalarType compute, bool gemm) {
+Algorithm algorithm_of_dgrad(const Image& dy, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                             int64_t groups, ScalarType compute, bool gemm) {
     const Algorithm found = algorithm_of(dy, weight, stride, padding, dilation, groups, compute, gemm);
     // the turned kernel's padding, 2 - padding, is not negative
     return found == Algorithm::winograd && padding[0] > 1 ? Algorithm::aten : found;
@@ -43,17 +43,18 @@ bool gemm_backwards(Algorithm found, IntList stride, bool prologue) {
 }  // namespace
 
 std::string conv_algorithm(std::string_view kind, const Tensor& x, const Tensor& weight, IntList stride,
-                           IntList padding, IntList dilation, int64_t groups, bool prologue, at::ScalarType compute,
+                           IntList padding, IntList dilation, int64_t groups, bool prologue, ScalarType compute,
                            bool gemm) {
-    Algorithm found = kind == "wgrad" ? algorithm_of_wgrad(x, weight, stride, padding, dilation, groups, compute, gemm)
-                                      : algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
+    const Image image(x);
+    Algorithm found = kind == "wgrad"
+                          ? algorithm_of_wgrad(image, weight, stride, padding, dilation, groups, compute, gemm)
+                          : algorithm_of(image, weight, stride, padding, dilation, groups, compute, gemm);
     if (kind == "dgrad") {
         const auto size = [&](int64_t d) {
             const int64_t reach = dilation[d] * (weight.size(2 + d) - 1) + 1;
             return (x.size(2 + d) + 2 * padding[d] - reach) / stride[d] + 1;
         };
-        const Tensor dy = at::empty({x.size(0), weight.size(0), size(0), size(1)},
-                                    x.options().device(at::kMeta).memory_format(format_of(x)));
+        const Image dy(x.size(0), weight.size(0), size(0), size(1), image.format());
         found = algorithm_of_dgrad(dy, weight, stride, padding, dilation, groups, compute, gemm);
     }
     if (kind != "fprop" && found == Algorithm::gemm && !gemm_backwards(found, stride, prologue))
@@ -62,9 +63,9 @@ std::string conv_algorithm(std::string_view kind, const Tensor& x, const Tensor&
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
-                                              IntList dilation, int64_t groups, at::TensorList prologue, int64_t act,
-                                              double act_param, bool stats, at::ScalarType compute, bool gemm) {
-    const Algorithm algorithm = algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm);
+                                              IntList dilation, int64_t groups, TensorList prologue, int64_t act,
+                                              double act_param, bool stats, ScalarType compute, bool gemm) {
+    const Algorithm algorithm = algorithm_of(Image(x), weight, stride, padding, dilation, groups, compute, gemm);
     if (algorithm == Algorithm::gemm)
         return gemm_stats(strided(x, stride), weight, prologue, act, act_param, stats, compute);
     if (algorithm == Algorithm::winograd) {
@@ -78,10 +79,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
         return {y, mean, var};
     }
     const Tensor a = prologue.empty() ? x.to(compute) : bn_act(x, prologue, act, act_param, std::nullopt, {}, compute);
-    Tensor y =
-        at::conv2d(a, weight.to(compute), std::nullopt, stride, padding, dilation, groups).contiguous(format_of(x));
-    TORCH_CHECK(y.scalar_type() == compute, "conv_stats: the convolution came back in ", y.scalar_type(), ", not in ",
-                compute);
+    Tensor y = conv2d(a, weight.to(compute), std::nullopt, stride, padding, dilation, groups).contiguous(format_of(x));
+    FR_CHECK(y.scalar_type() == compute, "conv_stats: the convolution came back in ", y.scalar_type(), ", not in ",
+             compute);
     const View view = View::of(y);
     if (compute == x.scalar_type() && !stats) return {y, Tensor(), Tensor()};
     Args post{};
@@ -91,20 +91,20 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& wei
     const Tensor computed = y;
     post.y = computed.data_ptr();
     if (compute != x.scalar_type()) {
-        y = empty_like(computed, x.scalar_type());
+        y = empty_like(computed, x.scalar_type(), view.format());
         post.out = y.data_ptr();
     }
     Partials partials(view, 2, wide(x));
-    reduce(table().moments, post, partials, 0, partials.chunks());
+    reduce(table().moments, post, partials, 0, partials.chunks);
     if (!stats) return {y, Tensor(), Tensor()};
     auto [mean, var] = partials.moments(view.layout.plane);
     return {y, mean, var};
 }
 
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
-                   int64_t groups, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
-                   at::ScalarType compute, bool gemm) {
-    if (algorithm_of(x, weight, stride, padding, dilation, groups, compute, gemm) == Algorithm::winograd) {
+                   int64_t groups, TensorList norm, int64_t act, double act_param, const OptTensor& residual,
+                   ScalarType compute, bool gemm) {
+    if (algorithm_of(Image(x), weight, stride, padding, dilation, groups, compute, gemm) == Algorithm::winograd) {
         const Tensor y = winograd_output(x, weight.size(0), padding[0]);
         Args post = epilogue_args(y, act, act_param, residual);
         set_norm(post.norm, norm, y);
@@ -117,14 +117,14 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntLis
     return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
-                                                         const Tensor& x, at::TensorList prologue, int64_t act,
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const Tensor& y, TensorList coef,
+                                                         const Tensor& x, TensorList prologue, int64_t act,
                                                          double act_param, const Tensor& weight, IntList stride,
                                                          IntList padding, IntList dilation, int64_t groups,
                                                          bool need_input, bool need_weight, const OptTensor& add,
-                                                         at::ScalarType compute, bool gemm) {
+                                                         ScalarType compute, bool gemm) {
     const bool epilogue = !prologue.empty();
-    const Algorithm algorithm = algorithm_of_wgrad(x, weight, stride, padding, dilation, groups, compute, gemm);
+    const Algorithm algorithm = algorithm_of_wgrad(Image(x), weight, stride, padding, dilation, groups, compute, gemm);
     if (gemm_backwards(algorithm, stride, epilogue)) {
         if (stride[0] == 1 && stride[1] == 1)
             return gemm_backward(dz, y, coef, x, prologue, act, act_param, weight, need_input, need_weight, add,
@@ -133,22 +133,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
         auto [some, dw, s0, s1] = gemm_backward(dz, y, coef, strided(x, stride), {}, act, act_param, weight, need_input,
                                                 need_weight, std::nullopt, compute);
         if (!need_input) return {Tensor(), dw, s0, s1};
-        Tensor dx = !add ? at::zeros_like(x) : add->is_alias_of(dz) ? add->clone() : *add;
-        dx.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]).add_(some);
+        Tensor dx = add ? add->contiguous(kRows) : zeros(x.sizes(), x.options(), kRows);
+        if (add && dx.storage() == dz.storage()) dx = dx.clone();
+        add_strided(dx, stride, some);
         return {dx, dw, s0, s1};
     }
     const Tensor dy = bn_backward(dz, y, coef, compute);
-    const bool fast = need_input && algorithm_of_dgrad(dy, weight, stride, padding, dilation, groups, compute, gemm) ==
-                                        Algorithm::winograd;
-    const bool fast_weight =
-        need_weight && algorithm == Algorithm::winograd && dy.is_contiguous(at::MemoryFormat::ChannelsLast);
+    const bool fast = need_input && algorithm_of_dgrad(Image(dy), weight, stride, padding, dilation, groups, compute,
+                                                       gemm) == Algorithm::winograd;
+    const bool fast_weight = need_weight && algorithm == Algorithm::winograd && dy.is_channels_last();
     Tensor da, dw;
     if ((need_input && !fast) || (need_weight && !fast_weight)) {
         const Tensor a =
             epilogue ? bn_act(x, {prologue[0], prologue[1]}, act, act_param, std::nullopt, {}, compute) : x.to(compute);
-        std::tie(da, dw, std::ignore) =
-            at::convolution_backward(dy, a, weight.to(compute), std::nullopt, stride, padding, dilation, false, {0, 0},
-                                     groups, {need_input && !fast, need_weight && !fast_weight, false});
+        std::tie(da, dw) = conv2d_backward(dy, a, weight.to(compute), stride, padding, dilation, groups,
+                                           need_input && !fast, need_weight && !fast_weight);
     }
     if (fast_weight) {
         Args in = epilogue ? prologue_args(x, prologue, act, act_param) : raw_args(x);
@@ -157,16 +156,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     }
     if (fast) {
         // the gradient of a convolution is the convolution with the turned kernel, padded by 2 - padding
-        da = empty_like(x, compute);
+        da = empty_like(x, compute, format_of(x));
         Args post = raw_args(da);
         post.out = da.data_ptr();
         winograd(raw_args(dy), dy, weight, true, post, da, 2 - padding[0]);
     }
     if (!need_input) return {Tensor(), dw, Tensor(), Tensor()};
-    TORCH_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ",
-                compute);
+    FR_CHECK(da.scalar_type() == compute, "conv_backward: the gradient came back in ", da.scalar_type(), ", not in ",
+             compute);
     da = da.contiguous(format_of(x));
-    if (!epilogue) return {add ? da.add_(*add) : da, dw, Tensor(), Tensor()};
+    if (!epilogue) {
+        if (add) add_to(da, *add);
+        return {da, dw, Tensor(), Tensor()};
+    }
     // dz of the unit before replaces da
     Args back{};
     back.layout = View::of(x).layout;
@@ -178,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const
     set_norm(back.norm, prologue, x);
     back.grad = back.out = da.data_ptr();
     Partials partials(View::of(x), 2, wide(x));
-    reduce(table().bn_act_backward, back, partials, 0, partials.chunks());
+    reduce(table().bn_act_backward, back, partials, 0, partials.chunks);
     return {da, dw, partials.sum(0), partials.sum(1)};
 }
 

@@ -6,18 +6,19 @@
 namespace fused_resnet::cpu {
 
 // 1x1, gemm.cpp
-bool is_gemm(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups);
+bool is_gemm(const Image& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups);
+// The pixels that a strided 1x1 convolution reads, and y added to those of x.
 Tensor strided(const Tensor& x, IntList stride);
-std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, at::TensorList prologue,
-                                              int64_t act, double act_param, bool stats, at::ScalarType compute);
-std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
-                                                         const Tensor& x, at::TensorList prologue, int64_t act,
+void add_strided(const Tensor& x, IntList stride, const Tensor& y);
+std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, TensorList prologue, int64_t act,
+                                              double act_param, bool stats, ScalarType compute);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const Tensor& y, TensorList coef,
+                                                         const Tensor& x, TensorList prologue, int64_t act,
                                                          double act_param, const Tensor& weight, bool need_input,
-                                                         bool need_weight, const OptTensor& add,
-                                                         at::ScalarType compute);
+                                                         bool need_weight, const OptTensor& add, ScalarType compute);
 
 // 3x3, stride 1, winograd.cpp
-bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+bool is_winograd(const Image& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                  int64_t groups, bool packed, int64_t rate);
 // out = conv3x3(input as `in` sees it), then what `post` says; backward: with the kernel turned, from K to C channels.
 void winograd(const Args& in, const Tensor& x, const Tensor& weight, bool backward, const Args& post, const Tensor& out,

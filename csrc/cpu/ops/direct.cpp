@@ -7,21 +7,20 @@ namespace fused_resnet::cpu {
 namespace {
 
 bool direct_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
-    return x.scalar_type() == at::kFloat && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-           weight.size(0) % kDirectBlock == 0 && groups == 1;
+    return x.scalar_type() == ScalarType::Float && x.is_channels_last() && weight.size(0) % kDirectBlock == 0 &&
+           groups == 1;
 }
 
 void check_packed(const Tensor& packed, const Tensor& x, const Tensor& bias) {
-    TORCH_CHECK(packed.dim() == 5 && packed.scalar_type() == at::kFloat && packed.is_contiguous() &&
-                    packed.size(4) == kDirectBlock,
-                "packed: expected what direct_prepack returns, got ", packed.sizes());
-    TORCH_CHECK(
-        x.scalar_type() == at::kFloat && x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == packed.size(3),
-        "x: expected float32, channels_last, with ", packed.size(3), " channels, got ", x.scalar_type(), " ",
-        x.sizes());
-    TORCH_CHECK(
-        bias.scalar_type() == at::kFloat && bias.is_contiguous() && bias.numel() == packed.size(0) * kDirectBlock,
-        "bias: expected ", packed.size(0) * kDirectBlock, " float32 values");
+    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+                 packed.size(4) == kDirectBlock,
+             "packed: expected what direct_prepack returns, got ", packed.sizes());
+    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last() && x.size(1) == packed.size(3),
+             "x: expected float32, channels_last, with ", packed.size(3), " channels, got ", x.scalar_type(), " ",
+             x.sizes());
+    FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() &&
+                 bias.numel() == packed.size(0) * kDirectBlock,
+             "bias: expected ", packed.size(0) * kDirectBlock, " float32 values");
 }
 
 Args direct_args(const Tensor& x, const Tensor& bias, int64_t act, double act_param, const Tensor& out) {
@@ -54,10 +53,12 @@ bool pointwise_suits(const Tensor& x, const Tensor& weight, IntList stride, IntL
 
 Tensor direct_prepack(const Tensor& weight) {
     const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-    TORCH_CHECK(weight.scalar_type() == at::kFloat && K % kDirectBlock == 0,
-                "weight: expected float32 and a multiple of ", kDirectBlock, " output channels, got ",
-                weight.scalar_type(), " and ", K);
-    return weight.view({K / kDirectBlock, kDirectBlock, C, R, S}).permute({0, 3, 4, 2, 1}).contiguous();
+    FR_CHECK(weight.scalar_type() == ScalarType::Float && K % kDirectBlock == 0,
+             "weight: expected float32 and a multiple of ", kDirectBlock, " output channels, got ",
+             weight.scalar_type(), " and ", K);
+    const IntList s = weight.strides();
+    return weight.view({K / kDirectBlock, R, S, C, kDirectBlock}, {kDirectBlock * s[0], s[2], s[3], s[1], s[0]})
+        .contiguous();
 }
 
 Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride,
@@ -74,8 +75,7 @@ Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tenso
              {stride[0], stride[1]},
              {padding[0], padding[1]},
              packed.data_ptr()};
-    TORCH_CHECK(pool_kernel[0] <= kPoolRows, "pool_kernel: expected at most ", kPoolRows, " rows, got ",
-                pool_kernel[0]);
+    FR_CHECK(pool_kernel[0] <= kPoolRows, "pool_kernel: expected at most ", kPoolRows, " rows, got ", pool_kernel[0]);
     q.out_height = (q.height + 2 * padding[0] - q.kernel[0]) / stride[0] + 1;
     q.out_width = (q.width + 2 * padding[1] - q.kernel[1]) / stride[1] + 1;
     Pool pool{q.out_height,
@@ -86,15 +86,13 @@ Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tenso
               {pool_stride[0], pool_stride[1]},
               {pool_padding[0], pool_padding[1]},
               nullptr};
-    const Tensor out = at::empty({x.size(0), q.out_channels, pool.out_height, pool.out_width},
-                                 x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const Tensor out = empty({x.size(0), q.out_channels, pool.out_height, pool.out_width}, x.options(), kRows);
     const Args a = direct_args(x, bias, act, act_param, out);
-    const int64_t rows = x.size(0) * pool.out_height, threads = at::get_num_threads(),
-                  part = (rows + threads - 1) / threads;
+    const int64_t rows = x.size(0) * pool.out_height, threads = thread_count(), part = (rows + threads - 1) / threads;
     const int64_t scratch =
         q.kernel[0] * (q.width + 2 * padding[1]) * q.channels + pool.kernel[0] * q.out_width * q.out_channels;
-    const Tensor all = at::empty({threads, scratch}, at::TensorOptions().dtype(at::kFloat));
-    float* const memory = all.mutable_data_ptr<float>();
+    const Memory all(threads * scratch * sizeof(float));
+    float* const memory = all.at<float>();
     parallel(0, threads, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
             table().stem(a, q, pool, memory + i * scratch, std::min(rows, i * part), std::min(rows, (i + 1) * part));
@@ -105,12 +103,12 @@ Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tenso
 void pointwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t act, double act_param,
                         const OptTensor& residual, const Tensor& out) {
     check_packed(packed, x, bias);
-    TORCH_CHECK(packed.size(1) == 1 && packed.size(2) == 1, "packed: expected a 1x1 weight, got ", packed.sizes());
+    FR_CHECK(packed.size(1) == 1 && packed.size(2) == 1, "packed: expected a 1x1 weight, got ", packed.sizes());
     const auto check = [&](const char* name, const Tensor& t) {
-        TORCH_CHECK(
-            t.scalar_type() == at::kFloat && t.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-                t.size(0) == x.size(0) && t.size(1) == bias.numel() && t.size(2) == x.size(2) && t.size(3) == x.size(3),
-            name, ": expected the convolution's result, float32, channels_last, got ", t.scalar_type(), " ", t.sizes());
+        FR_CHECK(t.scalar_type() == ScalarType::Float && t.is_channels_last() && t.size(0) == x.size(0) &&
+                     t.size(1) == bias.numel() && t.size(2) == x.size(2) && t.size(3) == x.size(3),
+                 name, ": expected the convolution's result, float32, channels_last, got ", t.scalar_type(), " ",
+                 t.sizes());
     };
     check("out", out);
     Args a = direct_args(x, bias, act, act_param, out);

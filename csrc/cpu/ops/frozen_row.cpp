@@ -1,7 +1,5 @@
 // A frozen row in one call: the steps that fused_resnet/frozen/forward.py recorded, one after the other.
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/record_function.h>
-
+#include "onednn.h"
 #include "reader.h"
 
 namespace fused_resnet::cpu {
@@ -23,29 +21,31 @@ constexpr const char* kNames[] = {"fused_resnet_cpu::aten_bias_act",
                                   "fused_resnet_cpu::avg_pool",
                                   "fused_resnet_cpu::pad"};
 
-using Scalars = c10::List<std::optional<at::Scalar>>;
+constexpr int64_t kUndilated[] = {1, 1};
 
-constexpr at::MemoryFormat kRows = at::MemoryFormat::ChannelsLast;
+// oneDNN's names of activations, in the order of POST_OPS in fused_resnet/backends/cpu_steps.py.
+constexpr const char* kPostOps[] = {"none", "relu", "leaky_relu", "sigmoid", "swish", "hardtanh", "hardswish"};
 
 struct Step {
     Kind kind;
     int64_t x, residual, first, count;  // results by their number (-1: none); where its tensors are among the row's
     bool owned;                         // the residual's memory may be overwritten
     std::array<int64_t, 2> stride, padding, dilation;
-    int64_t groups, act, channels, post_op;  // channels after padding; which of the row's names
+    int64_t groups, act, channels, post_op;  // channels after padding; which of kPostOps
     std::optional<Window> pool;
     double act_param;
-    Scalars scalars;  // of the post-op
+    std::vector<double> scalars;  // of the post-op
 
     explicit Step(Reader& from) : kind(Kind(from.next())) {
-        TORCH_CHECK(Kind::aten <= kind && kind <= Kind::pad, "frozen_row: no step of kind ", int64_t(kind));
+        FR_CHECK(Kind::aten <= kind && kind <= Kind::pad, "frozen_row: no step of kind ", int64_t(kind));
         x = from.next(), residual = from.next(), first = from.next(), count = from.next();
         owned = from.next();
         stride = from.pair(), padding = from.pair(), dilation = from.pair();
         groups = from.next(), act = from.next(), channels = from.next(), post_op = from.next();
+        FR_CHECK(post_op >= 0 && post_op < int64_t(std::size(kPostOps)), "frozen_row: no post-op ", post_op);
         pool = Window::read(from);
         act_param = from.real();
-        for (int64_t n = from.next(); n > 0; n--) scalars.push_back(at::Scalar(from.real()));
+        for (int64_t n = from.next(); n > 0; n--) scalars.push_back(from.real());
     }
 };
 
@@ -53,53 +53,58 @@ struct Step {
 struct Operands {
     Tensor x;
     OptTensor residual;
-    at::TensorList all;
+    TensorList all;
     const Tensor& weight() const { return all[0]; }
     const Tensor& bias() const { return all[1]; }
-    at::TensorList rest() const { return all.slice(2); }
+    TensorList rest() const { return all.slice(2); }
 };
 
 Tensor by_aten(const Step& s, const Operands& o) {
-    const Tensor y = at::conv2d(o.x, o.weight(), o.bias(), s.stride, s.padding, s.dilation, s.groups).contiguous(kRows);
+    const Tensor y = conv2d(o.x, o.weight(), o.bias(), s.stride, s.padding, s.dilation, s.groups).contiguous(kRows);
     if (!o.rest().empty()) bn_act_in_place(y, o.rest(), s.act, s.act_param, o.residual);
     return y;
 }
 
-// An operator of oneDNN's convolutions, boxed: its C++ signature is none of PyTorch's promises.
-template <class... Arguments>
-Tensor convolved(const char* name, const char* overload, const Arguments&... arguments) {
-    c10::Stack stack = {c10::IValue(arguments)...};
-    c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).callBoxed(stack);
-    return stack[0].toTensor();
-}
-
-Tensor by_onednn(const Step& s, const Operands& o, const std::string& post_op) {
-    const char* const name = "mkldnn::_convolution_pointwise";
-    const IntList padding = s.padding, stride = s.stride, dilation = s.dilation;
-    if (!o.residual)
-        return convolved(name, "", o.x, o.weight(), o.bias(), padding, stride, dilation, s.groups, post_op, s.scalars,
-                         "");
-    const c10::IValue relu = post_op == "none" ? c10::IValue() : c10::IValue(post_op);
-    const Tensor& r = *o.residual;
-    if (s.owned)
-        return convolved("mkldnn::_convolution_pointwise_", "binary", r, o.x, o.weight(), o.bias(), padding, stride,
-                         dilation, s.groups, "add", 1.0, relu, Scalars(), "");
-    return convolved(name, "binary", o.x, r, o.weight(), o.bias(), padding, stride, dilation, s.groups, "add", 1.0,
-                     relu, Scalars(), "");
+Tensor by_onednn(const Step& s, const Operands& o) {
+    const char* const post_op = kPostOps[s.post_op];
+    AtenTensorHandle x = o.x.get(), weight = o.weight().get(), bias = o.bias().get(), y = nullptr;
+    const int64_t *const padding = s.padding.data(), *const stride = s.stride.data(),
+                         *const dilation = s.dilation.data();
+    const char* algorithm = "";
+    if (!o.residual) {
+        std::vector<const double*> scalars;
+        for (const double& scalar : s.scalars) scalars.push_back(&scalar);
+        check(
+            aoti_torch_cpu_mkldnn__convolution_pointwise(x, weight, &bias, padding, 2, stride, 2, dilation, 2, s.groups,
+                                                         post_op, scalars.data(), scalars.size(), &algorithm, &y),
+            "oneDNN's convolution");
+        return Tensor(y);
+    }
+    double alpha = 1;
+    const char** const relu = s.post_op == 0 ? nullptr : const_cast<const char**>(&post_op);
+    AtenTensorHandle r = o.residual->get();
+    const auto summed = [&](auto function, AtenTensorHandle first, AtenTensorHandle second) {
+        check(function(first, second, weight, &bias, padding, 2, stride, 2, dilation, 2, s.groups, "add", &alpha, relu,
+                       nullptr, 0, &algorithm, &y),
+              "oneDNN's convolution");
+        return Tensor(y);
+    };
+    return s.owned ? summed(aoti_torch_cpu_mkldnn__convolution_pointwise_binary_, r, x)
+                   : summed(aoti_torch_cpu_mkldnn__convolution_pointwise_binary, x, r);
 }
 
 Tensor by_product(const Step& s, const Operands& o) {
-    const Tensor out = s.owned && o.residual ? *o.residual
-                                             : at::empty({o.x.size(0), o.bias().numel(), o.x.size(2), o.x.size(3)},
-                                                         o.x.options().memory_format(kRows));
+    const Tensor out = s.owned && o.residual
+                           ? *o.residual
+                           : empty({o.x.size(0), o.bias().numel(), o.x.size(2), o.x.size(3)}, o.x.options(), kRows);
     pointwise_bias_act(o.x, o.weight(), o.bias(), s.act, s.act_param, o.residual, out);
     return out;
 }
 
-Tensor run(const Step& s, const Operands& o, const c10::List<std::string>& post_ops) {
+Tensor run(const Step& s, const Operands& o) {
     switch (s.kind) {
         case Kind::aten: return by_aten(s, o);
-        case Kind::onednn: return by_onednn(s, o, post_ops.get(s.post_op));
+        case Kind::onednn: return by_onednn(s, o);
         case Kind::winograd:
             return winograd_bias_act(o.x, o.weight(), o.bias(), s.padding[0], s.act, s.act_param, o.residual);
         case Kind::pointwise: return by_product(s, o);
@@ -110,19 +115,20 @@ Tensor run(const Step& s, const Operands& o, const c10::List<std::string>& post_
         case Kind::bn_act_max_pool:
             return std::get<0>(
                 bn_act_max_pool(o.x, o.all, s.act, s.act_param, s.pool->kernel, s.pool->stride, s.pool->padding));
-        case Kind::max_pool: return at::max_pool2d(o.x, s.pool->kernel, s.pool->stride, s.pool->padding);
+        case Kind::max_pool:
+            return call("aten::max_pool2d", o.x, IntList(s.pool->kernel), IntList(s.pool->stride),
+                        IntList(s.pool->padding), IntList(kUndilated), false)[0];
         case Kind::avg_pool: return s.pool->average(o.x);
-        case Kind::pad: return padded(every(o.x, s.stride), s.channels);
+        case Kind::pad: return padded(every(o.x, s.stride), s.channels, kRows);
     }
     return {};
 }
 
 }  // namespace
 
-Tensor frozen_row(const Tensor& x, const OptTensor& residual, at::TensorList tensors, const Tensor& ints,
-                  const Tensor& reals, const c10::List<std::string>& post_ops) {
-    Reader from{IntList(ints.const_data_ptr<int64_t>(), ints.numel()),
-                at::ArrayRef<double>(reals.const_data_ptr<double>(), reals.numel())};
+Tensor frozen_row(const Tensor& x, const OptTensor& residual, TensorList tensors, const Tensor& ints,
+                  const Tensor& reals) {
+    Reader from(ints, reals);
     std::vector<Step> steps;
     for (int64_t n = from.next(); n > 0; n--) steps.emplace_back(from);
     // results 0 and 1 are the row's input and summand; each goes when its last step has run
@@ -133,12 +139,12 @@ Tensor frozen_row(const Tensor& x, const OptTensor& residual, at::TensorList ten
             if (used >= 0) last.at(used) = i;
     for (size_t i = 0; i < steps.size(); i++) {
         const Step& s = steps[i];
-        RECORD_FUNCTION(kNames[size_t(s.kind)], std::vector<c10::IValue>({results[s.x]}));
+        const Profiled step(kNames[size_t(s.kind)], {&results[s.x]});
         OptTensor summand;
         if (s.residual >= 0) summand = results[s.residual];
-        results.push_back(run(s, {results[s.x], summand, tensors.slice(s.first, s.count)}, post_ops).contiguous(kRows));
+        results.push_back(run(s, {results[s.x], summand, tensors.slice(s.first, s.count)}).contiguous(kRows));
         for (const int64_t used : {s.x, s.residual})
-            if (used >= 0 && last[used] == i) results[used].reset();
+            if (used >= 0 && last[used] == i) results[used] = Tensor();
     }
     return results.back();
 }

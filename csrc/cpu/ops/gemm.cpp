@@ -1,6 +1,8 @@
 // 1x1 convolutions of channels_last tensors: matrix products of some rows at a time, so that what is applied to their
 // operands and results stays in cache. With products of our own every thread takes chunks of rows from the prologue to
 // the epilogue; with ATen's, or of few rows, all threads take each step together.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <cstring>
 
 #include "args.h"
@@ -46,27 +48,44 @@ void in_pieces(bool apart, int64_t chunk, int64_t slice, int64_t begin, int64_t 
     });
 }
 
-// The right operand of products, in a dtype that they are computed in: packed for our kernel, or ATen's.
+// c (+)= a b by PyTorch, for dtypes that our kernels do not multiply.
+void library_product(const Matrix& c, const Matrix& a, const Matrix& b, ScalarType dtype, bool accumulate) {
+    const auto tensor = [&](const Matrix& m) {
+        return from_memory(m.data, {m.rows, m.columns}, {m.row, m.column}, dtype);
+    };
+    const Tensor to = tensor(c), left = tensor(a), right = tensor(b);
+    check(accumulate ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1, 1)
+                     : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get()),
+          "a product");
+}
+
+// The weight of a 1x1 convolution as the right operand of products, in a dtype that they are computed in, packed for
+// our kernel if it has one: [C, K], or, for the gradient of the input, [K, C].
 class Right {
-    Tensor matrix, packed;
-    const GemmKernel* kernel = nullptr;
+    const Tensor weight;
+    const Matrix matrix;
+    const GemmKernel* const kernel;
+    Memory packed;
+
+    static Matrix matrix_of(const Tensor& w, bool backward) {
+        const Matrix m{w.data_ptr(), w.size(0), w.size(1), w.stride(0), w.stride(1)};
+        return backward ? m : Matrix{m.data, m.columns, m.rows, m.column, m.row};
+    }
 
   public:
-    Right() = default;
-    explicit Right(const Tensor& b) : matrix(b), kernel(gemm_kernel_of(b.scalar_type())) {
-        if (kernel) packed = pack(*kernel, b);
+    Right(const Tensor& given, ScalarType compute, bool backward)
+        : weight(given.to(compute)), matrix(matrix_of(weight, backward)), kernel(gemm_kernel_of(compute)) {
+        if (kernel) packed = pack(*kernel, matrix);
     }
     // out (+)= a b, rows of adjacent values; out is float with our kernel. A piece that one thread takes for itself may
     // call it then.
     void product(void* out, void* a, int64_t rows, bool accumulate) const {
-        const int64_t depth = matrix.size(0), columns = matrix.size(1);
+        const int64_t depth = matrix.rows, columns = matrix.columns;
         if (kernel)
-            return multiply(*kernel, {rows, columns, depth, a, depth, 1, packed.const_data_ptr(),
-                                      static_cast<float*>(out), columns, accumulate});
-        const Tensor left = at::from_blob(a, {rows, depth}, matrix.options());
-        Tensor to = at::from_blob(out, {rows, columns}, matrix.options());
-        if (accumulate) at::addmm_out(to, to, left, matrix);
-        else at::mm_out(to, left, matrix);
+            return multiply(*kernel, {rows, columns, depth, a, depth, 1, packed.at(), static_cast<float*>(out), columns,
+                                      accumulate});
+        library_product({out, rows, columns, columns, 1}, {a, rows, depth, depth, 1}, matrix, weight.scalar_type(),
+                        accumulate);
     }
 };
 
@@ -75,9 +94,9 @@ struct Operand {
     const Tensor& x;
     Args pre{};
     bool prologue;
-    at::ScalarType compute;
+    ScalarType compute;
 
-    Operand(const Tensor& x, at::TensorList norm, int64_t act, double act_param, at::ScalarType compute)
+    Operand(const Tensor& x, TensorList norm, int64_t act, double act_param, ScalarType compute)
         : x(x), prologue(!norm.empty()), compute(compute) {
         if (prologue) pre = prologue_args(x, norm, act, act_param);
     }
@@ -97,42 +116,58 @@ struct Operand {
 // Memory for a piece's operand and products: of all threads together, or of the calling thread.
 class Buffers {
     int64_t operand, size;  // bytes
-    Tensor shared;
+    Memory shared;
 
   public:
     Buffers(bool apart, int64_t operand_bytes, int64_t product_bytes)
         : operand((operand_bytes + 63) / 64 * 64), size(operand + product_bytes) {
-        if (!apart) shared = at::empty({size}, at::TensorOptions().dtype(at::kByte));
+        if (!apart) shared = Memory(size);
     }
     std::pair<char*, char*> get() const {
-        char* const start = shared.defined() ? bytes(shared) : reinterpret_cast<char*>(scratch((size + 3) / 4));
+        char* const start = shared.at() ? shared.at<char>() : reinterpret_cast<char*>(scratch((size + 3) / 4));
         return {start, start + operand};
     }
 };
 
 }  // namespace
 
-bool is_gemm(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups) {
+bool is_gemm(const Image& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups) {
     return weight.size(2) == 1 && weight.size(3) == 1 && groups == 1 && padding[0] == 0 && padding[1] == 0 &&
-           format_of(x) == at::MemoryFormat::ChannelsLast;
+           x.format() == kRows;
 }
 
 Tensor strided(const Tensor& x, IntList stride) {
     if (stride[0] == 1 && stride[1] == 1) return x;
-    return x.slice(2, 0, std::nullopt, stride[0])
-        .slice(3, 0, std::nullopt, stride[1])
-        .contiguous(at::MemoryFormat::ChannelsLast);
+    return x.every(2, stride[0]).every(3, stride[1]).contiguous(kRows);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, at::TensorList prologue,
-                                              int64_t act, double act_param, bool stats, at::ScalarType compute) {
+void add_strided(const Tensor& x, IntList stride, const Tensor& y) {
+    Args a = raw_args(y);
+    a.other_type = dtype_of(x.scalar_type());
+    const int64_t height = y.size(2), width = y.size(3);
+    const int64_t image = x.stride(0), line = x.stride(2) * stride[0], pixel = x.stride(3) * stride[1];
+    const int64_t x_size = x.element_size(), y_size = y.element_size() * y.size(1);
+    char* const to = bytes(x);
+    const char* const from = bytes(y);
+    parallel(0, y.size(0) * height, 1, [&](int64_t begin, int64_t end) {
+        Args mine = a;
+        for (int64_t i = begin * width; i < end * width; i++) {
+            const int64_t n = i / width / height, h = i / width % height, w = i % width;
+            mine.y = from + i * y_size;
+            mine.residual = mine.out = to + (n * image + h * line + w * pixel) * x_size;
+            table().convert(mine, 0, 1);
+        }
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& weight, TensorList prologue, int64_t act,
+                                              double act_param, bool stats, ScalarType compute) {
     const int64_t C = x.size(1), K = weight.size(0), M = x.numel() / C;
-    const at::ScalarType dtype = x.scalar_type();
-    const Tensor y =
-        at::empty({x.size(0), K, x.size(2), x.size(3)}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    const ScalarType dtype = x.scalar_type();
+    const Tensor y = empty({x.size(0), K, x.size(2), x.size(3)}, x.options(), kRows);
     const GemmKernel* const kernel = gemm_kernel_of(compute);
-    const at::ScalarType product = kernel ? at::kFloat : compute;
-    const Right wt(weight.view({K, C}).to(compute).t());
+    const ScalarType product = kernel ? ScalarType::Float : compute;
+    const Right wt(weight, compute, false);
     const Operand left(x, prologue, act, act_param, compute);
     const bool direct = product == dtype;  // products are y
     Args post{};
@@ -141,11 +176,11 @@ std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& wei
     post.other_type = dtype_of(dtype);
     Partials partials({post.layout, M}, 2, wide(x));
     const int64_t chunk = partials.chunk;
-    const bool apart = kernel && partials.chunks() >= kChunksApart * at::get_num_threads();
+    const bool apart = kernel && partials.chunks >= kChunksApart * thread_count();
     const int64_t slice = apart ? M : std::min(M, slice_rows(kSlice, (C + K) * y.element_size(), M, chunk));
     const int64_t rows = apart ? chunk * chunks_of_piece(chunk) : slice;
-    const Buffers buffers(apart, left.is_x() ? 0 : rows * C * at::elementSize(compute),
-                          direct ? 0 : rows * K * at::elementSize(product));
+    const Buffers buffers(apart, left.is_x() ? 0 : rows * C * element_size(compute),
+                          direct ? 0 : rows * K * element_size(product));
     const auto piece = [&](int64_t begin, int64_t end) {
         const auto [operand, result] = buffers.get();
         char* const out = direct ? row(y, begin) : result;
@@ -153,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& wei
         Args mine = post;
         if (stats) {
             // the kernel counts rows from the tensor's start
-            mine.y = out - begin * K * at::elementSize(product);
+            mine.y = out - begin * K * element_size(product);
             mine.out = direct ? nullptr : y.data_ptr();
             reduce(table().moments, mine, partials, begin / chunk, (end + chunk - 1) / chunk);
         } else if (!direct) {
@@ -168,18 +203,17 @@ std::tuple<Tensor, Tensor, Tensor> gemm_stats(const Tensor& x, const Tensor& wei
     return {y, mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
-                                                         const Tensor& x, at::TensorList prologue, int64_t act,
+std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const Tensor& y, TensorList coef,
+                                                         const Tensor& x, TensorList prologue, int64_t act,
                                                          double act_param, const Tensor& weight, bool need_input,
-                                                         bool need_weight, const OptTensor& add,
-                                                         at::ScalarType compute) {
+                                                         bool need_weight, const OptTensor& add, ScalarType compute) {
     const int64_t C = x.size(1), K = weight.size(0), M = x.numel() / C;
-    const at::ScalarType dtype = x.scalar_type();
+    const ScalarType dtype = x.scalar_type();
     const bool epilogue = !prologue.empty();
     const GemmKernel* const kernel = gemm_kernel_of(compute);
-    const at::ScalarType product = kernel ? at::kFloat : compute;
-    const auto options = x.options().dtype(compute);
-    const Right w = need_input ? Right(weight.view({K, C}).to(compute)) : Right();
+    const ScalarType product = kernel ? ScalarType::Float : compute;
+    std::optional<Right> w;
+    if (need_input) w.emplace(weight, compute, true);
     const Operand right(x, prologue, act, act_param, compute);
 
     Args form{};  // dy from (dz, y)
@@ -192,35 +226,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
 
     Partials partials({rows_layout(C), M}, 2, wide(x));
     const int64_t chunk = partials.chunk;
-    const bool apart = kernel && partials.chunks() >= kChunksApart * at::get_num_threads();
-    const int64_t row_size = 2 * (C + K) * at::elementSize(compute);
+    const bool apart = kernel && partials.chunks >= kChunksApart * thread_count();
+    const int64_t row_size = 2 * (C + K) * element_size(compute);
     const int64_t slice =
         std::min(M, slice_rows(std::max(kGradientSlice, kGradientRows * row_size), row_size, M, chunk));
     // slices that are taken together; dW is summed up slice by slice, so that its bits do not depend on the threads
-    const int64_t together = apart ? at::get_num_threads() : 1;
-    const Tensor dy_slices = at::empty({std::min(M, slice * together), K}, options);
-    const Tensor panels =
-        need_weight && kernel
-            ? empty_panels(*kernel, slice, panels_of(*kernel, C) * kernel->columns * together, options)
-            : Tensor();
-    const int64_t panels_size = panels.defined() ? panels.numel() / together : 0;
-    const Tensor dw = need_weight ? at::empty({K, C}, options.dtype(product)) : Tensor();
+    const int64_t together = apart ? thread_count() : 1;
+    const Memory dy_slices(std::min(M, slice * together) * K * element_size(compute));
+    const int64_t panels_size = need_weight && kernel ? panels_bytes(*kernel, slice, C) : 0;
+    const Memory panels(panels_size * together);
+    const auto panels_at = [&](int64_t index) { return panels.at<char>() + index * panels_size; };
+    const Tensor dw = need_weight ? empty({K, C, 1, 1}, x.options().dtype(product)) : Tensor();
 
-    const at::ScalarType dx_dtype = epilogue ? compute : dtype;
+    const ScalarType dx_dtype = epilogue ? compute : dtype;
     const bool direct = product == dx_dtype;  // products are dx
-    const Tensor summand = add ? add->to(dx_dtype).contiguous(at::MemoryFormat::ChannelsLast) : Tensor();
-    const bool in_place = add && !summand.is_alias_of(dz);
-    const Tensor dx = !need_input ? Tensor() : in_place ? summand : empty_like(x, dx_dtype);
+    const Tensor summand = add ? add->to(dx_dtype).contiguous(kRows) : Tensor();
+    const bool in_place = add && summand.storage() != dz.storage();
+    const Tensor dx = !need_input ? Tensor() : in_place ? summand : empty_like(x, dx_dtype, kRows);
     // the operand is packed before the product is made, in the same place
     const int64_t rows = apart ? chunk * chunks_of_piece(chunk) : slice;
     const Buffers buffers(apart, 0,
-                          std::max(right.is_x() || !need_weight ? 0 : rows * C * at::elementSize(compute),
-                                   direct || !need_input ? 0 : rows * C * at::elementSize(product)));
+                          std::max(right.is_x() || !need_weight ? 0 : rows * C * element_size(compute),
+                                   direct || !need_input ? 0 : rows * C * element_size(product)));
 
     int64_t start = 0, stop = 0;  // of the slices that are taken together
     const auto piece = [&](int64_t begin, int64_t end) {
         const int64_t n = end - begin;
-        char* const dy = bytes(dy_slices, (begin - start) * K);
+        char* const dy = dy_slices.at<char>() + (begin - start) * K * element_size(compute);
         Args mine = form;
         mine.y = row(y, begin);
         mine.grad = row(dz, begin);
@@ -231,27 +263,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
             char* const a = right.rows(begin, end, operand);
             if (kernel) {
                 const int64_t index = (begin - start) / slice, top = start + index * slice;
-                const char* const from = a - (begin - top) * C * at::elementSize(compute);
-                pack(*kernel, {std::min(slice, stop - top), C, from, C, 1, bytes(panels, index * panels_size)},
-                     begin - top, end - top);
+                const char* const from = a - (begin - top) * C * element_size(compute);
+                pack(*kernel, {std::min(slice, stop - top), C, from, C, 1, panels_at(index)}, begin - top, end - top);
             } else {
-                Tensor to = dw;
-                const Tensor left = at::from_blob(dy, {n, K}, options).t(), matrix = at::from_blob(a, {n, C}, options);
-                if (begin == 0) at::mm_out(to, left, matrix);
-                else at::addmm_out(to, to, left, matrix);
+                library_product({dw.data_ptr(), K, C, C, 1}, {dy, K, n, 1, K}, {a, n, C, C, 1}, compute, begin > 0);
             }
         }
         if (!need_input) return;
         char* const da = direct ? row(dx, begin) : result;
         const bool onto = direct && add;
-        if (onto && !in_place) std::memcpy(da, row(summand, begin), n * C * at::elementSize(dx_dtype));
-        w.product(da, dy, n, onto);
+        if (onto && !in_place) std::memcpy(da, row(summand, begin), n * C * element_size(dx_dtype));
+        w->product(da, dy, n, onto);
         Args back = epilogue ? right.pre : raw_args(x);
         back.other_type = dtype_of(dx_dtype);
         if (epilogue) {
             back.y = x.data_ptr();
             back.grad_type = dtype_of(product);
-            back.grad = da - begin * C * at::elementSize(product);
+            back.grad = da - begin * C * element_size(product);
             back.out = dx.data_ptr();
             reduce(table().bn_act_backward, back, partials, begin / chunk, (end + chunk - 1) / chunk);
         } else if (!direct) {
@@ -266,12 +294,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gemm_backward(const Tensor& dz, const
         stop = std::min(M, start + slice * together);
         in_pieces(apart, chunk, slice, start, stop, piece);
         for (int64_t i = 0, top = start; need_weight && kernel && top < stop; i++, top += slice)
-            multiply(*kernel, {K, C, std::min(slice, stop - top), bytes(dy_slices, (top - start) * K), 1, K,
-                               bytes(panels, i * panels_size), dw.mutable_data_ptr<float>(), C, top > 0});
+            multiply(*kernel, {K, C, std::min(slice, stop - top),
+                               dy_slices.at<char>() + (top - start) * K * element_size(compute), 1, K, panels_at(i),
+                               static_cast<float*>(dw.data_ptr()), C, top > 0});
     }
-    const Tensor dweight = need_weight ? dw.view(weight.sizes()) : dw;
-    if (!need_input || !epilogue) return {dx, dweight, Tensor(), Tensor()};
-    return {dx, dweight, partials.sum(0), partials.sum(1)};
+    if (!need_input || !epilogue) return {dx, dw, Tensor(), Tensor()};
+    return {dx, dw, partials.sum(0), partials.sum(1)};
 }
 
 }  // namespace fused_resnet::cpu

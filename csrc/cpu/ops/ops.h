@@ -9,60 +9,58 @@
 
 namespace fused_resnet::cpu {
 
-using IntList = at::IntArrayRef;
-
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& y);
-Tensor bn_act(const Tensor& y, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
-              at::TensorList residual_norm, at::ScalarType out_dtype);
-void bn_act_in_place(const Tensor& y, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual);
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& y, at::TensorList norm,
+Tensor bn_act(const Tensor& y, TensorList norm, int64_t act, double act_param, const OptTensor& residual,
+              TensorList residual_norm, ScalarType out_dtype);
+void bn_act_in_place(const Tensor& y, TensorList norm, int64_t act, double act_param, const OptTensor& residual);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& y, TensorList norm,
                                                            int64_t act, double act_param, const OptTensor& residual,
-                                                           at::TensorList residual_norm);
-Tensor bn_backward(const Tensor& dz, const Tensor& y, at::TensorList coef, at::ScalarType out_dtype);
-std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& y, at::TensorList norm, int64_t act, double act_param,
+                                                           TensorList residual_norm);
+Tensor bn_backward(const Tensor& dz, const Tensor& y, TensorList coef, ScalarType out_dtype);
+std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& y, TensorList norm, int64_t act, double act_param,
                                            IntList kernel, IntList stride, IntList padding);
 std::tuple<Tensor, Tensor, Tensor> bn_act_max_pool_backward(const Tensor& dout, const Tensor& argmax, const Tensor& y,
-                                                            at::TensorList norm, int64_t act, double act_param,
+                                                            TensorList norm, int64_t act, double act_param,
                                                             IntList kernel, IntList stride, IntList padding,
-                                                            at::ScalarType out_dtype);
+                                                            ScalarType out_dtype);
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_fold(const Tensor& mean, const Tensor& var, const OptTensor& weight,
                                                    const OptTensor& bias, const OptTensor& conv_bias, double eps);
 std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Tensor& rstd, const Tensor& sum_dz,
                                                    const Tensor& sum_dz_y, std::optional<int64_t> count);
 std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
-                                              IntList dilation, int64_t groups, at::TensorList prologue, int64_t act,
-                                              double act_param, bool stats, at::ScalarType compute, bool gemm);
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const Tensor& y, at::TensorList coef,
-                                                         const Tensor& x, at::TensorList prologue, int64_t act,
+                                              IntList dilation, int64_t groups, TensorList prologue, int64_t act,
+                                              double act_param, bool stats, ScalarType compute, bool gemm);
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const Tensor& y, TensorList coef,
+                                                         const Tensor& x, TensorList prologue, int64_t act,
                                                          double act_param, const Tensor& weight, IntList stride,
                                                          IntList padding, IntList dilation, int64_t groups,
                                                          bool need_input, bool need_weight, const OptTensor& add,
-                                                         at::ScalarType compute, bool gemm);
+                                                         ScalarType compute, bool gemm);
 
 // The name of the algorithm of such a convolution: of conv_stats ("fprop"), or of the gradient of the input ("dgrad")
 // or of the weight ("wgrad"). Reads sizes and layouts only.
 std::string conv_algorithm(std::string_view kind, const Tensor& x, const Tensor& weight, IntList stride,
-                           IntList padding, IntList dilation, int64_t groups, bool prologue, at::ScalarType compute,
+                           IntList padding, IntList dilation, int64_t groups, bool prologue, ScalarType compute,
                            bool gemm);
 
 // Inference without folding: act(norm(conv(x)) (+ residual)).
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
-                   int64_t groups, at::TensorList norm, int64_t act, double act_param, const OptTensor& residual,
-                   at::ScalarType compute, bool gemm);
+                   int64_t groups, TensorList norm, int64_t act, double act_param, const OptTensor& residual,
+                   ScalarType compute, bool gemm);
 
 // A row of chains, its backward, and inference: the operators of fused_resnet/chain/operators.py, whose
-// spec is given as the two lists that `ints_and_reals` in fused_resnet/backends/cpu.py makes of it.
-std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
-                                at::ArrayRef<double> reals, at::ScalarType compute, bool gemm);
-std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, at::TensorList weights,
-                                 at::TensorList saved, IntList ints, at::ArrayRef<double> reals,
-                                 const c10::List<bool>& needs, at::ScalarType compute, bool gemm);
-Tensor row_inference(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
-                     at::ArrayRef<double> reals, at::ScalarType compute, bool gemm);
+// spec is given as the two vectors that `ints_and_reals` in fused_resnet/backends/cpu.py makes of it.
+std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, TensorList params, const Tensor& ints,
+                                const Tensor& reals, ScalarType compute, bool gemm);
+std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, TensorList weights,
+                                 TensorList saved, const Tensor& ints, const Tensor& reals, const Tensor& needs,
+                                 ScalarType compute, bool gemm);
+Tensor row_inference(const Tensor& x, const OptTensor& residual, TensorList params, const Tensor& ints,
+                     const Tensor& reals, ScalarType compute, bool gemm);
 
 // A frozen row: its tensors, and its steps as the two vectors that fused_resnet/backends/cpu_steps.py makes of them.
-Tensor frozen_row(const Tensor& x, const OptTensor& residual, at::TensorList tensors, const Tensor& ints,
-                  const Tensor& reals, const c10::List<std::string>& post_ops);
+Tensor frozen_row(const Tensor& x, const OptTensor& residual, TensorList tensors, const Tensor& ints,
+                  const Tensor& reals);
 
 // Inference by Winograd: the outputs per side of a tile (0: not used), the transformed weights, and
 // act(conv(x) + bias (+ residual)).

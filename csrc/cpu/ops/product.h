@@ -13,14 +13,20 @@ float* scratch(int64_t floats);
 float* gemm_scratch();
 
 // The kernel for products of matrices of this dtype, whose results are float. Null: ATen has the products.
-const GemmKernel* gemm_kernel_of(at::ScalarType dtype);
+const GemmKernel* gemm_kernel_of(ScalarType dtype);
 
-// The panels that hold so many columns, and a right operand [depth, columns] in panels, whose values are undefined.
+// The panels that hold so many columns, and the bytes of a right operand [depth, columns] in panels.
 int64_t panels_of(const GemmKernel& kernel, int64_t columns);
-Tensor empty_panels(const GemmKernel& kernel, int64_t depth, int64_t columns, const at::TensorOptions& options);
+int64_t panels_bytes(const GemmKernel& kernel, int64_t depth, int64_t columns);
 
-// [depth, columns] with any strides as panels, the right operand of a product.
-Tensor pack(const GemmKernel& kernel, const Tensor& b);
+// A matrix in memory, with any strides.
+struct Matrix {
+    void* data;
+    int64_t rows, columns, row, column;
+};
+
+// [depth, columns] as panels, the right operand of a product.
+Memory pack(const GemmKernel& kernel, const Matrix& b);
 
 // Depths [begin, end) of all panels.
 void pack(const GemmKernel& kernel, const GemmPack& q, int64_t begin, int64_t end);

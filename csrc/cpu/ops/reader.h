@@ -7,18 +7,30 @@
 
 namespace fused_resnet::cpu {
 
+// What a vector holds.
+template <class T>
+List<T> values(const char* name, const Tensor& t, ScalarType type) {
+    FR_CHECK(t.scalar_type() == type && t.dim() == 1 && t.is_contiguous(), name, ": expected a vector in ", type);
+    return List<T>(static_cast<const T*>(t.data_ptr()), size_t(t.numel()));
+}
+
 // Reads numbers in the order in which fused_resnet/backends/cpu.py and cpu_steps.py write them.
-struct Reader {
+class Reader {
     IntList ints;
-    at::ArrayRef<double> reals;
+    List<double> reals;
     size_t i = 0, r = 0;
 
+  public:
+    Reader(const Tensor& ints, const Tensor& reals)
+        : ints(values<int64_t>("ints", ints, ScalarType::Long)),
+          reals(values<double>("reals", reals, ScalarType::Double)) {}
+
     int64_t next() {
-        TORCH_CHECK(i < ints.size(), "the spec ends after ", ints.size(), " integers");
+        FR_CHECK(i < ints.size(), "the spec ends after ", ints.size(), " integers");
         return ints[i++];
     }
     double real() {
-        TORCH_CHECK(r < reals.size(), "the spec ends after ", reals.size(), " real numbers");
+        FR_CHECK(r < reals.size(), "the spec ends after ", reals.size(), " real numbers");
         return reals[r++];
     }
     std::array<int64_t, 2> pair() {
@@ -39,16 +51,21 @@ struct Window {
         return w;
     }
     Tensor average(const Tensor& t) const {
-        return at::avg_pool2d(t, kernel, stride, padding, ceil_mode, count_include_pad);
+        return call("aten::avg_pool2d", t, IntList(kernel), IntList(stride), IntList(padding), ceil_mode,
+                    count_include_pad, std::optional<int64_t>())[0];
+    }
+    Tensor average_backward(const Tensor& dout, const Tensor& t) const {
+        return call("aten::avg_pool2d_backward", dout, t, IntList(kernel), IntList(stride), IntList(padding), ceil_mode,
+                    count_include_pad, std::optional<int64_t>())[0];
     }
 };
 
 // Every stride-th pixel of t; t with zeros as its last channels.
-inline Tensor every(const Tensor& t, IntList stride) {
-    return t.slice(2, 0, std::nullopt, stride[0]).slice(3, 0, std::nullopt, stride[1]);
-}
-inline Tensor padded(const Tensor& t, int64_t channels) {
-    return at::constant_pad_nd(t, {0, 0, 0, 0, 0, channels - t.size(1)});
+inline Tensor every(const Tensor& t, IntList stride) { return t.every(2, stride[0]).every(3, stride[1]); }
+inline Tensor padded(const Tensor& t, int64_t channels, MemoryFormat format) {
+    const Tensor to = zeros({t.size(0), channels, t.size(2), t.size(3)}, t.options(), format);
+    copy(to.narrow(1, t.size(1)), t);
+    return to;
 }
 
 }  // namespace fused_resnet::cpu

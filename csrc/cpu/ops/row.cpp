@@ -1,7 +1,5 @@
 // A row of chains in one call: its forward, its backward, and inference. The steps and their formulas are those of
 // fused_resnet/chain/forward.py and backward.py, which compose any backend's primitives.
-#include <ATen/record_function.h>
-
 #include <memory>
 
 #include "row_spec.h"
@@ -10,35 +8,30 @@ namespace fused_resnet::cpu {
 
 namespace {
 
-// What a profiler sees of the rest of a scope: the step's name, and its tensors' shapes.
-#define FR_STEP(name, ...) RECORD_FUNCTION("fused_resnet_cpu::" name, std::vector<c10::IValue>({__VA_ARGS__}))
-
 // What all convolutions of a call share.
 struct Setting {
-    at::MemoryFormat format;
-    at::ScalarType compute;
+    MemoryFormat format;
+    ScalarType compute;
     bool gemm;
 
     // The layout: channels_last if x or a weight is, as in PyTorch's convolutions.
-    Setting(const Tensor& x, at::TensorList params, at::ScalarType compute, bool gemm) : compute(compute), gemm(gemm) {
-        const auto last = [](const Tensor& t) {
-            return t.dim() == 4 && t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-        };
+    Setting(const Tensor& x, TensorList params, ScalarType compute, bool gemm) : compute(compute), gemm(gemm) {
+        const auto last = [](const Tensor& t) { return t.suggests_channels_last(); };
         const bool rows = last(x) || std::any_of(params.begin(), params.end(), last);
-        format = rows ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+        format = rows ? kRows : kPlanes;
     }
     // A unit after its convolution of act(norm(x)), or of x without a norm: y, and its mean and variance if they count.
     std::tuple<Tensor, Tensor, Tensor> raw(const Unit& u, const Tensor& x, const Norm* norm, const Unit* before,
                                            bool stats) const {
         if (!u.conv) {
             if (!stats) return {x, Tensor(), Tensor()};
-            FR_STEP("bn_stats", x);
+            const Profiled step("fused_resnet_cpu::bn_stats", {&x});
             auto [mean, var] = bn_stats(x);
             return {x, mean, var};
         }
-        FR_STEP("conv_stats", x, u.tensors[kWeight]);
+        const Profiled step("fused_resnet_cpu::conv_stats", {&x, &u.tensors[kWeight]});
         auto [y, mean, var] = conv_stats(x, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups,
-                                         norm ? norm->pair() : at::TensorList(), norm ? before->act : 0,
+                                         norm ? norm->pair() : TensorList(), norm ? before->act : 0,
                                          norm ? before->act_param : 0, stats, compute, gemm);
         return {y.contiguous(format), mean, var};
     }
@@ -48,7 +41,7 @@ struct Setting {
 // Appends the chain's raw outputs, statistics and positions to `saved`. Returns its output.
 Tensor forward(const Chain& chain, const Tensor& x, const OptTensor& residual, const Setting& set,
                std::vector<Tensor>& saved) {
-    const at::ScalarType dtype = wide(x);
+    const ScalarType dtype = wide(x);
     std::vector<Tensor> vectors;
     std::vector<Norm> norms;
     const auto unit = [&](size_t i, const Tensor& start) {
@@ -69,13 +62,13 @@ Tensor forward(const Chain& chain, const Tensor& x, const OptTensor& residual, c
     Tensor out, argmax, summand = chain.start(x, residual, set.format);
     if (chain.projection()) summand = unit(chain.length(), summand);
     if (chain.pool) {
-        FR_STEP("bn_act_max_pool", y);
+        const Profiled step("fused_resnet_cpu::bn_act_max_pool", {&y});
         std::tie(out, argmax) = bn_act_max_pool(y, norm.pair(), last.act, last.act_param, chain.pool->kernel,
                                                 chain.pool->stride, chain.pool->padding);
     } else {
-        FR_STEP("bn_act", y);
+        const Profiled step("fused_resnet_cpu::bn_act", {&y});
         out = bn_act(y, norm.pair(), last.act, last.act_param, summand.defined() ? OptTensor(summand) : std::nullopt,
-                     chain.projection() ? norms.back().pair() : at::TensorList(), y.scalar_type());
+                     chain.projection() ? norms.back().pair() : TensorList(), y.scalar_type());
     }
     saved.insert(saved.end(), vectors.begin(), vectors.end());
     if (argmax.defined()) saved.push_back(argmax);
@@ -89,7 +82,7 @@ Tensor inference(const Chain& chain, const Tensor& x, const OptTensor& residual,
         const Norm norm = u.fold(u.tensors[kMean], u.tensors[kVar], wide(h));
         const OptTensor r = summand.defined() ? OptTensor(summand) : std::nullopt;
         if (!u.conv) return bn_act(h, norm.pair(), act, act_param, r, {}, h.scalar_type());
-        FR_STEP("conv_bn_act", h, u.tensors[kWeight]);
+        const Profiled step("fused_resnet_cpu::conv_bn_act", {&h, &u.tensors[kWeight]});
         return conv_bn_act(h, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups, norm.pair(), act,
                            act_param, r, set.compute, set.gemm)
             .contiguous(set.format);
@@ -125,10 +118,10 @@ struct Closed {
 };
 
 Closed close(const Tensor& dout, const Closing& c) {
-    FR_STEP("bn_act_backward", dout, c.y);
+    const Profiled step("fused_resnet_cpu::bn_act_backward", {&dout, &c.y});
     auto [dz, s0, s1, s2] = bn_act_backward(dout, c.y, c.norm.triple(), c.act, c.act_param,
                                             c.summand.defined() ? OptTensor(c.summand) : std::nullopt,
-                                            c.summand_norm ? c.summand_norm->triple() : at::TensorList());
+                                            c.summand_norm ? c.summand_norm->triple() : TensorList());
     return {dz, s0, s1, s2};
 }
 
@@ -175,7 +168,7 @@ struct Gradients {
     const Closed& closed;
     const Setting& set;
     bool need_input;
-    at::ArrayRef<uint8_t> needs;  // of the row's parameters
+    List<bool> needs;  // of the row's parameters
     std::vector<Tensor>& grads;
 
     bool wanted(const Unit& u) const {
@@ -197,18 +190,20 @@ struct Gradients {
         put(u, kGamma, dgamma);
         put(u, kBeta, sum);
         // y minus its mean does not depend on the convolution's bias
-        if (u.place[kBias] >= 0) put(u, kBias, u.batch_stats ? at::zeros_like(sum) : at::mul(norm[0], sum));
+        if (u.place[kBias] >= 0)
+            put(u, kBias,
+                u.batch_stats ? zeros(sum.sizes(), sum.options()) : call({"aten::mul", "Tensor"}, norm[0], sum)[0]);
         if (!need_start && !need_weight) return {};
         const std::array<Tensor, 4> all = {norm[0], b, c, norm[2]};
-        const at::TensorList coef(all.data(), u.batch_stats ? 4 : 1);
+        const TensorList coef(all.data(), u.batch_stats ? 4 : 1);
         if (!u.conv) {
-            FR_STEP("bn_backward", dz, y);
+            const Profiled step("fused_resnet_cpu::bn_backward", {&dz, &y});
             return {bn_backward(dz, y, coef, y.scalar_type()), {}, {}, {}};
         }
         const Unit& previous = of.chain.units[inner ? i - 1 : i];
         const auto convolve = [&] {
-            FR_STEP("conv_backward", dz, start, u.tensors[kWeight]);
-            return conv_backward(dz, y, coef, start, inner ? of.norms[i - 1].triple() : at::TensorList(),
+            const Profiled step("fused_resnet_cpu::conv_backward", {&dz, &start, &u.tensors[kWeight]});
+            return conv_backward(dz, y, coef, start, inner ? of.norms[i - 1].triple() : TensorList(),
                                  inner ? previous.act : 0, inner ? previous.act_param : 0, u.tensors[kWeight], u.stride,
                                  u.padding, u.dilation, u.groups, need_start, need_weight,
                                  add.defined() ? OptTensor(add) : std::nullopt, set.compute, set.gemm);
@@ -230,16 +225,14 @@ struct Gradients {
         const Chain& chain = of.chain;
         if (chain.shortcut == kIdentity && need_input) return closed.dz;
         if (chain.shortcut == kPad && need_input) {
-            const Tensor dx = at::zeros_like(of.x, of.x.options().dtype(closed.dz.scalar_type()));
-            chain.pixels(dx).copy_(closed.dz.narrow(1, 0, of.x.size(1)));
+            const Tensor dx = zeros(of.x.sizes(), closed.dz.options(), set.format);
+            copy(chain.pixels(dx), closed.dz.narrow(1, of.x.size(1)));
             return dx;
         }
         if (!chain.average) return Tensor();
         const Tensor dstart = projection(Tensor(), nullptr).dz;
         if (!dstart.defined()) return Tensor();
-        const Window& w = *chain.average;
-        return at::avg_pool2d_backward(dstart.to(of.x.scalar_type()), of.x, w.kernel, w.stride, w.padding, w.ceil_mode,
-                                       w.count_include_pad, std::nullopt);
+        return chain.average->average_backward(dstart.to(of.x.scalar_type()), of.x);
     }
     // The units, last to first; their gradient of x is added to dx, the sum goes through the closing before.
     Closed all_units(const Tensor& dx, const Closing* before) const {
@@ -255,7 +248,10 @@ struct Gradients {
         const Closed first =
             unit(0, now.dz, now.sum, now.sum_y, of.x, need_input, conv ? dx : Tensor(), conv ? before : nullptr);
         if (!first.dz.defined()) return {dx, {}, {}, {}};
-        return conv || !dx.defined() ? first : Closed{at::add(dx, first.dz), {}, {}, {}};
+        if (conv || !dx.defined()) return first;
+        const Tensor sum = dx.clone();
+        add_to(sum, first.dz);
+        return {sum, {}, {}, {}};
     }
     // dx, or dz of the closing before x with its sums.
     Closed run(const Closing* before) const {
@@ -265,22 +261,34 @@ struct Gradients {
     }
 };
 
+Tensor empty_like(const Tensor& t) {
+    const auto no = std::nullopt;
+    return call("aten::empty_like", t, no, no, no, no, no)[0];
+}
+
 // The gradient in its tensor's dtype and strides, otherwise autograd would copy it later; 0 if there is none.
 Tensor like(const Tensor& grad, const Tensor& t) {
-    if (!grad.defined()) return at::zeros_like(t);
+    const bool dense = t.is_contiguous() || t.is_channels_last();
+    const Tensor as = dense ? t : empty_like(t);  // its strides are wanted
+    if (!grad.defined()) {
+        const Tensor none = empty_strided(t.sizes(), as.strides(), t.options());
+        check(aoti_torch_zero_(none.get()), "zeros");
+        return none;
+    }
     const Tensor g = grad.to(t.scalar_type());
-    if (g.strides() == t.strides()) return g;
-    const Tensor want = at::empty_like(t, t.options().device(at::kMeta));
-    if (g.strides() == want.strides()) return g;
+    if (g.strides() == as.strides()) return g;
     bool same = true;
-    for (int64_t d = 0; d < t.dim(); d++) same = same && (t.size(d) == 1 || g.stride(d) == want.stride(d));
-    return same ? g.as_strided(t.sizes(), want.strides()) : at::empty_like(t).copy_(g);
+    for (int64_t d = 0; d < t.dim(); d++) same = same && (t.size(d) == 1 || g.stride(d) == as.stride(d));
+    if (same) return g.view(t.sizes(), as.strides());
+    const Tensor to = empty_strided(t.sizes(), as.strides(), t.options());
+    copy(to, g);
+    return to;
 }
 
 }  // namespace
 
-std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
-                                at::ArrayRef<double> reals, at::ScalarType compute, bool gemm) {
+std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, TensorList params, const Tensor& ints,
+                                const Tensor& reals, ScalarType compute, bool gemm) {
     const std::vector<Chain> chains = read_chains(ints, reals, params);
     const Setting set(x, params, compute, gemm);
     std::vector<Tensor> outs, saved;
@@ -295,26 +303,27 @@ std::vector<Tensor> row_forward(const Tensor& x, const OptTensor& residual, at::
     return all;
 }
 
-std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, at::TensorList weights,
-                                 at::TensorList saved, IntList ints, at::ArrayRef<double> reals,
-                                 const c10::List<bool>& needs, at::ScalarType compute, bool gemm) {
+std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptTensor& residual, TensorList weights,
+                                 TensorList saved, const Tensor& ints, const Tensor& reals, const Tensor& needs,
+                                 ScalarType compute, bool gemm) {
     auto [chains, count] = read_chains(ints, reals);
     const Setting set(x, weights, compute, gemm);
-    TORCH_CHECK(int64_t(needs.size()) == 2 + count, "needs: expected ", 2 + count, " flags, got ", needs.size());
-    std::vector<uint8_t> wanted;  // of the parameters
-    for (int64_t p = 0; p < count; p++) wanted.push_back(needs.get(2 + p));
+    const List<bool> flags = values<bool>("needs", needs, ScalarType::Bool);
+    FR_CHECK(int64_t(flags.size()) == 2 + count, "needs: expected ", 2 + count, " flags, got ", flags.size());
+    const bool need_x = flags[0], need_residual = flags[1];
+    const List<bool> wanted = flags.slice(2);  // of the parameters
     std::vector<Tensor> grads(count), weight_of(count);
     size_t convs = 0;
     for (Chain& chain : chains)
         for (Unit& u : chain.units)
             if (u.conv) {
-                TORCH_CHECK(convs < weights.size(), "weights: expected more than ", weights.size());
+                FR_CHECK(convs < weights.size(), "weights: expected more than ", weights.size());
                 u.tensors[kWeight] = weight_of[u.place[kWeight]] = weights[convs++];
             }
     const size_t last = chains.size() - 1;
     std::vector<size_t> first = {last};  // of each chain's values among `saved`
     for (const Chain& chain : chains) first.push_back(first.back() + count_saved(chain));
-    TORCH_CHECK(first.back() == saved.size(), "saved: expected ", first.back(), " tensors, got ", saved.size());
+    FR_CHECK(first.back() == saved.size(), "saved: expected ", first.back(), " tensors, got ", saved.size());
     const auto recall = [&](size_t i) {
         const Tensor start = i ? saved[i - 1] : x.contiguous(set.format);
         return std::make_unique<Recalled>(chains[i], start, residual, saved.data() + first[i], set);
@@ -325,7 +334,7 @@ std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptT
     Closed closed;
     const Closing closing = now->closing();
     if (const auto& pool = chains[last].pool) {
-        FR_STEP("bn_act_max_pool_backward", top, closing.y);
+        const Profiled step("fused_resnet_cpu::bn_act_max_pool_backward", {&top, &closing.y});
         auto [dz, s0, s1] =
             bn_act_max_pool_backward(top, now->argmax, closing.y, closing.norm.triple(), closing.act, closing.act_param,
                                      pool->kernel, pool->stride, pool->padding, compute);
@@ -337,8 +346,8 @@ std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptT
     for (size_t i = last;; i--) {
         // the parameters of the chains before come first
         const auto own = wanted.begin() + chains[i].first;
-        const bool need_input = needs.get(0) || std::find(wanted.begin(), own, 1) != own;
-        if (chains[i].shortcut == kTensor && needs.get(1)) dresidual = closed.dz;
+        const bool need_input = need_x || std::find(wanted.begin(), own, true) != own;
+        if (chains[i].shortcut == kTensor && need_residual) dresidual = closed.dz;
         auto before = i && need_input ? recall(i - 1) : nullptr;
         const auto closing = before ? std::optional<Closing>(before->closing()) : std::nullopt;
         const Closed found = Gradients{*now, closed, set, need_input, wanted, grads}.run(closing ? &*closing : nullptr);
@@ -350,19 +359,19 @@ std::vector<Tensor> row_backward(const Tensor& dout, const Tensor& x, const OptT
         now = std::move(before);
     }
     std::vector<Tensor> out;
-    if (needs.get(0)) out.push_back(like(dx, x));
-    if (needs.get(1) && residual) out.push_back(like(dresidual, *residual));
+    if (need_x) out.push_back(like(dx, x));
+    if (need_residual && residual) out.push_back(like(dresidual, *residual));
     for (int64_t p = 0; p < count; p++) {
         if (!wanted[p]) continue;
-        TORCH_CHECK(weight_of[p].defined() || grads[p].defined(), "needs: parameter ", p, " has no gradient");
+        FR_CHECK(weight_of[p].defined() || grads[p].defined(), "needs: parameter ", p, " has no gradient");
         // autograd sees to the dtypes of vectors
         out.push_back(weight_of[p].defined() ? like(grads[p], weight_of[p]) : grads[p]);
     }
     return out;
 }
 
-Tensor row_inference(const Tensor& x, const OptTensor& residual, at::TensorList params, IntList ints,
-                     at::ArrayRef<double> reals, at::ScalarType compute, bool gemm) {
+Tensor row_inference(const Tensor& x, const OptTensor& residual, TensorList params, const Tensor& ints,
+                     const Tensor& reals, ScalarType compute, bool gemm) {
     const Setting set(x, params, compute, gemm);
     Tensor h = x.contiguous(set.format);
     for (const Chain& chain : read_chains(ints, reals, params)) h = inference(chain, h, residual, set);

@@ -9,8 +9,8 @@ namespace {
 
 // [scale, shift, center, rstd]
 struct Norm : std::array<Tensor, 4> {
-    at::TensorList pair() const { return {data(), 2}; }
-    at::TensorList triple() const { return {data(), 3}; }
+    TensorList pair() const { return {data(), 2}; }
+    TensorList triple() const { return {data(), 3}; }
 };
 
 // A unit's hyper-parameters and tensors; undefined: it has none. `place`: where each tensor is among the row's.
@@ -36,10 +36,10 @@ struct Unit {
         for (int p = 0; p < kParams; p++) place[p] = has[p] ? next++ : -1;
     }
     OptTensor given(Param p) const { return tensors[p].defined() ? OptTensor(tensors[p]) : std::nullopt; }
-    Norm fold(const Tensor& mean, const Tensor& var, at::ScalarType dtype) const {
+    Norm fold(const Tensor& mean, const Tensor& var, ScalarType dtype) const {
         auto [scale, shift, center, rstd] = bn_fold(mean.to(dtype), var.to(dtype), given(kGamma), given(kBeta),
                                                     batch_stats ? std::nullopt : given(kBias), eps);
-        return {{scale, shift, center, rstd}};
+        return {{std::move(scale), std::move(shift), std::move(center), std::move(rstd)}};
     }
 };
 
@@ -66,11 +66,11 @@ struct Chain {
     const Unit& last() const { return units[length() - 1]; }
 
     // The input of the shortcut: x, x averaged, x strided and padded, or a given tensor; undefined: there is none.
-    Tensor start(const Tensor& x, const OptTensor& residual, at::MemoryFormat format) const {
+    Tensor start(const Tensor& x, const OptTensor& residual, MemoryFormat format) const {
         if (shortcut == kNone) return Tensor();
         Tensor t = shortcut == kTensor ? *residual : x;
         if (average) t = average->average(t);
-        if (shortcut == kPad) t = padded(pixels(t), channels);
+        if (shortcut == kPad) t = padded(pixels(t), channels, format);
         return t.contiguous(format);
     }
     // The pixels of t that the shortcut "pad" reads.
@@ -78,8 +78,8 @@ struct Chain {
 };
 
 // The chains of a row and the number of its parameters.
-std::pair<std::vector<Chain>, int64_t> read_chains(IntList ints, at::ArrayRef<double> reals) {
-    Reader from{ints, reals};
+std::pair<std::vector<Chain>, int64_t> read_chains(const Tensor& ints, const Tensor& reals) {
+    Reader from(ints, reals);
     std::vector<Chain> chains;
     int64_t count = 0;
     for (int64_t n = from.next(); n > 0; n--) chains.emplace_back(from, count);
@@ -87,9 +87,9 @@ std::pair<std::vector<Chain>, int64_t> read_chains(IntList ints, at::ArrayRef<do
 }
 
 // The chains with all their tensors.
-std::vector<Chain> read_chains(IntList ints, at::ArrayRef<double> reals, at::TensorList params) {
+std::vector<Chain> read_chains(const Tensor& ints, const Tensor& reals, TensorList params) {
     auto [chains, count] = read_chains(ints, reals);
-    TORCH_CHECK(count == int64_t(params.size()), "params: expected ", count, " tensors, got ", params.size());
+    FR_CHECK(count == int64_t(params.size()), "params: expected ", count, " tensors, got ", params.size());
     for (Chain& chain : chains)
         for (Unit& u : chain.units)
             for (int p = 0; p < kParams; p++)

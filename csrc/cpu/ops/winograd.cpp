@@ -65,25 +65,24 @@ int tile_for(const Tensor& out, int64_t channels) {
     return cost(4) <= cost(2) ? 4 : 2;
 }
 
-}  // namespace
-
-bool winograd_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
-                    int64_t groups) {
+// 3x3, stride 1, channels_last.
+bool suits(const Image& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation, int64_t groups) {
     return weight.size(2) == 3 && weight.size(3) == 3 && groups == 1 && stride[0] == 1 && stride[1] == 1 &&
-           dilation[0] == 1 && dilation[1] == 1 && padding[0] == padding[1] && padding[0] <= 2 && x.size(2) >= 4 &&
-           x.size(3) >= 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+           dilation[0] == 1 && dilation[1] == 1 && padding[0] == padding[1] && padding[0] <= 2 && x.height >= 4 &&
+           x.width >= 4 && x.rows;
 }
+
+}  // namespace
 
 // Cheaper than the convolution's own products, of which `rate` take the time of one in float. Packed weights have tiles
 // of 4, whatever x is, so that all calls can share them.
-bool is_winograd(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+bool is_winograd(const Image& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                  int64_t groups, bool packed, int64_t rate) {
     const int64_t C = weight.size(1), K = weight.size(0);  // or, for the gradient of an input, turned round
-    if (std::min(K, C) < kWinogradChannels || !winograd_suits(x, weight, stride, padding, dilation, groups))
-        return false;
-    const int64_t height = x.size(2) + 2 * padding[0] - 2, width = x.size(3) + 2 * padding[0] - 2;
-    const int64_t direct = 9 * x.size(0) * height * width * C * K / rate;
-    const auto pays = [&](int tile) { return cost_of(tile, x.size(0), height, width, C, K, packed) < direct; };
+    if (std::min(K, C) < kWinogradChannels || !suits(x, weight, stride, padding, dilation, groups)) return false;
+    const int64_t height = x.height + 2 * padding[0] - 2, width = x.width + 2 * padding[0] - 2;
+    const int64_t direct = 9 * x.count * height * width * C * K / rate;
+    const auto pays = [&](int tile) { return cost_of(tile, x.count, height, width, C, K, packed) < direct; };
     return pays(4) || (!packed && pays(2));
 }
 
@@ -104,7 +103,7 @@ class Weights {
     const int64_t products, depth, columns;
 
     Weights(const Tensor& weight, bool backward, int tile)
-        : w(weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast)),
+        : w(weight.to(ScalarType::Float).contiguous(kRows)),
           tile(tile),
           backward(backward),
           products((tile + 2) * (tile + 2)),
@@ -115,7 +114,7 @@ class Weights {
     // Panel i of each product, `matrix` values apart.
     void panel(int64_t i, float* to, int64_t matrix, float* part) const {
         const int64_t width = kernel.columns, first = i * width, count = std::min(width, columns - first);
-        const float* const from = w.const_data_ptr<float>();
+        const float* const from = static_cast<const float*>(w.data_ptr());
         if (backward)
             return table().winograd_weight({tile, from + first, columns, count, to, matrix, width, true}, 0, depth);
         for (int64_t c = 0; c < depth; c += kInputs) {
@@ -129,9 +128,8 @@ class Weights {
     // All panels: [products, panels, depth, GemmKernel::columns].
     Tensor all() const {
         const int64_t panels = panels_of(kernel, columns), size = depth * kernel.columns;
-        const Tensor u = at::empty({products, panels, depth, kernel.columns},
-                                   w.options().memory_format(at::MemoryFormat::Contiguous));
-        float* const to = u.mutable_data_ptr<float>();
+        const Tensor u = empty({products, panels, depth, kernel.columns}, w.options());
+        float* const to = static_cast<float*>(u.data_ptr());
         parallel(0, panels, 1, [&](int64_t b, int64_t e) {
             float* const part = scratch(scratch_size());
             for (int64_t i = b; i < e; i++) panel(i, to + i * size, panels * size, part);
@@ -146,7 +144,7 @@ class Weights {
 void by_slices(const Args& in, const Tensor& x, const Tensor& u, const Args& post, const Tensor& out, Winograd q) {
     const GemmKernel& kernel = table().float_gemm;
     const int64_t products = u.size(0), panels = u.size(1), C = x.size(1), K = out.size(1);
-    const int64_t tiles = q.count, threads = at::get_num_threads();
+    const int64_t tiles = q.count, threads = thread_count();
     const int64_t takers = tiles >= kWinogradTiles * threads ? threads : 1;
     // tiles whose transforms stay in half of the L2; or so many that the weights are read less often than the
     // transforms
@@ -156,10 +154,9 @@ void by_slices(const Args& in, const Tensor& x, const Tensor& u, const Args& pos
                   slice = (tiles + slices - 1) / slices;
     q.count = slice;
     const int64_t size = products * (q.matrix(C) + q.matrix(K)), width = kernel.columns;
-    const Tensor transforms =
-        at::empty({takers, size}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
-    float* const memory = transforms.mutable_data_ptr<float>();
-    const float* weights = u.const_data_ptr<float>();
+    const Memory transforms(takers * size * sizeof(float));
+    float* const memory = transforms.at<float>();
+    const float* weights = static_cast<const float*>(u.data_ptr());
     parallel(0, takers, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++)
             for (int64_t j = i; j < slices; j += takers) {
@@ -191,9 +188,8 @@ void by_panels(const Args& in, const Tensor& x, const Weights& weights, const Ar
                const Winograd& q) {
     const GemmKernel& kernel = table().float_gemm;
     const int64_t products = weights.products, C = x.size(1), K = out.size(1), width = kernel.columns;
-    const Tensor transforms =
-        at::empty({products, q.matrix(C)}, x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
-    float* const v = transforms.mutable_data_ptr<float>();
+    const Memory transforms(products * q.matrix(C) * sizeof(float));
+    float* const v = transforms.at<float>();
     parallel(0, q.count, 8, [&](int64_t b, int64_t e) { table().winograd_input(in, q, v, b, e); });
     parallel(0, panels_of(kernel, K), 1, [&](int64_t first, int64_t last) {
         const int64_t matrix = odd_lines(C * width);
@@ -218,7 +214,7 @@ void winograd(const Args& in, const Tensor& x, const Tensor& weight, bool backwa
     const int tile = tile_for(out, x.size(1));
     const Winograd q = tiles_of(x, tile, out, padding);
     const Weights weights(weight, backward, tile);
-    if (q.count <= kPanelTiles && panels_of(table().float_gemm, out.size(1)) >= at::get_num_threads())
+    if (q.count <= kPanelTiles && panels_of(table().float_gemm, out.size(1)) >= thread_count())
         return by_panels(in, x, weights, post, out, q);
     by_slices(in, x, weights.all(), post, out, q);
 }
@@ -232,14 +228,13 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
     const int64_t products = (q.tile + 2) * (q.tile + 2), tiles = q.count;
     const int64_t most = std::max(kGradientTiles, kGradientSlice / (4 * products * (C + K + panels * width)));
     const int64_t slices = (tiles + most - 1) / most, slice = (tiles + slices - 1) / slices;
-    const auto options = dy.options().memory_format(at::MemoryFormat::Contiguous);
-    const Tensor packed = at::empty({products, panels, slice, width}, options);
+    const Memory packed(products * panels * slice * width * sizeof(float));
     q.count = slice;
-    const Tensor v = at::empty({products, q.matrix(C)}, options), e = at::empty({products, q.matrix(K)}, options);
-    const Tensor dw = at::empty({K, C, 3, 3}, options.memory_format(at::MemoryFormat::ChannelsLast));
-    float *const v_data = v.mutable_data_ptr<float>(), *const e_data = e.mutable_data_ptr<float>();
-    float *const b_data = packed.mutable_data_ptr<float>(), *const dw_data = dw.mutable_data_ptr<float>();
-    const float* const dy_data = dy.const_data_ptr<float>();
+    const Memory v(products * q.matrix(C) * sizeof(float)), e(products * q.matrix(K) * sizeof(float));
+    const Tensor dw = empty({K, C, 3, 3}, dy.options(), kRows);
+    float *const v_data = v.at<float>(), *const e_data = e.at<float>();
+    float *const b_data = packed.at<float>(), *const dw_data = static_cast<float*>(dw.data_ptr());
+    const float* const dy_data = static_cast<const float*>(dy.data_ptr());
     const int64_t height = kernel.rows, rows = (K + height - 1) / height;
     // product p of rows [begin, end), to `to` as if all rows were there
     const auto multiply = [&](int64_t p, int64_t begin, int64_t end, float* to) {
@@ -250,9 +245,9 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
     // With one slice, blocks of rows go from the products to the result while they are in L2, if all threads have some.
     const int64_t block = height * std::max<int64_t>(1, l2_bytes() / (4 * products * height * C)),
                   blocks = (K + block - 1) / block;
-    const bool at_once = slices == 1 && blocks >= at::get_num_threads();
-    const Tensor u = at::empty({at_once ? 0 : products, K, C}, options);
-    float* const u_data = u.mutable_data_ptr<float>();
+    const bool at_once = slices == 1 && blocks >= thread_count();
+    const Memory u(at_once ? 0 : products * K * C * sizeof(float));
+    float* const u_data = u.at<float>();
     for (q.first = 0; q.first < tiles; q.first += slice) {
         q.count = std::min(slice, tiles - q.first);
         const int64_t n = q.count, end = q.first + n;
@@ -266,7 +261,7 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
         });
         if (at_once) break;
         // parts of the rows of each product, so that all threads have some
-        const int64_t parts = std::min(rows, 1 + (2 * at::get_num_threads() - 1) / products);
+        const int64_t parts = std::min(rows, 1 + (2 * thread_count() - 1) / products);
         parallel(0, products * parts, 1, [&](int64_t b, int64_t t) {
             for (int64_t i = b; i < t; i++) {
                 const int64_t p = i / parts, part = i % parts;
@@ -290,31 +285,35 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
 
 // The output tensor of a 3x3 convolution of x at stride 1.
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding) {
-    return at::empty({x.size(0), channels, x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2},
-                     x.options().memory_format(at::MemoryFormat::ChannelsLast));
+    return empty({x.size(0), channels, x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2}, x.options(), kRows);
+}
+
+bool winograd_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
+                    int64_t groups) {
+    return suits(Image(x), weight, stride, padding, dilation, groups);
 }
 
 int64_t winograd_tile(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                       int64_t groups) {
-    return is_winograd(x, weight, stride, padding, dilation, groups, true, 1) ? 4 : 0;
+    return is_winograd(Image(x), weight, stride, padding, dilation, groups, true, 1) ? 4 : 0;
 }
 
 Tensor winograd_prepack(const Tensor& weight, int64_t tile) {
-    TORCH_CHECK(tile == 2 || tile == 4, "tile: expected 2 or 4, got ", tile);
+    FR_CHECK(tile == 2 || tile == 4, "tile: expected 2 or 4, got ", tile);
     return Weights(weight, false, int(tile)).all();
 }
 
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual) {
     const GemmKernel& kernel = table().float_gemm;
-    TORCH_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) &&
-                    packed.size(3) == kernel.columns && packed.scalar_type() == at::kFloat && packed.is_contiguous(),
-                "packed: expected what winograd_prepack returns, got ", packed.sizes());
+    FR_CHECK(packed.dim() == 4 && (packed.size(0) == 16 || packed.size(0) == 36) && packed.size(3) == kernel.columns &&
+                 packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
+             "packed: expected what winograd_prepack returns, got ", packed.sizes());
     const int64_t C = packed.size(2), K = bias.numel();
-    TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) == C, "x: expected channels_last with ", C,
-                " channels, got ", x.sizes());
-    TORCH_CHECK(bias.scalar_type() == at::kFloat && bias.is_contiguous() && panels_of(kernel, K) == packed.size(1),
-                "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
+    FR_CHECK(x.is_channels_last() && x.size(1) == C, "x: expected channels_last with ", C, " channels, got ",
+             x.sizes());
+    FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && panels_of(kernel, K) == packed.size(1),
+             "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
     const Tensor y = winograd_output(x, K, padding);
     Args post = epilogue_args(y, act, act_param, residual);
     post.norm.shift = bias.data_ptr();

@@ -120,7 +120,7 @@ def _fprop(call: ConvBiasAct) -> Tensor | None:
     )  # fmt: skip
 
 
-def _run(asked: Asked, launch: Callable[[tuple[int, ...]], Tensor]) -> Tensor | None:
+def _run(asked: Asked, launch: Callable[[tuple[int, ...]], Tensor | None]) -> Tensor | None:
     """``launch(tile)`` if a tile is imposed on this kind of convolution and can take it, else None."""
     if (convolutions := _asked.get()) is not None:
         convolutions.append(asked)
@@ -128,7 +128,4 @@ def _run(asked: Asked, launch: Callable[[tuple[int, ...]], Tensor]) -> Tensor | 
     config = _imposed.get()
     if config is None or config[0] != f"cutlass {kind}" or (x.dtype == torch.float32 and not allow_tf32(x.dtype)):
         return None
-    try:
-        return launch(config[1:])
-    except NotImplementedError:  # the batch, another than the measured one, may be too large or empty
-        return None
+    return launch(config[1:])  # None: the batch, another than the measured one, is too large or empty

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fused_resnet.backends import Backend, Call, Case, forced, primitives
 from fused_resnet.backends.values import DyCoefficients, Norm, Sums, vectors_of
+from fused_resnet.base import library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ops = torch.ops.fused_resnet_cuda
@@ -27,12 +27,8 @@ class Passes(Backend):
 
     def unavailable(self) -> str | None:
         """The reason why no kernel can run here, or None."""
-        if os.environ.get("FUSED_RESNET_NO_EXT") == "1":
-            return "switched off: FUSED_RESNET_NO_EXT=1"
-        try:
-            from fused_resnet import _C
-        except ImportError as error:
-            return f"the compiled extension is not built, or for another torch: {error}"
+        if reason := library.unavailable():
+            return reason
         if ON_CPU:
             return None
         if not _built():
@@ -41,9 +37,9 @@ class Passes(Backend):
             )
         if not torch.cuda.is_available():
             return "no GPU: torch.cuda.is_available() is False"
-        if status := _C.cuda_status():
+        if status := library.cuda_status():
             major, minor = torch.cuda.get_device_capability()
-            built = _C.build_info()["cuda_archs"]
+            built = library.build_info()["cuda_archs"]
             return f"built for {built}, can't run on this GPU (compute capability {major}.{minor}): {status}"
         return None
 

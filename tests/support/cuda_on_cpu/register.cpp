@@ -5,11 +5,11 @@
 
 namespace fused_resnet::cuda {
 
-Stream current_stream(const at::Device&) { return nullptr; }
+Stream current_stream(const Tensor&) { return nullptr; }
 
 }  // namespace fused_resnet::cuda
 
-TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) { fused_resnet::cuda::ops::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cuda, CPU, m) { fused_resnet::cuda::ops::implement(m); }
 
 // Threads and blocks in the opposite order, from now on.
 extern "C" void fused_resnet_cuda_on_cpu_backwards(bool on) { cuda_on_cpu::backwards = on; }
