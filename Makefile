@@ -43,7 +43,7 @@ help:
 	@echo "make test    run the tests (ARGS=... passes more to pytest)"
 	@echo "make codegen     compile every Triton and CUDA kernel for three GPUs each and read the machine code; needs no GPU"
 	@echo "make gpu-report  on a GPU: tests, sanitizer, kernels and networks; writes gpu-report/ (ARGS=--dry-run: on a CPU)"
-	@echo "make wheel   build a wheel for this machine's torch into dist/"
+	@echo "make wheel   build the wheel, for every torch >= 2.11 and every Python, into dist/"
 	@echo "make lint    ruff check, ruff format --check, mypy, clang-format --dry-run, make docs"
 	@echo "make format  ruff format and clang-format, in place"
 	@echo "make docs    build the site of docs/ into site/; a link that leads nowhere is an error"
@@ -68,8 +68,12 @@ codegen: $(VENV)/.installed
 gpu-report: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu_report.py --output gpu-report $(ARGS)
 
+# auditwheel names the oldest manylinux that has the symbols; torch and CUDA's driver stay outside.
 wheel: $(VENV)/.requirements
-	$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist $(ARGS) .
+	rm -rf dist/linux
+	$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist/linux $(ARGS) .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' \
+		--wheel-dir dist dist/linux/*.whl
 
 lint: docs
 	$(BIN)/ruff check .
@@ -86,7 +90,7 @@ docs: $(VENV)/.requirements
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
 
 clean:
-	rm -rf build dist site *.egg-info bench-report grid-report study-report fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist site *.egg-info bench-report grid-report study-report fused_resnet/lib .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed
 
