@@ -57,7 +57,8 @@ def interleaved(
     So a slow phase of the machine, and the caches that the previous step leaves, affect all steps alike.
 
     Args:
-        repeats: the fewest and the most rounds. budget_s: after the fewest, no round starts after this many seconds.
+        repeats: the fewest and the most rounds. budget_s: after the fewest, no round starts after this many seconds,
+            and none at all after as many times this as there are fewest rounds: some steps take a minute each.
         sample_s: a quicker step is called as often as fits into this time. clock: as of ``seconds``.
         agreed: gives the value on which processes that take every step together agree, and waits for all of them.
 
@@ -74,7 +75,7 @@ def interleaved(
     found: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for done in range(repeats[1]):
-        if done >= repeats[0] and agreed(time.perf_counter() - start) > budget_s:
+        if done and agreed(time.perf_counter() - start) > budget_s * (1 if done >= repeats[0] else repeats[0]):
             break
         for i in range(len(names)):
             name = names[(done + i) % len(names)]

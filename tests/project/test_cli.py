@@ -220,11 +220,23 @@ def test_quantiles_and_ratios() -> None:
 def test_rounds_take_turns() -> None:
     calls: list[str] = []
     steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    found = measure.interleaved(steps, CPU, repeats=(3, 3), budget_s=0, sample_s=0)
+    found = measure.interleaved(steps, CPU, repeats=(3, 3), budget_s=60, sample_s=0)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3, "c": 3}
-    few = measure.interleaved(steps, CPU, repeats=(2, 1000), budget_s=0, sample_s=0)
-    assert len(few["a"]) == 2
+
+
+@pytest.mark.parametrize(("step_s", "rounds"), [(1, 10), (9, 2), (15, 2), (25, 1)])
+def test_rounds_within_a_budget(monkeypatch: pytest.MonkeyPatch, step_s: float, rounds: int) -> None:
+    """Ten seconds, or two rounds if they take no more than twice that."""
+    now = 0.0
+
+    def step() -> None:
+        nonlocal now
+        now += step_s
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    times = measure.interleaved({"a": step}, CPU, repeats=(2, 1000), budget_s=9.5, clock=lambda: now)
+    assert times == {"a": [step_s] * rounds}
 
 
 def test_saved_bytes() -> None:
