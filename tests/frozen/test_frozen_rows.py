@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from unittest.mock import patch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.backends import load
+from fused_resnet.frozen import forward as frozen_forward
 from fused_resnet.frozen import rows as frozen_rows
 from fused_resnet.frozen.forward import run_chains
 from fused_resnet.models import cifar_resnet
+from fused_resnet.planner import sizes
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec
 
 pytestmark = pytest.mark.skipif(load("cpu")[0] is None, reason="the compiled extension is not built")
@@ -109,3 +112,27 @@ def test_a_network_runs_as_recorded_rows(build: Callable[[], nn.Module], empty_i
             next(p for p in net.parameters() if p.dim() == 4).mul_(-2)
         assert not torch.equal(frozen(x), want)
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 4, 7, 14])
+def test_a_frozen_convolution_runs_the_fastest_algorithm(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Every algorithm that suits a convolution may be the one, also where it is not expected to be."""
+    plain = prepared(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())).eval()
+    x = torch.randn(1, 64, size, size) * 1.5 + 0.4
+    with torch.no_grad():
+        want = copy.deepcopy(plain).double()(x.double()).float()
+    told: list[str] = []
+    nhwc = {"memory_format": torch.channels_last}
+    geometry = x.contiguous(**nhwc), plain[0].weight.contiguous(**nhwc), [1, 1], [1, 1], [1, 1], 1
+    expected = "winograd" if torch.ops.fused_resnet_cpu.winograd_tile(*geometry) else "onednn"
+    assert f"packed: {expected}\n" in str(fr.explain(fr.freeze(plain, x)))  # nothing is measured
+    for which in range(4):
+        monkeypatch.setattr(frozen_forward, "_served", {})
+        monkeypatch.setattr(sizes, "faster", lambda *_, which=which: sizes.Measured(True, 1.0, 2.0, which))
+        try:
+            frozen = fr.freeze(plain, x)
+        except IndexError:  # no such algorithm suits
+            break
+        torch.testing.assert_close(frozen(x), want, rtol=1e-4, atol=1e-4)
+        told.append(str(fr.explain(frozen)).partition("packed: ")[2].split("\n")[0].strip())
+    assert told == ["winograd", "winograd F(2x2)", "onednn"] if size >= 4 else told == ["onednn"]

@@ -144,27 +144,6 @@ def test_the_fastest_of_several_is_chosen() -> None:
     assert sizes.faster("several", 1, lambda n: (refuses,) * 4, 0.01) == found
 
 
-@pytest.mark.skipif(load("cpu")[0] is None, reason="the compiled extension is not built")
-@pytest.mark.parametrize("tiles", [2, 4, 7, 14])
-def test_a_frozen_convolution_runs_the_fastest_algorithm(monkeypatch: pytest.MonkeyPatch, tiles: int) -> None:
-    """Every algorithm that suits a convolution may be the one, also where it is not expected to be."""
-    plain = prepared(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())).eval()
-    x = torch.randn(1, 64, tiles, tiles) * 1.5 + 0.4
-    with torch.no_grad():
-        want = copy.deepcopy(plain).double()(x.double()).float()
-    told: list[str] = []
-    for which in range(4):
-        monkeypatch.setattr(frozen_forward, "_served", {})
-        monkeypatch.setattr(sizes, "faster", lambda *_, which=which: Measured(True, 1.0, 2.0, which))
-        try:
-            frozen = fr.freeze(plain, x)
-        except IndexError:  # no such algorithm suits
-            break
-        torch.testing.assert_close(frozen(x), want, rtol=1e-4, atol=1e-4)
-        told.append(str(fr.explain(frozen)).partition("packed: ")[2].split("\n")[0].strip())
-    assert told == ["winograd", "winograd F(2x2)", "onednn"] if tiles >= 4 else told == ["onednn"]
-
-
 # ---------------------------------------------------------------------------------------------------- rows
 @pytest.mark.parametrize("pays", [True, False])
 def test_a_module_does_what_was_measured(monkeypatch: pytest.MonkeyPatch, pays: bool) -> None:
