@@ -186,7 +186,6 @@ def test_import_rule_checker_allows() -> None:
 # ------------------------------------------------------------------------------------------------ import
 IMPORT_COST = """
 import json, sys, time
-begun = time.process_time()
 import torch
 before = set(sys.modules)
 start = time.process_time()
@@ -194,7 +193,7 @@ import fused_resnet
 seconds = time.process_time() - start
 new = set(sys.modules) - before
 found = {name.split(".")[0] for name in new} | {name for name in new if name == "torch._dynamo"}
-print(json.dumps({"seconds": seconds, "torch": start - begun, "modules": sorted(found)}))
+print(json.dumps({"seconds": seconds, "modules": sorted(found)}))
 """
 
 
@@ -208,10 +207,9 @@ def test_import_is_cheap_and_light(tmp_path: Path) -> None:
         heavy = {"triton", "torchvision", "timm", "transformers", "rich", "matplotlib", "sklearn", "torch._dynamo"}
         assert not heavy & set(seen["modules"])
         seconds.append(seen["seconds"])
-        # the best of five decides: a first run compiles bytecode, a busy machine delays any; a slow one delays torch's
-        if seconds[-1] < (bound := max(0.05, 0.05 * seen["torch"])):
+        if seconds[-1] < 0.05:  # the best of five decides: a first run compiles bytecode, a busy machine delays any
             return
-    raise AssertionError(f"import fused_resnet took {min(seconds):.3f} s beyond torch's, expected < {bound:.3f} s")
+    raise AssertionError(f"import fused_resnet took {min(seconds):.3f} s beyond import torch, expected < 0.050 s")
 
 
 def test_import_works_without_the_library() -> None:
