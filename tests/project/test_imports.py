@@ -212,6 +212,18 @@ def test_import_is_cheap_and_light(tmp_path: Path) -> None:
     raise AssertionError(f"import fused_resnet took {min(seconds):.3f} s beyond import torch, expected < 0.050 s")
 
 
+def test_the_rest_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        "import sys, fused_resnet; print([n for n in sys.modules if n.startswith('fused_resnet.models')]); "
+        "from fused_resnet import *; "
+        "print(fused_resnet.models is models, freeze.__name__, 'explain' in dir(fused_resnet)); "
+        "fused_resnet.nothing"
+    )
+    result = run(["-c", code], ROOT)
+    assert result.stdout == "[]\nTrue freeze True\n"
+    assert result.stderr.endswith("AttributeError: module 'fused_resnet' has no attribute 'nothing'\n")
+
+
 def test_import_works_without_the_library() -> None:
     code = (
         "import pathlib, fused_resnet; from fused_resnet.base import library; library.PATH = pathlib.Path('none.so'); "
