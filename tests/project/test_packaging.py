@@ -35,7 +35,8 @@ import torch
 # An editable install's finder would serve the source tree's own modules to this other copy of the package.
 sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
 import fused_resnet
-fused_resnet.planner.sizes.faster = lambda *args: fused_resnet.planner.sizes.CHAINS  # though the images are small
+from fused_resnet.planner import sizes
+sizes.faster = lambda *args: sizes.CHAINS  # though the images are small
 model = fused_resnet.models.resnet18(num_classes=10)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
