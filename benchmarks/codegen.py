@@ -17,14 +17,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 import triton
@@ -38,6 +40,7 @@ from fused_resnet.backends import forced_again
 from fused_resnet.backends.triton import configs, runtime
 from fused_resnet.chain import backward, forward
 
+R = TypeVar("R")
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WARP = {"cuda": 32, "hip": 64}
 TYPES = {
@@ -210,6 +213,19 @@ def specialise(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) ->
     )
 
 
+@contextmanager
+def nth(rank: int) -> Iterator[None]:
+    """Within it convolutions run with the configuration of that rank, or with their last."""
+    known = configs.candidates
+
+    def candidates(problem: configs.Problem, chip: configs.Target) -> tuple[configs.Config, ...]:
+        found = known(problem, chip)
+        return found[min(rank, len(found) - 1) :]
+
+    with patch.object(configs, "candidates", candidates):
+        yield
+
+
 def network_calls(
     model: str,
     dtype: torch.dtype,
@@ -218,14 +234,18 @@ def network_calls(
     batch: int = 256,
     size: int = 224,
     every: bool = False,
+    ranks: int = 1,
 ) -> list[Call]:
-    """The specialisations that a network launches: a training step, one with frozen BatchNorm, inference."""
+    """The specialisations that a network launches: a training step, one with frozen BatchNorm, inference.
+
+    ``ranks``: the number of configurations per convolution, the default first.
+    """
     calls: dict[Call, Call] = {}
     with torch.device("meta"):
         net = getattr(models, model)().to(memory_format=torch.channels_last)
         x = torch.empty(batch, 3, size, size).to(memory_format=torch.channels_last)
-    for name in passes:
-        with forced_again("triton"), configs.use_target(target), recorded(calls, every), _Recorder(dtype):
+    for name, rank in product(passes, range(ranks)):
+        with forced_again("triton"), configs.use_target(target), recorded(calls, every), _Recorder(dtype), nth(rank):
             if name == "infer":
                 with torch.no_grad():
                     net.eval()(x)
@@ -240,9 +260,22 @@ def network_calls(
 
 def compile_call(call: Call, target: str) -> Report:
     """Compiles (or takes from Triton's cache) and reads the machine code."""
+    chip, built = configs.TARGETS[target], build(call, target)
+    read = _read_hip if chip.backend == "hip" else _read_cuda
+    return Report(call, target, shared=built.metadata.shared, **read(built.asm, str(chip.arch)))
+
+
+def cache_call(call: Call, target: str) -> str:
+    """Compiles into Triton's cache, where a launch of the same kernel finds it. Returns the kernel's name."""
+    build(call, target)
+    return call.kernel
+
+
+def build(call: Call, target: str) -> Any:
+    """What Triton compiles, or has in its cache."""
     chip = configs.TARGETS[target]
     kernel = getattr(importlib.import_module(call.module), call.kernel)
-    built = triton.compile(
+    return triton.compile(
         ASTSource(
             fn=kernel,
             signature=dict(call.signature),
@@ -252,8 +285,6 @@ def compile_call(call: Call, target: str) -> Report:
         target=GPUTarget(chip.backend, chip.arch, WARP[chip.backend]),
         options={"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True},
     )
-    read = _read_hip if chip.backend == "hip" else _read_cuda
-    return Report(call, target, shared=built.metadata.shared, **read(built.asm, str(chip.arch)))
 
 
 def _run(*command: object) -> str:
@@ -302,14 +333,16 @@ def _read_hip(asm: dict[str, Any], arch: str) -> dict[str, Any]:
     }
 
 
-def compile_all(jobs: Iterable[tuple[Call, str]], workers: int = 2) -> Iterator[Report]:
-    """Reports as they come, in no order; one worker is this very process."""
+def compile_all(
+    jobs: Iterable[tuple[Call, str]], workers: int = 2, one: Callable[[Call, str], R] = compile_call
+) -> Iterator[R]:
+    """``one``'s results as they come, in no order; one worker is this very process."""
     if workers == 1:
         for call, target in jobs:
-            yield compile_call(call, target)
+            yield one(call, target)
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(compile_call, *job) for job in jobs]):
+        for done in as_completed([pool.submit(one, *job) for job in jobs]):
             yield done.result()
 
 

@@ -89,7 +89,7 @@ class Subject:
         return str(fr.explain(self.model, self.x[:VALIDATED_IMAGES]))
 
 
-def _validated(
+def validated(
     name: str, subject: Subject, mode: str, dtype: torch.dtype, budget: CompileBudget | None, plain: Tensors
 ) -> tuple[Variant | None, Row]:
     """Builds a variant and compares it with float64 and with ``plain``, which the first variant fills.
@@ -127,6 +127,19 @@ def _validated(
     return variant, row
 
 
+def prepared(variant: Variant, subject: Subject, mode: str, row: Row) -> Callable[[], object]:
+    """The step to be timed, after a first call; adds to ``row`` the memory that it needs."""
+    step = partial(variant.train, subject.labels) if mode == "training" else variant.infer
+    step()  # makes the optimizer's state, and packs weights
+    if mode == "training":
+        existing = [*variant.model.parameters(), *variant.model.buffers()]
+        saved = measure.saved_bytes(partial(variant.loss, subject.labels), existing)
+        row["saved_bytes_per_image"] = saved / subject.settings.batch_size
+        variant.model.zero_grad(set_to_none=True)
+    row["peak_bytes"] = measure.peak_bytes(step, subject.settings.device)
+    return step
+
+
 def run_case(subject: Subject, mode: str, dtype: str, budget: CompileBudget | None) -> dict[str, Any]:
     """Validates each variant of a model x mode x dtype, then measures all that hold. Returns what the report holds.
 
@@ -134,20 +147,12 @@ def run_case(subject: Subject, mode: str, dtype: str, budget: CompileBudget | No
         mode: "inference" or "training". dtype: "fp32" or "bf16". budget: for torch.compile; None leaves it out.
     """
     s, plain = subject.settings, Tensors()
-    made = [_validated(name, subject, mode, validate.DTYPES[dtype], budget, plain) for name in variants.VARIANTS]
+    made = [validated(name, subject, mode, validate.DTYPES[dtype], budget, plain) for name in variants.VARIANTS]
     steps: dict[str, Callable[[], object]] = {}
     for variant, row in made:
         if variant is None:
             continue
-        step = partial(variant.train, subject.labels) if mode == "training" else variant.infer
-        step()  # makes the optimizer's state, and packs weights
-        if mode == "training":
-            existing = [*variant.model.parameters(), *variant.model.buffers()]
-            saved = measure.saved_bytes(partial(variant.loss, subject.labels), existing)
-            row["saved_bytes_per_image"] = saved / s.batch_size
-            variant.model.zero_grad(set_to_none=True)
-        row["peak_bytes"] = measure.peak_bytes(step, s.device)
-        steps[variant.name] = step
+        steps[variant.name] = prepared(variant, subject, mode, row)
     times = measure.interleaved(steps, s.device, repeats=s.repeats, budget_s=s.case_budget_s)
     rows = [row for _, row in made]
     for row in rows:
