@@ -34,7 +34,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 # Directories are listed too: their time changes when a file comes or goes.
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
 
-.PHONY: help bench grid test lint format docs codegen gpu-report wheel clean
+.PHONY: help bench grid test lint format docs codegen gpu-bundle wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -42,7 +42,7 @@ help:
 	@echo "make grid    networks x batches x images x modes x dtypes against plain PyTorch; writes grid-report/ (an hour and more)"
 	@echo "make test    run the tests (ARGS=... passes more to pytest)"
 	@echo "make codegen     compile every Triton and CUDA kernel for three GPUs each and read the machine code; needs no GPU"
-	@echo "make gpu-report  on a GPU: tests, sanitizer, kernels and networks; writes gpu-report/ (ARGS=--dry-run: on a CPU)"
+	@echo "make gpu-bundle  all that a run of benchmarks/first_light.py on an H100 or H200 needs, compiled; needs nvcc but no GPU"
 	@echo "make wheel   build the wheel, for every torch >= 2.11 and every Python, into dist/"
 	@echo "make lint    ruff check, ruff format --check, mypy, clang-format --dry-run, make docs"
 	@echo "make format  ruff format and clang-format, in place"
@@ -65,8 +65,26 @@ codegen: $(VENV)/.installed
 	$(BIN)/python benchmarks/codegen_cuda.py --markdown benchmarks/results/codegen_cuda.md || [ $$? -eq 2 ]  # 2: no nvcc
 	$(BIN)/python benchmarks/codegen_cuda_conv.py --markdown benchmarks/results/codegen_cuda_conv.md || [ $$? -eq 2 ]
 
-gpu-report: $(VENV)/.installed
-	$(BIN)/python benchmarks/gpu_report.py --output gpu-report $(ARGS)
+# For a machine with an H100 or H200, torch, Triton and the packages of requirements-dev.txt. There, run.sh installs the
+# wheel into a folder beside it and starts the stages; only Triton's kernels are compiled there.
+BUNDLE := dist/gpu-bundle
+NVCC ?= $(or $(and $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc),nvcc)
+gpu-bundle: $(VENV)/.requirements
+	rm -rf $(BUNDLE)
+	mkdir -p $(BUNDLE)/benchmarks $(BUNDLE)/build $(BUNDLE)/tests/backends $(BUNDLE)/tests/project
+	FUSED_RESNET_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a $(BIN)/python -m pip --disable-pip-version-check wheel \
+		--no-build-isolation --no-deps --wheel-dir $(BUNDLE) $(ARGS) .
+	$(NVCC) -std=c++17 -O3 -arch=sm_90a -lineinfo -shared -Xcompiler=-fPIC tests/support/conv_train_gpu.cu \
+		-o $(BUNDLE)/build/conv_train_sm90.so
+	cp benchmarks/*.py $(BUNDLE)/benchmarks
+	cp benchmarks/first_light.sh $(BUNDLE)/run.sh
+	cp pyproject.toml $(BUNDLE)
+	cp -r tests/conftest.py tests/support $(BUNDLE)/tests
+	cp tests/project/test_gpu.py $(BUNDLE)/tests/project
+	cp tests/backends/test_cuda_conv.py tests/backends/test_cuda_kernels.py $(BUNDLE)/tests/backends
+	find $(BUNDLE) -name __pycache__ -prune -exec rm -rf {} +
+	tar -czf $(BUNDLE).tar.gz -C dist gpu-bundle
+	du -sh $(BUNDLE) $(BUNDLE).tar.gz
 
 # auditwheel names the oldest manylinux that has the symbols; torch and CUDA's driver stay outside.
 wheel: $(VENV)/.requirements

@@ -143,6 +143,7 @@ class Running:
         except subprocess.TimeoutExpired:
             status += f", still there {PATIENCE_S:.0f} s later"
         found: dict[str, Any] = {"status": status, "seconds": round(time.perf_counter() - self.start, 1)}
+        found["group"] = self.process.pid
         self.log.seek(0)
         text = self.log.read().decode(errors="replace")
         self.log.close()
@@ -164,6 +165,7 @@ def run_group(stages: list[Stage], args: argparse.Namespace, deadline: float) ->
             if stage.sanitizer and sanitizer() is None:
                 reason = "compute-sanitizer is not installed"
             if reason:
+                good &= left >= 2
                 Results(args.output).note(stage.name, {"status": f"skipped: {reason}"}, afresh=True)
                 print(f"{stage.name}: skipped: {reason}", flush=True)
                 continue

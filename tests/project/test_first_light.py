@@ -1,4 +1,4 @@
-"""`make gpu-report` is ready before a GPU is: its dry run walks every step here."""
+"""benchmarks/first_light.py before a GPU is there: its dry run, time limits, and what a stage that hangs leaves."""
 
 from __future__ import annotations
 
@@ -6,64 +6,88 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from source_tree import ROOT
 
-from fused_resnet import planner
 
-
-def report(*args: str) -> subprocess.CompletedProcess[str]:
+def first_light(*args: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return subprocess.run(
-        [sys.executable, "benchmarks/gpu_report.py", *args],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, "benchmarks/first_light.py", *args],
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
 
 
 @pytest.mark.full
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
-    """Every step ends well; every primitive of a training step is there with its choice and roofline."""
+    """Every stage ends well but the one that hangs; every primitive of a training step has its roofline."""
     pytest.importorskip("triton", reason="the account of bytes needs Triton")
-    done = report("--dry-run", "--output", str(tmp_path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert {
-        "limits",
-        "tests",
-        "sanitizer",
-        "passes",
-        "kernels",
-        "networks",
-        "versions",
-        "machine",
-        "date",
-    } <= found.keys()
+    done = first_light("--dry-run", "--output", str(tmp_path), timeout_s=1200)
+    found = found_in(tmp_path)
+    ended = {name: part["status"] for name, part in found.items()}
+    assert ended.pop("hang") == "killed after 5 s"
+    assert all(s == "ok" or s.startswith("skipped: compute-sanitizer") for s in ended.values()), done.stdout
+    assert done.returncode == 1
+    assert found["compile"]["compiled"] == 1
+    assert len(found["numbers_cuda"]["primitives"]) > 50 and found["numbers_cuda"]["training"]["status"] == "measured"
+    for mode in ("training", "inference"):
+        for stage, way in (("headline", "plain"), ("headline", "fused, cpu"), ("planned", "fused, planned")):
+            assert found[stage][f"{mode}: {way}"]["images_per_s"]["median"] > 0
     rows = found["kernels"]["rows"]
-    kinds = {row["primitive"] for row in rows}
-    assert {"conv_stats", "conv_backward", "bn_act", "bn_act_backward"} <= kinds
+    assert {"conv_stats", "conv_backward", "bn_act", "bn_act_backward"} <= {row["primitive"] for row in rows}
     for row in rows:
         assert row["ms"]["aten"] > 0 and row["roofline_ms"] > 0 and row["bytes"] > 0
         assert (row["flops"] > 0) == row["primitive"].startswith("conv")
-    passes = found["passes"]["rows"]
-    assert {row["primitive"] for row in passes} > {"bn_stats", "bn_act", "bn_act_backward", "bn_backward"}
-    assert {row["backend"] for row in passes} >= {"aten"} and all(row["of_copy"] > 0 for row in passes)
-    variants = {(c["mode"], v["variant"], v["status"]) for c in found["networks"]["cases"] for v in c["variants"]}
-    for mode in ("training", "inference"):
-        assert {(mode, "plain", "measured"), (mode, "fused", "measured")} <= variants
-    text = (tmp_path / "report.md").read_text()
-    assert "| bn_act_max_pool_backward | 3 | 2x64x16x16 | aten |" in text
-    assert "| resnet20 | training | fused |" in text and "conv_backward" in text
-    assert "| convolution, ms | apart | aten | cpu |" in text
-    assert (tmp_path / "kernels.png").stat().st_size > 10_000
+    page = (tmp_path / "results.md").read_text()
+    assert "| training: fused, cpu |" in page and "| convolution, ms | apart | aten | cpu |" in page
+
+
+def test_a_stage_that_hangs_costs_no_other_its_time(tmp_path: Path) -> None:
+    """It is killed at its limit with the processes that it started, and what it had found stays."""
+    start = time.perf_counter()
+    done = first_light("--dry-run", "--stages", "machine,hang", "--output", str(tmp_path))
+    assert time.perf_counter() - start < 200
+    assert done.returncode == 1
+    found = found_in(tmp_path)
+    assert found["hang"]["status"] == "killed after 5 s" and found["hang"]["found"] == "before it hung"
+    assert subprocess.run(["kill", "-0", f"-{found['hang']['group']}"], capture_output=True).returncode == 1
+    assert found["machine"]["status"] == "ok" and found["machine"]["int8_per_s"] > 0
+    assert "| hang | killed after 5 s |" in (tmp_path / "results.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        ".lock", "log.txt", "results.json", "results.md",
+    ]  # fmt: skip
+
+    again = first_light("--dry-run", "--stages", "hang", "--seconds", "0", "--output", str(tmp_path))
+    assert again.returncode == 1
+    assert found_in(tmp_path)["hang"]["status"] == "skipped: no time is left"
+    assert found_in(tmp_path)["machine"] == found["machine"], "the other stages' results are kept"
+
+
+def test_it_kills_its_stages_when_it_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/first_light.py", "--stages", "hang", "--output", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while not (tmp_path / "results.json").exists() or "found" not in found_in(tmp_path).get("hang", {}):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert subprocess.run(["kill", "-0", f"-{found_in(tmp_path)['hang']['group']}"], capture_output=True).returncode
 
 
 def test_every_backend_has_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUTLASS's tiles are configurations of the cuda backend, and stand beside its other convolutions."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu_report_page
+    import first_light_page
+
+    from fused_resnet import planner
 
     tile = planner.label(planner.Choice("cuda", ("cutlass fprop", 128, 64)))
     ms = {
@@ -75,14 +99,14 @@ def test_every_backend_has_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
         "aten": 3.0,
     }
     rows = [{"primitive": "conv_bias_act", "signature": "s", "ms": ms}, {"primitive": "bn_act", "ms": ms}]
-    assert gpu_report_page.convolutions(rows)[1:] == [
+    assert first_light_page.convolutions(rows)[1:] == [
         "| convolution, ms | aten | cuda | cutlass | triton |",
         "|---|---|---|---|---|",
         "| s | 3.0000 | 2.0000 | 1.2500 | 1.0000 |",
     ]
     parts = {"apart: cuda ('cutlass dgrad', 128, 64) + aten": 2.0, "input: cuda ('cutlass dgrad', 128, 64)": 1.0}
-    assert gpu_report_page.by_backend(parts) == {"apart": 2.0, "input: cutlass": 1.0}
-    assert gpu_report_page.convolutions([]) == []
+    assert first_light_page.by_backend(parts) == {"apart": 2.0, "input: cutlass": 1.0}
+    assert first_light_page.convolutions([]) == []
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
@@ -90,10 +114,24 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = report("--output", str(tmp_path))
-    assert done.returncode == 2 and "no GPU" in done.stderr and "--dry-run" in done.stderr
+    done = first_light("--stages", "machine", "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert (
+        "no GPU" in found_in(tmp_path)["machine"]["output"] and "--dry-run" in found_in(tmp_path)["machine"]["output"]
+    )
 
 
-def test_an_unknown_step(tmp_path: Path) -> None:
-    done = report("--dry-run", "--steps", "kernels,speed", "--output", str(tmp_path))
-    assert done.returncode == 2 and "expected some of limits, tests" in done.stderr and "got speed" in done.stderr
+def test_an_unknown_stage(tmp_path: Path) -> None:
+    done = first_light("--dry-run", "--stages", "kernels,speed", "--output", str(tmp_path))
+    assert done.returncode == 2 and "expected some of machine, compile" in done.stderr and "got speed" in done.stderr
+
+
+def test_the_stages_fit_into_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of a group run side by side; each has a function, hang in first_light.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import first_light as light
+    import first_light_stages
+
+    limits = {s.group or s.name: s.limit_s for s in light.STAGES if s.default}
+    assert sum(limits.values()) <= 570
+    assert all(hasattr(first_light_stages, s.function) for s in light.STAGES if s.function != "hang")
