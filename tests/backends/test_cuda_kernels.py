@@ -214,7 +214,7 @@ def test_refusals(cuda_device: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer does this on a GPU (make gpu-report)")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compute-sanitizer does this on a GPU (first_light.py)")
 def test_sanitizers(cuda_library: Path) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer find nothing: no access beyond a tensor, a shared array or a
     fiber's stack, no misaligned 16 bytes, no overflow."""
