@@ -66,12 +66,13 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
         "residual) "
         "-> Tensor");
     m.def("matmul(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
-    m.def("pointwise_suits(Tensor x, Tensor weight, int[2] stride, int[2] padding, int groups) -> bool");
+    m.def("gemm_suits(Tensor x, Tensor weight, int groups) -> bool");
+    m.def("gemm_prepack(Tensor weight) -> Tensor");
     m.def(
-        "pointwise_bias_act(Tensor x, Tensor packed, Tensor bias, int act, float act_param, Tensor? residual, "
-        "Tensor(a!) out) -> ()");
+        "gemm_bias_act(Tensor x, Tensor packed, Tensor bias, int[2] stride, int[2] padding, int[2] dilation, int act, "
+        "float act_param, Tensor? residual, Tensor(a!) out) -> ()");
     m.def("stem_suits(Tensor x, Tensor weight, int[2] dilation, int groups, int[2] pool_kernel) -> bool");
-    m.def("direct_prepack(Tensor weight) -> Tensor");
+    m.def("stem_prepack(Tensor weight) -> Tensor");
     m.def(
         "stem_bias_act_max_pool(Tensor x, Tensor packed, Tensor bias, int[2] stride, int[2] padding, int act, "
         "float act_param, int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> Tensor");
@@ -139,10 +140,11 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("winograd_prepack", Boxed<cpu::winograd_prepack>::call);
     m.impl("winograd_bias_act", Boxed<cpu::winograd_bias_act>::call);
     m.impl("matmul", Boxed<cpu::matmul>::call);
-    m.impl("pointwise_suits", Boxed<cpu::pointwise_suits>::call);
-    m.impl("pointwise_bias_act", Boxed<cpu::pointwise_bias_act>::call);
+    m.impl("gemm_suits", Boxed<cpu::gemm_suits>::call);
+    m.impl("gemm_prepack", Boxed<cpu::gemm_prepack>::call);
+    m.impl("gemm_bias_act", Boxed<cpu::gemm_bias_act>::call);
     m.impl("stem_suits", Boxed<cpu::stem_suits>::call);
-    m.impl("direct_prepack", Boxed<cpu::direct_prepack>::call);
+    m.impl("stem_prepack", Boxed<cpu::stem_prepack>::call);
     m.impl("stem_bias_act_max_pool", Boxed<cpu::stem_bias_act_max_pool>::call);
 }
 

@@ -141,21 +141,25 @@ def _suits_winograd(call: primitives.ConvBiasAct) -> bool:
     return _in_float(call) and _ops.winograd_suits(call.x, call.weight, *call.conv.geometry)
 
 
-def _suits_pointwise(call: primitives.ConvBiasAct) -> bool:
-    conv = call.conv
-    return _in_float(call) and _ops.pointwise_suits(call.x, call.weight, conv.stride, conv.padding, conv.groups)
+def _suits_gemm(call: primitives.ConvBiasAct) -> bool:
+    return _in_float(call) and _ops.gemm_suits(call.x, call.weight, call.conv.groups)
+
+
+def _takes_gemm(call: primitives.ConvBiasAct) -> bool:
+    return _suits_gemm(call) and call.weight.shape[2:] == (1, 1) and call.conv.stride == (1, 1)
 
 
 def _winograd(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
     return _ops.winograd_bias_act(call.x, packed, call.bias, call.conv.padding[0], *call.act.numbers, call.residual)
 
 
-def _pointwise(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
-    x, out = call.x, call.residual
+def _by_product(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+    x, conv, out = call.x, call.conv, call.residual
     if out is None or not owned:
-        shape = (x.shape[0], call.weight.shape[0], *x.shape[2:])
+        shape = conv.out_shape(x.shape, call.weight.shape)
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    _ops.pointwise_bias_act(x, packed, call.bias, *call.act.numbers, call.residual, out)
+    where = (conv.stride, conv.padding, conv.dilation)
+    _ops.gemm_bias_act(x, packed, call.bias, *where, *call.act.numbers, call.residual, out)
     return out
 
 
@@ -224,9 +228,7 @@ CONVOLUTIONS = (
         None,
         _winograd,
     ),
-    Convolution(
-        "pointwise", _suits_pointwise, _suits_pointwise, lambda call: _ops.direct_prepack(call.weight), None, _pointwise
-    ),
+    Convolution("gemm", _suits_gemm, _takes_gemm, lambda call: _ops.gemm_prepack(call.weight), None, _by_product),
     Convolution("onednn", lambda call: True, lambda call: True, _onednn_weight, _onednn_layout, _onednn),
 )
 _BY_NAME = {convolution.name: convolution for convolution in CONVOLUTIONS}
@@ -309,7 +311,7 @@ class Cpu(Backend):
         conv, weight = call.conv, call.weight
         if not _ops.stem_suits(call.x, weight, conv.dilation, conv.groups, pool.kernel):
             return None
-        return Packed(_ops.direct_prepack(weight), "stem")
+        return Packed(_ops.stem_prepack(weight), "stem")
 
     def conv_pooled(self, call: primitives.ConvBiasAct, packed: Packed, pool: PoolSpec) -> Tensor:
         """The convolution's output is never written to memory."""

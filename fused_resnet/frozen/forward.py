@@ -90,7 +90,9 @@ def _algorithm(x: Tensor, unit: FoldedUnit, residual: Tensor | None, pool: PoolS
             call = ConvBiasAct(x, weight.borrowed(), unit.bias, unit.conv, unit.act, residual)
             algorithms = pick(ConvBiasAct, call.case).algorithms(call)
         timed = _Measured(unit, residual is not None, pool, tuple(algorithms) or ("",))
-        found = sizes.faster(timed.signature(x), x.shape[0], partial(timed.calls, x.shape, x.dtype), _CALL_S)
+        found = sizes.faster(
+            timed.signature(x), x.shape[0], partial(timed.calls, x.shape, x.dtype), _CALL_S, sizes.TIE_TO_OURS, True
+        )
         if len(_served) >= _ASKED:
             _served.clear()
         fastest = "" if found is sizes.CHAINS else timed.algorithms[found.which]

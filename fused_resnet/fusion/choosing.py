@@ -232,7 +232,7 @@ class Choice:
                 return sizes.CHAINS
             if len(self.measured) >= _ANSWERS:
                 self.measured.clear()
-            twins, tie = _Twins(row, given, about), sizes.TIE_OF_A_STEP if about.grad else sizes.TIE
+            twins, tie = _Twins(row, given, about), sizes.TIE_TO_OURS if about.grad else sizes.TIE
             text = _signature(row, given, about)
             found = self.measured[about] = sizes.faster(text, about.shape[0], twins, _CALL_S, tie)
         return found

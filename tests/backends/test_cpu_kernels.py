@@ -139,6 +139,19 @@ def nhwc(*shape: int) -> Tensor:
     return (torch.randn(shape) * 2 + 1).contiguous(memory_format=torch.channels_last)
 
 
+# input and output channels, kernel, image, convolution: several blocks of rows, groups of panels and slices of depth;
+# parts of tiles and of panels; patches that lie outside the image
+PRODUCTS = (
+    (64, 64, (1, 1), (9, 5), ConvSpec()),
+    (24, 65, (1, 1), (20, 31), ConvSpec()),
+    (3, 1, (1, 1), (1, 1), ConvSpec()),
+    (300, 40, (1, 1), (9, 9), ConvSpec((2, 2))),
+    (30, 150, (3, 3), (13, 9), ConvSpec((1, 1), (1, 1))),
+    (5, 20, (2, 5), (8, 11), ConvSpec((2, 1), (3, 4), (2, 3))),
+    (3, 16, (7, 7), (15, 15), ConvSpec((2, 2), (3, 3))),
+)
+
+
 def compare_inference() -> dict[str, float]:
     """The convolutions of our own that frozen models use, whether or not they pay on this instruction set."""
     ops, errors = torch.ops.fused_resnet_cpu, {}
@@ -153,17 +166,19 @@ def compare_inference() -> dict[str, float]:
             conv, pool = ConvSpec.make((64, 3, *kernel), stride, pad), PoolSpec.make(3, 2, 1)
             x, w = nhwc(3, 3, *size), torch.randn(64, 3, *kernel) / 12
             want = torch.max_pool2d(aten.conv_bias_act(x, w, b, conv, a, None), 3, 2, 1)
-            got = cpu.conv_pooled(ConvBiasAct(x, w, b, conv, a, None), Packed(ops.direct_prepack(w), "stem"), pool)
+            got = cpu.conv_pooled(ConvBiasAct(x, w, b, conv, a, None), Packed(ops.stem_prepack(w), "stem"), pool)
             errors[f"stem {kernel} {act}-float32"] = worst((got,), (want,))
-        for channels, size in ((64, (9, 5)), (24, (20, 31)), (3, (1, 1))):
-            x, w, r = nhwc(2, channels, *size), torch.randn(64, channels, 1, 1) / channels**0.5, nhwc(2, 64, *size)
+        for c, k, kernel, size, conv in PRODUCTS:
+            x, w, b = nhwc(2, c, *size), torch.randn(k, c, *kernel) / (c * kernel[0] * kernel[1]) ** 0.5, torch.randn(k)
+            r = nhwc(*conv.out_shape(x.shape, w.shape))
+            packed, where = ops.gemm_prepack(w), (conv.stride, conv.padding, conv.dilation)
             for residual in (None, r):
-                want = aten.conv_bias_act(x, w, b, ConvSpec(), a, residual)
+                want = aten.conv_bias_act(x, w, b, conv, a, residual)
                 out = torch.full_like(r, float("nan"))
-                ops.pointwise_bias_act(x, ops.direct_prepack(w), b, code, a.param, residual, out)
-                errors[f"pointwise {channels} {act} {residual is None}-float32"] = worst((out,), (want,))
-            ops.pointwise_bias_act(x, ops.direct_prepack(w), b, code, a.param, r, r)  # in the residual's place
-            errors[f"pointwise {channels} {act} in place-float32"] = worst((r,), (want,))
+                ops.gemm_bias_act(x, packed, b, *where, code, a.param, residual, out)
+                errors[f"gemm {c} {k} {kernel} {act} {residual is None}-float32"] = worst((out,), (want,))
+            ops.gemm_bias_act(x, packed, b, *where, code, a.param, r, r)  # in the residual's place
+            errors[f"gemm {c} {k} {kernel} {act} in place-float32"] = worst((r,), (want,))
     # slices of tiles for each thread, several of them, the last one shorter
     x, w, b = nhwc(4, 64, 43, 36), torch.randn(80, 64, 3, 3) / 24, torch.randn(80)
     want = aten.conv_bias_act(x, w, b, ConvSpec((1, 1), (1, 1)), Act(), None)
@@ -179,7 +194,7 @@ def test_not_a_number_goes_through_the_stem() -> None:
     x, w, b = nhwc(2, 3, 40, 40), torch.randn(64, 3, 7, 7) / 12, torch.randn(64)
     x[1, 2, 20, 33] = float("nan")
     conv, pool = ConvSpec.make(w.shape, 2, 3), PoolSpec.make(3, 2, 1)
-    packed = Packed(torch.ops.fused_resnet_cpu.direct_prepack(w), "stem")
+    packed = Packed(torch.ops.fused_resnet_cpu.stem_prepack(w), "stem")
     got = cpu.conv_pooled(ConvBiasAct(x, w, b, conv, Act(), None), packed, pool)
     want = torch.max_pool2d(aten.conv_bias_act(x, w, b, conv, Act(), None), 3, 2, 1)
     assert 0 < int(want.isnan().sum()) < want.numel() / 2
@@ -192,24 +207,25 @@ def test_not_a_number_goes_through_the_stem() -> None:
     [
         ({"x": torch.zeros(1, 8, 4, 4)}, "^x: expected float32, channels_last, with 16 channels"),
         ({"x": torch.zeros(1, 16, 4, 4)}, "^x: expected float32, channels_last"),
-        ({"packed": torch.zeros(64, 16)}, "^packed: expected what direct_prepack returns"),
-        ({"bias": torch.zeros(32)}, "^bias: expected 64 float32 values"),
+        ({"packed": torch.zeros(64, 16)}, "^packed: expected what gemm_prepack returns"),
+        ({"bias": torch.zeros(32)}, "^bias: expected float32 values of as many channels"),
         ({"out": torch.zeros(1, 64, 4, 5)}, "^out: expected the convolution's result"),
-        ({"residual": torch.zeros(1, 64, 4, 4)}, "^residual: expected the convolution's result"),
+        ({"residual": torch.zeros(1, 64, 4, 4)}, "^residual: expected the output's shape, dtype and layout"),
     ],
 )
-def test_bad_operands_of_a_1x1_convolution(change: dict[str, Tensor], message: str) -> None:
+def test_bad_operands_of_a_convolution_by_products(change: dict[str, Tensor], message: str) -> None:
     ops = torch.ops.fused_resnet_cpu
-    args: dict[str, Tensor] = {
+    args: dict[str, Any] = {
         "x": nhwc(1, 16, 4, 4),
-        "packed": ops.direct_prepack(torch.randn(64, 16, 1, 1)),
+        "packed": ops.gemm_prepack(torch.randn(64, 16, 3, 3)),
         "bias": torch.zeros(64),
         "residual": nhwc(1, 64, 4, 4),
         "out": nhwc(1, 64, 4, 4),
+        **{"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "act": 1, "act_param": 0.0},
     }
-    ops.pointwise_bias_act(act=1, act_param=0.0, **args)
+    ops.gemm_bias_act(**args)
     with pytest.raises(RuntimeError, match=message):
-        ops.pointwise_bias_act(act=1, act_param=0.0, **args | change)
+        ops.gemm_bias_act(**args | change)
 
 
 @needs_extension
@@ -382,11 +398,12 @@ def test_schemas_of_the_compiled_operators() -> None:
         "winograd_prepack": (w3, 4),
         "winograd_bias_act": (y, packed, v[0], 1, 1, 0.0, y),
         "matmul": (torch.randn(5, 7), torch.randn(7, 3), torch.randn(5, 3), True),
-        "pointwise_suits": (y, w1, one, none, 1),
-        "pointwise_bias_act": (y, ops.direct_prepack(w1), v[0], 1, 0.0, y, y.clone()),
+        "gemm_suits": (y, w1, 1),
+        "gemm_prepack": (w1,),
+        "gemm_bias_act": (y, ops.gemm_prepack(w1), v[0], one, none, one, 1, 0.0, y, y.clone()),
         "stem_suits": (image, w7, one, 1, [3, 3]),
-        "direct_prepack": (w7,),
-        "stem_bias_act_max_pool": (image, ops.direct_prepack(w7), v[0], [2, 2], [3, 3], 1, 0.0, [3, 3], [2, 2], one),
+        "stem_prepack": (w7,),
+        "stem_bias_act_max_pool": (image, ops.stem_prepack(w7), v[0], [2, 2], [3, 3], 1, 0.0, [3, 3], [2, 2], one),
     }
     registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_resnet_cpu::")}
     assert registered == set(calls)

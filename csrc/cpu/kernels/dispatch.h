@@ -4,7 +4,7 @@
 #include "norm.h"
 #include "pool.h"
 #include "winograd.h"
-#include "direct.h"
+#include "stem.h"
 #include "gemm.h"
 
 namespace {
@@ -167,10 +167,10 @@ void winograd_weight_gradient_any(int tile, const float* u, int64_t matrix, floa
                                   int64_t end) {
     by_tile(tile, [&](auto t) { winograd_weight_gradient_impl<t>(u, matrix, dw, C, begin, end); });
 }
-void pointwise_any(const Args& a, const Direct& q, int64_t begin, int64_t end) {
-    by_act(a.act, [&](auto k) { pointwise_impl<typename decltype(k)::type>(a, q, begin, end); });
+void gemm_act(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    by_act(a.act, [&](auto k) { gemm_act_impl<typename decltype(k)::type>(a, row, rows, column, columns); });
 }
-void stem_any(const Args& a, const Direct& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
+void stem_any(const Args& a, const Stem& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
     by_act(a.act, [&](auto k) { stem_impl<typename decltype(k)::type>(a, q, pool, scratch, begin, end); });
 }
 

@@ -21,6 +21,9 @@ static_assert(kGemmTile / 16 % 2 && kGemmBlock % kGemmRows == 0 && kGemmBlock / 
 // Lines at this distance share a set of L1, because a way is a page on x86.
 constexpr int64_t kWayBytes = 4096;
 
+// Bytes of panels that stay in L2, beside the next ones, while the rows of a block pass.
+constexpr int64_t kPanelsBytes = 128 << 10;
+
 // Words of a cache line, and rows of C that are fetched per line of A.
 constexpr int kLineWords = 16, kRowsAhead = 4;
 
@@ -66,11 +69,19 @@ FR_INLINE void by_count(int64_t n, F f) {
     f(std::integral_constant<int, N>{});
 }
 
+// What happens to the sums of a tile before they are stored: shift and a residual are added, and results below `floor`
+// become it.
+struct Finish {
+    const float *shift, *residual;
+    int64_t residual_row;
+    float floor;
+};
+
 // R rows of a panel, of which `columns` are stored: c (+)= a b over `depth` elements; a word of a every a_word. Rows
-// from `ahead` on, ahead_row apart, are fetched into L2.
+// from `ahead` on, ahead_row apart, are fetched into L2. post: null where the sums are stored as they are.
 template <class T, int R>
 void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t depth, float* c, int64_t c_row,
-               int64_t columns, bool accumulate, const T* ahead, int64_t ahead_row) {
+               int64_t columns, bool accumulate, const T* ahead, int64_t ahead_row, const Finish* post) {
     using Words = typename Word<T>::vector;
     F32 sum[R][kGemmVectors];
     unrolled<R>([&](auto i) __attribute__((always_inline)) {
@@ -99,8 +110,7 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
     for (; depth >= kLineWords * kWord<T>; depth -= kLineWords * kWord<T>, ahead += kLineWords * kWord<T>) {
         if (c_line < c + R * c_row)
             for (int i = 0; i < kRowsAhead; i++, c_line += c_row)
-                unrolled<kGemmVectors>(
-                    [&](auto v) __attribute__((always_inline)) { __builtin_prefetch(c_line + v * kLanes, 1); });
+                for (int j = 0; j < kGemmColumns; j += kLineWords) __builtin_prefetch(c_line + j, 1);
         const T* line = ahead;
         for (int k = 0; k < kLineWords; k++, line += ahead_row) {
             __builtin_prefetch(line, 0, 2);
@@ -110,20 +120,31 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
     for (; depth >= kWord<T>; depth -= kWord<T>) step();
     if constexpr (kWord<T> > 1)
         if (depth) by_count<kWord<T> - 1>(depth, add);
-    const auto finish = [&](auto width) __attribute__((always_inline)) {
+    const auto finish = [&](auto posted, auto width) __attribute__((always_inline)) {
         unrolled<R>([&](auto i) __attribute__((always_inline)) {
             unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) {
-                float* to = c + i * c_row + v * kLanes;
-                const int n = width(v);
-                if (n > 0) store(to, accumulate ? load<F32>(to, n) + sum[i][v] : sum[i][v], n);
+                const int at = v * kLanes, n = width(v);
+                float* const to = c + i * c_row + at;
+                if (n <= 0) return;
+                F32 z = accumulate ? load<F32>(to, n) + sum[i][v] : sum[i][v];
+                if constexpr (posted) {
+                    const F32 floor = splat<F32>(post->floor);
+                    z = z + load<F32>(post->shift + at, n) + load<F32>(post->residual + i * post->residual_row + at, n);
+                    z = z < floor ? floor : z;  // NaN stays
+                }
+                store(to, z, n);
             });
         });
     };
-    if (columns == kGemmColumns) return finish([](int) __attribute__((always_inline)) { return kLanes; });
-    finish([&](int v) __attribute__((always_inline)) {
-        const int n = int(columns) - v * kLanes;
-        return n < kLanes ? n : kLanes;
-    });
+    const auto stored = [&](auto posted) __attribute__((always_inline)) {
+        if (columns == kGemmColumns) return finish(posted, [](int) __attribute__((always_inline)) { return kLanes; });
+        finish(posted, [&](int v) __attribute__((always_inline)) {
+            const int n = int(columns) - v * kLanes;
+            return n < kLanes ? n : kLanes;
+        });
+    };
+    if (post) stored(std::true_type{});
+    else stored(std::false_type{});
 }
 
 // A vector of words; the elements of each are below each other in rows that are `row` apart.
@@ -158,6 +179,43 @@ void gemm_pack_a(const T* a, int64_t row, int64_t column, int64_t rows, int64_t 
     }
 }
 
+// Values [k, k + depth) of row i of the patches.
+template <class T>
+void gather_patch(const Patches& q, int64_t i, int64_t k, int64_t depth, T* to) {
+    const int64_t pixels = q.out_height * q.out_width, top = i % pixels / q.out_width * q.stride[0] - q.padding[0],
+                  left = i % q.out_width * q.stride[1] - q.padding[1];
+    const T* const image = static_cast<const T*>(q.x) + i / pixels * (q.height * q.width * q.channels);
+    for (int64_t n; depth > 0; k += n, to += n, depth -= n) {
+        const int64_t tap = k / q.channels, c = k % q.channels;
+        n = q.channels - c < depth ? q.channels - c : depth;
+        const int64_t h = top + tap / q.kernel[1] * q.dilation[0], w = left + tap % q.kernel[1] * q.dilation[1];
+        if (h < 0 || h >= q.height || w < 0 || w >= q.width) __builtin_memset(to, 0, n * sizeof(T));
+        else __builtin_memcpy(to, image + (h * q.width + w) * q.channels + c, n * sizeof(T));
+    }
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of C become act(C).
+template <class K>
+void gemm_act_impl(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    const K k(a.act);
+    const F32 p = splat<F32>(a.act_param);
+    for (int64_t i = row; i < row + rows; i++) {
+        float* const c = static_cast<float*>(a.out) + i * a.layout.channels + column;
+        by_lanes(columns, [&](int64_t j, auto n)
+                              __attribute__((always_inline)) { store(c + j, k.forward(load<F32>(c + j, n), p), n); });
+    }
+}
+void gemm_act(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t columns);  // of the activation
+
+// What is added to the tile at (row, column), and the bound of its results.
+FR_INLINE Finish finish_of(const Args& a, int64_t row, int64_t column) {
+    static const float kZeros[kGemmColumns] = {};
+    const float *shift = static_cast<const float*>(a.norm.shift), *residual = static_cast<const float*>(a.residual);
+    const float floor = a.act == Act::relu ? 0 : -__builtin_inff();
+    if (!residual) return {shift + column, kZeros, 0, floor};
+    return {shift + column, residual + row * a.layout.channels + column, a.layout.channels, floor};
+}
+
 template <class T>
 void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, int64_t first, int64_t last) {
     if (g.depth == 0 && !g.accumulate)
@@ -168,10 +226,14 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
     const auto block = [&](int64_t top, int64_t k) {
         const int64_t bottom = top + kGemmBlock < end ? top + kGemmBlock : end;
         int64_t depth = g.depth - k < slice ? g.depth - k : slice;
-        const T* a = static_cast<const T*>(g.a) + top * g.a_row + k * g.a_depth;
+        const bool finishes = g.epilogue && k + depth == g.depth;
+        const T* a = g.patches ? nullptr : static_cast<const T*>(g.a) + top * g.a_row + k * g.a_depth;
         int64_t a_row = g.a_row, a_word = kWord<T>, a_tile = kGemmRows * g.a_row;
         T* const copy = reinterpret_cast<T*>(scratch);
-        if (g.a_depth != 1) {  // rows of A lie across memory: the block is copied, its tiles one after the other
+        if (g.patches) {
+            for (int64_t i = top; i < bottom; i++) gather_patch(*g.patches, i, k, depth, copy + (i - top) * slice);
+            a = copy, a_row = slice, a_tile = kGemmRows * slice;
+        } else if (g.a_depth != 1) {  // rows of A lie across memory: the block is copied, its tiles one after the other
             gemm_pack_a(a, g.a_row, g.a_depth, bottom - top, g.rows - top, depth, copy);
             a = copy, a_row = kWord<T>, a_word = kGemmRows * kWord<T>, a_tile = kGemmTile * kWord<T>;
             depth = whole_words<T>(depth);
@@ -180,19 +242,38 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
                 __builtin_memcpy(copy + i * slice, a + i * g.a_row, depth * sizeof(T));
             a = copy, a_row = slice, a_tile = kGemmRows * slice;
         }
-        for (int64_t p = first; p < last; p++) {
-            const T* b = static_cast<const T*>(g.b) + (p * whole_words<T>(g.depth) + k) * kGemmColumns;
-            const int64_t column = p * kGemmColumns,
-                          columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
-            for (int64_t i = top; i < bottom; i += kGemmRows) {
-                const T* const tile = a + (i - top) / kGemmRows * a_tile;
-                const bool fetch = a != copy && p == first;
-                by_count<kGemmRows>(
-                    bottom - i < kGemmRows ? bottom - i : kGemmRows, [&](auto rows) __attribute__((always_inline)) {
-                        gemm_tile<T, rows>(tile, a_row, a_word, b, depth, g.c + i * g.c_row + column, g.c_row, columns,
-                                           g.accumulate || k > 0, fetch ? tile + a_tile : tile, fetch ? a_row : 0);
-                    });
+        // Panels pass in groups whose part of this depth stays in L2. A tile fetches the next one's rows while they are
+        // read for the first time, and otherwise a part of the next group.
+        const int64_t panel = whole_words<T>(g.depth) * kGemmColumns, size = depth * kGemmColumns;
+        const int64_t line = kLineWords * kWord<T>, most = kPanelsBytes / (size * int64_t(sizeof(T)) + 1);
+        const int64_t group = most > 1 ? most : 1;
+        const auto tile_at = [&](int64_t i, int64_t p, int64_t part, int64_t stop) __attribute__((always_inline)) {
+            const T* const b = static_cast<const T*>(g.b) + k * kGemmColumns;
+            const T* const tile = a + (i - top) / kGemmRows * a_tile;
+            const int64_t column = p * kGemmColumns, next = stop + part / size;
+            const int64_t columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
+            const int64_t height = bottom - i < kGemmRows ? bottom - i : kGemmRows;
+            const bool rows_ahead = a != copy && p == first, panel_ahead = next < last && next < stop + group;
+            const T* const ahead = rows_ahead ? tile + a_tile : panel_ahead ? b + next * panel + part % size : tile;
+            const int64_t ahead_row = rows_ahead ? a_row : panel_ahead ? line : 0;
+            Finish post;
+            if (finishes) {
+                post = finish_of(*g.epilogue, i, column);
+                for (int64_t r = 0; r < height && post.residual_row; r++)
+                    for (int64_t j = 0; j < kGemmColumns; j += kLineWords)
+                        __builtin_prefetch(post.residual + r * post.residual_row + j);
             }
+            by_count<kGemmRows>(height, [&](auto rows) __attribute__((always_inline)) {
+                gemm_tile<T, rows>(tile, a_row, a_word, b + p * panel, depth, g.c + i * g.c_row + column, g.c_row,
+                                   columns, g.accumulate || k > 0, ahead, ahead_row, finishes ? &post : nullptr);
+            });
+            if (finishes && g.epilogue->act > Act::relu) gemm_act(*g.epilogue, i, height, column, columns);
+        };
+        for (int64_t p = first, stop; p < last; p = stop) {
+            stop = p + group < last ? p + group : last;
+            for (int64_t i = top, part = 0; i < bottom; i += kGemmRows)
+                for (int64_t j = p; j < stop; j++, part += (depth / line + kLineWords - 1) * line)
+                    tile_at(i, j, part, stop);
         }
     };
     // the smaller one of B and C is passed again and again

@@ -77,13 +77,21 @@ struct WinogradWeight {
     bool flip;
 };
 
-// A convolution with weights [out_channels / kDirectBlock, kernel, channels, kDirectBlock].
-struct Direct {
+// A stem's convolution with weights [out_channels / kStemBlock, kernel, channels, kStemBlock].
+struct Stem {
     int64_t height, width, channels, out_height, out_width, out_channels;
     int64_t kernel[2], stride[2], padding[2];
     const void* weight;
 };
-constexpr int kDirectBlock = 64, kPoolRows = 16;  // of channels; the most rows of a pool's window
+constexpr int kStemBlock = 64, kPoolRows = 16;  // of channels; the most rows of a pool's window
+
+// The values that a convolution's kernel sees at each pixel of the output, a row [kernel, channels] per pixel; 0
+// outside the image x [images, height, width, channels].
+struct Patches {
+    const void* x;
+    int64_t height, width, channels, out_height, out_width;
+    int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
 
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns], sums in float, operands of the type of a GemmKernel.
 struct Gemm {
@@ -94,6 +102,8 @@ struct Gemm {
     float* c;
     int64_t c_row;
     bool accumulate;
+    const Patches* patches = nullptr;  // A in the place of a
+    const Args* epilogue = nullptr;    // C becomes act(C + norm.shift (+ residual)), a residual in float with C's rows
 };
 // B's panels from B[k, j] at k * row + j * column; 0 where the last panel has no columns, the last word no elements.
 struct GemmPack {
@@ -111,7 +121,7 @@ struct GemmKernel {
     int rows, columns;  // of a tile
     int word;           // elements of a word
     // rows [row_begin, row_end) of panels [begin, end) of C; scratch: kGemmScratch words;
-    // bytes: A, B read, C written (and read) once per kMostGemmDepth words of depth
+    // bytes: A, B read, C written (and read) once per kMostGemmDepth words of depth; A's patches copied
     void (*gemm)(const Gemm&, float* scratch, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
     // depths [depth_begin, depth_end), whole words but for the last, of panels [begin, end); bytes: B read, the panels
     // written

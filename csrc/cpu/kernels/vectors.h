@@ -160,6 +160,14 @@ FR_INLINE void store(T* p, V v, int n) {
     }
 }
 
+// f(c, n) for the n channels from every kLanes'th on; n is a constant where all lanes are used.
+template <class F>
+FR_INLINE void by_lanes(int64_t channels, F f) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) f(c, std::integral_constant<int, kLanes>{});
+    if (c < channels) f(c, int(channels - c));
+}
+
 // One value.
 template <class S, class T>
 FR_INLINE S load_value(const T* p) {

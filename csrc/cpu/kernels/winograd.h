@@ -111,14 +111,6 @@ struct Origin {
     }
 };
 
-// f(c, n) for the n channels from every kLanes'th on; n is a constant where all lanes are used.
-template <class F>
-FR_INLINE void by_lanes(int64_t channels, F f) {
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) f(c, std::integral_constant<int, kLanes>{});
-    if (c < channels) f(c, int(channels - c));
-}
-
 // f(i, j, offset) for an M x M part of an image [height, width, channels] at (top, left): offset of the pixel, or -1
 // outside the image.
 template <int M, class F>

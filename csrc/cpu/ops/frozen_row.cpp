@@ -7,13 +7,13 @@ namespace fused_resnet::cpu {
 namespace {
 
 // In the order of KINDS in fused_resnet/backends/cpu_steps.py.
-enum class Kind { aten, onednn, winograd, pointwise, stem, bn_act, bn_act_max_pool, max_pool, avg_pool, pad };
+enum class Kind { aten, onednn, winograd, gemm, stem, bn_act, bn_act_max_pool, max_pool, avg_pool, pad };
 
 // What a profiler calls them.
 constexpr const char* kNames[] = {"fused_resnet_cpu::aten_bias_act",
                                   "fused_resnet_cpu::onednn_bias_act",
                                   "fused_resnet_cpu::winograd_bias_act",
-                                  "fused_resnet_cpu::pointwise_bias_act",
+                                  "fused_resnet_cpu::gemm_bias_act",
                                   "fused_resnet_cpu::stem_bias_act_max_pool",
                                   "fused_resnet_cpu::bn_act",
                                   "fused_resnet_cpu::bn_act_max_pool",
@@ -94,10 +94,14 @@ Tensor by_onednn(const Step& s, const Operands& o) {
 }
 
 Tensor by_product(const Step& s, const Operands& o) {
+    const Tensor& packed = o.weight();
+    const auto size = [&](int i) {
+        return (o.x.size(2 + i) + 2 * s.padding[i] - s.dilation[i] * (packed.size(1 + i) - 1) - 1) / s.stride[i] + 1;
+    };
     const Tensor out = s.owned && o.residual
                            ? *o.residual
-                           : empty({o.x.size(0), o.bias().numel(), o.x.size(2), o.x.size(3)}, o.x.options(), kRows);
-    pointwise_bias_act(o.x, o.weight(), o.bias(), s.act, s.act_param, o.residual, out);
+                           : empty({o.x.size(0), o.bias().numel(), size(0), size(1)}, o.x.options(), kRows);
+    gemm_bias_act(o.x, packed, o.bias(), s.stride, s.padding, s.dilation, s.act, s.act_param, o.residual, out);
     return out;
 }
 
@@ -107,7 +111,7 @@ Tensor run(const Step& s, const Operands& o) {
         case Kind::onednn: return by_onednn(s, o);
         case Kind::winograd:
             return winograd_bias_act(o.x, o.weight(), o.bias(), s.padding[0], s.act, s.act_param, o.residual);
-        case Kind::pointwise: return by_product(s, o);
+        case Kind::gemm: return by_product(s, o);
         case Kind::stem:
             return stem_bias_act_max_pool(o.x, o.weight(), o.bias(), s.stride, s.padding, s.act, s.act_param,
                                           s.pool->kernel, s.pool->stride, s.pool->padding);

@@ -72,16 +72,19 @@ Tensor winograd_prepack(const Tensor& weight, int64_t tile);
 Tensor winograd_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t padding, int64_t act,
                          double act_param, const OptTensor& residual);
 
-// Inference by our own convolutions: whether they are used, the packed weight, max-pool(act(conv(x) + bias)) of a stem,
-// and out = act(x W + bias (+ residual)) of a 1x1 convolution, where out may be the residual.
+// Inference by products of matrices: whether they take a convolution, the packed weight, and
+// out = act(conv(x) + bias (+ residual)), where out may be the residual.
+bool gemm_suits(const Tensor& x, const Tensor& weight, int64_t groups);
+Tensor gemm_prepack(const Tensor& weight);
+void gemm_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
+                   IntList dilation, int64_t act, double act_param, const OptTensor& residual, const Tensor& out);
+
+// Inference of a stem in one pass: whether there is one, the packed weight, and max-pool(act(conv(x) + bias)).
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel);
-bool pointwise_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, int64_t groups);
-Tensor direct_prepack(const Tensor& weight);
+Tensor stem_prepack(const Tensor& weight);
 Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride,
                               IntList padding, int64_t act, double act_param, IntList pool_kernel, IntList pool_stride,
                               IntList pool_padding);
-void pointwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t act, double act_param,
-                        const OptTensor& residual, const Tensor& out);
 
 // out (+)= a b: float32 matrices, a and b with any strides. What tests and benchmarks see of the products above.
 void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate);

@@ -1,0 +1,72 @@
+// Convolutions for inference as products of matrices. The patches of x that the kernel sees are gathered block by
+// block, and bias, residual and activation are applied tile by tile, both in cache. Source: Chetlur et al., cuDNN:
+// Efficient Primitives for Deep Learning (arXiv 1410.0759), section 3.
+#include "args.h"
+#include "ops.h"
+#include "product.h"
+
+namespace fused_resnet::cpu {
+
+namespace {
+
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+}  // namespace
+
+bool gemm_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
+    return x.scalar_type() == ScalarType::Float && x.is_channels_last() && groups == 1;
+}
+
+Tensor gemm_prepack(const Tensor& weight) {
+    FR_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.numel() > 0,
+             "weight: expected float32 [K, C, R, S], got ", weight.scalar_type(), " ", weight.sizes());
+    const GemmKernel& kernel = table().float_gemm;
+    const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3), depth = R * S * C;
+    const Tensor w = weight.contiguous(kRows),
+                 packed = empty({panels_of(kernel, K), R, S, C, kernel.columns}, w.options());
+    pack(kernel, {depth, K, w.data_ptr(), 1, depth, packed.data_ptr()}, 0, depth);
+    return packed;
+}
+
+void gemm_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
+                   IntList dilation, int64_t act, double act_param, const OptTensor& residual, const Tensor& out) {
+    const GemmKernel& kernel = table().float_gemm;
+    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+                 packed.size(4) == kernel.columns,
+             "packed: expected what gemm_prepack returns, got ", packed.sizes());
+    const int64_t K = bias.numel(), C = packed.size(3), R = packed.size(1), S = packed.size(2);
+    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last() && x.size(1) == C,
+             "x: expected float32, channels_last, with ", C, " channels, got ", x.scalar_type(), " ", x.sizes());
+    FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && panels_of(kernel, K) == packed.size(0),
+             "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
+    const int64_t height = output_size(x.size(2), R, stride[0], padding[0], dilation[0]),
+                  width = output_size(x.size(3), S, stride[1], padding[1], dilation[1]);
+    FR_CHECK(out.scalar_type() == ScalarType::Float && out.is_channels_last() && out.size(0) == x.size(0) &&
+                 out.size(1) == K && out.size(2) == height && out.size(3) == width,
+             "out: expected the convolution's result, float32, channels_last, got ", out.scalar_type(), " ",
+             out.sizes());
+    const bool in_place = residual && residual->data_ptr() == out.data_ptr();  // then the products are added to it
+    Args post = epilogue_args(out, act, act_param, residual);
+    if (in_place) post.residual = nullptr;
+    post.norm.shift = bias.data_ptr();
+    const Patches patches{x.data_ptr(),
+                          x.size(2),
+                          x.size(3),
+                          C,
+                          height,
+                          width,
+                          {R, S},
+                          {stride[0], stride[1]},
+                          {padding[0], padding[1]},
+                          {dilation[0], dilation[1]}};
+    Gemm g{x.size(0) * height * width,          K, R * S * C, x.data_ptr(), C, 1, packed.data_ptr(),
+           static_cast<float*>(out.data_ptr()), K, in_place};
+    const bool is_x = R * S == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
+    if (!is_x) g.patches = &patches;
+    g.epilogue = &post;
+    multiply(kernel, g);
+}
+
+}  // namespace fused_resnet::cpu
