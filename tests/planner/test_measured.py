@@ -59,7 +59,7 @@ def says(monkeypatch: pytest.MonkeyPatch, pays: bool) -> list[int]:
     """What every measurement is to find."""
     found: list[int] = []
 
-    def timed(images: int, calls: sizes.Calls, call_s: float, tie: float) -> Measured:
+    def timed(images: int, calls: sizes.Calls, call_s: float, tie: float, cold: bool) -> Measured:
         found.append(images)
         for call in calls(images):
             call()
@@ -142,6 +142,27 @@ def test_the_fastest_of_several_is_chosen() -> None:
     sizes.forget()
     planner.forget()
     assert sizes.faster("several", 1, lambda n: (refuses,) * 4, 0.01) == found
+
+
+def test_a_slow_candidate_is_not_timed_again() -> None:
+    called: list[str] = []
+
+    def takes_ms(name: str, ms: int) -> sizes.Call:
+        return lambda: (called.append(name), busy(ms / 1e3))
+
+    ways = (takes_ms("slow", 12), takes_ms("near", 5), takes_ms("quick", 4), takes_ms("plain", 9))
+    assert sizes.faster("slow", 1, lambda n: ways, 0.001).which == 2
+    assert called.count("slow") < called.count("near") == called.count("quick")
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_cold_calls_are_timed_after_other_memory_was_read(monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
+    events: list[int] = []
+    monkeypatch.setattr(sizes, "_OTHERS", 4 * 1000)
+    monkeypatch.setattr(Tensor, "sum", lambda self: events.append(self.numel()))
+    sizes.faster("cold", 1, call_of(lambda: events.append(-1), nothing), 0.001, sizes.TIE, cold)
+    calls = [i for i, event in enumerate(events) if event == -1]
+    assert len(calls) > 2 and {events[i - 1] for i in calls[1:]} == {1000 if cold else 0}
 
 
 # ---------------------------------------------------------------------------------------------------- rows
