@@ -30,10 +30,11 @@ from fused_resnet.chain import call as chain_call
 from fused_resnet.frozen import forward as frozen_forward
 from fused_resnet.planner import sizes
 from fused_resnet.planner.cache import PlanCache, identity
-from fused_resnet.planner.sizes import CHAINS, Measured
+from fused_resnet.planner.sizes import Measured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+NOTHING: sizes.Calls = lambda n: (lambda: None, lambda: None)  # noqa: E731
 
 
 @pytest.fixture(autouse=True)
@@ -83,86 +84,6 @@ def unit() -> nn.Module:
 
 def images(n: int = 3, size: int = 8) -> Tensor:
     return torch.randn(n, 8, size, size) * 1.5 + 0.4
-
-
-def call_of(ours: Callable[[], Any], plain: Callable[[], Any]) -> sizes.Calls:
-    return lambda n: (ours, plain)
-
-
-def nothing() -> None:
-    """Takes no time."""
-
-
-def busy(s: float) -> None:
-    start = time.thread_time()
-    while time.thread_time() - start < s:
-        pass
-
-
-# ---------------------------------------------------------------------------------------------------- the clock
-def test_the_faster_one_is_chosen_and_a_tie_goes_to_pytorch() -> None:
-    def takes(s: float) -> Callable[[], None]:
-        return lambda: busy(s)
-
-    found = sizes.faster("quick", 1, call_of(takes(0.002), takes(0.004)), 0.01)
-    assert found.pays and found.ours == pytest.approx(2, rel=0.5) and found.plain == pytest.approx(4, rel=0.5)
-    assert not sizes.faster("slow", 1, call_of(takes(0.004), takes(0.002)), 0.01).pays
-    assert not sizes.faster("same", 1, call_of(takes(0.002), takes(0.00201)), 0.01).pays
-
-
-def test_a_large_batch_is_measured_on_a_part_of_it() -> None:
-    batches: list[int] = []
-
-    def calls(n: int) -> tuple[sizes.Call, sizes.Call]:
-        batches.append(n)
-        return (lambda: busy(0.001 * n)), (lambda: busy(0.001 * n))
-
-    sizes.faster("large", 4096, calls, 0.01)
-    assert batches[0] == 1 and 5 <= batches[1] <= 12 and len(batches) == 2
-
-
-def test_what_only_pytorch_takes_runs_plain() -> None:
-    def refuses() -> None:
-        raise ValueError("not mine")
-
-    found = sizes.faster("text", 1, call_of(refuses, nothing), 0.01)
-    assert not found.pays and not planner.cache_of(CPU).choices
-    assert sizes.faster("other", 1, call_of(nothing, refuses), 0.01) is CHAINS
-
-
-def test_the_fastest_of_several_is_chosen() -> None:
-    """What refuses is none of them. A file keeps which one it was."""
-
-    def refuses() -> None:
-        raise ValueError("not mine")
-
-    quick, slow, plain = ((lambda s=s: busy(s)) for s in (0.002, 0.005, 0.004))
-    found = sizes.faster("several", 1, lambda n: (refuses, slow, quick, plain), 0.01)
-    assert found.pays and found.which == 2 and found.ours == pytest.approx(2, rel=0.5)
-    sizes.forget()
-    planner.forget()
-    assert sizes.faster("several", 1, lambda n: (refuses,) * 4, 0.01) == found
-
-
-def test_a_slow_candidate_is_not_timed_again() -> None:
-    called: list[str] = []
-
-    def takes_ms(name: str, ms: int) -> sizes.Call:
-        return lambda: (called.append(name), busy(ms / 1e3))
-
-    ways = (takes_ms("slow", 12), takes_ms("near", 5), takes_ms("quick", 4), takes_ms("plain", 9))
-    assert sizes.faster("slow", 1, lambda n: ways, 0.001).which == 2
-    assert called.count("slow") < called.count("near") == called.count("quick")
-
-
-@pytest.mark.parametrize("cold", [True, False])
-def test_cold_calls_are_timed_after_other_memory_was_read(monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
-    events: list[int] = []
-    monkeypatch.setattr(sizes, "_OTHERS", 4 * 1000)
-    monkeypatch.setattr(Tensor, "sum", lambda self: events.append(self.numel()))
-    sizes.faster("cold", 1, call_of(lambda: events.append(-1), nothing), 0.001, sizes.TIE, cold)
-    calls = [i for i, event in enumerate(events) if event == -1]
-    assert len(calls) > 2 and {events[i - 1] for i in calls[1:]} == {1000 if cold else 0}
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -282,22 +203,22 @@ def test_answers_outlive_the_process(timed: list[int], tmp_path: Path) -> None:
 
 def test_an_answer_never_changes_within_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, False)
-    sizes.faster("text", 1, call_of(nothing, nothing), 0.01)
+    sizes.faster("text", 1, NOTHING, 0.01)
     says(monkeypatch, True)
     (entry,) = planner.cache_of(CPU).choices.values()
     entry["choice"]["chains"] = True
-    assert not sizes.faster("text", 1, call_of(nothing, nothing), 0.01).pays
+    assert not sizes.faster("text", 1, NOTHING, 0.01).pays
 
 
 def test_another_process_was_first(timed: list[int]) -> None:
     planner.cache_of(CPU)  # read, empty
     PlanCache(identity(CPU)).add("text", {"choice": {"chains": True}, "ms": {"chains": 1.0, "plain": 3.0}})
-    assert sizes.faster("text", 1, call_of(nothing, nothing), 0.01) == Measured(True, 1.0, 3.0)
+    assert sizes.faster("text", 1, NOTHING, 0.01) == Measured(True, 1.0, 3.0)
 
 
 def test_a_damaged_entry_is_measured_again(timed: list[int]) -> None:
     planner.cache_of(CPU).choices["text"] = {"choice": "plain"}
-    assert not sizes.faster("text", 1, call_of(nothing, nothing), 0.01).pays and timed
+    assert not sizes.faster("text", 1, NOTHING, 0.01).pays and timed
 
 
 @pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "FUSED_RESNET_CPU_COMPUTE"])
