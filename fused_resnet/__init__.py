@@ -3,17 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fused_resnet import functional, spec
+from fused_resnet import chain as _operators  # noqa: F401  (registers the operators)
+from fused_resnet import spec
 from fused_resnet._version import __version__
 from fused_resnet.backends import BackendUnavailable, backends, use_backend
-from fused_resnet.modules import ConvBNAct, ResidualChain
 
 if TYPE_CHECKING:
-    from fused_resnet import models
+    from fused_resnet import functional, models
     from fused_resnet.explanation import explain
     from fused_resnet.frozen.freezing import freeze
     from fused_resnet.frozen.saving import safe_globals
     from fused_resnet.fusion.swap import fuse, unfuse
+    from fused_resnet.modules import ConvBNAct, ResidualChain
 
 __all__ = [
     "BackendUnavailable",
@@ -34,8 +35,11 @@ __all__ = [
 
 # What is imported when it is first asked for -> its module (PEP 562). Not all programs use all of it.
 _LATER = {
+    "ConvBNAct": "modules",
+    "ResidualChain": "modules",
     "explain": "explanation",
     "freeze": "frozen.freezing",
+    "functional": "functional",
     "fuse": "fusion.swap",
     "models": "models",
     "safe_globals": "frozen.saving",

@@ -19,6 +19,7 @@ from _abc import _abc_init
 from abc import ABCMeta
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib import import_module
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -29,6 +30,8 @@ from fused_resnet.fusion.patterns import original
 
 # Kind of class -> the function that returns the methods which the class overrides: name -> function.
 KINDS: dict[str, Callable[[Any], dict[str, Any]]] = {}
+# The module that puts the kinds there.
+_HOME = f"{__package__}.swap"
 # A norm's numbers -> the attributes that hold them as Python floats while they are captured.
 NUMBERS = {"momentum": "_fr_momentum", "eps": "_fr_eps"}
 # The attributes that belong to one module in one process.
@@ -238,6 +241,8 @@ def rebuild(kind: str, make: Callable[..., nn.Module] | None, *args: Any) -> nn.
         kind: the kind of the class. make, args: from the result of the original's ``__reduce_ex__``; None in the place
             of ``copyreg.__newobj__``.
     """
+    if kind not in KINDS:  # the process has loaded a file before it asked for ``fuse``
+        import_module(_HOME)
     made: Any = args[0].__new__(*args) if make is None else make(*args)
     made.__dict__["__setstate__"] = partial(_set_state, made, kind)
     return made
