@@ -34,12 +34,13 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 # Directories are listed too: their time changes when a file comes or goes.
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
 
-.PHONY: help bench grid test lint format docs codegen gpu-bundle wheel clean
+.PHONY: help bench grid race test lint format docs codegen gpu-bundle wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make bench   validate and measure plain, compiled and fused networks; writes bench-report/ (ARGS=... passes more)"
 	@echo "make grid    networks x batches x images x modes x dtypes against plain PyTorch; writes grid-report/ (an hour and more)"
+	@echo "make race    frozen networks against torch.compile, ONNX Runtime and OpenVINO (where installed); writes race-report/"
 	@echo "make test    run the tests (ARGS=... passes more to pytest)"
 	@echo "make codegen     compile every Triton and CUDA kernel for three GPUs each and read the machine code; needs no GPU"
 	@echo "make gpu-bundle  all that a run of benchmarks/first_light.py on an H100 or H200 needs, compiled; needs nvcc but no GPU"
@@ -55,6 +56,9 @@ bench: $(VENV)/.installed
 # PYTHONPATH: torchvision_shim.py, for torchvision's networks where torchvision has no build for this torch
 grid: $(VENV)/.installed
 	PYTHONPATH=tests/support $(BIN)/python benchmarks/grid.py --output grid-report $(ARGS)
+
+race: $(VENV)/.installed
+	PYTHONPATH=tests/support $(BIN)/python benchmarks/race.py --output race-report $(ARGS)
 
 # PASSIVE: the workers' threads share the cores; those that wait would keep the others' from them
 test: $(VENV)/.installed
@@ -108,7 +112,7 @@ docs: $(VENV)/.requirements
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build
 
 clean:
-	rm -rf build dist site *.egg-info bench-report grid-report study-report fused_resnet/lib .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist site *.egg-info bench-report grid-report race-report study-report fused_resnet/lib .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed
 

@@ -51,6 +51,7 @@ def interleaved(
     sample_s: float = 0.1,
     clock: Callable[[], float] = time.perf_counter,
     agreed: Callable[[float], float] = lambda value: value,
+    rest_s: float = 0.0,
 ) -> dict[str, list[float]]:
     """Times every step once per round. Each round starts with another step.
 
@@ -61,6 +62,8 @@ def interleaved(
             and none at all after as many times this as there are fewest rounds: some steps take a minute each.
         sample_s: a quicker step is called as often as fits into this time. clock: as of ``seconds``.
         agreed: gives the value on which processes that take every step together agree, and waits for all of them.
+        rest_s: before a sample, nothing runs for so long, and then one call that is not timed. For steps of libraries
+            with threads of their own, which spin for a while after a call.
 
     Returns:
         Name -> seconds per call, one value per round.
@@ -79,6 +82,9 @@ def interleaved(
             break
         for i in range(len(names)):
             name = names[(done + i) % len(names)]
+            if rest_s:
+                time.sleep(rest_s)
+                steps[name]()
             agreed(0)  # all start together
             found[name].append(agreed(seconds(steps[name], device, calls[name], clock)))
     return found
