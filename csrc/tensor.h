@@ -49,6 +49,11 @@ inline void check(AOTITorchError status, const char* what) {
     if (status != 0) failed(what);
 }
 
+// The size of a convolution's or a pool's result in one dimension.
+inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation = 1) {
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
 inline int64_t element_size(ScalarType type) {
     switch (type) {
         case ScalarType::Double: return 8;

@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& given, TensorList norm,
                      y.size(2 + i) + 2 * padding[i] >= kernel[i],
                  "kernel: expected a window inside the padded image, got kernel ", kernel, ", stride ", stride,
                  ", padding ", padding, " for ", y.sizes());
-        size[i] = (y.size(2 + i) + 2 * padding[i] - kernel[i]) / stride[i] + 1;
+        size[i] = output_size(y.size(2 + i), kernel[i], stride[i], padding[i]);
     }
     const Tensor out = empty_nhwc(y, size[0], size[1], y.scalar_type()),
                  argmax = empty_nhwc(y, size[0], size[1], ScalarType::Byte);

@@ -51,8 +51,7 @@ std::string conv_algorithm(std::string_view kind, const Tensor& x, const Tensor&
                           : algorithm_of(image, weight, stride, padding, dilation, groups, compute, gemm);
     if (kind == "dgrad") {
         const auto size = [&](int64_t d) {
-            const int64_t reach = dilation[d] * (weight.size(2 + d) - 1) + 1;
-            return (x.size(2 + d) + 2 * padding[d] - reach) / stride[d] + 1;
+            return output_size(x.size(2 + d), weight.size(2 + d), stride[d], padding[d], dilation[d]);
         };
         const Image dy(x.size(0), weight.size(0), size(0), size(1), image.format());
         found = algorithm_of_dgrad(dy, weight, stride, padding, dilation, groups, compute, gemm);

@@ -96,7 +96,7 @@ Tensor by_onednn(const Step& s, const Operands& o) {
 Tensor by_product(const Step& s, const Operands& o) {
     const Tensor& packed = o.weight();
     const auto size = [&](int i) {
-        return (o.x.size(2 + i) + 2 * s.padding[i] - s.dilation[i] * (packed.size(1 + i) - 1) - 1) / s.stride[i] + 1;
+        return output_size(o.x.size(2 + i), packed.size(1 + i), s.stride[i], s.padding[i], s.dilation[i]);
     };
     const Tensor out = s.owned && o.residual
                            ? *o.residual

@@ -7,14 +7,6 @@
 
 namespace fused_resnet::cpu {
 
-namespace {
-
-int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
-}  // namespace
-
 bool gemm_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
     return x.scalar_type() == ScalarType::Float && x.is_channels_last() && groups == 1;
 }

@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& y, TensorList norm, int
                                            IntList kernel, IntList stride, IntList padding) {
     const View view = View::of(y);
     Args a = args_of(view, y, norm, act, act_param, std::nullopt, {});
-    const int64_t oh = (y.size(2) + 2 * padding[0] - kernel[0]) / stride[0] + 1;
-    const int64_t ow = (y.size(3) + 2 * padding[1] - kernel[1]) / stride[1] + 1;
+    const int64_t oh = output_size(y.size(2), kernel[0], stride[0], padding[0]);
+    const int64_t ow = output_size(y.size(3), kernel[1], stride[1], padding[1]);
     const Tensor out = empty({y.size(0), y.size(1), oh, ow}, y.options(), view.format());
     const Tensor argmax = empty_like(out, ScalarType::Byte, view.format());
     a.out = out.data_ptr();

@@ -49,12 +49,12 @@ Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tenso
            {padding[0], padding[1]},
            packed.data_ptr()};
     FR_CHECK(pool_kernel[0] <= kPoolRows, "pool_kernel: expected at most ", kPoolRows, " rows, got ", pool_kernel[0]);
-    q.out_height = (q.height + 2 * padding[0] - q.kernel[0]) / stride[0] + 1;
-    q.out_width = (q.width + 2 * padding[1] - q.kernel[1]) / stride[1] + 1;
+    q.out_height = output_size(q.height, q.kernel[0], stride[0], padding[0]);
+    q.out_width = output_size(q.width, q.kernel[1], stride[1], padding[1]);
     Pool pool{q.out_height,
               q.out_width,
-              (q.out_height + 2 * pool_padding[0] - pool_kernel[0]) / pool_stride[0] + 1,
-              (q.out_width + 2 * pool_padding[1] - pool_kernel[1]) / pool_stride[1] + 1,
+              output_size(q.out_height, pool_kernel[0], pool_stride[0], pool_padding[0]),
+              output_size(q.out_width, pool_kernel[1], pool_stride[1], pool_padding[1]),
               {pool_kernel[0], pool_kernel[1]},
               {pool_stride[0], pool_stride[1]},
               {pool_padding[0], pool_padding[1]},
