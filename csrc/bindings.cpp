@@ -71,6 +71,11 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def(
         "gemm_bias_act(Tensor x, Tensor packed, Tensor bias, int[2] stride, int[2] padding, int[2] dilation, int act, "
         "float act_param, Tensor? residual, Tensor(a!) out) -> ()");
+    m.def("depthwise_suits(Tensor x, Tensor weight, int groups) -> bool");
+    m.def("depthwise_prepack(Tensor weight) -> Tensor");
+    m.def(
+        "depthwise_bias_act(Tensor x, Tensor packed, Tensor bias, int[2] stride, int[2] padding, int[2] dilation, "
+        "int act, float act_param, Tensor? residual) -> Tensor");
     m.def("stem_suits(Tensor x, Tensor weight, int[2] dilation, int groups, int[2] pool_kernel) -> bool");
     m.def("stem_prepack(Tensor weight) -> Tensor");
     m.def(
@@ -143,6 +148,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("gemm_suits", Boxed<cpu::gemm_suits>::call);
     m.impl("gemm_prepack", Boxed<cpu::gemm_prepack>::call);
     m.impl("gemm_bias_act", Boxed<cpu::gemm_bias_act>::call);
+    m.impl("depthwise_suits", Boxed<cpu::depthwise_suits>::call);
+    m.impl("depthwise_prepack", Boxed<cpu::depthwise_prepack>::call);
+    m.impl("depthwise_bias_act", Boxed<cpu::depthwise_bias_act>::call);
     m.impl("stem_suits", Boxed<cpu::stem_suits>::call);
     m.impl("stem_prepack", Boxed<cpu::stem_prepack>::call);
     m.impl("stem_bias_act_max_pool", Boxed<cpu::stem_bias_act_max_pool>::call);

@@ -145,6 +145,10 @@ def _suits_gemm(call: primitives.ConvBiasAct) -> bool:
     return _in_float(call) and _ops.gemm_suits(call.x, call.weight, call.conv.groups)
 
 
+def _suits_depthwise(call: primitives.ConvBiasAct) -> bool:
+    return _in_float(call) and _ops.depthwise_suits(call.x, call.weight, call.conv.groups)
+
+
 def _takes_gemm(call: primitives.ConvBiasAct) -> bool:
     return _suits_gemm(call) and call.weight.shape[2:] == (1, 1) and call.conv.stride == (1, 1)
 
@@ -161,6 +165,12 @@ def _by_product(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact
     where = (conv.stride, conv.padding, conv.dilation)
     _ops.gemm_bias_act(x, packed, call.bias, *where, *call.act.numbers, call.residual, out)
     return out
+
+
+def _depthwise(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+    conv = call.conv
+    where = (conv.stride, conv.padding, conv.dilation)
+    return _ops.depthwise_bias_act(call.x, packed, call.bias, *where, *call.act.numbers, call.residual)
 
 
 def _onednn_weight(call: primitives.ConvBiasAct) -> Tensor:
@@ -229,6 +239,14 @@ CONVOLUTIONS = (
         _winograd,
     ),
     Convolution("gemm", _suits_gemm, _takes_gemm, lambda call: _ops.gemm_prepack(call.weight), None, _by_product),
+    Convolution(
+        "depthwise",
+        _suits_depthwise,
+        _suits_depthwise,
+        lambda call: _ops.depthwise_prepack(call.weight),
+        None,
+        _depthwise,
+    ),
     Convolution("onednn", lambda call: True, lambda call: True, _onednn_weight, _onednn_layout, _onednn),
 )
 _BY_NAME = {convolution.name: convolution for convolution in CONVOLUTIONS}

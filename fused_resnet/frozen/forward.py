@@ -69,6 +69,8 @@ _served: dict[Any, str] = {}
 _ASKED = 4096
 # The answer for PyTorch's own operators.
 _ATEN = "aten"
+# The height and width of the image that brings a timed call's code into the cache, or a kernel's if that is larger.
+_TWIN_SIZE = 16
 # Seconds that one timed call of a unit should take: networks have some ten to a hundred units.
 _CALL_S = 0.008
 
@@ -90,9 +92,8 @@ def _algorithm(x: Tensor, unit: FoldedUnit, residual: Tensor | None, pool: PoolS
             call = ConvBiasAct(x, weight.borrowed(), unit.bias, unit.conv, unit.act, residual)
             algorithms = pick(ConvBiasAct, call.case).algorithms(call)
         timed = _Measured(unit, residual is not None, pool, tuple(algorithms) or ("",))
-        found = sizes.faster(
-            timed.signature(x), x.shape[0], partial(timed.calls, x.shape, x.dtype), _CALL_S, sizes.TIE_TO_OURS, True
-        )
+        calls = partial(timed.calls, x.shape, x.dtype)
+        found = sizes.faster(timed.signature(x), x.shape[0], calls, _CALL_S, sizes.TIE_TO_OURS)
         if len(_served) >= _ASKED:
             _served.clear()
         fastest = "" if found is sizes.CHAINS else timed.algorithms[found.which]
@@ -101,7 +102,7 @@ def _algorithm(x: Tensor, unit: FoldedUnit, residual: Tensor | None, pool: PoolS
 
 
 class _Measured(NamedTuple):
-    """A unit for the timing, with random images and its own packed weights."""
+    """A unit for the timing, with random images and its own packed weights. It runs as in a row, in one call."""
 
     unit: FoldedUnit
     summand: bool
@@ -116,11 +117,37 @@ class _Measured(NamedTuple):
 
     def calls(self, shape: Sequence[int], dtype: torch.dtype, images: int) -> tuple[sizes.Call, ...]:
         x = sizes.images((images, *shape[1:]), dtype, True)
-        ways = [*(_Backends(perform, False, algorithm) for algorithm in self.algorithms), _PLAIN]
-        if self.pool is not None:
-            return tuple(partial(way.pooled, x, self.unit, self.pool) for way in ways)
-        residual = sizes.images(self.unit.out_shape(x), dtype, True) if self.summand else None
-        return tuple(partial(way.unit, x, self.unit, residual, False) for way in ways)
+        weight = self.unit.weight.borrowed() if isinstance(self.unit.weight, Weight) else None
+        twin, few = self, x
+        if weight is not None and self.unit.conv is not None and self.pool is None:  # its code, with other weights
+            twin = self._replace(unit=self.unit._replace(weight=Weight(weight.clone())))
+            height, width = (
+                max(_TWIN_SIZE, dilation * (k - 1) + 1)
+                for dilation, k in zip(self.unit.conv.dilation, weight.shape[2:], strict=True)
+            )
+            few = x[:1, :, :height, :width].contiguous(memory_format=torch.channels_last)
+        pairs = zip(self._rows(x), twin._rows(few), strict=True)
+        return tuple(sizes.Cold(call, partial(_run_and_read, before, x)) for call, before in pairs)
+
+    def _rows(self, x: Tensor) -> list[sizes.Call]:
+        """The unit by each of its algorithms, and by PyTorch's operators."""
+        residual = sizes.images(self.unit.out_shape(x), x.dtype, True) if self.summand else None
+        ways: list[Callable[[Do], _Plain]] = [partial(_Backends, measured=False, algorithm=a) for a in self.algorithms]
+        return [self._row(way, x, residual) for way in (*ways, _Plain)]
+
+    def _row(self, way: Callable[[Do], _Plain], x: Tensor, residual: Tensor | None) -> sizes.Call:
+        def units(do: Do) -> Tensor:
+            if self.pool is not None:
+                return way(do).pooled(x, self.unit, self.pool)
+            return way(do).unit(x, self.unit, residual, False)
+
+        row = _recorded(x, residual, units)
+        return partial(units, perform) if row is None else partial(row, x, residual)
+
+
+def _run_and_read(call: sizes.Call, x: Tensor) -> None:
+    call()
+    x.sum()
 
 
 Do = Callable[[Step | MaxPool | ShortcutInput], Tensor]
@@ -227,15 +254,10 @@ _PLAIN, _SERVED = _Plain(perform), _Backends(perform)
 
 
 # ---------------------------------------------------------------------------------------------------- recording
-class _Recorder(_Backends):
-    """Records a row's steps instead of running them. Results stand for themselves: they have a shape and no values.
-
-    Raises:
-        LookupError: by ``broadcast``, which no backend takes.
-    """
+class _Recorder:
+    """Records a row's steps instead of running them. Results stand for themselves: they have a shape and no values."""
 
     def __init__(self, x: Tensor, summand: Tensor | None) -> None:
-        super().__init__(self.add)
         self.results: list[Tensor | None] = [x, summand]
         self.steps: list[Recorded] = []
         self.memory = x.new_empty(0)  # of all results, which nobody reads or writes
@@ -267,15 +289,23 @@ class _Recorder(_Backends):
             pool = call.pool if isinstance(call, BnActMaxPool) else None
         return MaxPool(torch.empty(shape, device="meta"), pool).run().shape if pool is not None else shape
 
+
+class _Recordable(_Backends):
+    """The steps of units that are recorded.
+
+    Raises:
+        LookupError: by ``broadcast``, which no backend takes.
+    """
+
     def broadcast(self, z: Tensor, residual: Tensor, act: Act) -> Tensor:
         raise LookupError("a summand that is broadcast")
 
 
-def _recorded(x: Tensor, chains: Sequence[FoldedChain], residual: Tensor | None) -> Row | None:
-    """The row as one call of the backend that serves it, or None."""
+def _recorded(x: Tensor, residual: Tensor | None, units: Callable[[Do], Tensor]) -> Row | None:
+    """The row as one call of the backend that serves it, or None. ``units``: does its steps, given what does one."""
     recorder = _Recorder(x, residual)
     try:
-        _chains(x, chains, residual, recorder)
+        units(recorder.add)
     except LookupError:
         return None
     return pick(BnAct, Case.of(x)).frozen_row(recorder.steps, x.dtype)
@@ -361,7 +391,7 @@ def _served_row(
     if key not in known:
         if len(known) >= _ASKED:
             known.clear()
-        known[key] = _recorded(x, chains, residual)
+        known[key] = _recorded(x, residual, lambda do: _chains(x, chains, residual, _Recordable(do)))
     row = known[key]
     return _chains(x, chains, residual, _SERVED) if row is None else row(x, residual)
 

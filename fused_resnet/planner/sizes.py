@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from contextvars import ContextVar
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,23 @@ from fused_resnet.planner.dispatch import cache_of, plan
 _always: ContextVar[bool | None] = ContextVar("fused_resnet_always", default=False)
 Call = Callable[[], Any]
 Calls = Callable[[int], tuple[Call, ...]]
+
+
+@dataclass(frozen=True)
+class Cold:
+    """A call that is timed as a network's call: its weights come from memory.
+
+    Attributes:
+        call: what is timed. before: runs right before it, after other memory was read, and brings into the cache what
+            the network's call before leaves there: the images, and the code.
+    """
+
+    call: Call
+    before: Call
+
+    def __call__(self) -> Any:
+        return self.call()
+
 
 # The fewest and the most rounds. After the fewest, no round starts after this many seconds.
 ROUNDS, ROUNDS_S = (2, 15), 0.04
@@ -91,7 +109,7 @@ _known: dict[tuple[int, str], Measured] = {}
 _measuring = Lock()
 
 
-def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE, cold: bool = False) -> Measured:
+def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE) -> Measured:
     """The answer for a signature: from this process, from the planner's file, or measured now.
 
     It never changes within a process.
@@ -99,9 +117,8 @@ def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE
     Args:
         text: everything that the times depend on, except the machine, the number of threads and the versions.
         images: the batch. calls: maps a batch of at most that size to our calls and, last, PyTorch's, ready to be
-            timed; may run in another thread. call_s: the seconds that one timed call should take; of a larger batch a
-            part is timed. tie: ours is the answer below this share of PyTorch's time. cold: other memory is read before
-            each timed call, so that it finds its weights where a network's next call does.
+            timed; see ``Cold``; may run in another thread. call_s: the seconds that one timed call should take; of a
+            larger batch a part is timed. tie: ours is the answer below this share of PyTorch's time.
 
     Returns:
         The measurement. ``CHAINS`` if nothing is measured, or if PyTorch's call raises: then chains report the error.
@@ -112,7 +129,7 @@ def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE
             return CHAINS
         with _measuring.held():  # concurrent threads get one answer, and their timings do not overlap
             if key not in _known:
-                found = _kept(text) or _measured(partial(_timed, images, calls, call_s, tie, cold))
+                found = _kept(text) or _measured(partial(_timed, images, calls, call_s, tie))
                 if found is not None:
                     _known[key] = _keep(text, found)
     return _known.get(key, CHAINS)
@@ -192,15 +209,16 @@ def _watched() -> bool:
     )
 
 
-def _timed(images: int, calls: Calls, call_s: float, tie: float, cold: bool) -> Measured:
+def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:
     """The smallest of several interleaved times of each call."""
     # with one thread the thread's CPU time, which excludes the machine's other work
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    others = torch.ones(_OTHERS // 4) if cold else torch.ones(0)
+    others = cache(partial(torch.ones, _OTHERS // 4))
 
     def seconds(call: Call) -> float:
-        others.sum()
+        if isinstance(call, Cold):
+            others().sum()
+            call.before()
         start = clock()
         call()
         return clock() - start

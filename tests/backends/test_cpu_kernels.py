@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from primitives import aten, cpu, double, flat
+from cpu_inference_cases import compare_inference, worst
+from primitives import aten, cpu, double, flat, image
 from source_tree import ROOT, SUPPORT
 from tolerances import FLOOR, assert_as_good, error
 from torch import Tensor, nn
@@ -37,17 +38,6 @@ SPECIAL = [float("inf"), -float("inf"), float("nan")]
 def random_norm(c: int, wide: torch.dtype) -> Norm:
     """scale of both signs."""
     return Norm(*(torch.randn(c, dtype=wide) for _ in range(4)))
-
-
-def worst(got: tuple[object, ...], want: tuple[object, ...]) -> float:
-    """The largest relative error (norm) over the tensors of two results."""
-    errors = [0.0]
-    for g, w in zip(got, want, strict=True):
-        if isinstance(g, Tensor) and isinstance(w, Tensor):
-            errors.append(float((g.double() - w.double()).norm() / w.double().norm().clamp_min(1e-6)))
-        elif isinstance(g, tuple) and isinstance(w, tuple):
-            errors.append(worst(g, w))
-    return max(errors)
 
 
 # Of float32 and float64 results, against aten's.
@@ -132,100 +122,6 @@ def compare_all() -> dict[str, float]:
                     args = (h, w, m, ConvSpec(padding=(1, 1)), Act.make("silu"), residual)
                     case(f"conv_bn_act {wide_in} {residual is None}", conv_bn_act, *args)
     return shares | {case: e / BOUNDS[torch.float32] for case, e in compare_inference().items()}
-
-
-def nhwc(*shape: int) -> Tensor:
-    """mean 1, standard deviation 2."""
-    return (torch.randn(shape) * 2 + 1).contiguous(memory_format=torch.channels_last)
-
-
-# input and output channels, kernel, image, convolution: several blocks of rows, groups of panels and slices of depth;
-# parts of tiles and of panels; patches that lie outside the image
-PRODUCTS = (
-    (64, 64, (1, 1), (9, 5), ConvSpec()),
-    (24, 65, (1, 1), (20, 31), ConvSpec()),
-    (3, 1, (1, 1), (1, 1), ConvSpec()),
-    (300, 40, (1, 1), (9, 9), ConvSpec((2, 2))),
-    (30, 150, (3, 3), (13, 9), ConvSpec((1, 1), (1, 1))),
-    (5, 20, (2, 5), (8, 11), ConvSpec((2, 1), (3, 4), (2, 3))),
-    (3, 16, (7, 7), (15, 15), ConvSpec((2, 2), (3, 3))),
-)
-
-
-def compare_inference() -> dict[str, float]:
-    """The convolutions of our own that frozen models use, whether or not they pay on this instruction set."""
-    ops, errors = torch.ops.fused_resnet_cpu, {}
-    for act in ACTIVATIONS:
-        a = Act.make(act)
-        code, b = a.index, torch.randn(64)
-        for kernel, stride, pad, size in (
-            ((7, 7), 2, 3, (37, 50)),
-            ((3, 3), 1, 1, (9, 9)),
-            ((3, 5), (2, 1), (0, 2), (21, 40)),
-        ):
-            conv, pool = ConvSpec.make((64, 3, *kernel), stride, pad), PoolSpec.make(3, 2, 1)
-            x, w = nhwc(3, 3, *size), torch.randn(64, 3, *kernel) / 12
-            want = torch.max_pool2d(aten.conv_bias_act(x, w, b, conv, a, None), 3, 2, 1)
-            got = cpu.conv_pooled(ConvBiasAct(x, w, b, conv, a, None), Packed(ops.stem_prepack(w), "stem"), pool)
-            errors[f"stem {kernel} {act}-float32"] = worst((got,), (want,))
-        for c, k, kernel, size, conv in PRODUCTS:
-            x, w, b = nhwc(2, c, *size), torch.randn(k, c, *kernel) / (c * kernel[0] * kernel[1]) ** 0.5, torch.randn(k)
-            r = nhwc(*conv.out_shape(x.shape, w.shape))
-            packed, where = ops.gemm_prepack(w), (conv.stride, conv.padding, conv.dilation)
-            for residual in (None, r):
-                want = aten.conv_bias_act(x, w, b, conv, a, residual)
-                out = torch.full_like(r, float("nan"))
-                ops.gemm_bias_act(x, packed, b, *where, code, a.param, residual, out)
-                errors[f"gemm {c} {k} {kernel} {act} {residual is None}-float32"] = worst((out,), (want,))
-            ops.gemm_bias_act(x, packed, b, *where, code, a.param, r, r)  # in the residual's place
-            errors[f"gemm {c} {k} {kernel} {act} in place-float32"] = worst((r,), (want,))
-    # slices of tiles for each thread, several of them, the last one shorter
-    x, w, b = nhwc(4, 64, 43, 36), torch.randn(80, 64, 3, 3) / 24, torch.randn(80)
-    want = aten.conv_bias_act(x, w, b, ConvSpec((1, 1), (1, 1)), Act(), None)
-    for tile in (2, 4):
-        got = ops.winograd_bias_act(x, ops.winograd_prepack(w, tile), b, 1, Act.make("relu").index, 0.0, None)
-        errors[f"winograd {tile}-float32"] = worst((got,), (want,))
-    return errors
-
-
-@needs_extension
-def test_not_a_number_goes_through_the_stem() -> None:
-    """A NaN pixel reaches the outputs of its windows, and no other, as in PyTorch."""
-    x, w, b = nhwc(2, 3, 40, 40), torch.randn(64, 3, 7, 7) / 12, torch.randn(64)
-    x[1, 2, 20, 33] = float("nan")
-    conv, pool = ConvSpec.make(w.shape, 2, 3), PoolSpec.make(3, 2, 1)
-    packed = Packed(torch.ops.fused_resnet_cpu.stem_prepack(w), "stem")
-    got = cpu.conv_pooled(ConvBiasAct(x, w, b, conv, Act(), None), packed, pool)
-    want = torch.max_pool2d(aten.conv_bias_act(x, w, b, conv, Act(), None), 3, 2, 1)
-    assert 0 < int(want.isnan().sum()) < want.numel() / 2
-    torch.testing.assert_close(got, want, equal_nan=True)
-
-
-@needs_extension
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"x": torch.zeros(1, 8, 4, 4)}, "^x: expected float32, channels_last, with 16 channels"),
-        ({"x": torch.zeros(1, 16, 4, 4)}, "^x: expected float32, channels_last"),
-        ({"packed": torch.zeros(64, 16)}, "^packed: expected what gemm_prepack returns"),
-        ({"bias": torch.zeros(32)}, "^bias: expected float32 values of as many channels"),
-        ({"out": torch.zeros(1, 64, 4, 5)}, "^out: expected the convolution's result"),
-        ({"residual": torch.zeros(1, 64, 4, 4)}, "^residual: expected the output's shape, dtype and layout"),
-    ],
-)
-def test_bad_operands_of_a_convolution_by_products(change: dict[str, Tensor], message: str) -> None:
-    ops = torch.ops.fused_resnet_cpu
-    args: dict[str, Any] = {
-        "x": nhwc(1, 16, 4, 4),
-        "packed": ops.gemm_prepack(torch.randn(64, 16, 3, 3)),
-        "bias": torch.zeros(64),
-        "residual": nhwc(1, 64, 4, 4),
-        "out": nhwc(1, 64, 4, 4),
-        **{"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "act": 1, "act_param": 0.0},
-    }
-    ops.gemm_bias_act(**args)
-    with pytest.raises(RuntimeError, match=message):
-        ops.gemm_bias_act(**args | change)
 
 
 @needs_extension
@@ -366,7 +262,7 @@ def test_schemas_of_the_compiled_operators() -> None:
     small = torch.randn(2, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     coef = [torch.randn(64) for _ in range(4)]
     packed = ops.winograd_prepack(w3, 4)
-    image, w7 = nhwc(2, 3, 20, 20), torch.randn(64, 3, 7, 7)
+    stem, w7 = image(2, 3, 20, 20), torch.randn(64, 3, 7, 7)
     row, saved = [w3, v[0], v[1]], [y, *v, v[0], v[1].abs()]
 
     call = ConvBiasAct(y, w3, v[0], ConvSpec(padding=(1, 1)), Act("relu"), y)
@@ -401,9 +297,12 @@ def test_schemas_of_the_compiled_operators() -> None:
         "gemm_suits": (y, w1, 1),
         "gemm_prepack": (w1,),
         "gemm_bias_act": (y, ops.gemm_prepack(w1), v[0], one, none, one, 1, 0.0, y, y.clone()),
-        "stem_suits": (image, w7, one, 1, [3, 3]),
+        "depthwise_suits": (y, w1, 1),
+        "depthwise_prepack": (w3[:, :1],),
+        "depthwise_bias_act": (y, ops.depthwise_prepack(w3[:, :1]), v[0], one, one, one, 1, 0.0, y),
+        "stem_suits": (stem, w7, one, 1, [3, 3]),
         "stem_prepack": (w7,),
-        "stem_bias_act_max_pool": (image, ops.stem_prepack(w7), v[0], [2, 2], [3, 3], 1, 0.0, [3, 3], [2, 2], one),
+        "stem_bias_act_max_pool": (stem, ops.stem_prepack(w7), v[0], [2, 2], [3, 3], 1, 0.0, [3, 3], [2, 2], one),
     }
     registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("fused_resnet_cpu::")}
     assert registered == set(calls)

@@ -60,7 +60,7 @@ def says(monkeypatch: pytest.MonkeyPatch, pays: bool) -> list[int]:
     """What every measurement is to find."""
     found: list[int] = []
 
-    def timed(images: int, calls: sizes.Calls, call_s: float, tie: float, cold: bool) -> Measured:
+    def timed(images: int, calls: sizes.Calls, call_s: float, tie: float) -> Measured:
         found.append(images)
         for call in calls(images):
             call()

@@ -30,7 +30,7 @@ def chains_at_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
     """Without what conftest's does: as if it had been measured that rows are faster as chains whose input has 1200
     values, twice as many in the second stage, and others are not."""
 
-    def faster(text: str, n: int, calls: Any, call_s: float, tie: float = sizes.TIE, cold: bool = False) -> Measured:
+    def faster(text: str, n: int, calls: Any, call_s: float, tie: float = sizes.TIE) -> Measured:
         width = max(t.shape[0] for t in calls.given if t.dim() == 1)
         ours = 2e3 * 1200 / math.prod(calls.x.shape) * width / 8
         return Measured(ours <= 2e3, ours, 2e3)

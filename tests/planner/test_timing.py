@@ -99,11 +99,21 @@ def test_a_slow_candidate_is_not_timed_again() -> None:
     assert called.count("slow") < called.count("near") == called.count("quick")
 
 
-@pytest.mark.parametrize("cold", [True, False])
-def test_cold_calls_are_timed_after_other_memory_was_read(monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
-    events: list[int] = []
+def test_a_cold_call_is_timed_after_other_memory_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
     monkeypatch.setattr(sizes, "_OTHERS", 4 * 1000)
-    monkeypatch.setattr(Tensor, "sum", lambda self: events.append(self.numel()))
-    sizes.faster("cold", 1, call_of(lambda: events.append(-1), nothing), 0.001, sizes.TIE, cold)
-    calls = [i for i, event in enumerate(events) if event == -1]
-    assert len(calls) > 2 and {events[i - 1] for i in calls[1:]} == {1000 if cold else 0}
+    monkeypatch.setattr(Tensor, "sum", lambda self: events.append(f"read {self.numel()}"))
+
+    def call(name: str, before: str) -> sizes.Call:
+        return sizes.Cold(lambda: events.append(name), lambda: events.append(before))
+
+    sizes.faster("cold", 1, lambda n: (call("ours", "as ours"), call("plain", "as plain")), 0.001)
+    for name in ("ours", "plain"):
+        timed = [events[i - 2 : i] for i, event in enumerate(events) if event == name]
+        # a call is made once more before it is timed
+        assert len(timed) > 2 and all(before == ["read 1000", f"as {name}"] for before in timed[-2:])
+
+
+def test_another_call_is_timed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "sum", lambda self: pytest.fail("read"))
+    sizes.faster("warm", 1, call_of(nothing, nothing), 0.001)

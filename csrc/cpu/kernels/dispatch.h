@@ -6,6 +6,7 @@
 #include "winograd.h"
 #include "stem.h"
 #include "gemm.h"
+#include "depthwise.h"
 
 namespace {
 
@@ -172,6 +173,9 @@ void gemm_act(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t 
 }
 void stem_any(const Args& a, const Stem& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
     by_act(a.act, [&](auto k) { stem_impl<typename decltype(k)::type>(a, q, pool, scratch, begin, end); });
+}
+void depthwise_any(const Args& a, const Patches& q, const float* weight, int64_t begin, int64_t end) {
+    by_act(a.act, [&](auto k) { depthwise_impl<typename decltype(k)::type>(a, q, weight, begin, end); });
 }
 
 }  // namespace

@@ -93,6 +93,8 @@ struct Patches {
     int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
+constexpr int kDepthwiseBlock = 64;  // channels of a depthwise convolution that one part of its loop computes
+
 // C[rows, columns] (+)= A[rows, depth] B[depth, columns], sums in float, operands of the type of a GemmKernel.
 struct Gemm {
     int64_t rows, columns, depth;

@@ -7,13 +7,14 @@ namespace fused_resnet::cpu {
 namespace {
 
 // In the order of KINDS in fused_resnet/backends/cpu_steps.py.
-enum class Kind { aten, onednn, winograd, gemm, stem, bn_act, bn_act_max_pool, max_pool, avg_pool, pad };
+enum class Kind { aten, onednn, winograd, gemm, depthwise, stem, bn_act, bn_act_max_pool, max_pool, avg_pool, pad };
 
 // What a profiler calls them.
 constexpr const char* kNames[] = {"fused_resnet_cpu::aten_bias_act",
                                   "fused_resnet_cpu::onednn_bias_act",
                                   "fused_resnet_cpu::winograd_bias_act",
                                   "fused_resnet_cpu::gemm_bias_act",
+                                  "fused_resnet_cpu::depthwise_bias_act",
                                   "fused_resnet_cpu::stem_bias_act_max_pool",
                                   "fused_resnet_cpu::bn_act",
                                   "fused_resnet_cpu::bn_act_max_pool",
@@ -112,6 +113,9 @@ Tensor run(const Step& s, const Operands& o) {
         case Kind::winograd:
             return winograd_bias_act(o.x, o.weight(), o.bias(), s.padding[0], s.act, s.act_param, o.residual);
         case Kind::gemm: return by_product(s, o);
+        case Kind::depthwise:
+            return depthwise_bias_act(o.x, o.weight(), o.bias(), s.stride, s.padding, s.dilation, s.act, s.act_param,
+                                      o.residual);
         case Kind::stem:
             return stem_bias_act_max_pool(o.x, o.weight(), o.bias(), s.stride, s.padding, s.act, s.act_param,
                                           s.pool->kernel, s.pool->stride, s.pool->padding);

@@ -79,6 +79,13 @@ Tensor gemm_prepack(const Tensor& weight);
 void gemm_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
                    IntList dilation, int64_t act, double act_param, const OptTensor& residual, const Tensor& out);
 
+// Inference by depthwise kernels: whether they take a convolution, the packed weight, and act(conv(x) + bias (+
+// residual)).
+bool depthwise_suits(const Tensor& x, const Tensor& weight, int64_t groups);
+Tensor depthwise_prepack(const Tensor& weight);
+Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
+                          IntList dilation, int64_t act, double act_param, const OptTensor& residual);
+
 // Inference of a stem in one pass: whether there is one, the packed weight, and max-pool(act(conv(x) + bias)).
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel);
 Tensor stem_prepack(const Tensor& weight);

@@ -1,0 +1,50 @@
+// Depthwise convolutions for inference.
+#include "args.h"
+#include "ops.h"
+
+namespace fused_resnet::cpu {
+
+bool depthwise_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
+    return x.scalar_type() == ScalarType::Float && x.is_channels_last() && groups == x.size(1) &&
+           groups == weight.size(0);
+}
+
+Tensor depthwise_prepack(const Tensor& weight) {
+    FR_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(1) == 1,
+             "weight: expected float32 [C, 1, R, S], got ", weight.scalar_type(), " ", weight.sizes());
+    const IntList s = weight.strides();
+    return weight.view({weight.size(2), weight.size(3), weight.size(0)}, {s[2], s[3], s[0]}).contiguous();
+}
+
+Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
+                          IntList dilation, int64_t act, double act_param, const OptTensor& residual) {
+    FR_CHECK(packed.dim() == 3 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
+             "packed: expected what depthwise_prepack returns, got ", packed.sizes());
+    const int64_t R = packed.size(0), S = packed.size(1), C = packed.size(2);
+    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last() && x.size(1) == C,
+             "x: expected float32, channels_last, with ", C, " channels, got ", x.scalar_type(), " ", x.sizes());
+    FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == C, "bias: expected ", C,
+             " float32 values, got ", bias.sizes());
+    const int64_t height = output_size(x.size(2), R, stride[0], padding[0], dilation[0]),
+                  width = output_size(x.size(3), S, stride[1], padding[1], dilation[1]);
+    const Tensor out = empty({x.size(0), C, height, width}, x.options(), kRows);
+    Args a = epilogue_args(out, act, act_param, residual);
+    a.norm.shift = bias.data_ptr();
+    const Patches q{x.data_ptr(),
+                    x.size(2),
+                    x.size(3),
+                    C,
+                    height,
+                    width,
+                    {R, S},
+                    {stride[0], stride[1]},
+                    {padding[0], padding[1]},
+                    {dilation[0], dilation[1]}};
+    const auto* const weight = static_cast<const float*>(packed.data_ptr());
+    const int64_t blocks = (C + kDepthwiseBlock - 1) / kDepthwiseBlock;
+    parallel(0, x.size(0) * blocks * height, 1,
+             [&](int64_t begin, int64_t end) { table().depthwise(a, q, weight, begin, end); });
+    return out;
+}
+
+}  // namespace fused_resnet::cpu
