@@ -76,6 +76,9 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def(
         "depthwise_bias_act(Tensor x, Tensor packed, Tensor bias, int[2] stride, int[2] padding, int[2] dilation, "
         "int act, float act_param, Tensor? residual) -> Tensor");
+    m.def(
+        "excite(Tensor(a!) x, Tensor weight, Tensor bias, int act, float act_param, Tensor gate_weight, "
+        "Tensor gate_bias, int gate, float gate_param) -> ()");
     m.def("stem_suits(Tensor x, Tensor weight, int[2] dilation, int groups, int[2] pool_kernel) -> bool");
     m.def("stem_prepack(Tensor weight) -> Tensor");
     m.def(
@@ -151,6 +154,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("depthwise_suits", Boxed<cpu::depthwise_suits>::call);
     m.impl("depthwise_prepack", Boxed<cpu::depthwise_prepack>::call);
     m.impl("depthwise_bias_act", Boxed<cpu::depthwise_bias_act>::call);
+    m.impl("excite", Boxed<cpu::excite>::call);
     m.impl("stem_suits", Boxed<cpu::stem_suits>::call);
     m.impl("stem_prepack", Boxed<cpu::stem_prepack>::call);
     m.impl("stem_bias_act_max_pool", Boxed<cpu::stem_bias_act_max_pool>::call);

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.primitives import BnActMaxPool, ConvBiasAct
-from fused_resnet.backends.steps import MaxPool, Recorded, ShortcutInput, Step
+from fused_resnet.backends.steps import AnyStep, Excited, MaxPool, Recorded, ShortcutInput, Step
 from fused_resnet.backends.values import Norm, vector_dtype
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 # In the order of frozen_row.cpp's enum. The first word of a packed weight's kind is one of these.
 KINDS = (
     "aten", "onednn", "winograd", "gemm", "depthwise", "stem", "bn_act", "bn_act_max_pool", "max_pool", "avg_pool",
-    "pad",
+    "pad", "excitation",
 )  # fmt: skip
 # oneDNN's names of the activations that its convolutions can apply: (name, scalars); in the order of frozen_row.cpp's
 POST_OPS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -75,7 +75,7 @@ class Writer:
         ints = vector([self.steps, *self.ints], torch.int64)
         return partial(_run, self.tensors, ints, vector(self.reals, torch.float64))
 
-    def _step(self, step: Step | MaxPool | ShortcutInput, x: int, summand: int) -> None:
+    def _step(self, step: AnyStep, x: int, summand: int) -> None:
         if isinstance(step, MaxPool):
             return self._write("max_pool", x, pool=step.pool)
         if isinstance(step, ShortcutInput):
@@ -83,6 +83,10 @@ class Writer:
             if shortcut.pool is not None:
                 return self._write("avg_pool", x, pool=shortcut.pool)
             return self._write("pad", x, conv=ConvSpec(stride=shortcut.stride), channels=shortcut.channels)
+        if isinstance(step, Excited):
+            by = step.by
+            tensors = [by.weight.flatten(1), by.bias, by.gate_weight.flatten(1), by.gate_bias]
+            return self._write("excitation", x, tensors=tensors, act=by.act, gate=by.gate)
         call = step.call
         if isinstance(call, ConvBiasAct):
             return self._convolution(call, step, x, summand)
@@ -110,12 +114,14 @@ class Writer:
     def _write(
         self, kind: str, x: int, summand: int = -1, tensors: Sequence[Tensor] = (), owned: bool = False,
         conv: ConvSpec | None = None, act: Act | None = None, pool: PoolSpec | None = None, channels: int = 0,
+        gate: Act | None = None,
     ) -> None:  # fmt: skip
-        conv, act = conv or ConvSpec(), act or Act("identity")
+        conv, act, gate = conv or ConvSpec(), act or Act("identity"), gate or Act("identity")
         post_op = _POST_OPS.index(act.name) if kind == "onednn" else 0
-        numbers = scalars(act) if kind == "onednn" else []
+        numbers = scalars(act) if kind == "onednn" else [gate.param]
         self.ints += [KINDS.index(kind), x, summand, len(self.tensors), len(tensors), owned]
-        self.ints += [*conv.stride, *conv.padding, *conv.dilation, conv.groups, act.index, channels, post_op]
+        self.ints += [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
+        self.ints += [act.index, channels, post_op, gate.index]
         self.ints.append(pool is not None)
         if pool is not None:
             self.ints += [*pool.kernel, *pool.stride, *pool.padding, pool.ceil_mode, pool.count_include_pad]

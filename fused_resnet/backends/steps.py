@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import reference
 from fused_resnet.backends.backend import Backend, Packed
 from fused_resnet.backends.primitives import BnAct, BnActMaxPool, ConvBiasAct
-from fused_resnet.spec import PoolSpec, ShortcutSpec
+from fused_resnet.spec import Act, PoolSpec, ShortcutSpec
 
 
 class MaxPool(NamedTuple):
@@ -33,6 +34,36 @@ class ShortcutInput(NamedTuple):
         return reference.shortcut_input(self.x, self.shortcut)
 
 
+class Excitation(NamedTuple):
+    """The tensors and activations of a squeeze-and-excitation.
+
+    Attributes:
+        weight, bias: [S, C, 1, 1] and [S]. act: after them. gate_weight, gate_bias: [C, S, 1, 1] and [C]. gate: after
+            these.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks (arXiv 1709.01507), equations 2 to 4.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    act: Act
+    gate_weight: Tensor
+    gate_bias: Tensor
+    gate: Act
+
+
+class Excited(NamedTuple):
+    """x [N, C, H, W] times one factor per image and channel. Nothing else uses x, so its memory may be reused."""
+
+    x: Tensor
+    by: Excitation
+
+    def run(self) -> Tensor:
+        squeezed = self.x.mean((2, 3), keepdim=True)
+        hidden = reference.act(torch.conv2d(squeezed, self.by.weight, self.by.bias), self.by.act)
+        return self.x * reference.act(torch.conv2d(hidden, self.by.gate_weight, self.by.gate_bias), self.by.gate)
+
+
 class Step(NamedTuple):
     """A call of a primitive.
 
@@ -49,6 +80,9 @@ class Step(NamedTuple):
     pool: PoolSpec | None = None
 
 
+AnyStep = Step | MaxPool | ShortcutInput | Excited
+
+
 class Recorded(NamedTuple):
     """A step of a recorded row.
 
@@ -57,6 +91,6 @@ class Recorded(NamedTuple):
             results follow in order.
     """
 
-    step: Step | MaxPool | ShortcutInput
+    step: AnyStep
     x: int
     summand: int | None

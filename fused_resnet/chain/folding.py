@@ -59,9 +59,10 @@ def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> b
     if dtype != torch.float16:
         return True
     weight = p["weight"]
-    if any(t.is_inference() for t in p.values()):  # their changes can't be noticed
+    values = values_of(*p.values())
+    if values is None:  # changes can't be noticed
         return fold_weight(weight, norm, dtype)[1] is None
-    about = eps, *((WeakIdRef(t), values_of(t)) for t in p.values())
+    about = eps, *map(WeakIdRef, p.values()), values
     known = _answers.get(weight)
     if known is None or known[0] != about:
         known = about, fold_weight(weight, norm, dtype)[1] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -14,11 +15,20 @@ from fused_resnet.base.locks import Lock
 # oneDNN chooses: one to three in ResNet-50.
 SHAPES = 256
 _packing = Lock()
+_address, _changes = methodcaller("data_ptr"), attrgetter("_version")
 
 
-def values_of(weight: Tensor) -> tuple[int, int]:
-    """A key that changes with the weight's values (in place, or by ``.data``). Not for a tensor of inference mode."""
-    return weight.data_ptr(), weight._version
+def values_of(*tensors: Tensor) -> tuple[int, ...] | None:
+    """A key that changes with the tensors' values (in place, or by ``.data``).
+
+    None if one was made in inference mode: PyTorch does not count its changes.
+    """
+    try:
+        return *map(_address, tensors), *map(_changes, tensors)
+    except RuntimeError:
+        if any(t.is_inference() for t in tensors):
+            return None
+        raise
 
 
 class Weight:

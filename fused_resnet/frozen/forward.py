@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fused_resnet import reference
 from fused_resnet.backends import BnAct, BnActMaxPool, Case, ConvBiasAct, Norm, forced, loaded, text_of, vector_dtype
-from fused_resnet.backends.steps import MaxPool, Recorded, ShortcutInput, Step
+from fused_resnet.backends.steps import AnyStep, Excitation, Excited, MaxPool, Recorded, ShortcutInput, Step
 from fused_resnet.chain.packing import Weight
 from fused_resnet.planner import pick, plan, run, sizes
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec
@@ -34,11 +34,12 @@ _IDENTITY = Act("identity")
 
 # ---------------------------------------------------------------------------------------------------- units
 class FoldedUnit(NamedTuple):
-    """act(s*conv(x, W) + b [+ residual]), with BatchNorm folded into W and b.
+    """act(s*conv(x, W) + b [+ residual]), with BatchNorm folded into W and b, and an excitation.
 
     Attributes:
         weight: W, channels_last, in x's dtype; the factors [C] in ``vector_dtype`` if there is no convolution. bias: b.
-        scale: s, [out_channels] in ``vector_dtype``; None: it is folded into W.
+        scale: s, [out_channels] in ``vector_dtype``; None: it is folded into W. excitation: after the activation, but
+            before a residual.
     """
 
     weight: Weight | Tensor
@@ -46,6 +47,7 @@ class FoldedUnit(NamedTuple):
     conv: ConvSpec | None
     act: Act
     scale: Tensor | None = None
+    excitation: Excitation | None = None
 
     @property
     def norm(self) -> Norm:
@@ -150,12 +152,12 @@ def _run_and_read(call: sizes.Call, x: Tensor) -> None:
     x.sum()
 
 
-Do = Callable[[Step | MaxPool | ShortcutInput], Tensor]
+Do = Callable[[AnyStep], Tensor]
 # A row as one call of its input and its summand.
 Row = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def perform(step: Step | MaxPool | ShortcutInput) -> Tensor:
+def perform(step: AnyStep) -> Tensor:
     """Runs a step."""
     if not isinstance(step, Step):
         return step.run()
@@ -179,8 +181,9 @@ class _Plain:
         self.do = do
 
     def unit(self, x: Tensor, unit: FoldedUnit, residual: Tensor | None, owned: bool) -> Tensor:
-        """A unit whose scale is folded. ``owned``: nothing else uses the residual, so its memory may be reused."""
-        weight, bias, conv, act, _ = unit
+        """A unit whose scale is folded, without its excitation. ``owned``: nothing else uses the residual, so its
+        memory may be reused."""
+        weight, bias, conv, act, *_ = unit
         if isinstance(weight, Tensor) or conv is None:
             return self.do(Step(BnAct(x, unit.norm, act, residual), loaded("aten")))
         return self.do(Step(ConvBiasAct(x, weight.own(), bias, conv, act, residual), loaded("aten")))
@@ -188,6 +191,10 @@ class _Plain:
     def pooled(self, x: Tensor, unit: FoldedUnit, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output."""
         return self.do(MaxPool(self.unit(x, unit, None, True), pool))
+
+    def excited(self, x: Tensor, unit: FoldedUnit) -> Tensor:
+        """The unit's excitation of its output."""
+        return x if unit.excitation is None else self.do(Excited(x, unit.excitation))
 
     def start(self, x: Tensor, shortcut: ShortcutSpec) -> Tensor:
         """x after a shortcut without parameters."""
@@ -206,7 +213,7 @@ class _Backends(_Plain):
         self.measured, self.algorithm = measured, algorithm
 
     def unit(self, x: Tensor, unit: FoldedUnit, residual: Tensor | None, owned: bool) -> Tensor:
-        weight, bias, conv, act, _ = unit
+        weight, bias, conv, act, *_ = unit
         if residual is not None:
             if residual.dtype != x.dtype or tuple(residual.shape) != unit.out_shape(x):
                 # the add converts or broadcasts a summand, so it is PyTorch's add
@@ -232,7 +239,7 @@ class _Backends(_Plain):
 
     def pooled(self, x: Tensor, unit: FoldedUnit, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output, in one pass if the backend has such a pass."""
-        weight, bias, conv, act, _ = unit
+        weight, bias, conv, act, *_ = unit
         if self.measured and _algorithm(x, unit, None, pool) == _ATEN:
             return self.do(MaxPool(super().unit(x, unit, None, True), pool))
         if isinstance(weight, Tensor) or conv is None:
@@ -262,7 +269,7 @@ class _Recorder:
         self.steps: list[Recorded] = []
         self.memory = x.new_empty(0)  # of all results, which nobody reads or writes
 
-    def add(self, step: Step | MaxPool | ShortcutInput) -> Tensor:
+    def add(self, step: AnyStep) -> Tensor:
         call = step.call if isinstance(step, Step) else step
         residual = call.residual if isinstance(call, ConvBiasAct | BnAct) else None
         x = call.y if isinstance(call, BnAct | BnActMaxPool) else call.x
@@ -278,7 +285,9 @@ class _Recorder:
         return next(i for i, known in enumerate(self.results) if known is t)
 
     @staticmethod
-    def _shape(step: Step | MaxPool | ShortcutInput) -> Sequence[int]:
+    def _shape(step: AnyStep) -> Sequence[int]:
+        if isinstance(step, Excited):
+            return step.x.shape
         if not isinstance(step, Step):
             return step._replace(x=step.x.to("meta")).run().shape
         call, pool = step.call, step.pool
@@ -320,6 +329,17 @@ def _begun(x: Tensor, unit: FoldedUnit, ways: _Plain) -> tuple[Tensor, FoldedUni
     return ways.unit(x, conv, None, True), FoldedUnit(unit.scale, unit.bias, None, unit.act)
 
 
+def _sum(unit: FoldedUnit) -> FoldedUnit:
+    """A unit that only adds a residual and applies the unit's activation."""
+    one = torch.ones(unit.bias.numel(), dtype=vector_dtype(unit.weight.dtype), device=unit.bias.device)
+    return FoldedUnit(one, torch.zeros_like(one), None, unit.act)
+
+
+def _excited(x: Tensor, unit: FoldedUnit, ways: _Plain) -> Tensor:
+    """A unit without a residual, and its excitation."""
+    return ways.excited(ways.unit(*_begun(x, unit, ways), None, True), unit)
+
+
 def _chain(x: Tensor, chain: FoldedChain, residual: Tensor | None, owned: bool, ways: _Plain) -> Tensor:
     """``residual``: the given summand. ``owned``: nothing else uses x, so its memory may be reused."""
     spec, units = chain
@@ -327,7 +347,7 @@ def _chain(x: Tensor, chain: FoldedChain, residual: Tensor | None, owned: bool, 
     *before, last = units[: len(spec.units)]
     h = x
     for unit in before:
-        h = ways.unit(*_begun(h, unit, ways), None, True)
+        h = _excited(h, unit, ways)
     if spec.pool is not None:  # a chain closed by a pool has no shortcut
         return ways.pooled(*_begun(h, last, ways), spec.pool)
     if kind not in ("none", "tensor"):
@@ -335,6 +355,10 @@ def _chain(x: Tensor, chain: FoldedChain, residual: Tensor | None, owned: bool, 
     if spec.shortcut.unit is not None:
         assert residual is not None
         residual = ways.unit(*_begun(residual, units[-1], ways), None, True)
+    if last.excitation is not None:
+        if residual is None:
+            return _excited(h, last, ways)
+        h, last = _excited(h, last._replace(act=_IDENTITY), ways), _sum(last)
     free = kind in ("projection", "pad") or (kind == "identity" and owned and h is not x)
     return ways.unit(*_begun(h, last, ways), residual, free)
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fused_resnet.backends import BnFold, Norm, loaded, vector_dtype
+from fused_resnet.backends.steps import Excitation
 from fused_resnet.base.arguments import number
 from fused_resnet.chain.folding import fold_weight
 from fused_resnet.chain.packing import Weight, values_of
 from fused_resnet.chain.units import Unit
 from fused_resnet.frozen.forward import FoldedChain, FoldedUnit, Row, plain_chains, run_chains
-from fused_resnet.fusion.lowering import ChainCall, Places, UnitCall, finish, put_in
+from fused_resnet.fusion.lowering import ChainCall, ExcitationCall, Places, UnitCall, finish, put_in
 from fused_resnet.fusion.matcher import match
 from fused_resnet.fusion.matches import Matches, RowMatch
 from fused_resnet.fusion.patterns import ACT_CALLS, ADDS
@@ -38,11 +39,11 @@ class _Folded(NamedTuple):
     """A folded row.
 
     Attributes:
-        values: identify its sources. kept: keeps these alive, so that no address is used again. calls: the row as one
-            call, for each kind of input.
+        values: of its sources, see ``values_of``. kept: keeps these alive, so that no address is used again. calls: the
+            row as one call, for each kind of input.
     """
 
-    values: list[tuple[int, int]]
+    values: tuple[int, ...] | None
     kept: list[Tensor]
     chains: list[FoldedChain]
     calls: dict[Any, Row | None]
@@ -92,19 +93,17 @@ class FrozenRow(nn.Module):
 
     def forward(self, *given: Tensor) -> Tensor:
         images, sources = given[: self.images], given[self.images :]
-        uncounted = any(t.is_inference() for t in sources)  # PyTorch does not count changes of inference tensors
-        values = [] if uncounted else [values_of(t) for t in sources]
-        made = self.made
-        if made is None or made.values != values or uncounted:
+        values, made = values_of(*sources), self.made
+        if made is None or values is None or made.values != values:
             self.made = made = self._fold(values, sources)
         residual = images[1] if len(images) > 1 else None
         row = images[0], made.chains, residual
         with torch._C._DisableAutocast():
             return plain_chains(*row) if self.portable else run_chains(*row, made.calls)
 
-    def _fold(self, values: list[tuple[int, int]], sources: Sequence[Tensor]) -> _Folded:
+    def _fold(self, values: tuple[int, ...] | None, sources: Sequence[Tensor]) -> _Folded:
         made = self.known.get(self.text)
-        if made is not None and values and made.values == values:
+        if made is not None and values is not None and made.values == values:
             return made
         with torch.inference_mode(False), torch.no_grad():
             tensors = self._tensors(sources)
@@ -138,13 +137,14 @@ class FrozenRow(nn.Module):
         norm = self._norm(u)
         wide = vector_dtype(self.dtype)
         act = u.act if isinstance(u.act, Act) else Act.make(u.act)
+        excitation = _excitation(call.excitation, tensors) if call.excitation is not None else None
         if u.weight is None:
-            return FoldedUnit(norm.scale.to(wide), norm.shift.to(wide), None, act)
+            return FoldedUnit(norm.scale.to(wide), norm.shift.to(wide), None, act, excitation=excitation)
         own, scale = self._weight(u, norm)
         again = None if self.portable else lambda: self._weight(call.unit(self._tensors(sources)))[0]
         bias = norm.shift.to(self.dtype if self.portable and scale is None else wide)
         conv = ConvSpec.make(u.weight.shape, u.stride, u.padding, u.dilation, u.groups, bias=True)
-        return FoldedUnit(Weight(own, again), bias, conv, act, scale)
+        return FoldedUnit(Weight(own, again), bias, conv, act, scale, excitation)
 
     @staticmethod
     def _norm(u: Unit) -> Norm:
@@ -159,6 +159,14 @@ class FrozenRow(nn.Module):
         assert u.weight is not None
         weight, scale = fold_weight(u.weight, norm if norm is not None else self._norm(u), self.dtype)
         return weight.contiguous(memory_format=torch.channels_last), scale
+
+
+def _excitation(call: ExcitationCall, tensors: Sequence[Any]) -> Excitation:
+    def layer(weight: Tensor, bias: int | None) -> tuple[Tensor, Tensor]:
+        return weight, weight.new_zeros(weight.shape[0]) if bias is None else tensors[bias]
+
+    squeeze, excite = (layer(tensors[w], b) for w, b in zip(call.weights, call.biases, strict=True))
+    return Excitation(*squeeze, call.acts[0], *excite, call.acts[1])
 
 
 def _constants(

@@ -85,7 +85,7 @@ class _Chains:
             return []
         if only_user(other) is add and other not in self.taken:
             unit = self.units.get(other)
-            if unit is not None and unit.has_conv and unit.act.name == "identity":
+            if unit is not None and unit.has_conv and unit.act.name == "identity" and unit.excitation is None:
                 pooled = _avg_pool(unit, chain.start)
                 if unit.start is chain.start or pooled is not None:
                     chain.shortcut, chain.projection, chain.avg_pool = "projection", unit, pooled
@@ -106,6 +106,7 @@ class _Chains:
             user = only_user(unit.end)
             given = arguments(user) if user is not None and kind_of(user) == "max_pool" else None
             plain = given is not None and not given["ceil_mode"] and not given["return_indices"]
+            plain &= unit.excitation is None
             if plain and given is not None and given["dilation"] in (1, (1, 1), [1, 1]):
                 window = (given["kernel_size"], given["stride"] or None, given["padding"])
                 chain.max_pool = _pool(*window)

@@ -17,7 +17,7 @@ from fused_resnet.chain.encoding import Rows
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.choosing import Choice, thread
 from fused_resnet.fusion.matcher import match
-from fused_resnet.fusion.matches import ChainMatch, Matches, RowMatch, UnitMatch
+from fused_resnet.fusion.matches import ChainMatch, ExcitationMatch, Matches, RowMatch, UnitMatch
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.fusion.table import constant, storage_of, written
 
@@ -34,6 +34,17 @@ class Places:
         return self.nodes.setdefault(node, len(self.nodes))
 
 
+class ExcitationCall:
+    """The squeeze-and-excitation of a unit: its activations, and the positions of its tensors among the row's."""
+
+    def __init__(self, match: ExcitationMatch, places: Places) -> None:
+        weight, bias, gate_weight, gate_bias = match.tensors
+        self.weights = places.of(weight), places.of(gate_weight)
+        self.biases = [places.of(node) if node is not None else None for node in (bias, gate_bias)]
+        self.acts = match.acts
+        self.text = f"excitation {self.weights} {self.biases} {self.acts}"
+
+
 class UnitCall:
     """A unit of a row: its constants, and the positions of its tensors among the row's."""
 
@@ -42,12 +53,14 @@ class UnitCall:
         self.momentum = places.of(m) if isinstance(m := match.options["momentum"], fx.Node) else None
         self.options = {k: v for k, v in match.options.items() if not isinstance(v, fx.Node)} | {"act": act}
         self.affine = match.affine
+        self.excitation = ExcitationCall(match.excitation, places) if match.excitation is not None else None
         self.group = self.options.pop("process_group", None)
         names = ("running_mean", "running_var") if self.options["training"] else ()
         self.buffers = [self.tensors[name] for name in names if name in self.tensors]
         geometry = [f"{k} {self.options[k]}" for k in ("stride", "padding", "dilation", "groups") if k in self.options]
         statistics = "batch" if self.options["training"] else "running"
-        self.text = " ".join([*geometry, statistics, *sorted(self.tensors), str(act)]).replace(", ", ",")
+        behind = [self.excitation.text] if self.excitation is not None else []
+        self.text = " ".join([*geometry, statistics, *sorted(self.tensors), str(act), *behind]).replace(", ", ",")
         self.counter = places.of(match.counter.args[0]) if match.counter is not None else None  # type: ignore[arg-type]
         if self.counter is not None:
             self.buffers.append(self.counter)

@@ -1,7 +1,7 @@
 """The parts of a captured graph that the matcher finds, and the norms that are in none.
 
 unit     a norm; the convolution before it, if only the norm uses its output; the activation after it, if only that uses
-         the norm's output
+         the norm's output; for inference the squeeze-and-excitation after that
 chain    units one after the other; closed by an add and its activation, where the add's other summand is a shortcut or
          another tensor; or closed by a max-pool; or by nothing
 row      chains one after the other, where only the next chain uses a chain's output
@@ -20,6 +20,16 @@ IDENTITY = Act("identity")
 
 
 @dataclass(eq=False)
+class ExcitationMatch:
+    """The nodes of a squeeze-and-excitation. ``tensors``: weight and bias of the first convolution, then of the second;
+    None: no bias. ``acts``: the activations after them."""
+
+    nodes: list[fx.Node]
+    tensors: tuple[fx.Node, fx.Node | None, fx.Node, fx.Node | None]
+    acts: tuple[Act, Act]
+
+
+@dataclass(eq=False)
 class UnitMatch:
     """The nodes of a unit.
 
@@ -28,7 +38,7 @@ class UnitMatch:
             the unit.
         tensors: field of ``units.Unit`` -> node. options: field -> constant; ``momentum`` may be a node.
         counter: the node that counts the batch; it belongs to the unit.
-        affine: scale and shift ([1, C, 1, 1]) are given instead of statistics.
+        affine: scale and shift ([1, C, 1, 1]) are given instead of statistics. excitation: after the activation.
     """
 
     start: fx.Node
@@ -39,6 +49,7 @@ class UnitMatch:
     act: Act = IDENTITY
     counter: fx.Node | None = None
     affine: bool = False
+    excitation: ExcitationMatch | None = None
 
     @property
     def end(self) -> fx.Node:
@@ -47,6 +58,12 @@ class UnitMatch:
     @property
     def has_conv(self) -> bool:
         return "weight" in self.tensors
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """Its tensors, without its input."""
+        behind = self.excitation.tensors if self.excitation is not None else ()
+        return [*self.tensors.values(), *(t for t in behind if t is not None)]
 
 
 @dataclass(eq=False)

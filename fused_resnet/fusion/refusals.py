@@ -53,7 +53,7 @@ class Refusals:
 
 def _reads(chains: Sequence[ChainMatch]) -> set[fx.Node]:
     """All values that the chains read from outside."""
-    tensors = {t for chain in chains for unit in chain.all_units for t in unit.tensors.values()}
+    tensors = {t for chain in chains for unit in chain.all_units for t in unit.reads}
     computed = {m for c in chains for u in c.all_units if isinstance(m := u.options["momentum"], fx.Node)}
     return tensors | computed | {chains[0].start} | {c.residual for c in chains if c.residual is not None}
 

@@ -108,6 +108,19 @@ def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return node.args  # type: ignore[return-value]
 
 
+def averages(node: fx.Node, of: fx.Node) -> bool:
+    """Whether a node is the mean of each channel of ``of``: [N, C, 1, 1]."""
+    if node.target is F.adaptive_avg_pool2d:
+        return node.args in ((of, 1), (of, (1, 1)), (of, [1, 1])) and not node.kwargs
+    if node.target not in ("mean", torch.mean) or node.args[:1] != (of,):
+        return False
+    given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
+    dims = given.get("dim")
+    if given.keys() != {"dim", "keepdim"} or given["keepdim"] is not True or not isinstance(dims, list | tuple):
+        return False
+    return sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3]
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The node that uses a value, if there is only one and it uses the value once."""
     if len(node.users) != 1 or node.op not in ("call_function", "call_method"):

@@ -1,4 +1,4 @@
-"""Finds the units of a captured graph: a norm, with the convolution before it and the activation after it."""
+"""Finds the units of a captured graph: a norm, with the convolution before it and what follows it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import torch
 from torch import fx
 
 from fused_resnet.chain.checks import DTYPES
-from fused_resnet.fusion.matches import IDENTITY, UnitMatch
-from fused_resnet.fusion.table import MULS, act_of, arguments, counts_batch, kind_of, only_user, summands, value_of
+from fused_resnet.fusion.matches import IDENTITY, ExcitationMatch, UnitMatch
+from fused_resnet.fusion.table import (
+    MULS,
+    act_of,
+    arguments,
+    averages,
+    counts_batch,
+    kind_of,
+    only_user,
+    summands,
+    value_of,
+)  # fmt: skip
 from fused_resnet.spec import Act, ConvSpec
 
 
@@ -37,6 +47,9 @@ class _Units:
             return None
         unit.act, nodes = followed_by_act(unit.end)
         unit.nodes += nodes
+        if self.frozen:
+            unit.excitation = _excitation(unit.end)
+            unit.nodes += unit.excitation.nodes if unit.excitation is not None else []
         before = unit.start
         if kind_of(before) == "conv" and only_user(before) is unit.nodes[0]:
             _add_conv(unit, before)
@@ -124,6 +137,43 @@ def followed_by_act(node: fx.Node) -> tuple[Act, list[fx.Node]]:
     if user is None or user.args[:1] != (last,) or (act := act_of(user)) is None:
         return IDENTITY, passed
     return act, [*passed, user]
+
+
+def _excitation(node: fx.Node) -> ExcitationMatch | None:
+    """The squeeze-and-excitation that alone uses a float32 value: value * gate(conv(act(conv(mean of value))))."""
+    value = value_of(node)
+    if value is None or value.dtype != torch.float32 or len(node.users) != 2:
+        return None
+    mean = next((user for user in node.users if averages(user, node)), None)
+    product = next(user for user in node.users if user is not mean)
+    if mean is None or product.target not in MULS or product.kwargs or len(product.args) != 2:
+        return None
+    nodes, tensors, acts = [mean], [], []
+    for _ in range(2):
+        conv = only_user(nodes[-1])
+        given = arguments(conv) if conv is not None and kind_of(conv) == "conv" else None
+        if conv is None or given is None or given["input"] is not nodes[-1] or not _dense(given):
+            return None
+        act, behind = followed_by_act(conv)
+        nodes += [conv, *behind]
+        tensors += [given["weight"], given["bias"]]
+        acts.append(act)
+    factor = value_of(nodes[-1])
+    if factor is None or factor.shape[1:] != (value.shape[1], 1, 1) or factor.dtype != value.dtype:
+        return None
+    if only_user(nodes[-1]) is not product or {*product.args} != {node, nodes[-1]}:
+        return None
+    return ExcitationMatch([*nodes, product], tuple(tensors), tuple(acts))  # type: ignore[arg-type]
+
+
+def _dense(given: dict[str, Any]) -> bool:
+    """Whether a convolution's arguments are those of a linear layer at each pixel."""
+    weight, bias = given["weight"], given["bias"]
+    value = value_of(weight)
+    if value is None or value.shape[2:] != (1, 1) or value.dtype != torch.float32 or given["groups"] != 1:
+        return False
+    moves = (given[name] in (same, (same, same), [same, same]) for name, same in (("stride", 1), ("padding", 0)))
+    return all(moves) and (bias is None or isinstance(bias, fx.Node))
 
 
 def _module(node: fx.Node) -> Any:

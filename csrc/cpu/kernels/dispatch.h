@@ -7,6 +7,7 @@
 #include "stem.h"
 #include "gemm.h"
 #include "depthwise.h"
+#include "excitation.h"
 
 namespace {
 
@@ -173,6 +174,9 @@ void gemm_act(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t 
 }
 void stem_any(const Args& a, const Stem& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
     by_act(a.act, [&](auto k) { stem_impl<typename decltype(k)::type>(a, q, pool, scratch, begin, end); });
+}
+void linear_any(const Args& a, const float* weight, int64_t begin, int64_t end) {
+    by_act(a.act, [&](auto k) { linear_impl<typename decltype(k)::type>(a, weight, begin, end); });
 }
 void depthwise_any(const Args& a, const Patches& q, const float* weight, int64_t begin, int64_t end) {
     by_act(a.act, [&](auto k) { depthwise_impl<typename decltype(k)::type>(a, q, weight, begin, end); });

@@ -7,7 +7,20 @@ namespace fused_resnet::cpu {
 namespace {
 
 // In the order of KINDS in fused_resnet/backends/cpu_steps.py.
-enum class Kind { aten, onednn, winograd, gemm, depthwise, stem, bn_act, bn_act_max_pool, max_pool, avg_pool, pad };
+enum class Kind {
+    aten,
+    onednn,
+    winograd,
+    gemm,
+    depthwise,
+    stem,
+    bn_act,
+    bn_act_max_pool,
+    max_pool,
+    avg_pool,
+    pad,
+    excitation
+};
 
 // What a profiler calls them.
 constexpr const char* kNames[] = {"fused_resnet_cpu::aten_bias_act",
@@ -20,7 +33,8 @@ constexpr const char* kNames[] = {"fused_resnet_cpu::aten_bias_act",
                                   "fused_resnet_cpu::bn_act_max_pool",
                                   "fused_resnet_cpu::max_pool",
                                   "fused_resnet_cpu::avg_pool",
-                                  "fused_resnet_cpu::pad"};
+                                  "fused_resnet_cpu::pad",
+                                  "fused_resnet_cpu::excite"};
 
 constexpr int64_t kUndilated[] = {1, 1};
 
@@ -32,17 +46,18 @@ struct Step {
     int64_t x, residual, first, count;  // results by their number (-1: none); where its tensors are among the row's
     bool owned;                         // the residual's memory may be overwritten
     std::array<int64_t, 2> stride, padding, dilation;
-    int64_t groups, act, channels, post_op;  // channels after padding; which of kPostOps
+    int64_t groups, act, channels, post_op, gate;  // channels after padding; which of kPostOps; an activation
     std::optional<Window> pool;
     double act_param;
-    std::vector<double> scalars;  // of the post-op
+    std::vector<double> scalars;  // of the post-op, or the gate's parameter
 
     explicit Step(Reader& from) : kind(Kind(from.next())) {
-        FR_CHECK(Kind::aten <= kind && kind <= Kind::pad, "frozen_row: no step of kind ", int64_t(kind));
+        FR_CHECK(Kind::aten <= kind && kind <= Kind::excitation, "frozen_row: no step of kind ", int64_t(kind));
         x = from.next(), residual = from.next(), first = from.next(), count = from.next();
         owned = from.next();
         stride = from.pair(), padding = from.pair(), dilation = from.pair();
         groups = from.next(), act = from.next(), channels = from.next(), post_op = from.next();
+        gate = from.next();
         FR_CHECK(post_op >= 0 && post_op < int64_t(std::size(kPostOps)), "frozen_row: no post-op ", post_op);
         pool = Window::read(from);
         act_param = from.real();
@@ -128,6 +143,9 @@ Tensor run(const Step& s, const Operands& o) {
                         IntList(s.pool->padding), IntList(kUndilated), false)[0];
         case Kind::avg_pool: return s.pool->average(o.x);
         case Kind::pad: return padded(every(o.x, s.stride), s.channels, kRows);
+        case Kind::excitation:
+            excite(o.x, o.all[0], o.all[1], s.act, s.act_param, o.all[2], o.all[3], s.gate, s.scalars.at(0));
+            return o.x;
     }
     return {};
 }

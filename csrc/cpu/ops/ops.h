@@ -86,6 +86,11 @@ Tensor depthwise_prepack(const Tensor& weight);
 Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
                           IntList dilation, int64_t act, double act_param, const OptTensor& residual);
 
+// Squeeze-and-excitation in place: x *= gate(gate_weight act(weight mean(x) + bias) + gate_bias), a factor per image
+// and channel.
+void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t act, double act_param,
+            const Tensor& gate_weight, const Tensor& gate_bias, int64_t gate, double gate_param);
+
 // Inference of a stem in one pass: whether there is one, the packed weight, and max-pool(act(conv(x) + bias)).
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel);
 Tensor stem_prepack(const Tensor& weight);

@@ -1,0 +1,89 @@
+// Squeeze-and-excitation for inference.
+#include "args.h"
+#include "ops.h"
+
+namespace fused_resnet::cpu {
+
+namespace {
+
+// Rows of an image whose sums are added up first, whatever the number of threads: the bits depend on the shape alone.
+constexpr int64_t kSumRows = 64;
+
+struct Layer {
+    const float *weight, *bias;
+    int64_t outputs, inputs;
+    Act act;
+    double act_param;
+
+    Layer(const char* name, const Tensor& weight, const Tensor& bias, int64_t outputs, int64_t inputs, int64_t act,
+          double act_param)
+        : weight(static_cast<const float*>(weight.data_ptr())),
+          bias(static_cast<const float*>(bias.data_ptr())),
+          outputs(outputs),
+          inputs(inputs),
+          act(act_of(act)),
+          act_param(act_param) {
+        FR_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() && weight.dim() == 2 &&
+                     weight.size(0) == outputs && weight.size(1) == inputs,
+                 name, ": expected float32 [", outputs, ", ", inputs, "], got ", weight.scalar_type(), " ",
+                 weight.sizes());
+        FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == outputs, name,
+                 "'s bias: expected ", outputs, " float32 values, got ", bias.sizes());
+    }
+
+    void operator()(const float* x, float* out) const {
+        Args a{};
+        a.layout = rows_layout(inputs);
+        a.act = act, a.act_param = act_param;
+        a.y = x, a.out = out, a.norm.shift = bias;
+        table().linear(a, weight, 0, outputs);
+    }
+};
+
+}  // namespace
+
+void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t act, double act_param,
+            const Tensor& gate_weight, const Tensor& gate_bias, int64_t gate, double gate_param) {
+    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last(), "x: expected float32, channels_last, got ",
+             x.scalar_type(), " ", x.sizes());
+    FR_CHECK(weight.dim() == 2, "weight: expected [S, C], got ", weight.sizes());
+    const int64_t C = x.size(1), S = weight.size(0), images = x.size(0), rows = x.size(2) * x.size(3);
+    const Layer squeeze("weight", weight, bias, S, C, act, act_param);
+    const Layer expand("gate_weight", gate_weight, gate_bias, C, S, gate, gate_param);
+    const int64_t chunks = (rows + kSumRows - 1) / kSumRows, size = (chunks + 1) * C + S;
+    const Memory memory(images * size * sizeof(float));
+    const auto sum = [&](int64_t image, int64_t first, int64_t last) {
+        const float* const from = static_cast<const float*>(x.data_ptr()) + image * rows * C;
+        float* const sums = memory.at<float>() + image * size;
+        for (int64_t i = first; i < last; i++)
+            table().channel_sums(from, C, sums + i * C, i * kSumRows, std::min(rows, (i + 1) * kSumRows));
+    };
+    const auto factors = [&](int64_t image) {  // over the sums
+        float *const sums = memory.at<float>() + image * size, *const mean = sums + chunks * C,
+                     *const hidden = mean + C;
+        table().channel_sums(sums, C, mean, 0, chunks);
+        for (int64_t c = 0; c < C; c++) mean[c] /= float(rows);
+        squeeze(mean, hidden);
+        expand(hidden, mean);
+        return mean;
+    };
+    const auto scale = [&](int64_t image, const float* by, int64_t first, int64_t last) {
+        table().scale_rows(static_cast<float*>(x.data_ptr()) + image * rows * C, C, by, first, last);
+    };
+    if (images >= thread_count()) {
+        parallel(0, images, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+                sum(i, 0, chunks);
+                scale(i, factors(i), 0, rows);
+            }
+        });
+        return;
+    }
+    for (int64_t i = 0; i < images; i++) {
+        parallel(0, chunks, 1, [&](int64_t begin, int64_t end) { sum(i, begin, end); });
+        const float* const by = factors(i);
+        parallel(0, rows, kSumRows, [&](int64_t begin, int64_t end) { scale(i, by, begin, end); });
+    }
+}
+
+}  // namespace fused_resnet::cpu
