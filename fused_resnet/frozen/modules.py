@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from fused_resnet.chain.packing import values_of
 from fused_resnet.frozen.cuda_graphs import Graphs
 from fused_resnet.frozen.rows import lower_frozen
-from fused_resnet.fusion.front import Front
+from fused_resnet.fusion.front import BACKWARD_HOOKS, Front
 from fused_resnet.fusion.inspection import graphed
 from fused_resnet.fusion.matches import Matches
 from fused_resnet.fusion.swap import plain_here
@@ -60,7 +60,7 @@ class Frozen(nn.Module):
         """The front of this process. It is never copied or pickled."""
         front: Front | None = self.__dict__.get("_fr_front")
         if front is None or front.module() is not self.model:
-            self.__dict__["_fr_front"] = front = Front(self.model, _call, self._lower)
+            self.__dict__["_fr_front"] = front = Front(self.model, _call, self._lower, BACKWARD_HOOKS)
         return front
 
     def _lower(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Matches:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
+from torch._guards import TracingContext
 
 from fused_resnet.backends import warn_lost_speed
 from fused_resnet.base.locks import wait_before_forks
@@ -63,6 +64,10 @@ _FUNCTIONS = [
     (F, "relu6"), (F, "hardtanh"), (F, "max_pool2d"), (F, "avg_pool2d"), (F, "pad"),
 ]  # fmt: skip
 
+# Hooks of a module that need no guard while they are empty: what is in these is in _forward_hooks, _forward_pre_hooks.
+_IMPLIED = frozenset({"_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"})
+# Nor do these where there are no gradients, because they never fire.
+BACKWARD_HOOKS = frozenset({"_backward_hooks", "_backward_pre_hooks"})
 
 # The ids of the threads that run a front.
 _running: set[int] = set()
@@ -147,7 +152,8 @@ class Front:
 
     Args:
         module: fused or frozen. plain: the method of the module's original class. lower: puts rows into a graph; it is
-            called with the graph and example inputs.
+            called with the graph and example inputs. unguarded: names of the modules' dictionaries of hooks for which
+            an empty one needs no guard.
 
     Attributes:
         graphs: a report of each captured graph, oldest first. calls: the number of calls. without: the number of calls
@@ -155,14 +161,18 @@ class Front:
     """
 
     def __init__(
-        self, module: nn.Module, plain: Callable[..., Any], lower: Callable[[fx.GraphModule, Sequence[Any]], Matches]
+        self,
+        module: nn.Module,
+        plain: Callable[..., Any],
+        lower: Callable[[fx.GraphModule, Sequence[Any]], Matches],
+        unguarded: frozenset[str] = frozenset(),
     ) -> None:
         import torch._dynamo as dynamo
         from torch._inductor import config as inductor_config
 
         _set_up()
         self.module, self.plain, self.lower = weakref.ref(module), plain, lower
-        self.settled = Settled()
+        self.settled, self.unguarded = Settled(), _IMPLIED | unguarded
         configs = ((dynamo.config, _OPTIONS), (inductor_config, _INDUCTOR_OPTIONS))
         self.options = [(config, name, value) for config, wanted in configs for name, value in wanted.items()]
         self.graphs: list[GraphReport] = []
@@ -194,6 +204,7 @@ class Front:
         report = GraphReport(self.lower(gm, example_inputs), names)
         log.info("captured %s", report)
         self.graphs.append(report)
+        _drop_guards(self.unguarded)
         forward, runs = gm.forward, self.runs
 
         def counted(*args: Any) -> Any:  # a global of the module's file refers to it, so it must not refer to the front
@@ -272,6 +283,17 @@ class Front:
             if guards.check(variables):
                 return (time.thread_time() - start) * 1e3
         return 0.0
+
+
+def _drop_guards(hooks: frozenset[str]) -> None:
+    """Drops the guards of the graph that is being captured that these dictionaries of hooks are empty."""
+    context = TracingContext.try_get()
+    if context is not None:
+        guards = context.guards_context.dynamo_guards.inner
+        for guard in list(guards):
+            empty = guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT"
+            if empty and getattr(guard.originating_source, "member", None) in hooks:
+                guards.discard(guard)
 
 
 def _unguarded(module: nn.Module, args: tuple[Any, ...]) -> Any:

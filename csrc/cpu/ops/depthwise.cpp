@@ -1,4 +1,5 @@
 // Depthwise convolutions for inference.
+#include "arena.h"
 #include "args.h"
 #include "ops.h"
 
@@ -27,7 +28,7 @@ Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& b
              " float32 values, got ", bias.sizes());
     const int64_t height = output_size(x.size(2), R, stride[0], padding[0], dilation[0]),
                   width = output_size(x.size(3), S, stride[1], padding[1], dilation[1]);
-    const Tensor out = empty({x.size(0), C, height, width}, x.options(), kRows);
+    const Tensor out = result({x.size(0), C, height, width}, x.options());
     Args a = epilogue_args(out, act, act_param, residual);
     a.norm.shift = bias.data_ptr();
     const Patches q{x.data_ptr(),

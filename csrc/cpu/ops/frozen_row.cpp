@@ -1,4 +1,5 @@
 // A frozen row in one call: the steps that fused_resnet/frozen/forward.py recorded, one after the other.
+#include "arena.h"
 #include "onednn.h"
 #include "reader.h"
 
@@ -114,9 +115,8 @@ Tensor by_product(const Step& s, const Operands& o) {
     const auto size = [&](int i) {
         return output_size(o.x.size(2 + i), packed.size(1 + i), s.stride[i], s.padding[i], s.dilation[i]);
     };
-    const Tensor out = s.owned && o.residual
-                           ? *o.residual
-                           : empty({o.x.size(0), o.bias().numel(), size(0), size(1)}, o.x.options(), kRows);
+    const Tensor out =
+        s.owned && o.residual ? *o.residual : result({o.x.size(0), o.bias().numel(), size(0), size(1)}, o.x.options());
     gemm_bias_act(o.x, packed, o.bias(), s.stride, s.padding, s.dilation, s.act, s.act_param, o.residual, out);
     return out;
 }
@@ -150,6 +150,18 @@ Tensor run(const Step& s, const Operands& o) {
     return {};
 }
 
+// Which steps' results the row returns, or writes what it returns into.
+std::vector<bool> returned_by(const std::vector<Step>& steps) {
+    std::vector<bool> found(steps.size());
+    found.back() = true;
+    for (size_t i = steps.size(); i-- > 0;) {
+        const Step& s = steps[i];
+        const int64_t written = s.kind == Kind::excitation ? s.x : s.owned ? s.residual : -1;
+        if (found[i] && written >= 2) found[written - 2] = true;
+    }
+    return found;
+}
+
 }  // namespace
 
 Tensor frozen_row(const Tensor& x, const OptTensor& residual, TensorList tensors, const Tensor& ints,
@@ -157,7 +169,10 @@ Tensor frozen_row(const Tensor& x, const OptTensor& residual, TensorList tensors
     Reader from(ints, reals);
     std::vector<Step> steps;
     for (int64_t n = from.next(); n > 0; n--) steps.emplace_back(from);
+    FR_CHECK(!steps.empty(), "frozen_row: expected a step");
     // results 0 and 1 are the row's input and summand; each goes when its last step has run
+    Arena arena;
+    const std::vector<bool> outside = returned_by(steps);
     std::vector<Tensor> results = {x, residual.value_or(Tensor())};
     std::vector<size_t> last(steps.size() + 2, 0);
     for (size_t i = 0; i < steps.size(); i++)
@@ -168,9 +183,15 @@ Tensor frozen_row(const Tensor& x, const OptTensor& residual, TensorList tensors
         const Profiled step(kNames[size_t(s.kind)], {&results[s.x]});
         OptTensor summand;
         if (s.residual >= 0) summand = results[s.residual];
+        const Arena::Scope scope(outside[i] ? nullptr : &arena);
         results.push_back(run(s, {results[s.x], summand, tensors.slice(s.first, s.count)}).contiguous(kRows));
-        for (const int64_t used : {s.x, s.residual})
-            if (used >= 0 && last[used] == i) results[used] = Tensor();
+        const void* const made = results.back().data_ptr();  // maybe in the place of an operand
+        for (const int64_t used : {s.x, s.residual}) {
+            if (used < 0 || last[used] != i || !results[used].defined()) continue;
+            const void* const data = results[used].data_ptr();
+            results[used] = Tensor();
+            if (data != made) arena.drop(data);
+        }
     }
     return results.back();
 }

@@ -1,3 +1,4 @@
+#include "arena.h"
 #include "ops.h"
 
 namespace fused_resnet::cpu {
@@ -70,7 +71,8 @@ Tensor bn_act(const Tensor& y, TensorList norm, int64_t act, double act_param, c
               TensorList residual_norm, ScalarType out_dtype) {
     const View view = View::of(y);
     Args a = args_of(view, y, norm, act, act_param, residual, residual_norm);
-    const Tensor out = empty_like(y, out_dtype, view.format());
+    const Tensor out = view.format() == kRows ? result(y.sizes(), y.options().dtype(out_dtype))
+                                              : empty_like(y, out_dtype, view.format());
     a.other_type = dtype_of(out_dtype);
     a.out = out.data_ptr();
     run(table().bn_act, a, view);

@@ -1,4 +1,5 @@
 // The stem with its max-pool, for inference.
+#include "arena.h"
 #include "args.h"
 #include "ops.h"
 
@@ -59,7 +60,7 @@ Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tenso
               {pool_stride[0], pool_stride[1]},
               {pool_padding[0], pool_padding[1]},
               nullptr};
-    const Tensor out = empty({x.size(0), q.out_channels, pool.out_height, pool.out_width}, x.options(), kRows);
+    const Tensor out = result({x.size(0), q.out_channels, pool.out_height, pool.out_width}, x.options());
     Args a = epilogue_args(out, act, act_param, {});
     a.y = x.data_ptr();
     a.norm.shift = bias.data_ptr();

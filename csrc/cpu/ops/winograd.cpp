@@ -1,4 +1,5 @@
 // 3x3 convolutions of channels_last tensors by Winograd's algorithm: matrix products between transforms.
+#include "arena.h"
 #include "args.h"
 #include "conv_list.h"
 #include "product.h"
@@ -285,7 +286,7 @@ Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int6
 
 // The output tensor of a 3x3 convolution of x at stride 1.
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding) {
-    return empty({x.size(0), channels, x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2}, x.options(), kRows);
+    return result({x.size(0), channels, x.size(2) + 2 * padding - 2, x.size(3) + 2 * padding - 2}, x.options());
 }
 
 bool winograd_suits(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
