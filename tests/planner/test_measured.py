@@ -361,12 +361,28 @@ def test_frozen_units_do_what_was_measured(monkeypatch: pytest.MonkeyPatch, pays
     if cpu is None:
         pytest.skip("the compiled extension is not built")
     says(monkeypatch, pays)
-    plain, x, steps, real = network().eval(), images(), [], cpu.frozen_row
-    monkeypatch.setattr(cpu, "frozen_row", lambda row, dtype: steps.extend(r.step for r in row) or real(row, dtype))
+    plain, x, rows, real = network().eval(), images(), [], frozen_forward._served_row
+
+    def served(*args: Any) -> Tensor:
+        out = real(*args)
+        rows.extend(args[-1].values())
+        return out
+
+    written: dict[int, list[Any]] = {}
+    write = cpu.frozen_row
+
+    def frozen_row(recorded: Any, dtype: torch.dtype) -> Any:
+        row = write(recorded, dtype)
+        written[id(row)] = [r.step for r in recorded]
+        return row
+
+    monkeypatch.setattr(frozen_forward, "_served_row", served)
+    monkeypatch.setattr(cpu, "frozen_row", frozen_row)
     frozen = fr.freeze(plain, x)
     assert sizes._known and all(text.startswith("frozen") for _, text in sizes._known)
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), plain(x), rtol=1e-4, atol=1e-4)
+    steps = [step for row in rows for step in written[id(row)]]
     convolutions = [s for s in steps if isinstance(s, Step) and isinstance(s.call, ConvBiasAct)]
     assert convolutions and all((step.packed is not None) is pays for step in convolutions)
     packed = [row for row in fr.explain(frozen).rows if "packed: " in str(row.backends)]

@@ -44,11 +44,13 @@ FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64
     }
     const K act(a.act);
     const F32 p = splat<F32>(a.act_param);
-    each([&](auto i, auto v) __attribute__((always_inline)) {
-        const int64_t at = out + i * C + c + v * kLanes;
-        F32 z = sum[i][v];
-        if (a.residual) z = z + load<F32>(static_cast<const float*>(a.residual) + at, n);
-        store(static_cast<float*>(a.out) + at, act.forward(z, p), n);
+    act.with([&](auto k) __attribute__((always_inline)) {
+        each([&](auto i, auto v) __attribute__((always_inline)) {
+            const int64_t at = out + i * C + c + v * kLanes;
+            F32 z = sum[i][v];
+            if (a.residual) z = z + load<F32>(static_cast<const float*>(a.residual) + at, n);
+            store(static_cast<float*>(a.out) + at, k.forward(z, p), n);
+        });
     });
 }
 

@@ -30,6 +30,11 @@ FR_INLINE void by_types(DType y, DType other, F f) {
 template <Act A>
 struct Fixed {
     FR_INLINE explicit Fixed(Act) {}
+    // f(the activation), so that a loop in f does not choose again and again
+    template <class F>
+    FR_INLINE auto with(F f) const {
+        return f(*this);
+    }
     template <class V>
     FR_INLINE V forward(V z, V p) const {
         return act<A>(z, p);

@@ -69,12 +69,12 @@ FR_INLINE void by_count(int64_t n, F f) {
     f(std::integral_constant<int, N>{});
 }
 
-// What happens to the sums of a tile before they are stored: shift and a residual are added, and results below `floor`
-// become it.
+// What happens to the sums of a tile before they are stored: shift and a residual are added, and results outside
+// [floor, ceiling] become the nearer bound.
 struct Finish {
     const float *shift, *residual;
     int64_t residual_row;
-    float floor;
+    float floor, ceiling;
 };
 
 // R rows of a panel, of which `columns` are stored: c (+)= a b over `depth` elements; a word of a every a_word. Rows
@@ -121,6 +121,7 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
     if constexpr (kWord<T> > 1)
         if (depth) by_count<kWord<T> - 1>(depth, add);
     const auto finish = [&](auto posted, auto width) __attribute__((always_inline)) {
+        const F32 floor = splat<F32>(posted ? post->floor : 0), ceiling = splat<F32>(posted ? post->ceiling : 0);
         unrolled<R>([&](auto i) __attribute__((always_inline)) {
             unrolled<kGemmVectors>([&](auto v) __attribute__((always_inline)) {
                 const int at = v * kLanes, n = width(v);
@@ -128,9 +129,9 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
                 if (n <= 0) return;
                 F32 z = accumulate ? load<F32>(to, n) + sum[i][v] : sum[i][v];
                 if constexpr (posted) {
-                    const F32 floor = splat<F32>(post->floor);
                     z = z + load<F32>(post->shift + at, n) + load<F32>(post->residual + i * post->residual_row + at, n);
                     z = z < floor ? floor : z;  // NaN stays
+                    z = z > ceiling ? ceiling : z;
                 }
                 store(to, z, n);
             });
@@ -197,13 +198,15 @@ void gather_patch(const Patches& q, int64_t i, int64_t k, int64_t depth, T* to) 
 // Rows [row, row + rows) and columns [column, column + columns) of C become act(C).
 template <class K>
 void gemm_act_impl(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    const K k(a.act);
     const F32 p = splat<F32>(a.act_param);
-    for (int64_t i = row; i < row + rows; i++) {
-        float* const c = static_cast<float*>(a.out) + i * a.layout.channels + column;
-        by_lanes(columns, [&](int64_t j, auto n)
-                              __attribute__((always_inline)) { store(c + j, k.forward(load<F32>(c + j, n), p), n); });
-    }
+    K(a.act).with([&](auto k) __attribute__((always_inline)) {
+        for (int64_t i = row; i < row + rows; i++) {
+            float* const c = static_cast<float*>(a.out) + i * a.layout.channels + column;
+            by_lanes(columns, [&](int64_t j, auto n) __attribute__((always_inline)) {
+                store(c + j, k.forward(load<F32>(c + j, n), p), n);
+            });
+        }
+    });
 }
 void gemm_act(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t columns);  // of the activation
 
@@ -211,9 +214,10 @@ void gemm_act(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t 
 FR_INLINE Finish finish_of(const Args& a, int64_t row, int64_t column) {
     static const float kZeros[kGemmColumns] = {};
     const float *shift = static_cast<const float*>(a.norm.shift), *residual = static_cast<const float*>(a.residual);
-    const float floor = a.act == Act::relu ? 0 : -__builtin_inff();
-    if (!residual) return {shift + column, kZeros, 0, floor};
-    return {shift + column, residual + row * a.layout.channels + column, a.layout.channels, floor};
+    const float floor = a.act == Act::relu || a.act == Act::relu6 ? 0 : -__builtin_inff();
+    const float ceiling = a.act == Act::relu6 ? 6 : __builtin_inff();
+    if (!residual) return {shift + column, kZeros, 0, floor, ceiling};
+    return {shift + column, residual + row * a.layout.channels + column, a.layout.channels, floor, ceiling};
 }
 
 template <class T>
@@ -267,7 +271,8 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
                 gemm_tile<T, rows>(tile, a_row, a_word, b + p * panel, depth, g.c + i * g.c_row + column, g.c_row,
                                    columns, g.accumulate || k > 0, ahead, ahead_row, finishes ? &post : nullptr);
             });
-            if (finishes && g.epilogue->act > Act::relu) gemm_act(*g.epilogue, i, height, column, columns);
+            if (finishes && g.epilogue->act > Act::relu && g.epilogue->act != Act::relu6)
+                gemm_act(*g.epilogue, i, height, column, columns);
         };
         for (int64_t p = first, stop; p < last; p = stop) {
             stop = p + group < last ? p + group : last;
