@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
@@ -179,3 +181,36 @@ def test_an_input_that_a_chain_refuses_raises_pytorchs_error() -> None:
             fused(x)
         assert str(got.value) == str(want.value)
     assert fused[1].num_batches_tracked == plain[1].num_batches_tracked
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_hooks_that_others_imply_have_no_guard(frozen: bool) -> None:
+    """A hook that comes later is called all the same, also one that takes the call's keywords."""
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    x, called = torch.randn(2, 3, 8, 8), []
+    made: Any = fr.freeze(plain, x) if frozen else fr.fuse(copy.deepcopy(plain))
+    made(x)
+    (front,) = [made.front()] if frozen else made._fr_fronts.values()
+    (captured,) = front.captured.values()
+    guards = str(_debug_get_cache_entry_list(inspect.unwrap(captured).__code__)[0].guard_manager)
+    without = {"_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"}
+    without |= {"_backward_hooks", "_backward_pre_hooks"} if frozen else set()
+    assert "._forward_hooks" in guards and "._forward_pre_hooks" in guards
+    assert not [name for name in without if f".{name}" in guards]
+
+    def answers(net: nn.Module, layers: Any) -> list[Any]:
+        del called[:]
+        handles = [
+            layers[0].register_forward_hook(lambda m, args, kwargs, out: called.append("after"), with_kwargs=True),
+            layers[2].register_forward_pre_hook(lambda m, args, kwargs: called.append("before"), with_kwargs=True),
+            layers[1].register_forward_hook(lambda m, args, out: out + 1),
+        ]
+        with torch.no_grad():
+            hooked = net(x)
+            for handle in handles:
+                handle.remove()
+            return [list(called), hooked, net(x), list(called)]
+
+    got, want = answers(made, made.model if frozen else made), answers(plain, plain)
+    assert got[::3] == want[::3] == [["after", "before"]] * 2
+    torch.testing.assert_close(got[1:3], want[1:3], rtol=1e-5, atol=1e-5)
