@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from networks import prepared
+from plans import own_plan
 from stages import step
 from torch import Tensor, nn
 from torchvision_shim import torchvision
@@ -41,13 +42,8 @@ NOTHING: sizes.Calls = lambda n: (lambda: None, lambda: None)  # noqa: E731
 def chains_at_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Measuring, with a plan of its own."""
     monkeypatch.setattr(frozen_forward, "_served", {})
-    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "plans"))
-    monkeypatch.delenv("FUSED_RESNET_PLAN", raising=False)
-    sizes.forget()
-    planner.forget()
-    yield
-    sizes.forget()
-    planner.forget()
+    with own_plan(monkeypatch, tmp_path):
+        yield
 
 
 @pytest.fixture

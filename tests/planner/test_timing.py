@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from plans import own_plan
 from torch import Tensor
 
 from fused_resnet import planner
@@ -21,13 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def chains_at_any_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Measuring, with a plan of its own."""
-    monkeypatch.setenv("FUSED_RESNET_CACHE", str(tmp_path / "plans"))
-    monkeypatch.delenv("FUSED_RESNET_PLAN", raising=False)
-    sizes.forget()
-    planner.forget()
-    yield
-    sizes.forget()
-    planner.forget()
+    with own_plan(monkeypatch, tmp_path):
+        yield
 
 
 def call_of(ours: Callable[[], Any], plain: Callable[[], Any]) -> sizes.Calls:
