@@ -6,7 +6,7 @@ model, and guards all that it read. Tools that record a graph of their own see t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -138,8 +138,8 @@ class Frozen(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if graphed():
             return self._plainly(args, kwargs)
-        for t in tree_iter((args, kwargs)):
-            if isinstance(t, Tensor) and t.device != self.device:
+        for t in _tensors_in((*args, kwargs) if kwargs else args):
+            if t.device != self.device:
                 raise ValueError(f"x: expected tensors on {self.device}, where this model is, got one on {t.device}")
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if self.differs or plain_here(args, kwargs):
@@ -161,7 +161,7 @@ class Frozen(nn.Module):
 
     def _cast_inputs(self, given: Any) -> Any:
         """Casts floating tensors to the dtype of the computation."""
-        if all(not isinstance(t, Tensor) or t.dtype == self.compute for t in tree_iter(given)):
+        if all(t.dtype == self.compute for t in _tensors_in(given)):
             return given
         return tree_map_only(Tensor, lambda t: t.to(self.compute) if t.is_floating_point() else t, given)
 
@@ -190,6 +190,13 @@ def _class_for(model: nn.Module) -> type[Frozen]:
 def _made_again(cls: type[Frozen]) -> Frozen:
     """Makes the object for copies and files; setting its state sets its class."""
     return cls.__new__(cls)
+
+
+def _tensors_in(given: Any) -> Iterable[Tensor]:
+    """The tensors among a call's arguments; without a walk if these are tensors."""
+    if isinstance(given, tuple) and all(isinstance(t, Tensor) for t in given):
+        return given
+    return (t for t in tree_iter(given) if isinstance(t, Tensor)) if given else ()
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
