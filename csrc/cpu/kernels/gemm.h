@@ -21,9 +21,6 @@ static_assert(kGemmTile / 16 % 2 && kGemmBlock % kGemmRows == 0 && kGemmBlock / 
 // Lines at this distance share a set of L1, because a way is a page on x86.
 constexpr int64_t kWayBytes = 4096;
 
-// Bytes of panels that stay in L2, beside the next ones, while the rows of a block pass.
-constexpr int64_t kPanelsBytes = 128 << 10;
-
 // Words of a cache line, and rows of C that are fetched per line of A.
 constexpr int kLineWords = 16, kRowsAhead = 4;
 
@@ -246,19 +243,18 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
                 __builtin_memcpy(copy + i * slice, a + i * g.a_row, depth * sizeof(T));
             a = copy, a_row = slice, a_tile = kGemmRows * slice;
         }
-        // Panels pass in groups whose part of this depth stays in L2. A tile fetches the next one's rows while they are
-        // read for the first time, and otherwise a part of the next group.
+        // A panel stays in L1 while the rows of the block pass. A tile fetches the next one's rows while they are read
+        // for the first time, and otherwise a part of the next panel.
         const int64_t panel = whole_words<T>(g.depth) * kGemmColumns, size = depth * kGemmColumns;
-        const int64_t line = kLineWords * kWord<T>, most = kPanelsBytes / (size * int64_t(sizeof(T)) + 1);
-        const int64_t group = most > 1 ? most : 1;
-        const auto tile_at = [&](int64_t i, int64_t p, int64_t part, int64_t stop) __attribute__((always_inline)) {
+        const int64_t line = kLineWords * kWord<T>;
+        const auto tile_at = [&](int64_t i, int64_t p, int64_t part) __attribute__((always_inline)) {
             const T* const b = static_cast<const T*>(g.b) + k * kGemmColumns;
             const T* const tile = a + (i - top) / kGemmRows * a_tile;
-            const int64_t column = p * kGemmColumns, next = stop + part / size;
+            const int64_t column = p * kGemmColumns;
             const int64_t columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
             const int64_t height = bottom - i < kGemmRows ? bottom - i : kGemmRows;
-            const bool rows_ahead = a != copy && p == first, panel_ahead = next < last && next < stop + group;
-            const T* const ahead = rows_ahead ? tile + a_tile : panel_ahead ? b + next * panel + part % size : tile;
+            const bool rows_ahead = a != copy && p == first, panel_ahead = p + 1 < last && part < size;
+            const T* const ahead = rows_ahead ? tile + a_tile : panel_ahead ? b + (p + 1) * panel + part : tile;
             const int64_t ahead_row = rows_ahead ? a_row : panel_ahead ? line : 0;
             Finish post;
             if (finishes) {
@@ -274,12 +270,9 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
             if (finishes && g.epilogue->act > Act::relu && g.epilogue->act != Act::relu6)
                 gemm_act(*g.epilogue, i, height, column, columns);
         };
-        for (int64_t p = first, stop; p < last; p = stop) {
-            stop = p + group < last ? p + group : last;
-            for (int64_t i = top, part = 0; i < bottom; i += kGemmRows)
-                for (int64_t j = p; j < stop; j++, part += (depth / line + kLineWords - 1) * line)
-                    tile_at(i, j, part, stop);
-        }
+        for (int64_t p = first; p < last; p++)
+            for (int64_t i = top, part = 0; i < bottom; i += kGemmRows, part += (depth / line + kLineWords - 1) * line)
+                tile_at(i, p, part);
     };
     // the smaller one of B and C is passed again and again
     if (end - begin < g.depth)
