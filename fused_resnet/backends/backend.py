@@ -96,10 +96,6 @@ class Backend:
         """``conv_bias_act`` with a weight packed for this or another x. ``owned``: may overwrite the residual."""
         raise NotImplementedError
 
-    def takes_memory(self, algorithm: str) -> bool:
-        """Whether a step of a recorded row gets new memory for its result in each call."""
-        return True
-
     def prepack_pooled(self, call: ConvBiasAct, pool: PoolSpec) -> Packed | None:
         """The weight of a stem, packed for ``conv_pooled``; None if a separate pass for the pool is faster."""
         return None

@@ -325,10 +325,6 @@ class Cpu(Backend):
     def conv_packed(self, call: primitives.ConvBiasAct, packed: Packed, owned: bool) -> Tensor:
         return _BY_NAME[packed.kind].run(call, packed.weight, owned, False)
 
-    def takes_memory(self, algorithm: str) -> bool:
-        """oneDNN's do. The others' results are in csrc/cpu/ops/arena.h's memory."""
-        return _BY_NAME[algorithm].run is _onednn
-
     def prepack_pooled(self, call: primitives.ConvBiasAct, pool: PoolSpec) -> Packed | None:
         conv, weight = call.conv, call.weight
         if not _ops.stem_suits(call.x, weight, conv.dilation, conv.groups, pool.kernel):

@@ -13,7 +13,6 @@ A convolution's weight is a ``Weight`` (``chain/packing.py``), which its first u
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -129,14 +128,8 @@ class _Measured(NamedTuple):
                 for dilation, k in zip(self.unit.conv.dilation, weight.shape[2:], strict=True)
             )
             few = x[:1, :, :height, :width].contiguous(memory_format=torch.channels_last)
-        pairs = zip(self._rows(x), twin._rows(few), self._memory_s(x), strict=True)
-        return tuple(sizes.Cold(call, partial(_run_and_read, before, x), more) for call, before, more in pairs)
-
-    def _memory_s(self, x: Tensor) -> list[float]:
-        """The seconds that the memory of the results takes in a row: in the timed row they are its output."""
-        new = sizes.new_memory_s() * math.prod(self.unit.out_shape(x)) * x.itemsize
-        backend = pick(BnAct, Case.of(x))
-        return [*(new if a and backend.takes_memory(a) else 0.0 for a in self.algorithms), new]
+        pairs = zip(self._rows(x), twin._rows(few), strict=True)
+        return tuple(sizes.Cold(call, partial(_run_and_read, before, x)) for call, before in pairs)
 
     def _rows(self, x: Tensor) -> list[sizes.Call]:
         """The unit by each of its algorithms, and by PyTorch's operators."""
@@ -147,8 +140,12 @@ class _Measured(NamedTuple):
     def _row(self, way: Callable[[Do], _Plain], x: Tensor, residual: Tensor | None) -> sizes.Call:
         def units(do: Do) -> Tensor:
             if self.pool is not None:
-                return way(do).pooled(x, self.unit, self.pool)
-            return way(do).unit(x, self.unit, residual, False)
+                out = way(do).pooled(x, self.unit, self.pool)
+            else:
+                out = way(do).unit(x, self.unit, residual, False)
+            # one pixel of it leaves the row: the result itself is where results inside a row are
+            pixel = ShortcutSpec("pad", stride=(out.shape[2], out.shape[3]), channels=out.shape[1])
+            return do(ShortcutInput(out, pixel))
 
         row = _recorded(x, residual, units)
         return partial(units, perform) if row is None else partial(row, x, residual)

@@ -15,7 +15,6 @@ which these do not affect. It reads no random state.
 from __future__ import annotations
 
 import math
-import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -44,13 +43,11 @@ class Cold:
 
     Attributes:
         call: what is timed. before: runs right before it, after other memory was read, and brings into the cache what
-            the network's call before leaves there: the images, and the code. more_s: seconds that the call takes in a
-            network beside these.
+            the network's call before leaves there: the images, and the code.
     """
 
     call: Call
     before: Call
-    more_s: float = 0.0
 
     def __call__(self) -> Any:
         return self.call()
@@ -64,8 +61,6 @@ TIE = 0.98
 TIE_TO_OURS = 1.0
 # A call that takes so many times as long as the fastest is not timed again.
 _HOPELESS = 1.5
-# Bytes of new memory that are timed.
-_NEW = 4 << 20
 # Bytes that are read between cold calls: about those of a network's weights.
 _OTHERS = 32 << 20
 
@@ -169,18 +164,6 @@ def forget() -> None:
 _PLAIN = -1  # the number of PyTorch's call
 
 
-@cache
-def new_memory_s() -> float:
-    """Seconds per byte that the system takes to give new memory, page by page, timed once per process."""
-    best = math.inf
-    for _ in range(3):
-        with mmap.mmap(-1, _NEW) as memory:
-            start = time.perf_counter()
-            memory[:: mmap.PAGESIZE] = bytes(_NEW // mmap.PAGESIZE)
-            best = min(best, time.perf_counter() - start)
-    return best / _NEW
-
-
 def _measured(timed: Callable[[], Measured]) -> Measured | None:
     found: list[Measured] = []
 
@@ -238,7 +221,7 @@ def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:
             call.before()
         start = clock()
         call()
-        return clock() - start + (call.more_s if isinstance(call, Cold) else 0.0)
+        return clock() - start
 
     few, *ours, plain = _begun(images, calls)
     part = min(images, max(few, math.ceil(few * call_s / max(seconds(plain), 1e-6))))
