@@ -79,6 +79,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def(
         "excite(Tensor(a!) x, Tensor weight, Tensor bias, int act, float act_param, Tensor gate_weight, "
         "Tensor gate_bias, int gate, float gate_param) -> ()");
+    m.def("channel_means(Tensor x) -> Tensor");
     m.def("stem_suits(Tensor x, Tensor weight, int[2] dilation, int groups, int[2] pool_kernel) -> bool");
     m.def("stem_prepack(Tensor weight) -> Tensor");
     m.def(
@@ -155,6 +156,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("depthwise_prepack", Boxed<cpu::depthwise_prepack>::call);
     m.impl("depthwise_bias_act", Boxed<cpu::depthwise_bias_act>::call);
     m.impl("excite", Boxed<cpu::excite>::call);
+    m.impl("channel_means", Boxed<cpu::channel_means>::call);
     m.impl("stem_suits", Boxed<cpu::stem_suits>::call);
     m.impl("stem_prepack", Boxed<cpu::stem_prepack>::call);
     m.impl("stem_bias_act_max_pool", Boxed<cpu::stem_bias_act_max_pool>::call);

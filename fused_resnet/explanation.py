@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_resnet.backends import Call, Case, ConvBackward, ConvBiasAct, ConvStats, Packed, primitives
-from fused_resnet.frozen.forward import FoldedUnit
+from fused_resnet.frozen.folded import FoldedUnit
 from fused_resnet.frozen.modules import Frozen
 from fused_resnet.frozen.rows import FrozenRow
 from fused_resnet.fusion.front import Front
@@ -239,12 +239,14 @@ def _serving_frozen(chains: Sequence[ChainReport]) -> dict[str, str]:
         if row.folded is None:
             continue
         of = f"chain {number} " if len(chains) > 1 else ""
-        spec, units = row.folded[chain.place]
-        for i, unit in enumerate(units, 1):
-            place = str(i) if i <= len(spec.units) else "shortcut"
+        folded = row.folded[chain.place]
+        for i, unit in enumerate(folded.units, 1):
+            place = str(i) if i <= len(folded.spec.units) else "shortcut"
             kind = "bn_act" if unit.conv is None else "conv"
             size = "x".join(map(str, unit.weight.shape[2:]))
             served[f"{of}{kind} {place} {size}".rstrip()] = _serving_unit(unit, row)
+        if row.head is not None and chain.place == len(row.chains) - 1:
+            served["linear after the mean"] = _serving_unit(row.folded[-1].units[0], row)
     return served
 
 

@@ -114,6 +114,9 @@ def _flags(needs: tuple[bool, ...]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- inference
+_NO_POOL = PoolSpec.make(1)
+
+
 class Convolution(NamedTuple):
     """An algorithm for the convolutions of inference.
 
@@ -149,6 +152,12 @@ def _suits_depthwise(call: primitives.ConvBiasAct) -> bool:
     return _in_float(call) and _ops.depthwise_suits(call.x, call.weight, call.conv.groups)
 
 
+def _suits_stem(call: primitives.ConvBiasAct) -> bool:
+    conv = call.conv
+    suits = _in_float(call) and _ops.stem_suits(call.x, call.weight, conv.dilation, conv.groups, _NO_POOL.kernel)
+    return suits and call.residual is None
+
+
 def _takes_gemm(call: primitives.ConvBiasAct) -> bool:
     return _suits_gemm(call) and call.weight.shape[2:] == (1, 1) and call.conv.stride == (1, 1)
 
@@ -165,6 +174,10 @@ def _by_product(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact
     where = (conv.stride, conv.padding, conv.dilation)
     _ops.gemm_bias_act(x, packed, call.bias, *where, *call.act.numbers, call.residual, out)
     return out
+
+
+def _stem(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+    return BACKEND.conv_pooled(call, Packed(packed, "stem"), _NO_POOL)
 
 
 def _depthwise(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
@@ -247,6 +260,7 @@ CONVOLUTIONS = (
         None,
         _depthwise,
     ),
+    Convolution("stem", _suits_stem, lambda call: False, lambda call: _ops.stem_prepack(call.weight), None, _stem),
     Convolution("onednn", lambda call: True, lambda call: True, _onednn_weight, _onednn_layout, _onednn),
 )
 _BY_NAME = {convolution.name: convolution for convolution in CONVOLUTIONS}

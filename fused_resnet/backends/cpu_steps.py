@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends.primitives import BnActMaxPool, ConvBiasAct
-from fused_resnet.backends.steps import AnyStep, Excited, MaxPool, Recorded, ShortcutInput, Step
+from fused_resnet.backends.steps import AnyStep, Average, Excited, MaxPool, Recorded, ShortcutInput, Step
 from fused_resnet.backends.values import Norm, vector_dtype
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 # In the order of frozen_row.cpp's enum. The first word of a packed weight's kind is one of these.
 KINDS = (
     "aten", "onednn", "winograd", "gemm", "depthwise", "stem", "bn_act", "bn_act_max_pool", "max_pool", "avg_pool",
-    "pad", "excitation",
+    "pad", "excitation", "average",
 )  # fmt: skip
 # oneDNN's names of the activations that its convolutions can apply: (name, scalars); in the order of frozen_row.cpp's
 POST_OPS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -78,6 +78,8 @@ class Writer:
     def _step(self, step: AnyStep, x: int, summand: int) -> None:
         if isinstance(step, MaxPool):
             return self._write("max_pool", x, pool=step.pool)
+        if isinstance(step, Average):
+            return self._write("average", x)
         if isinstance(step, ShortcutInput):
             shortcut = step.shortcut
             if shortcut.pool is not None:

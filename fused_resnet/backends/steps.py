@@ -24,6 +24,15 @@ class MaxPool(NamedTuple):
         return F.max_pool2d(self.x, *self.pool.window)
 
 
+class Average(NamedTuple):
+    """The mean of each channel of x [N, C, H, W]: [N, C, 1, 1]."""
+
+    x: Tensor
+
+    def run(self) -> Tensor:
+        return self.x.mean((2, 3), keepdim=True)
+
+
 class ShortcutInput(NamedTuple):
     """x after a shortcut without parameters."""
 
@@ -59,8 +68,7 @@ class Excited(NamedTuple):
     by: Excitation
 
     def run(self) -> Tensor:
-        squeezed = self.x.mean((2, 3), keepdim=True)
-        hidden = reference.act(torch.conv2d(squeezed, self.by.weight, self.by.bias), self.by.act)
+        hidden = reference.act(torch.conv2d(Average(self.x).run(), self.by.weight, self.by.bias), self.by.act)
         return self.x * reference.act(torch.conv2d(hidden, self.by.gate_weight, self.by.gate_bias), self.by.gate)
 
 
@@ -80,7 +88,7 @@ class Step(NamedTuple):
     pool: PoolSpec | None = None
 
 
-AnyStep = Step | MaxPool | ShortcutInput | Excited
+AnyStep = Step | MaxPool | Average | ShortcutInput | Excited
 
 
 class Recorded(NamedTuple):

@@ -22,50 +22,17 @@ from torch import Tensor
 
 from fused_resnet import reference
 from fused_resnet.backends import BnAct, BnActMaxPool, Case, ConvBiasAct, Norm, forced, loaded, text_of, vector_dtype
-from fused_resnet.backends.steps import AnyStep, Excitation, Excited, MaxPool, Recorded, ShortcutInput, Step
+from fused_resnet.backends.steps import AnyStep, Average, Excited, MaxPool, Recorded, ShortcutInput, Step
 from fused_resnet.chain.packing import Weight
+from fused_resnet.frozen.folded import IDENTITY, FoldedChain, FoldedUnit
 from fused_resnet.planner import pick, plan, run, sizes
-from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec
+from fused_resnet.spec import Act, PoolSpec, ShortcutSpec
 
 # A stem with stages behind it makes at most this many bytes of its convolution's output per thread at a time.
 _STEM_BYTES = 8 << 20
-_IDENTITY = Act("identity")
 
 
-# ---------------------------------------------------------------------------------------------------- units
-class FoldedUnit(NamedTuple):
-    """act(s*conv(x, W) + b [+ residual]), with BatchNorm folded into W and b, and an excitation.
-
-    Attributes:
-        weight: W, channels_last, in x's dtype; the factors [C] in ``vector_dtype`` if there is no convolution. bias: b.
-        scale: s, [out_channels] in ``vector_dtype``; None: it is folded into W. excitation: after the activation, but
-            before a residual.
-    """
-
-    weight: Weight | Tensor
-    bias: Tensor
-    conv: ConvSpec | None
-    act: Act
-    scale: Tensor | None = None
-    excitation: Excitation | None = None
-
-    @property
-    def norm(self) -> Norm:
-        """A unit without a convolution as scale*y + shift. Inference reads neither its center nor its rstd."""
-        assert isinstance(self.weight, Tensor)
-        return Norm(self.weight, self.bias, self.bias, self.bias)
-
-    def out_shape(self, x: Tensor) -> tuple[int, ...]:
-        return tuple(x.shape) if self.conv is None else self.conv.out_shape(x.shape, self.weight.shape)
-
-
-class FoldedChain(NamedTuple):
-    """A chain of folded units, its projection last."""
-
-    spec: ChainSpec
-    units: list[FoldedUnit]
-
-
+# ---------------------------------------------------------------------------------------------------- timing
 # key -> the algorithm of a unit; and the number of answers that are kept.
 _served: dict[Any, str] = {}
 _ASKED = 4096
@@ -221,7 +188,7 @@ class _Backends(_Plain):
         if residual is not None:
             if residual.dtype != x.dtype or tuple(residual.shape) != unit.out_shape(x):
                 # the add converts or broadcasts a summand, so it is PyTorch's add
-                return self.broadcast(self.unit(x, unit._replace(act=_IDENTITY), None, True), residual, act)
+                return self.broadcast(self.unit(x, unit._replace(act=IDENTITY), None, True), residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
         algorithm = _algorithm(x, unit, residual) if self.measured else self.algorithm
         if algorithm == _ATEN:
@@ -258,7 +225,7 @@ class _Backends(_Plain):
         h = _Backends(self.do, measured=False).unit(x, unit, None, True)
         one = torch.ones(h.shape[1], dtype=vector_dtype(h.dtype), device=h.device)
         zero = torch.zeros_like(one)
-        return self.do(Step(BnActMaxPool(h, Norm(one, zero, zero, zero), _IDENTITY, pool)))
+        return self.do(Step(BnActMaxPool(h, Norm(one, zero, zero, zero), IDENTITY, pool)))
 
 
 _PLAIN, _SERVED = _Plain(perform), _Backends(perform)
@@ -329,7 +296,7 @@ def _begun(x: Tensor, unit: FoldedUnit, ways: _Plain) -> tuple[Tensor, FoldedUni
     """What is left of a unit with a scale after its convolution, and its input; the whole unit if it has none."""
     if unit.scale is None:
         return x, unit
-    conv = unit._replace(bias=torch.zeros_like(unit.bias), act=_IDENTITY, scale=None)
+    conv = unit._replace(bias=torch.zeros_like(unit.bias), act=IDENTITY, scale=None)
     return ways.unit(x, conv, None, True), FoldedUnit(unit.scale, unit.bias, None, unit.act)
 
 
@@ -346,7 +313,9 @@ def _excited(x: Tensor, unit: FoldedUnit, ways: _Plain) -> Tensor:
 
 def _chain(x: Tensor, chain: FoldedChain, residual: Tensor | None, owned: bool, ways: _Plain) -> Tensor:
     """``residual``: the given summand. ``owned``: nothing else uses x, so its memory may be reused."""
-    spec, units = chain
+    spec, units, average = chain
+    if average:
+        x = ways.do(Average(x))
     kind = spec.shortcut.kind
     *before, last = units[: len(spec.units)]
     h = x
@@ -362,7 +331,7 @@ def _chain(x: Tensor, chain: FoldedChain, residual: Tensor | None, owned: bool, 
     if last.excitation is not None:
         if residual is None:
             return _excited(h, last, ways)
-        h, last = _excited(h, last._replace(act=_IDENTITY), ways), _sum(last)
+        h, last = _excited(h, last._replace(act=IDENTITY), ways), _sum(last)
     free = kind in ("projection", "pad") or (kind == "identity" and owned and h is not x)
     return ways.unit(*_begun(h, last, ways), residual, free)
 
@@ -426,7 +395,7 @@ def _served_row(
 
 def _parts(x: Tensor, chains: Sequence[FoldedChain]) -> int:
     """The number of parts in which a batch passes: one, unless the first chain is a stem with others after it."""
-    stem, units = chains[0]
+    stem, units, _ = chains[0]
     if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
         return 1
     size, image = (x.shape[2], x.shape[3]), 0

@@ -15,8 +15,9 @@ from fused_resnet.base.arguments import number
 from fused_resnet.chain.folding import fold_weight
 from fused_resnet.chain.packing import Weight, values_of
 from fused_resnet.chain.units import Unit
-from fused_resnet.frozen.forward import FoldedChain, FoldedUnit, Row, plain_chains, run_chains
-from fused_resnet.fusion.lowering import ChainCall, ExcitationCall, Places, UnitCall, finish, put_in
+from fused_resnet.frozen.folded import FoldedChain, FoldedUnit
+from fused_resnet.frozen.forward import Row, plain_chains, run_chains
+from fused_resnet.fusion.lowering import ChainCall, ExcitationCall, HeadCall, Places, UnitCall, finish, put_in
 from fused_resnet.fusion.matcher import match
 from fused_resnet.fusion.matches import Matches, RowMatch
 from fused_resnet.fusion.patterns import ACT_CALLS, ADDS
@@ -39,14 +40,19 @@ class _Folded(NamedTuple):
     """A folded row.
 
     Attributes:
-        values: of its sources, see ``values_of``. kept: keeps these alive, so that no address is used again. calls: the
-            row as one call, for each kind of input.
+        values: of its sources, see ``values_of``. kept: the sources as they were, which keeps them alive, so that no
+            address is used again. calls: the row as one call, for each kind of input.
     """
 
     values: tuple[int, ...] | None
     kept: list[Tensor]
     chains: list[FoldedChain]
     calls: dict[Any, Row | None]
+
+    def of(self, sources: Sequence[Tensor]) -> bool:
+        """Whether the sources have the same shapes, strides and dtypes. Dynamo captures again if one has others."""
+        looks = [[(t.shape, t.stride(), t.dtype) for t in tensors] for tensors in (self.kept, sources)]
+        return looks[0] == looks[1]
 
 
 class FrozenRow(nn.Module):
@@ -78,12 +84,14 @@ class FrozenRow(nn.Module):
                 places.of(node)
         images = list(places.nodes)
         self.chains = [ChainCall(chain, places) for chain in row.chains]
+        self.head = HeadCall(row.head, places) if row.head is not None else None
         wanted = list(places.nodes)[len(images) :]
         self.constants, sources = _constants(gm, wanted, states)
         self.inputs = [*images, *sources]
         self.images, self.places = len(images), len(places.nodes)
         units = [str(unit.options) for chain in self.chains for unit in chain.all_units]
-        self.text = "; ".join([*(chain.text for chain in self.chains), *units, self.constants.code])
+        head = [self.head.text] if self.head is not None else []
+        self.text = "; ".join([*(chain.text for chain in self.chains), *head, *units, self.constants.code])
         self.made: _Folded | None = None
         row.choice = self
 
@@ -99,15 +107,18 @@ class FrozenRow(nn.Module):
         residual = images[1] if len(images) > 1 else None
         row = images[0], made.chains, residual
         with torch._C._DisableAutocast():
-            return plain_chains(*row) if self.portable else run_chains(*row, made.calls)
+            out = plain_chains(*row) if self.portable else run_chains(*row, made.calls)
+        return out if self.head is None else out.flatten(1)
 
     def _fold(self, values: tuple[int, ...] | None, sources: Sequence[Tensor]) -> _Folded:
         made = self.known.get(self.text)
-        if made is not None and values is not None and made.values == values:
+        if made is not None and values is not None and made.values == values and made.of(sources):
             return made
         with torch.inference_mode(False), torch.no_grad():
             tensors = self._tensors(sources)
             chains = [self._chain(call, tensors, sources) for call in self.chains]
+            if self.head is not None:
+                chains.append(self._linear(self.head, tensors, sources))
         self.known[self.text] = made = _Folded(values, [t.detach() for t in sources], chains, {})
         return made
 
@@ -132,12 +143,20 @@ class FrozenRow(nn.Module):
             shortcut = ShortcutSpec("identity")
         return FoldedChain(ChainSpec(specs[: len(call.units)], shortcut, call.max_pool), units)
 
+    def _linear(self, call: HeadCall, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> FoldedChain:
+        def weight(given: Sequence[Tensor]) -> Tensor:
+            return given[call.weight].to(self.dtype)[:, :, None, None]
+
+        own = weight(tensors)
+        bias = own.new_zeros(own.shape[0]) if call.bias is None else tensors[call.bias].to(self.dtype)
+        return FoldedChain.head(Weight(own, lambda: weight(self._tensors(sources))), bias)
+
     def _unit(self, call: UnitCall, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> FoldedUnit:
         u = call.unit(tensors)
         norm = self._norm(u)
         wide = vector_dtype(self.dtype)
         act = u.act if isinstance(u.act, Act) else Act.make(u.act)
-        excitation = _excitation(call.excitation, tensors) if call.excitation is not None else None
+        excitation = _excitation(call.excitation, tensors, wide) if call.excitation is not None else None
         if u.weight is None:
             return FoldedUnit(norm.scale.to(wide), norm.shift.to(wide), None, act, excitation=excitation)
         own, scale = self._weight(u, norm)
@@ -161,11 +180,11 @@ class FrozenRow(nn.Module):
         return weight.contiguous(memory_format=torch.channels_last), scale
 
 
-def _excitation(call: ExcitationCall, tensors: Sequence[Any]) -> Excitation:
+def _excitation(call: ExcitationCall, tensors: Sequence[Any], dtype: torch.dtype) -> Excitation:
     def layer(weight: Tensor, bias: int | None) -> tuple[Tensor, Tensor]:
-        return weight, weight.new_zeros(weight.shape[0]) if bias is None else tensors[bias]
+        return weight, weight.new_zeros(weight.shape[0]) if bias is None else tensors[bias].to(dtype)
 
-    squeeze, excite = (layer(tensors[w], b) for w, b in zip(call.weights, call.biases, strict=True))
+    squeeze, excite = (layer(tensors[w].to(dtype), b) for w, b in zip(call.weights, call.biases, strict=True))
     return Excitation(*squeeze, call.acts[0], *excite, call.acts[1])
 
 
@@ -217,6 +236,9 @@ def lower_frozen(
 ) -> Matches:
     """Puts frozen rows into a captured graph, in place. The arguments are those of ``FrozenRow``."""
     matches = match(gm.graph, frozen=True)
+    if portable:
+        for row in matches.rows:
+            row.head = None
     rows, made = [], []
     for row in matches.rows:
         reason = _why_not(row, dtype)
@@ -243,7 +265,9 @@ def _keep_layout(graph: fx.Graph, call: fx.Node, changed: set[int | None]) -> No
     ``changed``: the storages that the graph writes into.
     """
     want = value_of(call)
-    if want is None or not _noticed(call, changed) or want.is_contiguous(memory_format=torch.channels_last):
+    if want is None or want.dim() != 4 or not _noticed(call, changed):
+        return
+    if want.is_contiguous(memory_format=torch.channels_last):
         return
     with graph.inserting_after(call):
         made = graph.call_method("contiguous", (call,))

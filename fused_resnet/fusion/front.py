@@ -230,7 +230,7 @@ class Front:
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the method through dynamo."""
         self.calls += 1
-        if any(getattr(owner, name, None) is not found for owner, name, found in self.looked_up):
+        if any(getattr(owner, name, None) != found for owner, name, found in self.looked_up):
             self._forget()
         if not self.captured or not self.whole or self.classed != classed[0]:
             self.norms, self.classed = numbered(module), classed[0]
@@ -326,8 +326,17 @@ def _with_own_code(plain: Callable[..., Any]) -> Callable[..., Any]:
 def _looked_up(module: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """What a call of the module looks up in classes and in torch although dynamo assumes it to be constant."""
     for cls in {cls for _, m in named_modules(module) for cls in (type(m), original(m))}:
-        for name in {*METHODS, "__call__", "_conv_forward", "_check_input_dim"}:
+        for name in {*METHODS, "__call__", "_conv_forward", "_check_input_dim", *_methods(cls)}:
             with suppress(Exception):  # a metaclass may raise anything
                 yield cls, name, getattr(cls, name)
     for owner, name in _FUNCTIONS:
         yield owner, name, getattr(owner, name)
+
+
+def _methods(cls: type) -> Iterator[str]:
+    """The names of the methods and properties that a module's class and its bases outside torch define."""
+    for base in cls.__mro__:
+        if not str(base.__module__).startswith("torch."):
+            for name, value in vars(base).items():
+                if isinstance(value, FunctionType | property | staticmethod | classmethod):
+                    yield name

@@ -17,7 +17,7 @@ from fused_resnet.chain.encoding import Rows
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.choosing import Choice, thread
 from fused_resnet.fusion.matcher import match
-from fused_resnet.fusion.matches import ChainMatch, ExcitationMatch, Matches, RowMatch, UnitMatch
+from fused_resnet.fusion.matches import ChainMatch, ExcitationMatch, HeadMatch, Matches, RowMatch, UnitMatch
 from fused_resnet.fusion.sync_norm import group_named
 from fused_resnet.fusion.table import constant, storage_of, written
 
@@ -114,6 +114,15 @@ class ChainCall:
     def chain(self, given: Sequence[Tensor]) -> Chain:
         shortcut = self.projection.unit(given) if self.projection is not None else self.shortcut
         return Chain([u.unit(given) for u in self.units], shortcut, self.stride, self.avg_pool)
+
+
+class HeadCall:
+    """The head of a row: the positions of its tensors among the row's."""
+
+    def __init__(self, match: HeadMatch, places: Places) -> None:
+        self.weight = places.of(match.weight)
+        self.bias = places.of(match.bias) if match.bias is not None else None
+        self.text = f"head {self.weight} {self.bias}"
 
 
 class ChainRow(nn.Module):
@@ -213,7 +222,7 @@ def part_of(gm: fx.GraphModule, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.
     for node in gm.graph.nodes:
         if node in taken:
             copies[node] = graph.node_copy(node, lambda n: copies[n] if n in copies else constant(n))
-    graph.output(copies[row.chains[-1].end])
+    graph.output(copies[row.end])
     return fx.GraphModule(nn.Module(), graph)
 
 
@@ -268,7 +277,7 @@ def chain_rows(gm: fx.GraphModule) -> tuple[Matches, list[ChainRow]]:
     """The matches in a graph, and a module for each of their rows."""
     matches, last = match(gm.graph), _last_writes(gm.graph)
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    ends = [order[row.chains[-1].end] for row in matches.rows]
+    ends = [order[row.end] for row in matches.rows]
     written = [{storage for storage, i in last.items() if i > end} for end in ends]
     return matches, [ChainRow(gm, row, w) for row, w in zip(matches.rows, written, strict=True)]
 
@@ -295,7 +304,7 @@ def put_in(gm: fx.GraphModule, matches: Matches, made: Sequence[Any]) -> list[fx
     calls: dict[fx.Node, fx.Node] = {}  # a row's last node -> the call of the row
     for number, (row, module) in enumerate(zip(matches.rows, made, strict=True)):
         gm.add_submodule(name := f"fused_resnet_row_{number}", module)
-        calls[row.chains[-1].end] = _replace(gm.graph, name, row, [calls.get(n, n) for n in module.inputs])
+        calls[row.end] = _replace(gm.graph, name, row, [calls.get(n, n) for n in module.inputs])
         module.inputs.clear()  # so that the module does not keep the graph's nodes alive
     return list(calls.values())
 
@@ -318,7 +327,7 @@ def _itself(function: Any) -> Any:
 
 def _replace(graph: fx.Graph, name: str, row: RowMatch, inputs: Sequence[fx.Node]) -> fx.Node:
     """Puts the call of a row at the place of its last node."""
-    end = row.chains[-1].end
+    end = row.end
     with graph.inserting_after(end):
         call = graph.call_module(name, tuple(inputs))
     call.meta = dict(end.meta)

@@ -4,7 +4,8 @@ unit     a norm; the convolution before it, if only the norm uses its output; th
          the norm's output; for inference the squeeze-and-excitation after that
 chain    units one after the other; closed by an add and its activation, where the add's other summand is a shortcut or
          another tensor; or closed by a max-pool; or by nothing
-row      chains one after the other, where only the next chain uses a chain's output
+row      chains one after the other, where only the next chain uses a chain's output; for inference with the
+         classifier's head after them
 """
 
 from __future__ import annotations
@@ -94,15 +95,47 @@ class ChainMatch:
 
 
 @dataclass(eq=False)
+class HeadMatch:
+    """The nodes of a classifier's head: the mean of each channel, and a linear layer of the means."""
+
+    nodes: list[fx.Node]
+    weight: fx.Node
+    bias: fx.Node | None
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        return [self.weight, *([self.bias] if self.bias is not None else [])]
+
+
+@dataclass(eq=False)
 class RowMatch:
-    """Chains that run as one. ``choice``: set when the row is lowered; it decides whether they do."""
+    """Chains that run as one, and the head after them.
+
+    Attributes:
+        choice: set when the row is lowered; it decides whether they do.
+    """
 
     chains: list[ChainMatch]
+    head: HeadMatch | None = None
     choice: Any = None
 
     @property
     def nodes(self) -> list[fx.Node]:
-        return [n for chain in self.chains for n in chain.nodes]
+        behind = self.head.nodes if self.head is not None else []
+        return [n for chain in self.chains for n in chain.nodes] + behind
+
+    @property
+    def end(self) -> fx.Node:
+        return self.nodes[-1]
+
+    @property
+    def reads(self) -> set[fx.Node]:
+        """All values that the row reads from outside."""
+        tensors = {t for unit in self.all_units for t in unit.reads}
+        tensors |= {*self.head.reads} if self.head is not None else set()
+        computed = {m for u in self.all_units if isinstance(m := u.options["momentum"], fx.Node)}
+        residuals = {chain.residual for chain in self.chains if chain.residual is not None}
+        return tensors | computed | residuals | {self.chains[0].start}
 
     @property
     def all_units(self) -> list[UnitMatch]:

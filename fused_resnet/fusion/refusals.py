@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from fused_resnet.fusion.matches import ChainMatch
+from fused_resnet.fusion.matches import ChainMatch, RowMatch
 from fused_resnet.fusion.table import counts_batch, storage_of, switches_mode, value_of, written
 
 
@@ -29,12 +29,12 @@ class Refusals:
         x = value_of(chain.start)
         if len(dtypes) > 1 or x is None or (x.dtype not in dtypes and not chain.units[0].has_conv):
             return "its dtype changes inside the chain"
-        return self.disturbed([chain])
+        return self.disturbed(RowMatch([chain]))
 
-    def disturbed(self, chains: Sequence[ChainMatch]) -> str | None:
-        """The reason why the chains' nodes can't all run at the place of the last one, or None."""
-        nodes = [n for chain in chains for n in chain.nodes]
-        inside, reads = set(nodes), _reads(chains)
+    def disturbed(self, row: RowMatch) -> str | None:
+        """The reason why the row's nodes can't all run at the place of the last one, or None."""
+        nodes, reads = row.nodes, row.reads
+        inside = set(nodes)
         first, last = min(self.order[n] for n in nodes), max(self.order[n] for n in nodes)
         if any(first < i < last for i in self.switches):
             return "gradients or autocast are switched on or off inside the chain"
@@ -43,7 +43,7 @@ class Refusals:
             if first < i < last and self.nodes[i] not in inside and not counts_batch(self.nodes[i]):
                 if any(storage_of(n) is None or storage_of(n) in storages for n in changed):
                     return "a tensor that it reads is changed in place before its last operator"
-        updated = {storage_of(n) for n in _updates(chains)}
+        updated = {storage_of(n) for n in _updates(row)}
         for node in self.nodes[first:last]:
             if node not in inside and any(storage_of(n) in updated for n in node.all_input_nodes):
                 return "its running statistics are used before its last operator"
@@ -51,14 +51,7 @@ class Refusals:
         return "it reads a tensor that is computed after its last operator" if late > last else None
 
 
-def _reads(chains: Sequence[ChainMatch]) -> set[fx.Node]:
-    """All values that the chains read from outside."""
-    tensors = {t for chain in chains for unit in chain.all_units for t in unit.reads}
-    computed = {m for c in chains for u in c.all_units if isinstance(m := u.options["momentum"], fx.Node)}
-    return tensors | computed | {chains[0].start} | {c.residual for c in chains if c.residual is not None}
-
-
-def _updates(chains: Sequence[ChainMatch]) -> list[fx.Node]:
-    """The running statistics that the chains change."""
-    units = [unit for chain in chains for unit in chain.all_units if unit.options["training"]]
+def _updates(row: RowMatch) -> list[fx.Node]:
+    """The running statistics that the row changes."""
+    units = [unit for unit in row.all_units if unit.options["training"]]
     return [u.tensors[name] for u in units for name in ("running_mean", "running_var") if name in u.tensors]

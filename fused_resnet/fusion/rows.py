@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import fx
 
+from fused_resnet.fusion.head import head_of
 from fused_resnet.fusion.matches import ChainMatch, RowMatch
 from fused_resnet.fusion.refusals import Refusals
 
@@ -26,7 +27,15 @@ def rows_of(chains: Sequence[ChainMatch], refusals: Refusals) -> Iterator[RowMat
         while (after := _after(row, by_start, refusals)) is not None:
             row.append(after)
         seen.update(map(id, row))
-        yield RowMatch(row)
+        yield _whole(RowMatch(row), refusals)
+
+
+def _whole(row: RowMatch, refusals: Refusals) -> RowMatch:
+    """The row with the head after it, for inference."""
+    if not refusals.frozen or (head := head_of(row.end)) is None:
+        return row
+    whole = RowMatch(row.chains, head)
+    return whole if refusals.disturbed(whole) is None else row
 
 
 def _after(
@@ -44,7 +53,7 @@ def _after(
         return None  # a stage is a row of its own: its parameters' gradients must not wait for all other stages
     if not set(end.users) <= set(after.nodes):
         return None
-    whole = [*row, after]
+    whole = RowMatch([*row, after])
     return after if refusals.disturbed(whole) is None else None
 
 

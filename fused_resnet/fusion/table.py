@@ -43,6 +43,7 @@ CALLS: dict[Function, tuple[str, dict[str, Any]]] = {
     F.pad: ("pad", _PAD),
     F.dropout: ("dropout", _DROPOUT),
     F.dropout2d: ("dropout", _DROPOUT),
+    F.linear: ("linear", {"input": None, "weight": None, "bias": None}),
 }
 MULS = (operator.mul, torch.mul, "mul")
 # Calls that switch a mode: a chain must not contain one.
@@ -109,14 +110,14 @@ def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def averages(node: fx.Node, of: fx.Node) -> bool:
-    """Whether a node is the mean of each channel of ``of``: [N, C, 1, 1]."""
+    """Whether a node is the mean of each channel of ``of``: [N, C, 1, 1] or [N, C]."""
     if node.target is F.adaptive_avg_pool2d:
         return node.args in ((of, 1), (of, (1, 1)), (of, [1, 1])) and not node.kwargs
     if node.target not in ("mean", torch.mean) or node.args[:1] != (of,):
         return False
     given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
     dims = given.get("dim")
-    if given.keys() != {"dim", "keepdim"} or given["keepdim"] is not True or not isinstance(dims, list | tuple):
+    if not given.keys() <= {"dim", "keepdim"} or not isinstance(dims, list | tuple):
         return False
     return sorted(d % 4 for d in dims if isinstance(d, int)) == [2, 3]
 

@@ -118,7 +118,7 @@ def _add_conv(unit: UnitMatch, node: fx.Node) -> None:
     unit.nodes.insert(0, node)
 
 
-def _through(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+def through_dropouts(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """Skips dropouts that drop nothing: returns the node after which the graph continues, and the skipped nodes."""
     passed: list[fx.Node] = []
     while (user := only_user(node)) is not None and kind_of(user) == "dropout":
@@ -132,7 +132,7 @@ def _through(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
 
 def followed_by_act(node: fx.Node) -> tuple[Act, list[fx.Node]]:
     """The activation after a value, if nothing else uses the value, and the activation's nodes."""
-    last, passed = _through(node)
+    last, passed = through_dropouts(node)
     user = only_user(last)
     if user is None or user.args[:1] != (last,) or (act := act_of(user)) is None:
         return IDENTITY, passed

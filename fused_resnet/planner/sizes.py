@@ -59,8 +59,9 @@ ROUNDS, ROUNDS_S = (2, 15), 0.04
 TIE = 0.98
 # A tie goes to chains with gradients, because they keep less for the backward, and to packed weights.
 TIE_TO_OURS = 1.0
-# A call that takes so many times as long as the fastest is not timed again.
-_HOPELESS = 1.5
+# A call that takes so many times as long as the fastest is not timed again: after one round, two, three, and more. What
+# is left is timed the more often.
+_HOPELESS = (1.5, 1.5, 1.2, 1.1)
 # Bytes that are read between cold calls: about those of a network's weights.
 _OTHERS = 32 << 20
 
@@ -239,11 +240,12 @@ def _timed(images: int, calls: Calls, call_s: float, tie: float) -> Measured:
     best = {number: math.inf for number, _ in turns}
     start = clock()
     for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and clock() - start > ROUNDS_S:
+        if done >= ROUNDS[0] and (len(turns) == 1 or clock() - start > ROUNDS_S):
             break
         for number, call in turns if done % 2 else reversed(turns):
             best[number] = min(best[number], seconds(call))
-        turns = [turn for turn in turns if best[turn[0]] < _HOPELESS * min(best.values())]
+        hopeless = _HOPELESS[min(done, len(_HOPELESS) - 1)] * min(best.values())
+        turns = [turn for turn in turns if best[turn[0]] < hopeless]
     which = min(able, key=best.__getitem__)
     return Measured(best[which] < tie * best[_PLAIN], best[which] * 1e3, best[_PLAIN] * 1e3, which)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import prepared
+from networks import frozen_beside_plain, prepared
 from primitives import image
 from torch import Tensor, nn
 
@@ -127,19 +127,6 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def frozen_beside_plain(model: nn.Module, x: Tensor) -> tuple[nn.Module, set[str]]:
-    """The frozen model, held to plain's values in float64 for three batches, and the operators that it runs."""
-    frozen = fr.freeze(model, x)
-    exact = copy.deepcopy(model).double()
-    for batch in (x, x[:1] * 0.7 + 0.2, x.repeat(3, 1, 1, 1) - 0.3):
-        with torch.no_grad():
-            got, want = frozen(batch), exact(batch.double())
-        assert torch.linalg.vector_norm(got - want) < 1e-6 * torch.linalg.vector_norm(want)
-    with torch.profiler.profile() as profile:
-        frozen(x)
-    return frozen, {event.key for event in profile.key_averages()}
-
-
 @needs_extension
 @pytest.mark.parametrize("inner", [True, False], ids=["inner", "before the add"])
 @pytest.mark.parametrize(
@@ -205,11 +192,16 @@ class Projected(nn.Module):
 
 
 @pytest.mark.parametrize("portable", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_elsewhere_and_in_other_dtypes(dtype: torch.dtype, portable: bool) -> None:
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)  # fmt: skip
+def test_elsewhere_and_in_other_dtypes(given: torch.dtype, dtype: torch.dtype, portable: bool) -> None:
     model, x = prepared(Projected()).eval(), torch.randn(2, C, 9, 8) * 1.5 + 0.4
-    own = copy.deepcopy(model).double() if dtype == torch.float64 else model
-    frozen = fr.freeze(own, x, dtype=dtype, portable=portable)
+    frozen = fr.freeze(copy.deepcopy(model).to(given), x.to(given), dtype=dtype, portable=portable)
     with torch.no_grad():
         want = copy.deepcopy(model).double()(x.double())
     bound = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]

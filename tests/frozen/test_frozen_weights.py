@@ -84,6 +84,17 @@ def test_new_values_are_packed_again():
     assert torch.equal(one(x), want)
 
 
+def test_the_same_memory_seen_otherwise_is_folded_again():
+    """A weight whose strides are exchanged by ``.data`` has the address and the version that it had."""
+    x, plain = images(), small()
+    frozen = fr.freeze(plain, x)
+    for net in (plain, frozen.model):
+        weight = net.layer1[0].conv2.weight
+        weight.data = weight.data.transpose(2, 3)
+    with torch.no_grad():
+        assert relative(frozen(x), plain(x)) < 1e-5
+
+
 @needs_extension
 def test_packed_weights_die_with_the_model():
     frozen = fr.freeze(small(), images())

@@ -124,6 +124,58 @@ def test_a_class_whose_forward_is_patched(monkeypatch: pytest.MonkeyPatch) -> No
     assert same_as_plain(plain, fused) == 1
 
 
+class WithMethods(Layers):
+    """Methods of every kind, a property, and one method that its class inherits."""
+
+    def own(self, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def static(x: Tensor) -> Tensor:
+        return x + 1
+
+    @classmethod
+    def of_class(cls, x: Tensor) -> Tensor:
+        return x * 3
+
+    @property
+    def number(self) -> float:
+        return 0.5
+
+
+class Inherits(WithMethods):
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)) + x)
+        return self.own(self.static(self.of_class(h))) * self.number
+
+
+PATCHES: dict[str, tuple[type, str, Any]] = {
+    "method": (WithMethods, "own", lambda self, x: x - 4),
+    "override": (Inherits, "own", lambda self, x: x - 4),
+    "static": (WithMethods, "static", staticmethod(lambda x: x - 4)),
+    "class": (WithMethods, "of_class", classmethod(lambda cls, x: x - 4)),
+    "property": (WithMethods, "number", property(lambda self: -4.0)),
+}
+
+
+@pytest.mark.parametrize("which", PATCHES)
+def test_a_class_with_a_patched_method(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, x = nn.Sequential(nn.Identity(), Inherits()).eval(), x4()
+    fused, frozen = fr.fuse(copy.deepcopy(plain)), fr.freeze(plain, x)
+
+    def same() -> None:
+        with torch.no_grad():
+            for net in (fused, frozen):
+                torch.testing.assert_close(net(x), plain(x), rtol=1e-9, atol=1e-9)
+
+    same()
+    owner, name, value = PATCHES[which]
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, value, raising=False)
+        same()
+    same()
+
+
 class Checkpointed(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.part, x * 2, use_reentrant=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+import fused_resnet as fr
 from fused_resnet.chain.packing import Weight
-from fused_resnet.frozen.forward import FoldedChain, FoldedUnit
+from fused_resnet.frozen.folded import FoldedChain, FoldedUnit
 from fused_resnet.frozen.modules import Frozen
 from fused_resnet.models.resnet import BasicBlock, Bottleneck, ResNet
 from fused_resnet.spec import ChainSpec, UnitSpec
@@ -91,3 +93,16 @@ def folded(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[Folded
         return FoldedUnit(weight if u.conv is None else Weight(weight), next(it), u.conv, u.act)
 
     return [FoldedChain(chain, [unit(u) for u in chain.all_units]) for chain in chains]
+
+
+def frozen_beside_plain(model: nn.Module, x: Tensor) -> tuple[nn.Module, set[str]]:
+    """The frozen model, held to plain's values in float64 for three batches, and the operators that it runs."""
+    frozen = fr.freeze(model, x)
+    exact = copy.deepcopy(model).double()
+    for batch in (x, x[:1] * 0.7 + 0.2, x.repeat(3, 1, 1, 1) - 0.3):
+        with torch.no_grad():
+            got, want = frozen(batch), exact(batch.double())
+        assert torch.linalg.vector_norm(got - want) < 1e-6 * torch.linalg.vector_norm(want)
+    with torch.profiler.profile() as profile:
+        frozen(x)
+    return frozen, {event.key for event in profile.key_averages()}

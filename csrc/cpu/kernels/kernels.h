@@ -83,7 +83,7 @@ struct Stem {
     int64_t kernel[2], stride[2], padding[2];
     const void* weight;
 };
-constexpr int kStemBlock = 64, kPoolRows = 16;  // of channels; the most rows of a pool's window
+constexpr int kStemBlock = 32, kPoolRows = 16;  // of channels; the most rows of a pool's window
 
 // The values that a convolution's kernel sees at each pixel of the output, a row [kernel, channels] per pixel; 0
 // outside the image x [images, height, width, channels].

@@ -1,5 +1,6 @@
 // A stem's convolution with its max-pool, channels_last, for inference. The convolution's sums stay in registers, and
-// its output is never written to memory: its rows go round in a buffer of as many rows as a window of the pool.
+// its output is never written to memory: its rows go round in a buffer of as many rows as a window of the pool. A
+// window of one value is no pool: the rows are the output.
 #pragma once
 
 #include "vectors.h"
@@ -78,18 +79,23 @@ template <class K>
 void stem_impl(const Args& a, const Stem& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
     const int64_t C = q.out_channels, size = q.out_width * C, window = pool.kernel[0];
     float* ring = scratch + q.kernel[0] * (q.width + 2 * q.padding[1]) * q.channels;
+    const bool alone = window == 1 && pool.kernel[1] == 1 && pool.stride[0] == 1 && pool.stride[1] == 1;
     int64_t next = 0, last_image = -1;  // the ring has this image's rows below `next` that a window may need
     for (int64_t r = begin; r < end; r++) {
         const int64_t image = r / pool.out_height, ph = r % pool.out_height,
                       top = ph * pool.stride[0] - pool.padding[0];
         const int64_t first = top < 0 ? 0 : top, last = top + window < q.out_height ? top + window : q.out_height;
+        float* out = static_cast<float*>(a.out) + r * pool.out_width * C;
+        if (alone) {
+            stem_row<K>(a, q, image, ph, scratch, out);
+            continue;
+        }
         if (image != last_image) next = 0, last_image = image;
         for (int64_t h = next < first ? first : next; h < last; h++)
             stem_row<K>(a, q, image, h, scratch, ring + h % window * size);
         next = last;
         const float* lines[kPoolRows];
         for (int64_t h = first; h < last; h++) lines[h - first] = ring + h % window * size;
-        float* out = static_cast<float*>(a.out) + r * pool.out_width * C;
         for (int64_t pw = 0; pw < pool.out_width; pw++, out += C) {
             const int64_t side = pw * pool.stride[1] - pool.padding[1], right = side + pool.kernel[1];
             for (int64_t c = 0; c < C; c += kLanes) {

@@ -41,4 +41,18 @@ inline Args epilogue_args(const Tensor& y, int64_t act, double act_param, const 
     return a;
 }
 
+// Where a kernel [R, S] of a convolution stands on x, and where its outputs are.
+inline Patches patches_of(const Tensor& x, int64_t R, int64_t S, IntList stride, IntList padding, IntList dilation) {
+    return {x.data_ptr(),
+            x.size(2),
+            x.size(3),
+            x.size(1),
+            output_size(x.size(2), R, stride[0], padding[0], dilation[0]),
+            output_size(x.size(3), S, stride[1], padding[1], dilation[1]),
+            {R, S},
+            {stride[0], stride[1]},
+            {padding[0], padding[1]},
+            {dilation[0], dilation[1]}};
+}
+
 }  // namespace fused_resnet::cpu

@@ -26,24 +26,13 @@ Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& b
              "x: expected float32, channels_last, with ", C, " channels, got ", x.scalar_type(), " ", x.sizes());
     FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == C, "bias: expected ", C,
              " float32 values, got ", bias.sizes());
-    const int64_t height = output_size(x.size(2), R, stride[0], padding[0], dilation[0]),
-                  width = output_size(x.size(3), S, stride[1], padding[1], dilation[1]);
-    const Tensor out = result({x.size(0), C, height, width}, x.options());
+    const Patches q = patches_of(x, R, S, stride, padding, dilation);
+    const Tensor out = result({x.size(0), C, q.out_height, q.out_width}, x.options());
     Args a = epilogue_args(out, act, act_param, residual);
     a.norm.shift = bias.data_ptr();
-    const Patches q{x.data_ptr(),
-                    x.size(2),
-                    x.size(3),
-                    C,
-                    height,
-                    width,
-                    {R, S},
-                    {stride[0], stride[1]},
-                    {padding[0], padding[1]},
-                    {dilation[0], dilation[1]}};
     const auto* const weight = static_cast<const float*>(packed.data_ptr());
     const int64_t blocks = (C + kDepthwiseBlock - 1) / kDepthwiseBlock;
-    parallel(0, x.size(0) * blocks * height, 1,
+    parallel(0, x.size(0) * blocks * q.out_height, 1,
              [&](int64_t begin, int64_t end) { table().depthwise(a, q, weight, begin, end); });
     return out;
 }

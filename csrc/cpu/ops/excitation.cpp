@@ -1,4 +1,5 @@
-// Squeeze-and-excitation for inference.
+// Squeeze-and-excitation for inference, and the mean of each channel.
+#include "arena.h"
 #include "args.h"
 #include "ops.h"
 
@@ -8,6 +9,29 @@ namespace {
 
 // Rows of an image whose sums are added up first, whatever the number of threads: the bits depend on the shape alone.
 constexpr int64_t kSumRows = 64;
+
+// The sums of an image's channels. First those of chunks of rows, then of the chunks.
+struct ChannelSums {
+    const float* x;
+    int64_t channels, rows;
+
+    static int64_t chunks(int64_t rows) { return (rows + kSumRows - 1) / kSumRows; }
+
+    // Of chunks [first, last), to partial [chunks, channels].
+    void of_chunks(float* partial, int64_t first, int64_t last) const {
+        for (int64_t i = first; i < last; i++)
+            table().channel_sums(x, channels, partial + i * channels, i * kSumRows, std::min(rows, (i + 1) * kSumRows));
+    }
+    void means(const float* partial, float* out) const {
+        table().channel_sums(partial, channels, out, 0, chunks(rows));
+        for (int64_t c = 0; c < channels; c++) out[c] /= float(rows);
+    }
+};
+
+void check_image(const Tensor& x) {
+    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last(), "x: expected float32, channels_last, got ",
+             x.scalar_type(), " ", x.sizes());
+}
 
 struct Layer {
     const float *weight, *bias;
@@ -44,25 +68,23 @@ struct Layer {
 
 void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t act, double act_param,
             const Tensor& gate_weight, const Tensor& gate_bias, int64_t gate, double gate_param) {
-    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last(), "x: expected float32, channels_last, got ",
-             x.scalar_type(), " ", x.sizes());
+    check_image(x);
     FR_CHECK(weight.dim() == 2, "weight: expected [S, C], got ", weight.sizes());
     const int64_t C = x.size(1), S = weight.size(0), images = x.size(0), rows = x.size(2) * x.size(3);
     const Layer squeeze("weight", weight, bias, S, C, act, act_param);
     const Layer expand("gate_weight", gate_weight, gate_bias, C, S, gate, gate_param);
-    const int64_t chunks = (rows + kSumRows - 1) / kSumRows, size = (chunks + 1) * C + S;
+    const int64_t chunks = ChannelSums::chunks(rows), size = (chunks + 1) * C + S;
     const Memory memory(images * size * sizeof(float));
+    const auto sums_of = [&](int64_t image) {
+        return ChannelSums{static_cast<const float*>(x.data_ptr()) + image * rows * C, C, rows};
+    };
     const auto sum = [&](int64_t image, int64_t first, int64_t last) {
-        const float* const from = static_cast<const float*>(x.data_ptr()) + image * rows * C;
-        float* const sums = memory.at<float>() + image * size;
-        for (int64_t i = first; i < last; i++)
-            table().channel_sums(from, C, sums + i * C, i * kSumRows, std::min(rows, (i + 1) * kSumRows));
+        sums_of(image).of_chunks(memory.at<float>() + image * size, first, last);
     };
     const auto factors = [&](int64_t image) {  // over the sums
         float *const sums = memory.at<float>() + image * size, *const mean = sums + chunks * C,
                      *const hidden = mean + C;
-        table().channel_sums(sums, C, mean, 0, chunks);
-        for (int64_t c = 0; c < C; c++) mean[c] /= float(rows);
+        sums_of(image).means(sums, mean);
         squeeze(mean, hidden);
         expand(hidden, mean);
         return mean;
@@ -84,6 +106,22 @@ void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t a
         const float* const by = factors(i);
         parallel(0, rows, kSumRows, [&](int64_t begin, int64_t end) { scale(i, by, begin, end); });
     }
+}
+
+Tensor channel_means(const Tensor& x) {
+    check_image(x);
+    const int64_t C = x.size(1), rows = x.size(2) * x.size(3), chunks = ChannelSums::chunks(rows);
+    const Tensor out = result({x.size(0), C, 1, 1}, x.options());
+    const Memory memory(x.size(0) * chunks * C * sizeof(float));
+    parallel(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) {
+            const ChannelSums sums{static_cast<const float*>(x.data_ptr()) + i * rows * C, C, rows};
+            float* const partial = memory.at<float>() + i * chunks * C;
+            sums.of_chunks(partial, 0, chunks);
+            sums.means(partial, static_cast<float*>(out.data_ptr()) + i * C);
+        }
+    });
+    return out;
 }
 
 }  // namespace fused_resnet::cpu

@@ -20,7 +20,8 @@ enum class Kind {
     max_pool,
     avg_pool,
     pad,
-    excitation
+    excitation,
+    average
 };
 
 // What a profiler calls them.
@@ -35,9 +36,11 @@ constexpr const char* kNames[] = {"fused_resnet_cpu::aten_bias_act",
                                   "fused_resnet_cpu::max_pool",
                                   "fused_resnet_cpu::avg_pool",
                                   "fused_resnet_cpu::pad",
-                                  "fused_resnet_cpu::excite"};
+                                  "fused_resnet_cpu::excite",
+                                  "fused_resnet_cpu::channel_means"};
 
 constexpr int64_t kUndilated[] = {1, 1};
+constexpr Window kOneValue{{1, 1}, {1, 1}, {0, 0}, false, false};
 
 // oneDNN's names of activations, in the order of POST_OPS in fused_resnet/backends/cpu_steps.py.
 constexpr const char* kPostOps[] = {"none", "relu", "leaky_relu", "sigmoid", "swish", "hardtanh", "hardswish"};
@@ -53,7 +56,7 @@ struct Step {
     std::vector<double> scalars;  // of the post-op, or the gate's parameter
 
     explicit Step(Reader& from) : kind(Kind(from.next())) {
-        FR_CHECK(Kind::aten <= kind && kind <= Kind::excitation, "frozen_row: no step of kind ", int64_t(kind));
+        FR_CHECK(Kind::aten <= kind && kind <= Kind::average, "frozen_row: no step of kind ", int64_t(kind));
         x = from.next(), residual = from.next(), first = from.next(), count = from.next();
         owned = from.next();
         stride = from.pair(), padding = from.pair(), dilation = from.pair();
@@ -131,9 +134,11 @@ Tensor run(const Step& s, const Operands& o) {
         case Kind::depthwise:
             return depthwise_bias_act(o.x, o.weight(), o.bias(), s.stride, s.padding, s.dilation, s.act, s.act_param,
                                       o.residual);
-        case Kind::stem:
+        case Kind::stem: {
+            const Window pool = s.pool.value_or(kOneValue);
             return stem_bias_act_max_pool(o.x, o.weight(), o.bias(), s.stride, s.padding, s.act, s.act_param,
-                                          s.pool->kernel, s.pool->stride, s.pool->padding);
+                                          pool.kernel, pool.stride, pool.padding);
+        }
         case Kind::bn_act: return bn_act(o.x, o.all, s.act, s.act_param, o.residual, {}, o.x.scalar_type());
         case Kind::bn_act_max_pool:
             return std::get<0>(
@@ -146,6 +151,7 @@ Tensor run(const Step& s, const Operands& o) {
         case Kind::excitation:
             excite(o.x, o.all[0], o.all[1], s.act, s.act_param, o.all[2], o.all[3], s.gate, s.scalars.at(0));
             return o.x;
+        case Kind::average: return channel_means(o.x);
     }
     return {};
 }

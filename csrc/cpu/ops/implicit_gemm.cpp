@@ -33,8 +33,8 @@ void gemm_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, In
              "x: expected float32, channels_last, with ", C, " channels, got ", x.scalar_type(), " ", x.sizes());
     FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && panels_of(kernel, K) == packed.size(0),
              "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
-    const int64_t height = output_size(x.size(2), R, stride[0], padding[0], dilation[0]),
-                  width = output_size(x.size(3), S, stride[1], padding[1], dilation[1]);
+    const Patches patches = patches_of(x, R, S, stride, padding, dilation);
+    const int64_t height = patches.out_height, width = patches.out_width;
     FR_CHECK(out.scalar_type() == ScalarType::Float && out.is_channels_last() && out.size(0) == x.size(0) &&
                  out.size(1) == K && out.size(2) == height && out.size(3) == width,
              "out: expected the convolution's result, float32, channels_last, got ", out.scalar_type(), " ",
@@ -43,16 +43,6 @@ void gemm_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, In
     Args post = epilogue_args(out, act, act_param, residual);
     if (in_place) post.residual = nullptr;
     post.norm.shift = bias.data_ptr();
-    const Patches patches{x.data_ptr(),
-                          x.size(2),
-                          x.size(3),
-                          C,
-                          height,
-                          width,
-                          {R, S},
-                          {stride[0], stride[1]},
-                          {padding[0], padding[1]},
-                          {dilation[0], dilation[1]}};
     Gemm g{x.size(0) * height * width,          K, R * S * C, x.data_ptr(), C, 1, packed.data_ptr(),
            static_cast<float*>(out.data_ptr()), K, in_place};
     const bool is_x = R * S == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;

@@ -91,6 +91,9 @@ Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& b
 void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t act, double act_param,
             const Tensor& gate_weight, const Tensor& gate_bias, int64_t gate, double gate_param);
 
+// The mean of each channel of x: [N, C, 1, 1].
+Tensor channel_means(const Tensor& x);
+
 // Inference of a stem in one pass: whether there is one, the packed weight, and max-pool(act(conv(x) + bias)).
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel);
 Tensor stem_prepack(const Tensor& weight);
