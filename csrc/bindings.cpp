@@ -76,6 +76,11 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def(
         "depthwise_bias_act(Tensor x, Tensor packed, Tensor bias, int[2] stride, int[2] padding, int[2] dilation, "
         "int act, float act_param, Tensor? residual) -> Tensor");
+    m.def("grouped_suits(Tensor x, Tensor weight, int[2] dilation, int groups) -> bool");
+    m.def("grouped_prepack(Tensor weight, int groups) -> Tensor");
+    m.def(
+        "grouped_bias_act(Tensor x, Tensor packed, Tensor bias, int[2] stride, int[2] padding, int act, "
+        "float act_param, Tensor? residual) -> Tensor");
     m.def(
         "excite(Tensor(a!) x, Tensor weight, Tensor bias, int act, float act_param, Tensor gate_weight, "
         "Tensor gate_bias, int gate, float gate_param) -> ()");
@@ -155,6 +160,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("depthwise_suits", Boxed<cpu::depthwise_suits>::call);
     m.impl("depthwise_prepack", Boxed<cpu::depthwise_prepack>::call);
     m.impl("depthwise_bias_act", Boxed<cpu::depthwise_bias_act>::call);
+    m.impl("grouped_suits", Boxed<cpu::grouped_suits>::call);
+    m.impl("grouped_prepack", Boxed<cpu::grouped_prepack>::call);
+    m.impl("grouped_bias_act", Boxed<cpu::grouped_bias_act>::call);
     m.impl("excite", Boxed<cpu::excite>::call);
     m.impl("channel_means", Boxed<cpu::channel_means>::call);
     m.impl("stem_suits", Boxed<cpu::stem_suits>::call);

@@ -152,6 +152,10 @@ def _suits_depthwise(call: primitives.ConvBiasAct) -> bool:
     return _in_float(call) and _ops.depthwise_suits(call.x, call.weight, call.conv.groups)
 
 
+def _suits_grouped(call: primitives.ConvBiasAct) -> bool:
+    return _in_float(call) and _ops.grouped_suits(call.x, call.weight, call.conv.dilation, call.conv.groups)
+
+
 def _suits_stem(call: primitives.ConvBiasAct) -> bool:
     conv = call.conv
     suits = _in_float(call) and _ops.stem_suits(call.x, call.weight, conv.dilation, conv.groups, _NO_POOL.kernel)
@@ -184,6 +188,11 @@ def _depthwise(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact:
     conv = call.conv
     where = (conv.stride, conv.padding, conv.dilation)
     return _ops.depthwise_bias_act(call.x, packed, call.bias, *where, *call.act.numbers, call.residual)
+
+
+def _grouped(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
+    where = (call.conv.stride, call.conv.padding)
+    return _ops.grouped_bias_act(call.x, packed, call.bias, *where, *call.act.numbers, call.residual)
 
 
 def _onednn_weight(call: primitives.ConvBiasAct) -> Tensor:
@@ -259,6 +268,14 @@ CONVOLUTIONS = (
         lambda call: _ops.depthwise_prepack(call.weight),
         None,
         _depthwise,
+    ),
+    Convolution(
+        "grouped",
+        _suits_grouped,
+        lambda call: False,
+        lambda call: _ops.grouped_prepack(call.weight, call.conv.groups),
+        None,
+        _grouped,
     ),
     Convolution("stem", _suits_stem, lambda call: False, lambda call: _ops.stem_prepack(call.weight), None, _stem),
     Convolution("onednn", lambda call: True, lambda call: True, _onednn_weight, _onednn_layout, _onednn),

@@ -16,8 +16,8 @@ from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 # In the order of frozen_row.cpp's enum. The first word of a packed weight's kind is one of these.
 KINDS = (
-    "aten", "onednn", "winograd", "gemm", "depthwise", "stem", "bn_act", "bn_act_max_pool", "max_pool", "avg_pool",
-    "pad", "excitation", "average",
+    "aten", "onednn", "winograd", "gemm", "depthwise", "grouped", "stem", "bn_act", "bn_act_max_pool", "max_pool",
+    "avg_pool", "pad", "excitation", "average",
 )  # fmt: skip
 # oneDNN's names of the activations that its convolutions can apply: (name, scalars); in the order of frozen_row.cpp's
 POST_OPS: dict[str, tuple[str, tuple[Any, ...]]] = {

@@ -42,6 +42,15 @@ DEPTHWISE = (
     (16, (7, 7), (2, 3), ConvSpec((1, 1), (3, 3), groups=16)),
     (24, (1, 4), (1, 1), ConvSpec((3, 1), (0, 6), (1, 3), groups=24)),
 )
+# channels in and out, groups, kernel, image, convolution: vectors that are not full, several vectors, widths of every
+# remainder, rows of taps that lie outside of the image
+GROUPED = (
+    (48, 48, 6, (3, 3), (9, 14), ConvSpec((2, 2), (1, 1), groups=6)),
+    (24, 24, 3, (3, 3), (7, 7), ConvSpec((1, 1), (1, 1), groups=3)),
+    (10, 15, 5, (2, 3), (6, 31), ConvSpec((1, 2), (3, 2), groups=5)),
+    (12, 114, 2, (1, 1), (3, 23), ConvSpec(groups=2)),
+    (64, 96, 2, (3, 3), (5, 13), ConvSpec((1, 1), (1, 1), groups=2)),
+)
 
 
 def compare_inference() -> dict[str, float]:
@@ -83,6 +92,13 @@ def compare_inference() -> dict[str, float]:
                 want = aten.conv_bias_act(x, w, b, conv, a, residual)
                 got = ops.depthwise_bias_act(x, packed, b, *where, code, a.param, residual)
                 errors[f"depthwise {c} {kernel} {act} {residual is None}-float32"] = worst((got,), (want,))
+        for c, k, groups, kernel, size, conv in GROUPED:
+            w = torch.randn(k, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5
+            x, b, packed = image(2, c, *size), torch.randn(k), ops.grouped_prepack(w, groups)
+            for residual in (None, image(*conv.out_shape(x.shape, w.shape))):
+                want = aten.conv_bias_act(x, w, b, conv, a, residual)
+                got = ops.grouped_bias_act(x, packed, b, conv.stride, conv.padding, code, a.param, residual)
+                errors[f"grouped {c} {k} {kernel} {act} {residual is None}-float32"] = worst((got,), (want,))
     # slices of tiles for each thread, several of them, the last one shorter
     x, w, b = image(4, 64, 43, 36), torch.randn(80, 64, 3, 3) / 24, torch.randn(80)
     want = aten.conv_bias_act(x, w, b, ConvSpec((1, 1), (1, 1)), Act(), None)

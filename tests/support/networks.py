@@ -79,9 +79,9 @@ def tiny(seed: int = 0) -> nn.Module:
 
 
 def blocks(frozen: Frozen) -> list[FoldedChain]:
-    """The folded chains of a frozen model's latest graph."""
-    chains = frozen.front().graphs[-1].chains
-    return [chain.choice.folded[chain.place] for chain in chains]
+    """The folded chains of a frozen model's latest graph, and its head."""
+    rows = {id(chain.choice): chain.choice for chain in frozen.front().graphs[-1].chains}
+    return [chain for row in rows.values() for chain in row.folded]
 
 
 def folded(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[FoldedChain]:

@@ -2,13 +2,15 @@
 // pixels x channels stay in registers.
 #pragma once
 
-#include "vectors.h"
+#include "direct.h"
 
 namespace {
 
 // Pixels of a tile inside the image, and its vectors of channels: their product is the number of sums in registers. A
 // pixel at the border has fewer taps and is a tile of its own, of more channels.
 constexpr int kDepthwisePixels = 4, kDepthwiseVectors = FR_REGISTERS >= 32 ? 4 : 2;
+// Pixels of a tile whose taps lie side by side, three in a row: each value of x is read once for all of them.
+constexpr int kSlidingPixels = 8, kSlidingTaps = 3;
 constexpr int kBorderVectors = kDepthwiseBlock / kLanes < 8 ? kDepthwiseBlock / kLanes : 8;
 
 // The taps of a tile: rows [0, rows) and columns [0, columns) of a kernel, from x and w on.
@@ -19,7 +21,9 @@ struct Taps {
 };
 
 // P pixels, x apart by `pixel` and out by a.layout.channels, of V vectors of channels from c on, the last of n lanes.
-template <int P, int V, class K, class N>
+// Slides: from one pixel to the next and from one tap to the next it is the same way, and there are kSlidingTaps of
+// them.
+template <int P, int V, bool Slides, class K, class N>
 FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64_t out, int64_t c, N n) {
     const int64_t C = a.layout.channels;
     const auto each = [&](auto f) __attribute__((always_inline)) {
@@ -34,6 +38,19 @@ FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64
     const float *x_row = t.x + c, *w_row = t.w + c;
     for (int64_t r = 0; r < t.rows; r++, x_row += t.x_row, w_row += t.w_row) {
         const float *x = x_row, *w = w_row;
+        if constexpr (Slides) {
+            static_assert(V == 1);
+            F32 taps[kSlidingTaps];
+            unrolled<kSlidingTaps>([&](auto s)
+                                       __attribute__((always_inline)) { taps[s] = load<F32>(w + s * t.w_column, n); });
+            unrolled<P + kSlidingTaps - 1>([&](auto j) __attribute__((always_inline)) {
+                const F32 value = load<F32>(x + j * pixel, n);
+                unrolled<kSlidingTaps>([&](auto s) __attribute__((always_inline)) {
+                    if constexpr (j >= s && j - s < P) sum[j - s][0] = sum[j - s][0] + value * taps[s];
+                });
+            });
+            continue;
+        }
         for (int64_t s = 0; s < t.columns; s++, x += t.x_column, w += t.w_column) {
             F32 here[V];
             unrolled<V>([&](auto v) __attribute__((always_inline)) { here[v] = load<F32>(w + v * kLanes, n); });
@@ -55,25 +72,14 @@ FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64
 }
 
 // P pixels of channels [first, last): tiles of V vectors, then of one.
-template <int P, int V, class K>
+template <int P, int V, class K, bool Slides = false>
 FR_INLINE void depthwise_pixels(const Args& a, const Taps& t, int64_t pixel, int64_t out, int64_t first, int64_t last) {
     int64_t c = first;
     const std::integral_constant<int, kLanes> all;
-    for (; c + V * kLanes <= last; c += V * kLanes) depthwise_tile<P, V, K>(a, t, pixel, out, c, all);
-    for (; c + kLanes <= last; c += kLanes) depthwise_tile<P, 1, K>(a, t, pixel, out, c, all);
-    if (c < last) depthwise_tile<P, 1, K>(a, t, pixel, out, c, int(last - c));
+    for (; c + V * kLanes <= last; c += V * kLanes) depthwise_tile<P, V, Slides, K>(a, t, pixel, out, c, all);
+    for (; c + kLanes <= last; c += kLanes) depthwise_tile<P, 1, Slides, K>(a, t, pixel, out, c, all);
+    if (c < last) depthwise_tile<P, 1, Slides, K>(a, t, pixel, out, c, int(last - c));
 }
-
-// The first tap at `start`, `dilation` apart, that is inside [0, size), and the one after the last.
-struct Inside {
-    int64_t first, last;
-    FR_INLINE Inside(int64_t start, int64_t dilation, int64_t taps, int64_t size) {
-        first = start < 0 ? (dilation - 1 - start) / dilation : 0;
-        last = start < size ? (size - 1 - start) / dilation + 1 : 0;
-        if (last > taps) last = taps;
-        if (first > last) first = last;
-    }
-};
 
 template <class K>
 void depthwise_impl(const Args& a, const Patches& q, const float* weight, int64_t begin, int64_t end) {
@@ -83,6 +89,7 @@ void depthwise_impl(const Args& a, const Patches& q, const float* weight, int64_
     const int64_t most = (q.width - 1 - reach + q.padding[1]) / q.stride[1] + 1;
     const int64_t right = q.width <= reach - q.padding[1] ? 0 : most < q.out_width ? most : q.out_width;
     const int64_t from = (q.padding[1] + q.stride[1] - 1) / q.stride[1], left = from < right ? from : right;
+    const bool slides = S == kSlidingTaps && q.stride[1] == 1 && q.dilation[1] == 1;
     for (int64_t item = begin; item < end; item++) {
         const int64_t oh = item % q.out_height, block = item / q.out_height % blocks,
                       image = item / q.out_height / blocks;
@@ -111,6 +118,10 @@ void depthwise_impl(const Args& a, const Patches& q, const float* weight, int64_
         };
         alone(0, left);
         int64_t ow = left;
+        if (slides)
+            for (; ow + kSlidingPixels <= right; ow += kSlidingPixels)
+                depthwise_pixels<kSlidingPixels, 1, K, true>(a, taps(ow, Inside(0, 1, S, S)), pixel, out + ow * C,
+                                                             first, last);
         for (; ow + kDepthwisePixels <= right; ow += kDepthwisePixels)
             depthwise_pixels<kDepthwisePixels, kDepthwiseVectors, K>(a, taps(ow, Inside(0, 1, S, S)), pixel,
                                                                      out + ow * C, first, last);

@@ -187,4 +187,9 @@ void depthwise_any(const Args& a, const Patches& q, const float* weight, int64_t
     by_act(a.act, [&](auto k) { depthwise_impl<typename decltype(k)::type>(a, q, weight, begin, end); });
 }
 
+void grouped_any(const Args& a, const Patches& q, const float* weight, int64_t groups, float* scratch, int64_t begin,
+                 int64_t end) {
+    by_act(a.act, [&](auto k) { grouped_impl<typename decltype(k)::type>(a, q, weight, groups, scratch, begin, end); });
+}
+
 }  // namespace

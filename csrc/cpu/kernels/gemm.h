@@ -74,21 +74,11 @@ struct Finish {
     float floor, ceiling;
 };
 
-// What a tile fetches into L2 while it runs: for each line of its rows as many lines as it has rows, `row` elements
-// apart, the next ones `step` further. from: null where there is nothing to fetch. A fetch takes the place of a load,
-// and the loop has few to spare: on a Zen 3 one in each step costs a fifth of the time.
-template <class T>
-struct Ahead {
-    const T* from;
-    int64_t row, step;
-};
-
-// R rows of a panel, of which `columns` are stored: c (+)= a b over `depth` elements; a word of a every a_word. post:
-// null where the sums are stored as they are.
+// R rows of a panel, of which `columns` are stored: c (+)= a b over `depth` elements; a word of a every a_word. Rows
+// from `ahead` on, ahead_row apart, are fetched into L2. post: null where the sums are stored as they are.
 template <class T, int R>
 void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t depth, float* c, int64_t c_row,
-               int64_t columns, bool accumulate, Ahead<T> ahead, const Finish* post) {
-    static_assert(R <= kLineWords);
+               int64_t columns, bool accumulate, const T* ahead, int64_t ahead_row, const Finish* post) {
     using Words = typename Word<T>::vector;
     F32 sum[R][kGemmVectors];
     unrolled<R>([&](auto i) __attribute__((always_inline)) {
@@ -111,23 +101,18 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
         add(std::integral_constant<int, kWord<T>>{});
         a += a_word, b += kGemmColumns * kWord<T>;
     };
-    // Fetches while a line of each row of a is read: what is ahead, and first some rows of c. All at once would wait
-    // for each other.
+    // Fetches while a line of each row of a is read: a line of each row ahead, and first some rows of c. All at once
+    // would wait for each other.
     const float* c_line = c;
-    for (; depth >= kLineWords * kWord<T>; depth -= kLineWords * kWord<T>) {
+    for (; depth >= kLineWords * kWord<T>; depth -= kLineWords * kWord<T>, ahead += kLineWords * kWord<T>) {
         if (c_line < c + R * c_row)
             for (int i = 0; i < kRowsAhead; i++, c_line += c_row)
                 for (int j = 0; j < kGemmColumns; j += kLineWords) __builtin_prefetch(c_line + j, 1);
-        int k = 0;
-        if (ahead.from) {
-            const T* line = ahead.from;
-            for (; k < R; k++, line += ahead.row) {
-                __builtin_prefetch(line, 0, 2);
-                step();
-            }
-            ahead.from += ahead.step;
+        const T* line = ahead;
+        for (int k = 0; k < kLineWords; k++, line += ahead_row) {
+            __builtin_prefetch(line, 0, 2);
+            step();
         }
-        for (; k < kLineWords; k++) step();
     }
     for (; depth >= kWord<T>; depth -= kWord<T>) step();
     if constexpr (kWord<T> > 1)
@@ -258,8 +243,8 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
                 __builtin_memcpy(copy + i * slice, a + i * g.a_row, depth * sizeof(T));
             a = copy, a_row = slice, a_tile = kGemmRows * slice;
         }
-        // A panel stays in L1 while the rows of the block pass. A tile fetches the next one's rows if they are read for
-        // the first time, and the first tiles of the later panels fetch the next panel.
+        // A panel stays in L1 while the rows of the block pass. A tile fetches the next one's rows while they are read
+        // for the first time, and otherwise a part of the next panel.
         const int64_t panel = whole_words<T>(g.depth) * kGemmColumns, size = depth * kGemmColumns;
         const int64_t line = kLineWords * kWord<T>;
         const auto tile_at = [&](int64_t i, int64_t p, int64_t part) __attribute__((always_inline)) {
@@ -268,9 +253,9 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
             const int64_t column = p * kGemmColumns;
             const int64_t columns = g.columns - column < kGemmColumns ? g.columns - column : kGemmColumns;
             const int64_t height = bottom - i < kGemmRows ? bottom - i : kGemmRows;
-            Ahead<T> ahead{};
-            if (a != copy && p == first) ahead = {tile + a_tile, a_row, line};
-            else if (p + 1 < last && part < size) ahead = {b + (p + 1) * panel + part, line, height * line};
+            const bool rows_ahead = a != copy && p == first, panel_ahead = p + 1 < last && part < size;
+            const T* const ahead = rows_ahead ? tile + a_tile : panel_ahead ? b + (p + 1) * panel + part : tile;
+            const int64_t ahead_row = rows_ahead ? a_row : panel_ahead ? line : 0;
             Finish post;
             if (finishes) {
                 post = finish_of(*g.epilogue, i, column);
@@ -280,13 +265,13 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
             }
             by_count<kGemmRows>(height, [&](auto rows) __attribute__((always_inline)) {
                 gemm_tile<T, rows>(tile, a_row, a_word, b + p * panel, depth, g.c + i * g.c_row + column, g.c_row,
-                                   columns, g.accumulate || k > 0, ahead, finishes ? &post : nullptr);
+                                   columns, g.accumulate || k > 0, ahead, ahead_row, finishes ? &post : nullptr);
             });
             if (finishes && g.epilogue->act > Act::relu && g.epilogue->act != Act::relu6)
                 gemm_act(*g.epilogue, i, height, column, columns);
         };
         for (int64_t p = first; p < last; p++)
-            for (int64_t i = top, part = 0; i < bottom; i += kGemmRows, part += depth / line * kGemmRows * line)
+            for (int64_t i = top, part = 0; i < bottom; i += kGemmRows, part += (depth / line + kLineWords - 1) * line)
                 tile_at(i, p, part);
     };
     // the smaller one of B and C is passed again and again

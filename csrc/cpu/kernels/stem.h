@@ -3,52 +3,9 @@
 // window of one value is no pool: the rows are the output.
 #pragma once
 
-#include "vectors.h"
+#include "direct.h"
 
 namespace {
-
-// Vectors of output channels, and output pixels: their product is the number of sums in registers.
-constexpr int kStemVectors = 2, kStemPixels = FR_REGISTERS >= 32 ? 14 : 6;
-
-// body(P, at) for pixels [at, at + P) until all of [begin, end) are covered; the last few one at a time.
-template <class Body>
-FR_INLINE void for_pixels(int64_t begin, int64_t end, Body body) {
-    int64_t at = begin;
-    for (; at + kStemPixels <= end; at += kStemPixels) body(std::integral_constant<int, kStemPixels>{}, at);
-    for (; at < end; at++) body(std::integral_constant<int, 1>{}, at);
-}
-
-// P pixels of output channels [k, k + kLanes V): a pixel's patch is `rows` runs of `run` values, `row` apart, the next
-// pixel's starts `step` further. w: [rows, run, kStemBlock].
-template <int P, int V, class K>
-FR_INLINE void stem_pixels(const float* x, int64_t rows, int64_t row, int64_t run, int64_t step, const float* w,
-                           const float* bias, float* out, int64_t channels, const K& act, F32 p) {
-    F32 sum[P][V];
-    unrolled<P>([&](auto i) __attribute__((always_inline)) {
-        unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = load<F32>(bias + kLanes * v, kLanes); });
-    });
-    for (int64_t r = 0; r < rows; r++, x += row) {
-        for (int64_t j = 0; j < run; j++, w += kStemBlock) {
-            F32 here[V];
-            unrolled<V>([&](auto v) __attribute__((always_inline)) { here[v] = load<F32>(w + kLanes * v, kLanes); });
-            unrolled<P>([&](auto i) __attribute__((always_inline)) {
-                const F32 value = x[i * step + j] - F32{};  // the compiler drops - 0, but not + 0
-                unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = sum[i][v] + value * here[v]; });
-            });
-        }
-    }
-    unrolled<P>([&](auto i) __attribute__((always_inline)) {
-        unrolled<V>([&](auto v) __attribute__((always_inline)) {
-            store(out + i * channels + kLanes * v, act.forward(sum[i][v], p), kLanes);
-        });
-    });
-}
-
-// The weights of output channels from k on.
-FR_INLINE const float* weight_of(const Stem& q, int64_t k) {
-    return static_cast<const float*>(q.weight) +
-           k / kStemBlock * (q.kernel[0] * q.kernel[1] * q.channels * kStemBlock) + k % kStemBlock;
-}
 
 // Row oh of act(conv(x) + b) of an image.
 template <class K>
@@ -58,21 +15,16 @@ void stem_row(const Args& a, const Stem& q, int64_t image, int64_t oh, float* ro
     const int64_t inside = q.width * q.channels, border = q.padding[1] * q.channels, row = inside + 2 * border;
     for (int64_t r = 0; r < q.kernel[0]; r++) {
         const int64_t h = oh * q.stride[0] - q.padding[0] + r;
-        float* to = rows + r * row;
-        for (int64_t i = 0; i < border; i++) to[i] = to[border + inside + i] = 0;
-        const float* from = static_cast<const float*>(a.y) + (image * q.height + h) * inside;
-        if (h < 0 || h >= q.height) __builtin_memset(to + border, 0, inside * sizeof(float));
-        else __builtin_memcpy(to + border, from, inside * sizeof(float));
+        if (h < 0 || h >= q.height) __builtin_memset(rows + r * row, 0, row * sizeof(float));
+        else
+            copy_row(static_cast<const float*>(a.y) + (image * q.height + h) * inside, q.width, q.channels, q.channels,
+                     border, rows + r * row);
     }
-    const int64_t run = q.kernel[1] * q.channels, step = q.stride[1] * q.channels, C = q.out_channels;
-    const float* bias = static_cast<const float*>(a.norm.shift);
-    for (int64_t k = 0; k < C; k += kLanes * kStemVectors) {
-        const float* w = weight_of(q, k);
-        for_pixels(0, q.out_width, [&](auto pixels, int64_t at) __attribute__((always_inline)) {
-            stem_pixels<pixels, kStemVectors>(rows + at * step, q.kernel[0], row, run, step, w, bias + k,
-                                              out + at * C + k, C, act, p);
-        });
-    }
+    const int64_t run = q.kernel[1] * q.channels, taps = q.kernel[0] * run;
+    const Runs patch{rows, q.kernel[0], row, run, q.stride[1] * q.channels};
+    for (int64_t k = 0; k < q.out_channels; k += kStemBlock)
+        direct_row(patch, static_cast<const float*>(q.weight) + k * taps, kStemBlock,
+                   static_cast<const float*>(a.norm.shift) + k, nullptr, out + k, q.out_width, q.out_channels, act, p);
 }
 
 template <class K>

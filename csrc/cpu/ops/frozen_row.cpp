@@ -14,6 +14,7 @@ enum class Kind {
     winograd,
     gemm,
     depthwise,
+    grouped,
     stem,
     bn_act,
     bn_act_max_pool,
@@ -30,6 +31,7 @@ constexpr const char* kNames[] = {"fused_resnet_cpu::aten_bias_act",
                                   "fused_resnet_cpu::winograd_bias_act",
                                   "fused_resnet_cpu::gemm_bias_act",
                                   "fused_resnet_cpu::depthwise_bias_act",
+                                  "fused_resnet_cpu::grouped_bias_act",
                                   "fused_resnet_cpu::stem_bias_act_max_pool",
                                   "fused_resnet_cpu::bn_act",
                                   "fused_resnet_cpu::bn_act_max_pool",
@@ -134,6 +136,8 @@ Tensor run(const Step& s, const Operands& o) {
         case Kind::depthwise:
             return depthwise_bias_act(o.x, o.weight(), o.bias(), s.stride, s.padding, s.dilation, s.act, s.act_param,
                                       o.residual);
+        case Kind::grouped:
+            return grouped_bias_act(o.x, o.weight(), o.bias(), s.stride, s.padding, s.act, s.act_param, o.residual);
         case Kind::stem: {
             const Window pool = s.pool.value_or(kOneValue);
             return stem_bias_act_max_pool(o.x, o.weight(), o.bias(), s.stride, s.padding, s.act, s.act_param,

@@ -86,6 +86,12 @@ Tensor depthwise_prepack(const Tensor& weight);
 Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
                           IntList dilation, int64_t act, double act_param, const OptTensor& residual);
 
+// The same by the kernel for several groups.
+bool grouped_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups);
+Tensor grouped_prepack(const Tensor& weight, int64_t groups);
+Tensor grouped_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
+                        int64_t act, double act_param, const OptTensor& residual);
+
 // Squeeze-and-excitation in place: x *= gate(gate_weight act(weight mean(x) + bias) + gate_bias), a factor per image
 // and channel.
 void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t act, double act_param,

@@ -1,0 +1,131 @@
+// Direct convolutions of rows, channels_last, for inference: the rows that the kernel sees are copied between zeros,
+// and the sums of a tile of pixels x output channels stay in registers.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+// Pixels of a tile of one vector of output channels, and of two: as many sums as there are registers, or as many pixels
+// as there are registers for their addresses.
+constexpr int kDirectPixels[] = {FR_REGISTERS >= 32 ? 14 : 8, FR_REGISTERS >= 32 ? 14 : 6};
+
+// The first tap at `start`, `dilation` apart, that is inside [0, size), and the one after the last.
+struct Inside {
+    int64_t first, last;
+    FR_INLINE Inside(int64_t start, int64_t dilation, int64_t taps, int64_t size) {
+        first = start < 0 ? (dilation - 1 - start) / dilation : 0;
+        last = start < size ? (size - 1 - start) / dilation + 1 : 0;
+        if (last > taps) last = taps;
+        if (first > last) first = last;
+    }
+};
+
+// body(P, at) for pixels [at, at + P) until all of [begin, end) are covered; P is at most Most.
+template <int Most, class Body>
+FR_INLINE void for_pixels(int64_t begin, int64_t end, Body body) {
+    int64_t at = begin;
+    for (; at + Most <= end; at += Most) body(std::integral_constant<int, Most>{}, at);
+    constexpr int kFewer = Most > 7 ? 7 : Most > 4 ? 4 : Most / 2;
+    if constexpr (kFewer > 0)
+        if (at < end) for_pixels<kFewer>(at, end, body);
+}
+
+// The copied rows that a kernel sees: a pixel's patch is `rows` runs of `run` values, `row` apart, and the next pixel's
+// starts `step` further.
+struct Runs {
+    const float* x;
+    int64_t rows, row, run, step;
+};
+
+// P pixels of V vectors of output channels, of n lanes each, to out, `channels` from one pixel to the next: act(sum +
+// bias (+ residual)). w: [rows, run, columns].
+template <int P, int V, class K, class N>
+FR_INLINE void direct_pixels(const Runs& patch, const float* w, int64_t columns, const float* bias,
+                             const float* residual, float* out, int64_t channels, const K& act, F32 p, N n) {
+    F32 sum[P][V];
+    const auto each = [&](auto f) __attribute__((always_inline)) {
+        unrolled<P>([&](auto i) __attribute__((always_inline)) {
+            unrolled<V>([&](auto v) __attribute__((always_inline)) { f(i, v); });
+        });
+    };
+    each([&](auto i, auto v) __attribute__((always_inline)) { sum[i][v] = load<F32>(bias + kLanes * v, n); });
+    const float* x = patch.x;
+    for (int64_t r = 0; r < patch.rows; r++, x += patch.row) {
+        for (int64_t j = 0; j < patch.run; j++, w += columns) {
+            F32 here[V];
+            unrolled<V>([&](auto v) __attribute__((always_inline)) { here[v] = load<F32>(w + kLanes * v, n); });
+            unrolled<P>([&](auto i) __attribute__((always_inline)) {
+                const F32 value = x[i * patch.step + j] - F32{};  // the compiler drops - 0, but not + 0
+                unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = sum[i][v] + value * here[v]; });
+            });
+        }
+    }
+    act.with([&](auto k) __attribute__((always_inline)) {
+        each([&](auto i, auto v) __attribute__((always_inline)) {
+            F32 z = sum[i][v];
+            if (residual) z = z + load<F32>(residual + i * channels + kLanes * v, n);
+            store(out + i * channels + kLanes * v, k.forward(z, p), n);
+        });
+    });
+}
+
+// A row of outputs of [0, columns) channels that start at bias, residual and out. weight: [rows, run, columns].
+template <class K>
+FR_INLINE void direct_row(Runs patch, const float* weight, int64_t columns, const float* bias, const float* residual,
+                          float* out, int64_t width, int64_t channels, const K& act, F32 p) {
+    const float* const x = patch.x;
+    const auto pixels = [&](int64_t c, auto vectors, auto n) __attribute__((always_inline)) {
+        for_pixels<kDirectPixels[vectors - 1]>(0, width, [&](auto count, int64_t at) __attribute__((always_inline)) {
+            patch.x = x + at * patch.step;
+            direct_pixels<count, vectors>(patch, weight + c, columns, bias + c,
+                                          residual ? residual + at * channels + c : nullptr, out + at * channels + c,
+                                          channels, act, p, n);
+        });
+    };
+    const std::integral_constant<int, kLanes> all;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) pixels(c, std::integral_constant<int, 2>{}, all);
+    for (; c + kLanes <= columns; c += kLanes) pixels(c, std::integral_constant<int, 1>{}, all);
+    if (c < columns) pixels(c, std::integral_constant<int, 1>{}, int(columns - c));
+}
+
+// Copies channels [0, depth) of a row of `width` pixels, `pixel` apart, between `border` zeros on either side.
+FR_INLINE void copy_row(const float* from, int64_t width, int64_t pixel, int64_t depth, int64_t border, float* to) {
+    for (int64_t i = 0; i < border; i++) to[i] = to[border + width * depth + i] = 0;
+    to += border;
+    if (pixel == depth) {
+        __builtin_memcpy(to, from, width * depth * sizeof(float));
+        return;
+    }
+    for (int64_t i = 0; i < width; i++, from += pixel, to += depth)
+        by_lanes(depth,
+                 [&](int64_t c, auto n) __attribute__((always_inline)) { store(to + c, load<F32>(from + c, n), n); });
+}
+
+// Rows [begin, end) of N * groups * oH. weight: [groups, R, S, depth, columns].
+template <class K>
+void grouped_impl(const Args& a, const Patches& q, const float* weight, int64_t groups, float* scratch, int64_t begin,
+                  int64_t end) {
+    const K act(a.act);
+    const F32 p = splat<F32>(a.act_param);
+    const int64_t channels = a.layout.channels, depth = q.channels / groups, columns = channels / groups;
+    const int64_t border = q.padding[1] * depth, row = q.width * depth + 2 * border, run = q.kernel[1] * depth;
+    for (int64_t item = begin; item < end; item++) {
+        const int64_t oh = item % q.out_height, group = item / q.out_height % groups,
+                      image = item / q.out_height / groups, top = oh * q.stride[0] - q.padding[0];
+        const Inside rows(top, 1, q.kernel[0], q.height);
+        for (int64_t r = rows.first; r < rows.last; r++)
+            copy_row(
+                static_cast<const float*>(q.x) + (image * q.height + top + r) * q.width * q.channels + group * depth,
+                q.width, q.channels, depth, border, scratch + (r - rows.first) * row);
+        const int64_t out = (image * q.out_height + oh) * q.out_width * channels + group * columns;
+        direct_row(Runs{scratch, rows.last - rows.first, row, run, q.stride[1] * depth},
+                   weight + (group * q.kernel[0] + rows.first) * run * columns, columns,
+                   static_cast<const float*>(a.norm.shift) + group * columns,
+                   a.residual ? static_cast<const float*>(a.residual) + out : nullptr, static_cast<float*>(a.out) + out,
+                   q.out_width, channels, act, p);
+    }
+}
+
+}  // namespace
