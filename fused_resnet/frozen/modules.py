@@ -60,7 +60,7 @@ class Frozen(nn.Module):
         """The front of this process. It is never copied or pickled."""
         front: Front | None = self.__dict__.get("_fr_front")
         if front is None or front.module() is not self.model:
-            self.__dict__["_fr_front"] = front = Front(self.model, _call, self._lower, BACKWARD_HOOKS)
+            self.__dict__["_fr_front"] = front = Front(self.model, _call, self._lower, BACKWARD_HOOKS, "L['model']")
         return front
 
     def _lower(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Matches:

@@ -28,6 +28,7 @@ from torch._guards import TracingContext
 
 from fused_resnet.backends import warn_lost_speed
 from fused_resnet.base.locks import wait_before_forks
+from fused_resnet.fusion import tags
 from fused_resnet.fusion.choosing import Settled
 from fused_resnet.fusion.inspection import calling, front_here, named_modules
 from fused_resnet.fusion.lowering import lower
@@ -103,6 +104,8 @@ class _NotCaptured(logging.Filter):
 
 _QUIET = _NotCaptured()
 _NUMBERS = count()  # part of code names: dynamo remembers by a code's name and place which numbers and sizes changed
+# At most this many changes of a module's dictionaries are followed before its guards are checked in full.
+_MAX_WATCHED = 32
 # At most this many states of a module (see ``_unguarded``) are captured, each separately.
 _MAX_STATES = 16
 
@@ -153,7 +156,8 @@ class Front:
     Args:
         module: fused or frozen. plain: the method of the module's original class. lower: puts rows into a graph; it is
             called with the graph and example inputs. unguarded: names of the modules' dictionaries of hooks for which
-            an empty one needs no guard.
+            an empty one needs no guard. tagged: dynamo's name of the module if its guards may be skipped by ``tags``;
+            then the front keeps the module alive.
 
     Attributes:
         graphs: a report of each captured graph, oldest first. calls: the number of calls. without: the number of calls
@@ -166,6 +170,7 @@ class Front:
         plain: Callable[..., Any],
         lower: Callable[[fx.GraphModule, Sequence[Any]], Matches],
         unguarded: frozenset[str] = frozenset(),
+        tagged: str = "",
     ) -> None:
         import torch._dynamo as dynamo
         from torch._inductor import config as inductor_config
@@ -173,7 +178,10 @@ class Front:
         _set_up()
         self.module, self.plain, self.lower = weakref.ref(module), plain, lower
         self.settled, self.unguarded = Settled(), _IMPLIED | unguarded
-        configs = ((dynamo.config, _OPTIONS), (inductor_config, _INDUCTOR_OPTIONS))
+        self.tagged = tagged if tags.AVAILABLE else ""
+        self.changeable = False  # its modules' dictionaries change all the time
+        own = _OPTIONS | (tags.OPTIONS if self.tagged else {})
+        configs = ((dynamo.config, own), (inductor_config, _INDUCTOR_OPTIONS))
         self.options = [(config, name, value) for config, wanted in configs for name, value in wanted.items()]
         self.graphs: list[GraphReport] = []
         self.calls = self.without = 0
@@ -186,6 +194,7 @@ class Front:
         self.whole = True  # so far each call ran exactly one graph
         self.looked_up: list[tuple[Any, str, Any]] = []
         self.norms: list[nn.Module] = []
+        self.watched: list[tags.Watched] = []  # as they were at the captures and since
         self.classed = 0
 
     def _captured(self, state: Any) -> Callable[..., Any]:
@@ -200,10 +209,14 @@ class Front:
 
     def lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The function that runs instead of a captured graph."""
-        names = Names(gm.graph, self.module())
+        module = self.module()
+        assert module is not None
+        names = Names(gm.graph, module)
         report = GraphReport(self.lower(gm, example_inputs), names)
         log.info("captured %s", report)
         self.graphs.append(report)
+        if self.tagged and (self.changeable or not tags.suits(module, self.tagged)):
+            torch._dynamo.config.use_recursive_dict_tags_for_guards = False  # of this capture: ``run`` resets it
         _drop_guards(self.unguarded)
         forward, runs = gm.forward, self.runs
 
@@ -232,6 +245,10 @@ class Front:
         self.calls += 1
         if any(getattr(owner, name, None) != found for owner, name, found in self.looked_up):
             self._forget()
+        held = self.watched  # what dynamo points to stays during the call, even if another thread's call forgets it
+        if held and not self._watch(held, module):
+            self._forget()
+            held = self.watched
         if not self.captured or not self.whole or self.classed != classed[0]:
             self.norms, self.classed = numbered(module), classed[0]
         set_numbers(self.norms)
@@ -265,6 +282,16 @@ class Front:
                 _running.discard(threading.get_ident())
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))
+                held += [tags.Watched(module)] if self.tagged and not self.changeable else []
+
+    def _watch(self, watched: list[tags.Watched], module: nn.Module) -> bool:
+        """Looks at what tags do not see. Returns whether what was captured can still be used."""
+        if not watched[-1].same_modules():
+            return False
+        if not watched[-1].same_dicts():
+            watched.append(tags.Watched(module))
+            self.changeable = len(watched) > _MAX_WATCHED
+        return not self.changeable
 
     def guards_ms(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
         """The milliseconds that the guards of such a call take now; 0 if they can't be timed.

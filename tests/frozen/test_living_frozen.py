@@ -20,6 +20,11 @@ from fused_resnet.frozen import rows as frozen_rows
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 
+def _counted(edit: Edit) -> bool:
+    """Not a write through ``.data``, which PyTorch counts nowhere (docs/limits.md)."""
+    return edit.kind != "layers" or edit.how % 5 != 2
+
+
 def live_frozen(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[int, int]:
     """Freezes a network, calls both, edits both, calls them again; returns how many calls, and how many chains."""
     torch._dynamo.reset()
@@ -39,7 +44,7 @@ def live_frozen(program: Program, life: list[tuple[Call, list[Edit]]]) -> tuple[
             return 0, 0
         assert "raised" not in want and not frozen.differs
         nets: list[Any] = [plain, frozen.model]
-        for step, (call, edits) in enumerate(zip(calls, [edits for _, edits in life], strict=True)):
+        for step, (call, edits) in enumerate(zip(calls, [filter(_counted, edits) for _, edits in life], strict=True)):
             for edit in edits:
                 nets = apply(world, nets, edit)
             frozen.model = nets[1]

@@ -33,7 +33,7 @@ PRODUCTS = (
     (3, 16, (7, 7), (15, 15), ConvSpec((2, 2), (3, 3))),
 )
 # channels, kernel, image, convolution: blocks and vectors of channels that are not full; images that are narrower than
-# the kernel, and rows of taps that lie outside of them
+# the kernel, and rows of taps that lie outside of them; taps that several pixels see
 DEPTHWISE = (
     (64, (3, 3), (9, 14), ConvSpec((1, 1), (1, 1), groups=64)),
     (83, (3, 3), (7, 7), ConvSpec((2, 2), (1, 1), groups=83)),
@@ -41,6 +41,8 @@ DEPTHWISE = (
     (150, (5, 3), (12, 13), ConvSpec((1, 2), (4, 3), (3, 2), groups=150)),
     (16, (7, 7), (2, 3), ConvSpec((1, 1), (3, 3), groups=16)),
     (24, (1, 4), (1, 1), ConvSpec((3, 1), (0, 6), (1, 3), groups=24)),
+    (40, (3, 3), (5, 39), ConvSpec((1, 2), (1, 1), groups=40)),
+    (20, (2, 3), (9, 21), ConvSpec((2, 1), (0, 1), (2, 1), groups=20)),
 )
 # channels in and out, groups, kernel, image, convolution: vectors that are not full, several vectors, widths of every
 # remainder, rows of taps that lie outside of the image

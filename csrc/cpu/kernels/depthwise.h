@@ -9,7 +9,8 @@ namespace {
 // Pixels of a tile inside the image, and its vectors of channels: their product is the number of sums in registers. A
 // pixel at the border has fewer taps and is a tile of its own, of more channels.
 constexpr int kDepthwisePixels = 4, kDepthwiseVectors = FR_REGISTERS >= 32 ? 4 : 2;
-// Pixels of a tile whose taps lie side by side, three in a row: each value of x is read once for all of them.
+// Pixels of a tile whose taps lie side by side, three in a row: each value of x is read once for all pixels that see
+// it.
 constexpr int kSlidingPixels = 8, kSlidingTaps = 3;
 constexpr int kBorderVectors = kDepthwiseBlock / kLanes < 8 ? kDepthwiseBlock / kLanes : 8;
 
@@ -21,9 +22,8 @@ struct Taps {
 };
 
 // P pixels, x apart by `pixel` and out by a.layout.channels, of V vectors of channels from c on, the last of n lanes.
-// Slides: from one pixel to the next and from one tap to the next it is the same way, and there are kSlidingTaps of
-// them.
-template <int P, int V, bool Slides, class K, class N>
+// Slide: the taps from one pixel to the next, if there are kSlidingTaps in a row; 0: as many as there are.
+template <int P, int V, int Slide, class K, class N>
 FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64_t out, int64_t c, N n) {
     const int64_t C = a.layout.channels;
     const auto each = [&](auto f) __attribute__((always_inline)) {
@@ -38,15 +38,16 @@ FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64
     const float *x_row = t.x + c, *w_row = t.w + c;
     for (int64_t r = 0; r < t.rows; r++, x_row += t.x_row, w_row += t.w_row) {
         const float *x = x_row, *w = w_row;
-        if constexpr (Slides) {
+        if constexpr (Slide > 0) {
             static_assert(V == 1);
             F32 taps[kSlidingTaps];
             unrolled<kSlidingTaps>([&](auto s)
                                        __attribute__((always_inline)) { taps[s] = load<F32>(w + s * t.w_column, n); });
-            unrolled<P + kSlidingTaps - 1>([&](auto j) __attribute__((always_inline)) {
-                const F32 value = load<F32>(x + j * pixel, n);
+            unrolled<(P - 1) * Slide + kSlidingTaps>([&](auto j) __attribute__((always_inline)) {
+                const F32 value = load<F32>(x + j * t.x_column, n);
                 unrolled<kSlidingTaps>([&](auto s) __attribute__((always_inline)) {
-                    if constexpr (j >= s && j - s < P) sum[j - s][0] = sum[j - s][0] + value * taps[s];
+                    constexpr int i = (j - s) / Slide;
+                    if constexpr (j >= s && i < P && (j - s) % Slide == 0) sum[i][0] = sum[i][0] + value * taps[s];
                 });
             });
             continue;
@@ -72,13 +73,13 @@ FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64
 }
 
 // P pixels of channels [first, last): tiles of V vectors, then of one.
-template <int P, int V, class K, bool Slides = false>
+template <int P, int V, class K, int Slide = 0>
 FR_INLINE void depthwise_pixels(const Args& a, const Taps& t, int64_t pixel, int64_t out, int64_t first, int64_t last) {
     int64_t c = first;
     const std::integral_constant<int, kLanes> all;
-    for (; c + V * kLanes <= last; c += V * kLanes) depthwise_tile<P, V, Slides, K>(a, t, pixel, out, c, all);
-    for (; c + kLanes <= last; c += kLanes) depthwise_tile<P, 1, Slides, K>(a, t, pixel, out, c, all);
-    if (c < last) depthwise_tile<P, 1, Slides, K>(a, t, pixel, out, c, int(last - c));
+    for (; c + V * kLanes <= last; c += V * kLanes) depthwise_tile<P, V, Slide, K>(a, t, pixel, out, c, all);
+    for (; c + kLanes <= last; c += kLanes) depthwise_tile<P, 1, Slide, K>(a, t, pixel, out, c, all);
+    if (c < last) depthwise_tile<P, 1, Slide, K>(a, t, pixel, out, c, int(last - c));
 }
 
 template <class K>
@@ -89,7 +90,7 @@ void depthwise_impl(const Args& a, const Patches& q, const float* weight, int64_
     const int64_t most = (q.width - 1 - reach + q.padding[1]) / q.stride[1] + 1;
     const int64_t right = q.width <= reach - q.padding[1] ? 0 : most < q.out_width ? most : q.out_width;
     const int64_t from = (q.padding[1] + q.stride[1] - 1) / q.stride[1], left = from < right ? from : right;
-    const bool slides = S == kSlidingTaps && q.stride[1] == 1 && q.dilation[1] == 1;
+    const bool slides = S == kSlidingTaps && q.dilation[1] == 1;
     for (int64_t item = begin; item < end; item++) {
         const int64_t oh = item % q.out_height, block = item / q.out_height % blocks,
                       image = item / q.out_height / blocks;
@@ -118,10 +119,13 @@ void depthwise_impl(const Args& a, const Patches& q, const float* weight, int64_
         };
         alone(0, left);
         int64_t ow = left;
-        if (slides)
+        const auto slide = [&](auto stride) __attribute__((always_inline)) {
             for (; ow + kSlidingPixels <= right; ow += kSlidingPixels)
-                depthwise_pixels<kSlidingPixels, 1, K, true>(a, taps(ow, Inside(0, 1, S, S)), pixel, out + ow * C,
-                                                             first, last);
+                depthwise_pixels<kSlidingPixels, 1, K, stride>(a, taps(ow, Inside(0, 1, S, S)), pixel, out + ow * C,
+                                                               first, last);
+        };
+        if (slides && q.stride[1] == 1) slide(std::integral_constant<int, 1>{});
+        if (slides && q.stride[1] == 2) slide(std::integral_constant<int, 2>{});
         for (; ow + kDepthwisePixels <= right; ow += kDepthwisePixels)
             depthwise_pixels<kDepthwisePixels, kDepthwiseVectors, K>(a, taps(ow, Inside(0, 1, S, S)), pixel,
                                                                      out + ow * C, first, last);

@@ -113,12 +113,13 @@ Tensor channel_means(const Tensor& x) {
     const int64_t C = x.size(1), rows = x.size(2) * x.size(3), chunks = ChannelSums::chunks(rows);
     const Tensor out = result({x.size(0), C, 1, 1}, x.options());
     const Memory memory(x.size(0) * chunks * C * sizeof(float));
+    const auto* const from = static_cast<const float*>(x.data_ptr());
+    auto *const to = static_cast<float*>(out.data_ptr()), *const partials = memory.at<float>();
     parallel(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-            const ChannelSums sums{static_cast<const float*>(x.data_ptr()) + i * rows * C, C, rows};
-            float* const partial = memory.at<float>() + i * chunks * C;
-            sums.of_chunks(partial, 0, chunks);
-            sums.means(partial, static_cast<float*>(out.data_ptr()) + i * C);
+            const ChannelSums sums{from + i * rows * C, C, rows};
+            sums.of_chunks(partials + i * chunks * C, 0, chunks);
+            sums.means(partials + i * chunks * C, to + i * C);
         }
     });
     return out;
