@@ -175,8 +175,7 @@ def _by_product(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact
     if out is None or not owned:
         shape = conv.out_shape(x.shape, call.weight.shape)
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    where = (conv.stride, conv.padding, conv.dilation)
-    _ops.gemm_bias_act(x, packed, call.bias, *where, *call.act.numbers, call.residual, out)
+    _ops.gemm_bias_act(x, packed, call.bias, *conv.geometry[:3], *call.act.numbers, call.residual, out)
     return out
 
 
@@ -185,13 +184,12 @@ def _stem(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool
 
 
 def _depthwise(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
-    conv = call.conv
-    where = (conv.stride, conv.padding, conv.dilation)
+    where = call.conv.geometry[:3]
     return _ops.depthwise_bias_act(call.x, packed, call.bias, *where, *call.act.numbers, call.residual)
 
 
 def _grouped(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
-    where = (call.conv.stride, call.conv.padding)
+    where = call.conv.geometry[:2]
     return _ops.grouped_bias_act(call.x, packed, call.bias, *where, *call.act.numbers, call.residual)
 
 

@@ -250,6 +250,12 @@ def test_bn_math_as_plain_cpp(tmp_path: Path) -> None:
     assert rest["affine"] == [5.0] and rest["dy"] == [0.5 * 2 - 0.25 * 4 + 0.125]
 
 
+def one_unit(batch_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """A chain of one unit as operators take it."""
+    unit = UnitSpec(ConvSpec(padding=(1, 1)), Act("relu"), batch_stats=batch_stats)
+    return ints_and_reals(ChainSpec((unit,), ShortcutSpec("identity")).encode())
+
+
 @needs_extension
 def test_schemas_of_the_compiled_operators() -> None:
     """opcheck's schema test (no undeclared mutation or aliasing) on each operator of the extension."""
@@ -268,10 +274,6 @@ def test_schemas_of_the_compiled_operators() -> None:
     call = ConvBiasAct(y, w3, v[0], ConvSpec(padding=(1, 1)), Act("relu"), y)
     recorded = Writer().row([Recorded(Step(call, None, Packed(packed, "winograd")), 0, 1)])
 
-    def rows(batch_stats: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        unit = UnitSpec(ConvSpec(padding=(1, 1)), Act("relu"), batch_stats=batch_stats)
-        return ints_and_reals(ChainSpec((unit,), ShortcutSpec("identity")).encode())
-
     calls = {
         "bn_stats": (y,),
         "bn_act": (y, v[:2], 1, 0.0, y, [], f32),
@@ -285,9 +287,9 @@ def test_schemas_of_the_compiled_operators() -> None:
         "conv_stats": (y, w3, one, one, one, 1, v[:2], 1, 0.0, True, f32, True),
         "conv_backward": (y, y, coef, y, v, 1, 0.0, w1, one, none, one, 1, True, True, None, f32, True),
         "conv_algorithm": ("fprop", y, w3, one, one, one, 1, False, f32, True),
-        "row_forward": (y, None, row, *rows(True), f32, True),
-        "row_backward": (y, y, None, [w3], saved, *rows(True), torch.tensor([True, False, *[True] * 3]), f32, True),
-        "row_inference": (y, None, [*row, v[0], v[1].abs()], *rows(False), f32, True),
+        "row_forward": (y, None, row, *one_unit(True), f32, True),
+        "row_backward": (y, y, None, [w3], saved, *one_unit(True), torch.tensor([True, False, *[True] * 3]), f32, True),
+        "row_inference": (y, None, [*row, v[0], v[1].abs()], *one_unit(False), f32, True),
         "frozen_row": (y, y, *recorded.args),
         "winograd_suits": (y, w3, one, one, one, 1),
         "winograd_tile": (y, w3, one, one, one, 1),
