@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import frozen_beside_plain, prepared
+from networks import FREEZINGS, close_to_plain, frozen_beside_plain, prepared
 from primitives import image
 from torch import Tensor, nn
 
@@ -192,18 +192,7 @@ class Projected(nn.Module):
 
 
 @pytest.mark.parametrize("portable", [False, True])
-@pytest.mark.parametrize(
-    ("given", "dtype"),
-    [
-        (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("given", "dtype"), FREEZINGS)
 def test_elsewhere_and_in_other_dtypes(given: torch.dtype, dtype: torch.dtype, portable: bool) -> None:
-    model, x = prepared(Projected()).eval(), torch.randn(2, C, 9, 8) * 1.5 + 0.4
-    frozen = fr.freeze(copy.deepcopy(model).to(given), x.to(given), dtype=dtype, portable=portable)
-    with torch.no_grad():
-        want = copy.deepcopy(model).double()(x.double())
-    bound = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
-    got = frozen(x.to(dtype)).double()
-    assert torch.linalg.vector_norm(got - want) < bound * torch.linalg.vector_norm(want)
+    model, x = prepared(Projected()).eval().to(given), torch.randn(2, C, 9, 8) * 1.5 + 0.4
+    close_to_plain(fr.freeze(model, x.to(given), dtype=dtype, portable=portable), model, x)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import frozen_beside_plain, prepared
+from networks import FREEZINGS, close_to_plain, frozen_beside_plain, prepared
 from primitives import image
 from torch import Tensor, nn
 
@@ -113,17 +113,7 @@ def test_what_is_not_of_this_form_keeps_its_operators(how: str) -> None:
 
 
 @pytest.mark.parametrize("portable", [False, True])
-@pytest.mark.parametrize(
-    ("given", "dtype"),
-    [
-        (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float32),
-        (torch.float64, torch.float64),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("given", "dtype"), FREEZINGS)
 def test_elsewhere_and_in_other_dtypes(given: torch.dtype, dtype: torch.dtype, portable: bool) -> None:
     model, x = prepared(Classifier(MEANS["mean"])).eval().to(given), x_for()
-    frozen = fr.freeze(model, x.to(given), dtype=dtype, portable=portable)
-    with torch.no_grad():
-        got, want = frozen(x.to(dtype)).double(), model.double()(x.double())
-    bound = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
-    assert torch.linalg.vector_norm(got - want) < bound * torch.linalg.vector_norm(want)
+    close_to_plain(fr.freeze(model, x.to(given), dtype=dtype, portable=portable), model, x)

@@ -106,3 +106,18 @@ def frozen_beside_plain(model: nn.Module, x: Tensor) -> tuple[nn.Module, set[str
     with torch.profiler.profile() as profile:
         frozen(x)
     return frozen, {event.key for event in profile.key_averages()}
+
+
+# A model's dtype, and the one that it is frozen for.
+FREEZINGS = [
+    (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float32),
+    (torch.float64, torch.float64),
+]  # fmt: skip
+
+
+def close_to_plain(frozen: nn.Module, model: nn.Module, x: Tensor) -> None:
+    """Asserts that a frozen model is as near to plain's values in float64 as its dtype allows."""
+    with torch.no_grad():
+        got, want = frozen(x.to(frozen.dtype)).double(), copy.deepcopy(model).double()(x.double())
+    bound = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-12}[frozen.dtype]
+    assert torch.linalg.vector_norm(got - want) < bound * torch.linalg.vector_norm(want)
