@@ -215,7 +215,9 @@ class Front:
         report = GraphReport(self.lower(gm, example_inputs), names)
         log.info("captured %s", report)
         self.graphs.append(report)
-        if self.tagged and (self.changeable or not tags.suits(module, self.tagged)):
+        if self.tagged and not self.changeable and tags.suits(module, self.tagged):
+            self.watched.append(tags.Watched(module))
+        elif self.tagged:
             torch._dynamo.config.use_recursive_dict_tags_for_guards = False  # of this capture: ``run`` resets it
         _drop_guards(self.unguarded)
         forward, runs = gm.forward, self.runs
@@ -275,14 +277,13 @@ class Front:
             self._forget()  # dynamo does not capture a frame again that raised
             raise
         finally:
-            for config, name, before, _ in other:
+            for config, name, before, _ in other if len(self.graphs) == known else found:
                 setattr(config, name, before)
             front_here.reset(token)
             if outermost:
                 _running.discard(threading.get_ident())
             if len(self.graphs) > known or not self.looked_up:
                 self.looked_up = list(_looked_up(module))
-                held += [tags.Watched(module)] if self.tagged and not self.changeable else []
 
     def _watch(self, watched: list[tags.Watched], module: nn.Module) -> bool:
         """Looks at what tags do not see. Returns whether what was captured can still be used."""

@@ -76,7 +76,7 @@ def _inside(of: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
 
 
 def suits(module: nn.Module, name: str) -> bool:
-    """Whether the graph that is being captured reads no modules but those that ``Watched`` finds.
+    """Whether the graph that is being captured reads no modules but those that ``Watched`` finds, none TorchScript's.
 
     Args:
         module: the network. name: dynamo's name of it.
@@ -84,7 +84,7 @@ def suits(module: nn.Module, name: str) -> bool:
     from torch._dynamo.source import NNModuleSource
 
     context = TracingContext.try_get()
-    if context is None:
+    if context is None or not all(isinstance(m.__dict__.get("_modules"), dict) for m in module.modules()):
         return False
     found = set()
     for guard in context.guards_context.dynamo_guards.inner:

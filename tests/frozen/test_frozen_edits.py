@@ -145,6 +145,15 @@ def test_which_guards_are_skipped() -> None:
     assert roots(fr.freeze(Net(True).eval(), x)) == 0, "a module that Watched does not find"
 
 
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_users_option_stays(listed: bool, value: bool) -> None:
+    name = "use_recursive_dict_tags_for_guards"
+    with torch._dynamo.config.patch(name, value):
+        fr.freeze(Net(listed).eval(), torch.randn(2, CHANNELS, 9, 8))
+        assert getattr(torch._dynamo.config, name) is value
+
+
 @pytest.mark.skipif(not tags.AVAILABLE, reason="PyTorch's tags need 2.13")
 def test_modules_that_change_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their guards are checked in full after a while; nothing is kept any more."""
