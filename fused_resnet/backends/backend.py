@@ -104,8 +104,8 @@ class Backend:
         """A stem in inference: max-pool(act(conv(x, W) + b)), W packed by ``prepack_pooled`` for an input like x."""
         raise NotImplementedError
 
-    def frozen_row(self, recorded: Sequence[Recorded], dtype: torch.dtype) -> Callable[..., Tensor] | None:
-        """The steps of a frozen row of images of ``dtype`` as one call: (x, summand or None) -> the last result.
+    def frozen_row(self, recorded: Sequence[Recorded]) -> Callable[..., Tensor] | None:
+        """The steps of a frozen row as one call: (x, summand or None) -> the last result.
 
         None: the steps run one by one.
         """

@@ -140,30 +140,35 @@ def _in_float(call: primitives.ConvBiasAct) -> bool:
     return compute_dtype(call.x.dtype) == torch.float32 and _gemm()
 
 
+def _free(call: primitives.ConvBiasAct) -> bool:
+    """Whether an algorithm of our own may be as fast as others: not if the user lets float32 lose precision."""
+    return call.x.dtype != torch.float32 or _gemm()
+
+
 def _suits_winograd(call: primitives.ConvBiasAct) -> bool:
-    return _in_float(call) and _ops.winograd_suits(call.x, call.weight, *call.conv.geometry)
+    return _free(call) and _ops.winograd_suits(call.x, call.weight, *call.conv.geometry)
 
 
 def _suits_gemm(call: primitives.ConvBiasAct) -> bool:
-    return _in_float(call) and _ops.gemm_suits(call.x, call.weight, call.conv.groups)
+    return _free(call) and _ops.gemm_suits(call.x, call.weight, call.conv.groups)
 
 
 def _suits_depthwise(call: primitives.ConvBiasAct) -> bool:
-    return _in_float(call) and _ops.depthwise_suits(call.x, call.weight, call.conv.groups)
+    return _free(call) and _ops.depthwise_suits(call.x, call.weight, call.conv.groups)
 
 
 def _suits_grouped(call: primitives.ConvBiasAct) -> bool:
-    return _in_float(call) and _ops.grouped_suits(call.x, call.weight, call.conv.dilation, call.conv.groups)
+    return _free(call) and _ops.grouped_suits(call.x, call.weight, call.conv.dilation, call.conv.groups)
 
 
 def _suits_stem(call: primitives.ConvBiasAct) -> bool:
     conv = call.conv
-    suits = _in_float(call) and _ops.stem_suits(call.x, call.weight, conv.dilation, conv.groups, _NO_POOL.kernel)
+    suits = _free(call) and _ops.stem_suits(call.x, call.weight, conv.dilation, conv.groups, _NO_POOL.kernel)
     return suits and call.residual is None
 
 
 def _takes_gemm(call: primitives.ConvBiasAct) -> bool:
-    return _suits_gemm(call) and call.weight.shape[2:] == (1, 1) and call.conv.stride == (1, 1)
+    return _in_float(call) and _suits_gemm(call) and call.weight.shape[2:] == (1, 1) and call.conv.stride == (1, 1)
 
 
 def _winograd(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bool) -> Tensor:
@@ -366,8 +371,8 @@ class Cpu(Backend):
             call.x, packed.weight, call.bias, call.conv.stride, call.conv.padding, *call.act.numbers, *pool.window,
         )  # fmt: skip
 
-    def frozen_row(self, recorded: Sequence[Recorded], dtype: torch.dtype) -> Callable[..., Tensor] | None:
-        return Writer().row(recorded) if compute_dtype(dtype) == dtype else None  # otherwise tensors are converted
+    def frozen_row(self, recorded: Sequence[Recorded]) -> Callable[..., Tensor] | None:
+        return Writer().row(recorded)
 
     def conv_bn_act(self, call: primitives.ConvBnAct) -> Tensor:
         return _ops.conv_bn_act(

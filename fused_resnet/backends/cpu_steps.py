@@ -107,7 +107,7 @@ class Writer:
         kind, tensors = step.packed.kind.split()[0], [step.packed.weight, call.bias]
         if kind != "onednn":
             return self._write(kind, x, summand, tensors, step.owned, conv, act, step.pool)
-        tensors[1] = call.bias.to(dtype)
+        tensors[1] = call.bias.to(step.packed.weight.dtype)
         if not needs_pass(act, summand >= 0):
             return self._write(kind, x, summand, tensors, step.owned, conv, act)
         self._write(kind, x, -1, tensors, conv=conv)

@@ -13,6 +13,9 @@ from fused_resnet.backends.backend import Backend, Packed
 from fused_resnet.backends.primitives import BnAct, BnActMaxPool, ConvBiasAct
 from fused_resnet.spec import Act, PoolSpec, ShortcutSpec
 
+# The dtypes of the images whose averages and excitations are steps of a row.
+AVERAGED = (torch.float32, torch.bfloat16)
+
 
 class MaxPool(NamedTuple):
     """PyTorch's max-pool."""
@@ -44,7 +47,7 @@ class ShortcutInput(NamedTuple):
 
 
 class Excitation(NamedTuple):
-    """The tensors and activations of a squeeze-and-excitation.
+    """The tensors, in float32, and the activations of a squeeze-and-excitation.
 
     Attributes:
         weight, bias: [S, C, 1, 1] and [S]. act: after them. gate_weight, gate_bias: [C, S, 1, 1] and [C]. gate: after
@@ -68,8 +71,11 @@ class Excited(NamedTuple):
     by: Excitation
 
     def run(self) -> Tensor:
-        hidden = reference.act(torch.conv2d(Average(self.x).run(), self.by.weight, self.by.bias), self.by.act)
-        return self.x * reference.act(torch.conv2d(hidden, self.by.gate_weight, self.by.gate_bias), self.by.gate)
+        by = self.by
+        mean = Average(self.x.to(by.weight.dtype)).run()
+        hidden = reference.act(torch.conv2d(mean, by.weight, by.bias), by.act)
+        factor = reference.act(torch.conv2d(hidden, by.gate_weight, by.gate_bias), by.gate)
+        return (self.x * factor).to(self.x.dtype)
 
 
 class Step(NamedTuple):

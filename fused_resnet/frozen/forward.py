@@ -288,7 +288,7 @@ def _recorded(x: Tensor, residual: Tensor | None, units: Callable[[Do], Tensor])
         units(recorder.add)
     except LookupError:
         return None
-    return pick(BnAct, Case.of(x)).frozen_row(recorder.steps, x.dtype)
+    return pick(BnAct, Case.of(x)).frozen_row(recorder.steps)
 
 
 # ---------------------------------------------------------------------------------------------------- chains

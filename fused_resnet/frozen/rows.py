@@ -148,7 +148,8 @@ class FrozenRow(nn.Module):
             return given[call.weight].to(self.dtype)[:, :, None, None]
 
         own = weight(tensors)
-        bias = own.new_zeros(own.shape[0]) if call.bias is None else tensors[call.bias].to(self.dtype)
+        wide = vector_dtype(self.dtype)
+        bias = own.new_zeros(own.shape[0], dtype=wide) if call.bias is None else tensors[call.bias].to(wide)
         return FoldedChain.head(Weight(own, lambda: weight(self._tensors(sources))), bias)
 
     def _unit(self, call: UnitCall, tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> FoldedUnit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fused_resnet.backends.steps import AVERAGED
 from fused_resnet.fusion.matches import HeadMatch
 from fused_resnet.fusion.table import arguments, averages, kind_of, only_user, value_of
 from fused_resnet.fusion.units import through_dropouts
@@ -14,9 +15,9 @@ _FLATTENS = (torch.flatten, "flatten", torch.reshape, "reshape", "view")
 
 
 def head_of(end: fx.Node) -> HeadMatch | None:
-    """The head that alone uses a float32 value on the CPU: linear(flatten(mean of value)), dropouts in between."""
+    """The head that alone uses a value on the CPU: linear(flatten(mean of value)), dropouts in between."""
     value, mean = value_of(end), only_user(end)
-    if value is None or mean is None or value.dtype != torch.float32 or not value.is_cpu or not averages(mean, end):
+    if value is None or mean is None or value.dtype not in AVERAGED or not value.is_cpu or not averages(mean, end):
         return None
     nodes = [mean]
     flat = only_user(mean)

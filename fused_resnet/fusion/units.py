@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fused_resnet.backends.steps import AVERAGED
 from fused_resnet.chain.checks import DTYPES
 from fused_resnet.fusion.matches import IDENTITY, ExcitationMatch, UnitMatch
 from fused_resnet.fusion.table import (
@@ -140,9 +141,9 @@ def followed_by_act(node: fx.Node) -> tuple[Act, list[fx.Node]]:
 
 
 def _excitation(node: fx.Node) -> ExcitationMatch | None:
-    """The squeeze-and-excitation that alone uses a float32 value: value * gate(conv(act(conv(mean of value))))."""
+    """The squeeze-and-excitation that alone uses a value: value * gate(conv(act(conv(mean of value))))."""
     value = value_of(node)
-    if value is None or value.dtype != torch.float32 or len(node.users) != 2:
+    if value is None or value.dtype not in AVERAGED or len(node.users) != 2:
         return None
     mean = next((user for user in node.users if averages(user, node)), None)
     product = next(user for user in node.users if user is not mean)
@@ -152,7 +153,7 @@ def _excitation(node: fx.Node) -> ExcitationMatch | None:
     for _ in range(2):
         conv = only_user(nodes[-1])
         given = arguments(conv) if conv is not None and kind_of(conv) == "conv" else None
-        if conv is None or given is None or given["input"] is not nodes[-1] or not _dense(given):
+        if conv is None or given is None or given["input"] is not nodes[-1] or not _dense(given, value.dtype):
             return None
         act, behind = followed_by_act(conv)
         nodes += [conv, *behind]
@@ -166,11 +167,11 @@ def _excitation(node: fx.Node) -> ExcitationMatch | None:
     return ExcitationMatch([*nodes, product], tuple(tensors), tuple(acts))  # type: ignore[arg-type]
 
 
-def _dense(given: dict[str, Any]) -> bool:
+def _dense(given: dict[str, Any], dtype: torch.dtype) -> bool:
     """Whether a convolution's arguments are those of a linear layer at each pixel."""
     weight, bias = given["weight"], given["bias"]
     value = value_of(weight)
-    if value is None or value.shape[2:] != (1, 1) or value.dtype != torch.float32 or given["groups"] != 1:
+    if value is None or value.shape[2:] != (1, 1) or value.dtype != dtype or given["groups"] != 1:
         return False
     moves = (given[name] in (same, (same, same), [same, same]) for name, same in (("stride", 1), ("padding", 0)))
     return all(moves) and (bias is None or isinstance(bias, fx.Node))

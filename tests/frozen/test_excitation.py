@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.backends import load
-from fused_resnet.backends.steps import Excitation, Excited
+from fused_resnet.backends.steps import AVERAGED, Excitation, Excited
 from fused_resnet.spec import ACTIVATIONS, Act
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
@@ -33,17 +33,18 @@ def excited(x: Tensor, by: Excitation) -> Tensor:
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", AVERAGED)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 32, 9, 9), (2, 96, 23, 17), (4, 19, 5, 8), (1, 3, 1, 1), (3, 144, 14, 14)])
-def test_operator(shape: tuple[int, ...], threads: int) -> None:
+def test_operator(shape: tuple[int, ...], threads: int, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x = image(*shape)
+        x, one_step = image(*shape, dtype=dtype), 2**-7 if dtype == torch.bfloat16 else 1e-5
         for act in ACTIVATIONS:
             for gate in ("sigmoid", "relu6"):
                 by = excitation(shape[1], 5, act, gate)
-                torch.testing.assert_close(excited(x, by), Excited(x, by).run(), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(excited(x, by), Excited(x, by).run(), rtol=one_step, atol=1e-5)
     finally:
         torch.set_num_threads(before)
 
@@ -62,7 +63,7 @@ def test_not_a_number() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(1, 8, 4, 4)}, "^x: expected float32, channels_last"),
+        ({"x": torch.zeros(1, 8, 4, 4)}, "^x: expected float32 or bfloat16, channels_last"),
         ({"weight": torch.zeros(4, 9)}, r"^weight: expected float32 \[4, 8\]"),
         ({"bias": torch.zeros(5)}, "^weight's bias: expected 4 float32 values"),
         ({"gate_weight": torch.zeros(8, 4, 1, 1)}, r"^gate_weight: expected float32 \[8, 4\]"),
@@ -127,6 +128,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", AVERAGED)
 @pytest.mark.parametrize("inner", [True, False], ids=["inner", "before the add"])
 @pytest.mark.parametrize(
     ("pool", "product", "bias"),
@@ -136,18 +138,17 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         ("adaptive", "gate * x", False),
     ],
 )
-def test_networks(pool: str, product: str, bias: bool, inner: bool) -> None:
+def test_networks(pool: str, product: str, bias: bool, inner: bool, dtype: torch.dtype) -> None:
     blocks = (Block(Squeeze(POOLS[pool], PRODUCTS[product], bias), inner) for _ in range(2))
     model = prepared(nn.Sequential(*blocks)).eval()
-    frozen, ran = frozen_beside_plain(model, torch.randn(2, C, 9, 8) * 1.5 + 0.4)
+    frozen, ran = frozen_beside_plain(model, torch.randn(2, C, 9, 8) * 1.5 + 0.4, dtype)
     assert "fused_resnet_cpu::excite" in ran
     assert not ran & {"aten::mean", "aten::adaptive_avg_pool2d", "aten::mul"}
     assert len(fr.explain(frozen).rows) == 2 and len(frozen.front().graphs) > 0
     with torch.no_grad():  # a change of its weights is seen
         for net in (model, frozen.model):
             net[1].se.fc2.weight.mul_(-3)
-        x = torch.randn(2, C, 9, 8)
-        torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
+    close_to_plain(frozen, model, torch.randn(2, C, 9, 8))
 
 
 class Seen(Block):

@@ -14,22 +14,26 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.backends import load
+from fused_resnet.backends.steps import AVERAGED
 
 needs_extension = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
 CHANNELS, CLASSES = 24, 10
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", AVERAGED)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(1, 32, 7, 7), (2, 83, 23, 17), (5, 19, 1, 1), (1, 3, 65, 1)])
-def test_means(shape: tuple[int, ...], threads: int) -> None:
+def test_means(shape: tuple[int, ...], threads: int, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x = image(*shape)
+        x = image(*shape, dtype=dtype)
         x[-1, 0, 0, 0] = float("nan")
         got = torch.ops.fused_resnet_cpu.channel_means(x)
-        torch.testing.assert_close(got, x.mean((2, 3), keepdim=True), equal_nan=True, rtol=1e-5, atol=1e-6)
+        want = x.float().mean((2, 3), keepdim=True)
+        one_step = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(got, want.to(dtype), equal_nan=True, rtol=one_step, atol=1e-6)
     finally:
         torch.set_num_threads(before)
 
@@ -37,7 +41,7 @@ def test_means(shape: tuple[int, ...], threads: int) -> None:
 @needs_extension
 @pytest.mark.parametrize("x", [torch.zeros(1, 8, 4, 4), image(1, 8, 4, 4).double()], ids=["layout", "dtype"])
 def test_bad_operands(x: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="^x: expected float32, channels_last"):
+    with pytest.raises(RuntimeError, match="^x: expected float32 or bfloat16, channels_last"):
         torch.ops.fused_resnet_cpu.channel_means(x)
 
 
@@ -73,10 +77,11 @@ def x_for() -> Tensor:
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", AVERAGED)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mean", MEANS)
-def test_forms(mean: str, bias: bool) -> None:
-    frozen, ran = frozen_beside_plain(prepared(Classifier(MEANS[mean], bias)).eval(), x_for())
+def test_forms(mean: str, bias: bool, dtype: torch.dtype) -> None:
+    frozen, ran = frozen_beside_plain(prepared(Classifier(MEANS[mean], bias)).eval(), x_for(), dtype)
     assert "fused_resnet_cpu::channel_means" in ran
     assert not ran & {"aten::mean", "aten::adaptive_avg_pool2d", "aten::linear", "aten::addmm"}
     assert "linear after the mean" in str(fr.explain(frozen))

@@ -55,56 +55,78 @@ GROUPED = (
 )
 
 
+# Of float32 results; in bfloat16 an error is at most this many times that of rounding the true result once.
+BOUND, ROUNDED_ONCE = 2e-5, 1.1
+
+
+def share(got: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
+    """The share of its bound that the error takes."""
+    rounded = worst(tuple(t.to(g.dtype) for g, t in zip(got, truth, strict=True)), truth)
+    return worst(got, truth) / (BOUND + (ROUNDED_ONCE * rounded if got[0].dtype == torch.bfloat16 else 0.0))
+
+
 def compare_inference() -> dict[str, float]:
-    """The convolutions of our own that frozen models use, whether or not they pay on this instruction set."""
-    ops, errors = torch.ops.fused_resnet_cpu, {}
-    for act in ACTIVATIONS:
-        a = Act.make(act)
-        code, b = a.index, torch.randn(64)
-        for kernel, stride, pad, size in (
-            ((7, 7), 2, 3, (37, 50)),
-            ((3, 3), 1, 1, (9, 9)),
-            ((3, 5), (2, 1), (0, 2), (21, 40)),
-        ):
-            conv, pool = ConvSpec.make((64, 3, *kernel), stride, pad), PoolSpec.make(3, 2, 1)
-            x, w = image(3, 3, *size), torch.randn(64, 3, *kernel) / 12
-            want = aten.conv_bias_act(x, w, b, conv, a, None)
-            call, packed = ConvBiasAct(x, w, b, conv, a, None), Packed(ops.stem_prepack(w), "stem")
-            got = cpu.conv_pooled(call, packed, pool), cpu.conv_packed(call, packed, False)
-            errors[f"stem {kernel} {act}-float32"] = worst(got, (torch.max_pool2d(want, 3, 2, 1), want))
-        for c, k, kernel, size, conv in PRODUCTS:
-            x, w, b = (
-                image(2, c, *size),
-                torch.randn(k, c, *kernel) / (c * kernel[0] * kernel[1]) ** 0.5,
-                torch.randn(k),
-            )
-            r = image(*conv.out_shape(x.shape, w.shape))
-            packed, where = ops.gemm_prepack(w), (conv.stride, conv.padding, conv.dilation)
-            for residual in (None, r):
-                want = aten.conv_bias_act(x, w, b, conv, a, residual)
-                out = torch.full_like(r, float("nan"))
-                ops.gemm_bias_act(x, packed, b, *where, code, a.param, residual, out)
-                errors[f"gemm {c} {k} {kernel} {act} {residual is None}-float32"] = worst((out,), (want,))
-            ops.gemm_bias_act(x, packed, b, *where, code, a.param, r, r)  # in the residual's place
-            errors[f"gemm {c} {k} {kernel} {act} in place-float32"] = worst((r,), (want,))
-        for c, kernel, size, conv in DEPTHWISE:
-            x, w, b = image(2, c, *size), torch.randn(c, 1, *kernel) / (kernel[0] * kernel[1]) ** 0.5, torch.randn(c)
-            packed, where = ops.depthwise_prepack(w), (conv.stride, conv.padding, conv.dilation)
-            for residual in (None, image(*conv.out_shape(x.shape, w.shape))):
-                want = aten.conv_bias_act(x, w, b, conv, a, residual)
-                got = ops.depthwise_bias_act(x, packed, b, *where, code, a.param, residual)
-                errors[f"depthwise {c} {kernel} {act} {residual is None}-float32"] = worst((got,), (want,))
-        for c, k, groups, kernel, size, conv in GROUPED:
-            w = torch.randn(k, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5
-            x, b, packed = image(2, c, *size), torch.randn(k), ops.grouped_prepack(w, groups)
-            for residual in (None, image(*conv.out_shape(x.shape, w.shape))):
-                want = aten.conv_bias_act(x, w, b, conv, a, residual)
-                got = ops.grouped_bias_act(x, packed, b, conv.stride, conv.padding, code, a.param, residual)
-                errors[f"grouped {c} {k} {kernel} {act} {residual is None}-float32"] = worst((got,), (want,))
+    """The convolutions of our own that frozen models use, whether or not they pay on this instruction set:
+    {case: share of its bound}."""
+    shares: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for act in ACTIVATIONS:
+            cases = _of_act(dtype, Act.make(act))
+            shares |= {f"{name} {act}-{str(dtype).removeprefix('torch.')}": used for name, used in cases.items()}
+    return shares
+
+
+def _of_act(dtype: torch.dtype, a: Act) -> dict[str, float]:
+    ops, shares = torch.ops.fused_resnet_cpu, {}
+
+    def weight(k: int, c: int, *kernel: int) -> Tensor:
+        return (torch.randn(k, c, *kernel) / (c * kernel[0] * kernel[1]) ** 0.5).to(dtype)
+
+    def truth(x: Tensor, w: Tensor, b: Tensor, conv: ConvSpec, residual: Tensor | None) -> Tensor:
+        return aten.conv_bias_act(
+            *(t.double() for t in (x, w, b)), conv, a, None if residual is None else residual.double()
+        )
+
+    for kernel, stride, pad, size in (
+        ((7, 7), 2, 3, (37, 50)),
+        ((3, 3), 1, 1, (9, 9)),
+        ((3, 5), (2, 1), (0, 2), (21, 40)),
+    ):
+        conv, pool = ConvSpec.make((64, 3, *kernel), stride, pad), PoolSpec.make(3, 2, 1)
+        x, w, b = image(3, 3, *size, dtype=dtype), weight(64, 3, *kernel), torch.randn(64)
+        want = truth(x, w, b, conv, None)
+        call, packed = ConvBiasAct(x, w, b, conv, a, None), Packed(ops.stem_prepack(w), "stem")
+        got = cpu.conv_pooled(call, packed, pool), cpu.conv_packed(call, packed, False)
+        shares[f"stem {kernel}"] = share(got, (torch.max_pool2d(want, 3, 2, 1), want))
+    for c, k, kernel, size, conv in PRODUCTS:
+        x, w, b = image(2, c, *size, dtype=dtype), weight(k, c, *kernel), torch.randn(k)
+        if not ops.gemm_suits(x, w, 1):
+            assert dtype == torch.bfloat16 and c * kernel[0] * kernel[1] % 2
+            continue
+        r = image(*conv.out_shape(x.shape, w.shape), dtype=dtype)
+        packed, where = ops.gemm_prepack(w), (conv.stride, conv.padding, conv.dilation)
+        for residual in (None, r):
+            want = truth(x, w, b, conv, residual)
+            out = torch.full_like(r, float("nan"))
+            ops.gemm_bias_act(x, packed, b, *where, *a.numbers, residual, out)
+            shares[f"gemm {c} {k} {kernel} {residual is None}"] = share((out,), (want,))
+        ops.gemm_bias_act(x, packed, b, *where, *a.numbers, r, r)  # in the residual's place
+        shares[f"gemm {c} {k} {kernel} in place"] = share((r,), (want,))
+    for c, kernel, size, conv in DEPTHWISE:
+        x, w, b = image(2, c, *size, dtype=dtype), weight(c, 1, *kernel), torch.randn(c)
+        packed, where = ops.depthwise_prepack(w), (conv.stride, conv.padding, conv.dilation)
+        for residual in (None, image(*conv.out_shape(x.shape, w.shape), dtype=dtype)):
+            got = ops.depthwise_bias_act(x, packed, b, *where, *a.numbers, residual)
+            shares[f"depthwise {c} {kernel} {residual is None}"] = share((got,), (truth(x, w, b, conv, residual),))
+    for c, k, groups, kernel, size, conv in GROUPED:
+        w = weight(k, c // groups, *kernel)
+        x, b, packed = image(2, c, *size, dtype=dtype), torch.randn(k), ops.grouped_prepack(w, groups)
+        for residual in (None, image(*conv.out_shape(x.shape, w.shape), dtype=dtype)):
+            got = ops.grouped_bias_act(x, packed, b, conv.stride, conv.padding, *a.numbers, residual)
+            shares[f"grouped {c} {k} {kernel} {residual is None}"] = share((got,), (truth(x, w, b, conv, residual),))
     # slices of tiles for each thread, several of them, the last one shorter
-    x, w, b = image(4, 64, 43, 36), torch.randn(80, 64, 3, 3) / 24, torch.randn(80)
-    want = aten.conv_bias_act(x, w, b, ConvSpec((1, 1), (1, 1)), Act(), None)
+    x, w, b, conv = image(4, 64, 43, 36, dtype=dtype), weight(80, 64, 3, 3), torch.randn(80), ConvSpec((1, 1), (1, 1))
     for tile in (2, 4):
-        got = ops.winograd_bias_act(x, ops.winograd_prepack(w, tile), b, 1, Act.make("relu").index, 0.0, None)
-        errors[f"winograd {tile}-float32"] = worst((got,), (want,))
-    return errors
+        got = ops.winograd_bias_act(x, ops.winograd_prepack(w, tile), b, 1, *a.numbers, None)
+        shares[f"winograd {tile}"] = share((got,), (truth(x, w, b, conv, None),))
+    return shares

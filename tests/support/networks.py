@@ -95,16 +95,16 @@ def folded(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[Folded
     return [FoldedChain(chain, [unit(u) for u in chain.all_units]) for chain in chains]
 
 
-def frozen_beside_plain(model: nn.Module, x: Tensor) -> tuple[nn.Module, set[str]]:
-    """The frozen model, held to plain's values in float64 for three batches, and the operators that it runs."""
-    frozen = fr.freeze(model, x)
-    exact = copy.deepcopy(model).double()
+def frozen_beside_plain(
+    model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, set[str]]:
+    """The model frozen for ``dtype``, held to plain's values in float64 for three batches, and the operators that it
+    runs."""
+    frozen = fr.freeze(model, x, dtype=dtype)
     for batch in (x, x[:1] * 0.7 + 0.2, x.repeat(3, 1, 1, 1) - 0.3):
-        with torch.no_grad():
-            got, want = frozen(batch), exact(batch.double())
-        assert torch.linalg.vector_norm(got - want) < 1e-6 * torch.linalg.vector_norm(want)
+        close_to_plain(frozen, model, batch)
     with torch.profiler.profile() as profile:
-        frozen(x)
+        frozen(x.to(dtype))
     return frozen, {event.key for event in profile.key_averages()}
 
 

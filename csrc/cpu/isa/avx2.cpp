@@ -12,5 +12,5 @@ namespace fused_resnet::cpu {
 extern const Table table_avx2 = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "avx2", FR_REGISTERS, kGemmKernel<float>, nullptr};
+    "avx2", FR_REGISTERS, kGemmKernel<float>, kGemmKernel<float, bf16>};
 }  // namespace fused_resnet::cpu

@@ -13,5 +13,5 @@ namespace fused_resnet::cpu {
 extern const Table table_avx512 = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "avx512", FR_REGISTERS, kGemmKernel<float>, nullptr};
+    "avx512", FR_REGISTERS, kGemmKernel<float>, kGemmKernel<float, bf16>};
 }  // namespace fused_resnet::cpu

@@ -16,5 +16,5 @@ namespace fused_resnet::cpu {
 extern const Table table_avx512_bf16 = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "avx512_bf16", FR_REGISTERS, kGemmKernel<float>, &kGemmKernel<bf16>};
+    "avx512_bf16", FR_REGISTERS, kGemmKernel<float>, kGemmKernel<bf16>};
 }  // namespace fused_resnet::cpu

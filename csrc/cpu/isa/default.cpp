@@ -11,5 +11,5 @@ namespace fused_resnet::cpu {
 extern const Table table_default = {
 #define FR_KERNEL(name, ...) name##_any,
 #include "../kernels/kernels.inc"
-    "default", FR_REGISTERS, kGemmKernel<float>, nullptr};
+    "default", FR_REGISTERS, kGemmKernel<float>, kGemmKernel<float, bf16>};
 }  // namespace fused_resnet::cpu

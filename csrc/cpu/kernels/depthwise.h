@@ -15,16 +15,18 @@ constexpr int kSlidingPixels = 8, kSlidingTaps = 3;
 constexpr int kBorderVectors = kDepthwiseBlock / kLanes < 8 ? kDepthwiseBlock / kLanes : 8;
 
 // The taps of a tile: rows [0, rows) and columns [0, columns) of a kernel, from x and w on.
+template <class T>
 struct Taps {
-    const float *x, *w;
+    const T* x;
+    const float* w;
     int64_t rows, columns;
     int64_t x_row, x_column, w_row, w_column;  // values from one tap to the next
 };
 
 // P pixels, x apart by `pixel` and out by a.layout.channels, of V vectors of channels from c on, the last of n lanes.
 // Slide: the taps from one pixel to the next, if there are kSlidingTaps in a row; 0: as many as there are.
-template <int P, int V, int Slide, class K, class N>
-FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64_t out, int64_t c, N n) {
+template <int P, int V, int Slide, class T, class N>
+FR_INLINE void depthwise_tile(const Args& a, const Taps<T>& t, int64_t pixel, int64_t out, int64_t c, N n) {
     const int64_t C = a.layout.channels;
     const auto each = [&](auto f) __attribute__((always_inline)) {
         unrolled<P>([&](auto i) __attribute__((always_inline)) {
@@ -35,9 +37,11 @@ FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64
     each([&](auto i, auto v) __attribute__((always_inline)) {
         sum[i][v] = load<F32>(static_cast<const float*>(a.norm.shift) + c + v * kLanes, n);
     });
-    const float *x_row = t.x + c, *w_row = t.w + c;
+    const T* x_row = t.x + c;
+    const float* w_row = t.w + c;
     for (int64_t r = 0; r < t.rows; r++, x_row += t.x_row, w_row += t.w_row) {
-        const float *x = x_row, *w = w_row;
+        const T* x = x_row;
+        const float* w = w_row;
         if constexpr (Slide > 0) {
             static_assert(V == 1);
             F32 taps[kSlidingTaps];
@@ -60,29 +64,30 @@ FR_INLINE void depthwise_tile(const Args& a, const Taps& t, int64_t pixel, int64
             });
         }
     }
-    const K act(a.act);
+    const Chosen act(a.act);
     const F32 p = splat<F32>(a.act_param);
     act.with([&](auto k) __attribute__((always_inline)) {
         each([&](auto i, auto v) __attribute__((always_inline)) {
             const int64_t at = out + i * C + c + v * kLanes;
             F32 z = sum[i][v];
-            if (a.residual) z = z + load<F32>(static_cast<const float*>(a.residual) + at, n);
-            store(static_cast<float*>(a.out) + at, k.forward(z, p), n);
+            if (a.residual) z = z + load<F32>(static_cast<const T*>(a.residual) + at, n);
+            store(static_cast<T*>(a.out) + at, k.forward(z, p), n);
         });
     });
 }
 
 // P pixels of channels [first, last): tiles of V vectors, then of one.
-template <int P, int V, class K, int Slide = 0>
-FR_INLINE void depthwise_pixels(const Args& a, const Taps& t, int64_t pixel, int64_t out, int64_t first, int64_t last) {
+template <int P, int V, int Slide = 0, class T>
+FR_INLINE void depthwise_pixels(const Args& a, const Taps<T>& t, int64_t pixel, int64_t out, int64_t first,
+                                int64_t last) {
     int64_t c = first;
     const std::integral_constant<int, kLanes> all;
-    for (; c + V * kLanes <= last; c += V * kLanes) depthwise_tile<P, V, Slide, K>(a, t, pixel, out, c, all);
-    for (; c + kLanes <= last; c += kLanes) depthwise_tile<P, 1, Slide, K>(a, t, pixel, out, c, all);
-    if (c < last) depthwise_tile<P, 1, Slide, K>(a, t, pixel, out, c, int(last - c));
+    for (; c + V * kLanes <= last; c += V * kLanes) depthwise_tile<P, V, Slide>(a, t, pixel, out, c, all);
+    for (; c + kLanes <= last; c += kLanes) depthwise_tile<P, 1, Slide>(a, t, pixel, out, c, all);
+    if (c < last) depthwise_tile<P, 1, Slide>(a, t, pixel, out, c, int(last - c));
 }
 
-template <class K>
+template <class T>
 void depthwise_impl(const Args& a, const Patches& q, const float* weight, int64_t begin, int64_t end) {
     const int64_t C = q.channels, blocks = (C + kDepthwiseBlock - 1) / kDepthwiseBlock, S = q.kernel[1];
     const int64_t pixel = q.stride[1] * C, reach = (S - 1) * q.dilation[1];
@@ -97,38 +102,38 @@ void depthwise_impl(const Args& a, const Patches& q, const float* weight, int64_
         const int64_t top = oh * q.stride[0] - q.padding[0];
         const Inside rows(top, q.dilation[0], q.kernel[0], q.height);
         const int64_t first = block * kDepthwiseBlock, last = first + kDepthwiseBlock < C ? first + kDepthwiseBlock : C;
-        const float* const line =
-            static_cast<const float*>(q.x) + (image * q.height + top + rows.first * q.dilation[0]) * q.width * C;
+        const T* const line =
+            static_cast<const T*>(q.x) + (image * q.height + top + rows.first * q.dilation[0]) * q.width * C;
         const int64_t out = (image * q.out_height + oh) * q.out_width * C;
         const auto taps = [&](int64_t ow, Inside columns) __attribute__((always_inline)) {
             const int64_t w = ow * q.stride[1] - q.padding[1] + columns.first * q.dilation[1];
-            return Taps{line + w * C,
-                        weight + (rows.first * S + columns.first) * C,
-                        rows.last - rows.first,
-                        columns.last - columns.first,
-                        q.dilation[0] * q.width * C,
-                        q.dilation[1] * C,
-                        S * C,
-                        C};
+            return Taps<T>{line + w * C,
+                           weight + (rows.first * S + columns.first) * C,
+                           rows.last - rows.first,
+                           columns.last - columns.first,
+                           q.dilation[0] * q.width * C,
+                           q.dilation[1] * C,
+                           S * C,
+                           C};
         };
         const auto alone = [&](int64_t ow, int64_t stop) __attribute__((always_inline)) {
             for (; ow < stop; ow++) {
                 const Inside columns(ow * q.stride[1] - q.padding[1], q.dilation[1], S, q.width);
-                depthwise_pixels<1, kBorderVectors, K>(a, taps(ow, columns), pixel, out + ow * C, first, last);
+                depthwise_pixels<1, kBorderVectors>(a, taps(ow, columns), pixel, out + ow * C, first, last);
             }
         };
         alone(0, left);
         int64_t ow = left;
         const auto slide = [&](auto stride) __attribute__((always_inline)) {
             for (; ow + kSlidingPixels <= right; ow += kSlidingPixels)
-                depthwise_pixels<kSlidingPixels, 1, K, stride>(a, taps(ow, Inside(0, 1, S, S)), pixel, out + ow * C,
-                                                               first, last);
+                depthwise_pixels<kSlidingPixels, 1, stride>(a, taps(ow, Inside(0, 1, S, S)), pixel, out + ow * C, first,
+                                                            last);
         };
         if (slides && q.stride[1] == 1) slide(std::integral_constant<int, 1>{});
         if (slides && q.stride[1] == 2) slide(std::integral_constant<int, 2>{});
         for (; ow + kDepthwisePixels <= right; ow += kDepthwisePixels)
-            depthwise_pixels<kDepthwisePixels, kDepthwiseVectors, K>(a, taps(ow, Inside(0, 1, S, S)), pixel,
-                                                                     out + ow * C, first, last);
+            depthwise_pixels<kDepthwisePixels, kDepthwiseVectors>(a, taps(ow, Inside(0, 1, S, S)), pixel, out + ow * C,
+                                                                  first, last);
         alone(ow, q.out_width);
     }
 }

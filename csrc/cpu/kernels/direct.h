@@ -2,7 +2,7 @@
 // and the sums of a tile of pixels x output channels stay in registers.
 #pragma once
 
-#include "vectors.h"
+#include "activations.h"
 
 namespace {
 
@@ -40,9 +40,9 @@ struct Runs {
 
 // P pixels of V vectors of output channels, of n lanes each, to out, `channels` from one pixel to the next: act(sum +
 // bias (+ residual)). w: [rows, run, columns].
-template <int P, int V, class K, class N>
-FR_INLINE void direct_pixels(const Runs& patch, const float* w, int64_t columns, const float* bias,
-                             const float* residual, float* out, int64_t channels, const K& act, F32 p, N n) {
+template <int P, int V, class T, class N>
+FR_INLINE void direct_pixels(const Runs& patch, const float* w, int64_t columns, const float* bias, const T* residual,
+                             T* out, int64_t channels, Chosen act, F32 p, N n) {
     F32 sum[P][V];
     const auto each = [&](auto f) __attribute__((always_inline)) {
         unrolled<P>([&](auto i) __attribute__((always_inline)) {
@@ -71,16 +71,16 @@ FR_INLINE void direct_pixels(const Runs& patch, const float* w, int64_t columns,
 }
 
 // A row of outputs of [0, columns) channels that start at bias, residual and out. weight: [rows, run, columns].
-template <class K>
-FR_INLINE void direct_row(Runs patch, const float* weight, int64_t columns, const float* bias, const float* residual,
-                          float* out, int64_t width, int64_t channels, const K& act, F32 p) {
+template <class T>
+FR_INLINE void direct_row(Runs patch, const float* weight, int64_t columns, const float* bias, const T* residual,
+                          T* out, int64_t width, int64_t channels, Chosen act, F32 p) {
     const float* const x = patch.x;
     const auto pixels = [&](int64_t c, auto vectors, auto n) __attribute__((always_inline)) {
         for_pixels<kDirectPixels[vectors - 1]>(0, width, [&](auto count, int64_t at) __attribute__((always_inline)) {
             patch.x = x + at * patch.step;
-            direct_pixels<count, vectors>(patch, weight + c, columns, bias + c,
-                                          residual ? residual + at * channels + c : nullptr, out + at * channels + c,
-                                          channels, act, p, n);
+            direct_pixels<count, vectors, T>(patch, weight + c, columns, bias + c,
+                                             residual ? residual + at * channels + c : nullptr, out + at * channels + c,
+                                             channels, act, p, n);
         });
     };
     const std::integral_constant<int, kLanes> all;
@@ -91,23 +91,19 @@ FR_INLINE void direct_row(Runs patch, const float* weight, int64_t columns, cons
 }
 
 // Copies channels [0, depth) of a row of `width` pixels, `pixel` apart, between `border` zeros on either side.
-FR_INLINE void copy_row(const float* from, int64_t width, int64_t pixel, int64_t depth, int64_t border, float* to) {
+template <class T>
+FR_INLINE void copy_row(const T* from, int64_t width, int64_t pixel, int64_t depth, int64_t border, float* to) {
     for (int64_t i = 0; i < border; i++) to[i] = to[border + width * depth + i] = 0;
     to += border;
-    if (pixel == depth) {
-        __builtin_memcpy(to, from, width * depth * sizeof(float));
-        return;
-    }
-    for (int64_t i = 0; i < width; i++, from += pixel, to += depth)
-        by_lanes(depth,
-                 [&](int64_t c, auto n) __attribute__((always_inline)) { store(to + c, load<F32>(from + c, n), n); });
+    if (pixel == depth) return copy_values(from, width * depth, to);
+    for (int64_t i = 0; i < width; i++, from += pixel, to += depth) copy_by_lanes(from, depth, to);
 }
 
 // Rows [begin, end) of N * groups * oH. weight: [groups, R, S, depth, columns].
-template <class K>
+template <class T>
 void grouped_impl(const Args& a, const Patches& q, const float* weight, int64_t groups, float* scratch, int64_t begin,
                   int64_t end) {
-    const K act(a.act);
+    const Chosen act(a.act);
     const F32 p = splat<F32>(a.act_param);
     const int64_t channels = a.layout.channels, depth = q.channels / groups, columns = channels / groups;
     const int64_t border = q.padding[1] * depth, row = q.width * depth + 2 * border, run = q.kernel[1] * depth;
@@ -116,14 +112,13 @@ void grouped_impl(const Args& a, const Patches& q, const float* weight, int64_t 
                       image = item / q.out_height / groups, top = oh * q.stride[0] - q.padding[0];
         const Inside rows(top, 1, q.kernel[0], q.height);
         for (int64_t r = rows.first; r < rows.last; r++)
-            copy_row(
-                static_cast<const float*>(q.x) + (image * q.height + top + r) * q.width * q.channels + group * depth,
-                q.width, q.channels, depth, border, scratch + (r - rows.first) * row);
+            copy_row(static_cast<const T*>(q.x) + (image * q.height + top + r) * q.width * q.channels + group * depth,
+                     q.width, q.channels, depth, border, scratch + (r - rows.first) * row);
         const int64_t out = (image * q.out_height + oh) * q.out_width * channels + group * columns;
         direct_row(Runs{scratch, rows.last - rows.first, row, run, q.stride[1] * depth},
                    weight + (group * q.kernel[0] + rows.first) * run * columns, columns,
                    static_cast<const float*>(a.norm.shift) + group * columns,
-                   a.residual ? static_cast<const float*>(a.residual) + out : nullptr, static_cast<float*>(a.out) + out,
+                   a.residual ? static_cast<const T*>(a.residual) + out : nullptr, static_cast<T*>(a.out) + out,
                    q.out_width, channels, act, p);
     }
 }

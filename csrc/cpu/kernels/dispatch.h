@@ -27,48 +27,6 @@ FR_INLINE void by_types(DType y, DType other, F f) {
 }
 
 // identity and relu have separate loops. The other activations are chosen inside the loop, where their exp costs more.
-template <Act A>
-struct Fixed {
-    FR_INLINE explicit Fixed(Act) {}
-    // f(the activation), so that a loop in f does not choose again and again
-    template <class F>
-    FR_INLINE auto with(F f) const {
-        return f(*this);
-    }
-    template <class V>
-    FR_INLINE V forward(V z, V p) const {
-        return act<A>(z, p);
-    }
-    template <class V>
-    FR_INLINE V backward(V g, V z, V p) const {
-        return act_backward<A>(g, z, p);
-    }
-};
-struct Chosen {
-    Act chosen;
-    FR_INLINE explicit Chosen(Act a) : chosen(a) {}
-    template <class F>
-    FR_INLINE auto with(F f) const {
-        switch (chosen) {
-            case Act::leaky_relu: return f(Fixed<Act::leaky_relu>(chosen));
-            case Act::elu: return f(Fixed<Act::elu>(chosen));
-            case Act::sigmoid: return f(Fixed<Act::sigmoid>(chosen));
-            case Act::silu: return f(Fixed<Act::silu>(chosen));
-            case Act::relu6: return f(Fixed<Act::relu6>(chosen));
-            case Act::hardswish: return f(Fixed<Act::hardswish>(chosen));
-            default: return f(Fixed<Act::identity>(chosen));
-        }
-    }
-    template <class V>
-    FR_INLINE V forward(V z, V p) const {
-        return with([&](auto k) __attribute__((always_inline)) { return k.forward(z, p); });
-    }
-    template <class V>
-    FR_INLINE V backward(V g, V z, V p) const {
-        return with([&](auto k) __attribute__((always_inline)) { return k.backward(g, z, p); });
-    }
-};
-
 template <class F>
 FR_INLINE void by_act(Act a, F f) {
     if (a == Act::identity) return f(Tag<Fixed<Act::identity>>{});
@@ -174,22 +132,32 @@ void winograd_weight_gradient_any(int tile, const float* u, int64_t matrix, floa
                                   int64_t end) {
     by_tile(tile, [&](auto t) { winograd_weight_gradient_impl<t>(u, matrix, dw, C, begin, end); });
 }
-void gemm_act(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-    by_act(a.act, [&](auto k) { gemm_act_impl<typename decltype(k)::type>(a, row, rows, column, columns); });
+// f for the types of a frozen row's images
+template <class F>
+FR_INLINE void by_row_type(DType t, F f) {
+    if (t == DType::bf16) return f(Tag<bf16>{});
+    f(Tag<float>{});
 }
 void stem_any(const Args& a, const Stem& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
-    by_act(a.act, [&](auto k) { stem_impl<typename decltype(k)::type>(a, q, pool, scratch, begin, end); });
-}
-void linear_any(const Args& a, const float* weight, int64_t begin, int64_t end) {
-    by_act(a.act, [&](auto k) { linear_impl<typename decltype(k)::type>(a, weight, begin, end); });
+    by_row_type(a.y_type, [&](auto t) { stem_impl<typename decltype(t)::type>(a, q, pool, scratch, begin, end); });
 }
 void depthwise_any(const Args& a, const Patches& q, const float* weight, int64_t begin, int64_t end) {
-    by_act(a.act, [&](auto k) { depthwise_impl<typename decltype(k)::type>(a, q, weight, begin, end); });
+    by_row_type(a.y_type, [&](auto t) { depthwise_impl<typename decltype(t)::type>(a, q, weight, begin, end); });
 }
-
 void grouped_any(const Args& a, const Patches& q, const float* weight, int64_t groups, float* scratch, int64_t begin,
                  int64_t end) {
-    by_act(a.act, [&](auto k) { grouped_impl<typename decltype(k)::type>(a, q, weight, groups, scratch, begin, end); });
+    by_row_type(a.y_type,
+                [&](auto t) { grouped_impl<typename decltype(t)::type>(a, q, weight, groups, scratch, begin, end); });
+}
+void channel_sums_any(const void* x, DType type, int64_t channels, float* sums, int64_t begin, int64_t end) {
+    by_row_type(type, [&](auto t) {
+        channel_sums_impl(static_cast<const typename decltype(t)::type*>(x), channels, sums, begin, end);
+    });
+}
+void scale_rows_any(void* x, DType type, int64_t channels, const float* factors, int64_t begin, int64_t end) {
+    by_row_type(type, [&](auto t) {
+        scale_rows_impl(static_cast<typename decltype(t)::type*>(x), channels, factors, begin, end);
+    });
 }
 
 }  // namespace

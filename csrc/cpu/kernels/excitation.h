@@ -2,17 +2,18 @@
 // channel. Source: Hu et al., Squeeze-and-Excitation Networks (arXiv 1709.01507), equations 2 to 4.
 #pragma once
 
-#include "vectors.h"
+#include "activations.h"
 
 namespace {
 
 // Rows that are added up before they are added to the sums.
 constexpr int kRowsAtOnce = 4;
 
-void channel_sums_any(const float* x, int64_t channels, float* sums, int64_t begin, int64_t end) {
+template <class T>
+void channel_sums_impl(const T* x, int64_t channels, float* sums, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < channels; c++) sums[c] = 0;
     const auto add = [&](int64_t r, auto rows) __attribute__((always_inline)) {
-        const float* row = x + r * channels;
+        const T* row = x + r * channels;
         by_lanes(channels, [&](int64_t c, auto n) __attribute__((always_inline)) {
             F32 sum = load<F32>(row + c, n);
             for (int i = 1; i < rows; i++) sum = sum + load<F32>(row + i * channels + c, n);
@@ -24,9 +25,8 @@ void channel_sums_any(const float* x, int64_t channels, float* sums, int64_t beg
     for (; r < end; r++) add(r, std::integral_constant<int, 1>{});
 }
 
-template <class K>
-void linear_impl(const Args& a, const float* weight, int64_t begin, int64_t end) {
-    const K act(a.act);
+void linear_any(const Args& a, const float* weight, int64_t begin, int64_t end) {
+    const Chosen act(a.act);
     const F32 p = splat<F32>(a.act_param);
     const float *x = static_cast<const float*>(a.y), *bias = static_cast<const float*>(a.norm.shift);
     for (int64_t k = begin; k < end; k++) {
@@ -39,8 +39,9 @@ void linear_impl(const Args& a, const float* weight, int64_t begin, int64_t end)
     }
 }
 
-void scale_rows_any(float* x, int64_t channels, const float* factors, int64_t begin, int64_t end) {
-    for (float* row = x + begin * channels; row < x + end * channels; row += channels)
+template <class T>
+void scale_rows_impl(T* x, int64_t channels, const float* factors, int64_t begin, int64_t end) {
+    for (T* row = x + begin * channels; row < x + end * channels; row += channels)
         by_lanes(channels, [&](int64_t c, auto n) __attribute__((always_inline)) {
             store(row + c, load<F32>(row + c, n) * load<F32>(factors + c, n), n);
         });

@@ -7,7 +7,7 @@
 // 2008), section 4.
 #pragma once
 
-#include "vectors.h"
+#include "activations.h"
 
 namespace {
 
@@ -21,8 +21,8 @@ static_assert(kGemmTile / 16 % 2 && kGemmBlock % kGemmRows == 0 && kGemmBlock / 
 // Lines at this distance share a set of L1, because a way is a page on x86.
 constexpr int64_t kWayBytes = 4096;
 
-// Words of a cache line, and rows of C that are fetched per line of A.
-constexpr int kLineWords = 16, kRowsAhead = 4;
+// Words and bytes of a cache line, and rows of the result that are fetched per line of A.
+constexpr int kLineWords = 16, kLineBytes = 64, kRowsAhead = 4;
 
 // A word of elements T, a vector of words, and sum + a b with a and b of such vectors.
 template <class T>
@@ -66,19 +66,22 @@ FR_INLINE void by_count(int64_t n, F f) {
     f(std::integral_constant<int, N>{});
 }
 
-// What happens to the sums of a tile before they are stored: shift and a residual are added, and results outside
-// [floor, ceiling] become the nearer bound.
+// Where the sums of a tile go in the place of c: shift and a residual are added, and results outside [floor, ceiling]
+// become the nearer bound.
+template <class O>
 struct Finish {
-    const float *shift, *residual;
-    int64_t residual_row;
+    const float* shift;
+    const O* residual;
+    O* out;
+    int64_t residual_row, out_row;
     float floor, ceiling;
 };
 
 // R rows of a panel, of which `columns` are stored: c (+)= a b over `depth` elements; a word of a every a_word. Rows
 // from `ahead` on, ahead_row apart, are fetched into L2. post: null where the sums are stored as they are.
-template <class T, int R>
+template <class T, class O, int R>
 void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t depth, float* c, int64_t c_row,
-               int64_t columns, bool accumulate, const T* ahead, int64_t ahead_row, const Finish* post) {
+               int64_t columns, bool accumulate, const T* ahead, int64_t ahead_row, const Finish<O>* post) {
     using Words = typename Word<T>::vector;
     F32 sum[R][kGemmVectors];
     unrolled<R>([&](auto i) __attribute__((always_inline)) {
@@ -101,13 +104,18 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
         add(std::integral_constant<int, kWord<T>>{});
         a += a_word, b += kGemmColumns * kWord<T>;
     };
-    // Fetches while a line of each row of a is read: a line of each row ahead, and first some rows of c. All at once
-    // would wait for each other.
-    const float* c_line = c;
+    // Fetches while a line of each row of a is read: a line of each row ahead, and first some rows of the result. All
+    // at once would wait for each other.
+    const char* written = post ? reinterpret_cast<const char*>(post->out) : reinterpret_cast<const char*>(c);
+    const int64_t written_row = post ? post->out_row * int64_t(sizeof(O)) : c_row * int64_t(sizeof(float));
+    const int64_t written_bytes = kGemmColumns * int64_t(post ? sizeof(O) : sizeof(float));
+    int rows_left = R;
     for (; depth >= kLineWords * kWord<T>; depth -= kLineWords * kWord<T>, ahead += kLineWords * kWord<T>) {
-        if (c_line < c + R * c_row)
-            for (int i = 0; i < kRowsAhead; i++, c_line += c_row)
-                for (int j = 0; j < kGemmColumns; j += kLineWords) __builtin_prefetch(c_line + j, 1);
+        if (rows_left > 0) {
+            rows_left -= kRowsAhead;
+            for (int i = 0; i < kRowsAhead; i++, written += written_row)
+                for (int64_t j = 0; j < written_bytes; j += kLineBytes) __builtin_prefetch(written + j, 1);
+        }
         const T* line = ahead;
         for (int k = 0; k < kLineWords; k++, line += ahead_row) {
             __builtin_prefetch(line, 0, 2);
@@ -129,8 +137,10 @@ void gemm_tile(const T* a, int64_t a_row, int64_t a_word, const T* b, int64_t de
                     z = z + load<F32>(post->shift + at, n) + load<F32>(post->residual + i * post->residual_row + at, n);
                     z = z < floor ? floor : z;  // NaN stays
                     z = z > ceiling ? ceiling : z;
+                    store(post->out + i * post->out_row + at, z, n);
+                } else {
+                    store(to, z, n);
                 }
-                store(to, z, n);
             });
         });
     };
@@ -177,72 +187,91 @@ void gemm_pack_a(const T* a, int64_t row, int64_t column, int64_t rows, int64_t 
     }
 }
 
-// Values [k, k + depth) of row i of the patches.
-template <class T>
+// Values [k, k + depth) of row i of the patches of elements S.
+template <class S, class T>
 void gather_patch(const Patches& q, int64_t i, int64_t k, int64_t depth, T* to) {
     const int64_t pixels = q.out_height * q.out_width, top = i % pixels / q.out_width * q.stride[0] - q.padding[0],
                   left = i % q.out_width * q.stride[1] - q.padding[1];
-    const T* const image = static_cast<const T*>(q.x) + i / pixels * (q.height * q.width * q.channels);
+    const S* const image = static_cast<const S*>(q.x) + i / pixels * (q.height * q.width * q.channels);
     for (int64_t n; depth > 0; k += n, to += n, depth -= n) {
         const int64_t tap = k / q.channels, c = k % q.channels;
         n = q.channels - c < depth ? q.channels - c : depth;
         const int64_t h = top + tap / q.kernel[1] * q.dilation[0], w = left + tap % q.kernel[1] * q.dilation[1];
         if (h < 0 || h >= q.height || w < 0 || w >= q.width) __builtin_memset(to, 0, n * sizeof(T));
-        else __builtin_memcpy(to, image + (h * q.width + w) * q.channels + c, n * sizeof(T));
+        else copy_values(image + (h * q.width + w) * q.channels + c, n, to);
     }
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of C become act(C).
-template <class K>
-void gemm_act_impl(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+// out = act(c + shift (+ residual)) of rows [row, row + rows) and columns [column, column + columns), which start at c.
+template <class O>
+void gemm_act(const Args& a, const float* c, int64_t c_row, int64_t row, int64_t rows, int64_t column,
+              int64_t columns) {
     const F32 p = splat<F32>(a.act_param);
-    K(a.act).with([&](auto k) __attribute__((always_inline)) {
-        for (int64_t i = row; i < row + rows; i++) {
-            float* const c = static_cast<float*>(a.out) + i * a.layout.channels + column;
+    const float* const shift = static_cast<const float*>(a.norm.shift) + column;
+    Chosen(a.act).with([&](auto k) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t at = (row + i) * a.layout.channels + column;
             by_lanes(columns, [&](int64_t j, auto n) __attribute__((always_inline)) {
-                store(c + j, k.forward(load<F32>(c + j, n), p), n);
+                F32 z = load<F32>(c + i * c_row + j, n) + load<F32>(shift + j, n);
+                if (a.residual) z = z + load<F32>(static_cast<const O*>(a.residual) + at + j, n);
+                store(static_cast<O*>(a.out) + at + j, k.forward(z, p), n);
             });
         }
     });
 }
-void gemm_act(const Args& a, int64_t row, int64_t rows, int64_t column, int64_t columns);  // of the activation
+// Whether an activation only bounds its results.
+FR_INLINE bool bounds(Act act) { return act == Act::identity || act == Act::relu || act == Act::relu6; }
 
-// What is added to the tile at (row, column), and the bound of its results.
-FR_INLINE Finish finish_of(const Args& a, int64_t row, int64_t column) {
-    static const float kZeros[kGemmColumns] = {};
-    const float *shift = static_cast<const float*>(a.norm.shift), *residual = static_cast<const float*>(a.residual);
-    const float floor = a.act == Act::relu || a.act == Act::relu6 ? 0 : -__builtin_inff();
+// What becomes of the tile at (row, column), if the activation only bounds it.
+template <class O>
+FR_INLINE Finish<O> finish_of(const Args& a, int64_t row, int64_t column) {
+    static const O kZeros[kGemmColumns] = {};
+    const int64_t at = row * a.layout.channels + column;
+    const float* const shift = static_cast<const float*>(a.norm.shift) + column;
+    const O* const residual = static_cast<const O*>(a.residual);
+    O* const out = static_cast<O*>(a.out) + at;
+    const float floor = a.act == Act::identity ? -__builtin_inff() : 0;
     const float ceiling = a.act == Act::relu6 ? 6 : __builtin_inff();
-    if (!residual) return {shift + column, kZeros, 0, floor, ceiling};
-    return {shift + column, residual + row * a.layout.channels + column, a.layout.channels, floor, ceiling};
+    if (!residual) return {shift, kZeros, out, 0, a.layout.channels, floor, ceiling};
+    return {shift, residual + at, out, a.layout.channels, a.layout.channels, floor, ceiling};
 }
 
-template <class T>
+// S: the elements of A, and of what the epilogue reads and writes.
+template <class T, class S>
 void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, int64_t first, int64_t last) {
     if (g.depth == 0 && !g.accumulate)
         for (int64_t i = begin; i < end; i++)
             for (int64_t j = first * kGemmColumns; j < last * kGemmColumns && j < g.columns; j++)
                 g.c[i * g.c_row + j] = 0;
     const int64_t slice = kGemmDepth * kWord<T>;
+    const bool bounded = g.epilogue && bounds(g.epilogue->act);
+    const int64_t sums_row = odd_lines((last - first) * kGemmColumns);
     const auto block = [&](int64_t top, int64_t k) {
         const int64_t bottom = top + kGemmBlock < end ? top + kGemmBlock : end;
         int64_t depth = g.depth - k < slice ? g.depth - k : slice;
         const bool finishes = g.epilogue && k + depth == g.depth;
-        const T* a = g.patches ? nullptr : static_cast<const T*>(g.a) + top * g.a_row + k * g.a_depth;
+        const S* const from = g.patches ? nullptr : static_cast<const S*>(g.a) + top * g.a_row + k * g.a_depth;
+        const T* a = reinterpret_cast<const T*>(from);
         int64_t a_row = g.a_row, a_word = kWord<T>, a_tile = kGemmRows * g.a_row;
         T* const copy = reinterpret_cast<T*>(scratch);
-        if (g.patches) {
-            for (int64_t i = top; i < bottom; i++) gather_patch(*g.patches, i, k, depth, copy + (i - top) * slice);
+        const auto copied = [&](auto row) {
+            for (int64_t i = 0; i < bottom - top; i++) row(i, copy + i * slice);
             a = copy, a_row = slice, a_tile = kGemmRows * slice;
+        };
+        if (g.patches) {
+            copied([&](int64_t i, T* to) { gather_patch<S>(*g.patches, top + i, k, depth, to); });
+        } else if constexpr (!std::is_same_v<S, T>) {
+            copied([&](int64_t i, T* to) { copy_values(from + i * g.a_row, depth, to); });
         } else if (g.a_depth != 1) {  // rows of A lie across memory: the block is copied, its tiles one after the other
             gemm_pack_a(a, g.a_row, g.a_depth, bottom - top, g.rows - top, depth, copy);
             a = copy, a_row = kWord<T>, a_word = kGemmRows * kWord<T>, a_tile = kGemmTile * kWord<T>;
             depth = whole_words<T>(depth);
         } else if (g.a_row * sizeof(T) % kWayBytes == 0) {  // a tile's rows share a set of L1, which has fewer ways
-            for (int64_t i = 0; i < bottom - top; i++)
-                __builtin_memcpy(copy + i * slice, a + i * g.a_row, depth * sizeof(T));
-            a = copy, a_row = slice, a_tile = kGemmRows * slice;
+            copied([&](int64_t i, T* to) { copy_values(from + i * g.a_row, depth, to); });
         }
+        // without c the sums are in scratch until the epilogue
+        float* const c = g.c ? g.c + top * g.c_row + first * kGemmColumns : scratch + kGemmScratch;
+        const int64_t c_row = g.c ? g.c_row : sums_row;
         // A panel stays in L1 while the rows of the block pass. A tile fetches the next one's rows while they are read
         // for the first time, and otherwise a part of the next panel.
         const int64_t panel = whole_words<T>(g.depth) * kGemmColumns, size = depth * kGemmColumns;
@@ -256,26 +285,26 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
             const bool rows_ahead = a != copy && p == first, panel_ahead = p + 1 < last && part < size;
             const T* const ahead = rows_ahead ? tile + a_tile : panel_ahead ? b + (p + 1) * panel + part : tile;
             const int64_t ahead_row = rows_ahead ? a_row : panel_ahead ? line : 0;
-            Finish post;
-            if (finishes) {
-                post = finish_of(*g.epilogue, i, column);
+            float* const sums = c + (i - top) * c_row + (p - first) * kGemmColumns;
+            Finish<S> post;
+            if (finishes && bounded) {
+                post = finish_of<S>(*g.epilogue, i, column);
                 for (int64_t r = 0; r < height && post.residual_row; r++)
-                    for (int64_t j = 0; j < kGemmColumns; j += kLineWords)
+                    for (int64_t j = 0; j < kGemmColumns; j += kLineBytes / int64_t(sizeof(S)))
                         __builtin_prefetch(post.residual + r * post.residual_row + j);
             }
             by_count<kGemmRows>(height, [&](auto rows) __attribute__((always_inline)) {
-                gemm_tile<T, rows>(tile, a_row, a_word, b + p * panel, depth, g.c + i * g.c_row + column, g.c_row,
-                                   columns, g.accumulate || k > 0, ahead, ahead_row, finishes ? &post : nullptr);
+                gemm_tile<T, S, rows>(tile, a_row, a_word, b + p * panel, depth, sums, c_row, columns,
+                                      g.accumulate || k > 0, ahead, ahead_row, finishes && bounded ? &post : nullptr);
             });
-            if (finishes && g.epilogue->act > Act::relu && g.epilogue->act != Act::relu6)
-                gemm_act(*g.epilogue, i, height, column, columns);
+            if (finishes && !bounded) gemm_act<S>(*g.epilogue, sums, c_row, i, height, column, columns);
         };
         for (int64_t p = first; p < last; p++)
             for (int64_t i = top, part = 0; i < bottom; i += kGemmRows, part += (depth / line + kLineWords - 1) * line)
                 tile_at(i, p, part);
     };
     // the smaller one of B and C is passed again and again
-    if (end - begin < g.depth)
+    if (g.c && end - begin < g.depth)
         for (int64_t k = 0; k < g.depth; k += slice)
             for (int64_t top = begin; top < end; top += kGemmBlock) block(top, k);
     else
@@ -328,7 +357,7 @@ void gemm_pack(const GemmPack& q, int64_t begin, int64_t end, int64_t first, int
     }
 }
 
-template <class T>
-constexpr GemmKernel kGemmKernel = {kGemmRows, kGemmColumns, int(kWord<T>), gemm_multiply<T>, gemm_pack<T>};
+template <class T, class S = T>
+constexpr GemmKernel kGemmKernel = {kGemmRows, kGemmColumns, int(kWord<T>), gemm_multiply<T, S>, gemm_pack<T>};
 
 }  // namespace

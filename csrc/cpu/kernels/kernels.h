@@ -101,11 +101,12 @@ struct Gemm {
     const void* a;  // A[i, k] at i * a_row + k * a_depth
     int64_t a_row, a_depth;
     const void* b;  // in panels: [panels of GemmKernel::columns, words of depth, columns, elements of a word]
-    float* c;
+    float* c;       // null: C is not stored, only what the epilogue makes of it
     int64_t c_row;
     bool accumulate;
     const Patches* patches = nullptr;  // A in the place of a
-    const Args* epilogue = nullptr;    // C becomes act(C + norm.shift (+ residual)), a residual in float with C's rows
+    // out = act(C + norm.shift (+ residual)), elements of A's type in rows of layout.channels; out may be C
+    const Args* epilogue = nullptr;
 };
 // B's panels from B[k, j] at k * row + j * column; 0 where the last panel has no columns, the last word no elements.
 struct GemmPack {
@@ -115,14 +116,15 @@ struct GemmPack {
     void* to;
 };
 // Rows of A per block, whole tiles of 6 and of 14; the words of depth that pass at most while a tile's sums are in
-// registers; the words of a block's copy.
+// registers; the words of a block's copy, behind which a block's sums are where they are not stored.
 constexpr int64_t kGemmBlock = 126, kMostGemmDepth = 256, kGemmScratch = kGemmBlock * (kMostGemmDepth + 4);
 
 // Products of matrices with elements of one type. A word, 32 bits, holds elements of adjacent depth.
 struct GemmKernel {
     int rows, columns;  // of a tile
     int word;           // elements of a word
-    // rows [row_begin, row_end) of panels [begin, end) of C; scratch: kGemmScratch words;
+    // rows [row_begin, row_end) of panels [begin, end) of C; scratch: kGemmScratch words, and kGemmBlock *
+    // odd_lines(columns of the panels) where C is not stored;
     // bytes: A, B read, C written (and read) once per kMostGemmDepth words of depth; A's patches copied
     void (*gemm)(const Gemm&, float* scratch, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
     // depths [depth_begin, depth_end), whole words but for the last, of panels [begin, end); bytes: B read, the panels
@@ -136,7 +138,7 @@ struct Table {
     const char* name;
     int registers;  // of vectors
     GemmKernel float_gemm;
-    const GemmKernel* bf16_gemm;  // null: none
+    GemmKernel bf16_gemm;  // A in bfloat16; B too, or, where a word is one element, in float
 };
 
 extern const Table table_default, table_avx2, table_avx512, table_avx512_bf16;

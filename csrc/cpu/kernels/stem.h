@@ -7,27 +7,28 @@
 
 namespace {
 
-// Row oh of act(conv(x) + b) of an image.
-template <class K>
-void stem_row(const Args& a, const Stem& q, int64_t image, int64_t oh, float* rows, float* out) {
-    const K act(a.act);
+// Row oh of act(conv(x) + b) of an image of elements T.
+template <class T, class O>
+void stem_row(const Args& a, const Stem& q, int64_t image, int64_t oh, float* rows, O* out) {
+    const Chosen act(a.act);
     const F32 p = splat<F32>(a.act_param);
     const int64_t inside = q.width * q.channels, border = q.padding[1] * q.channels, row = inside + 2 * border;
     for (int64_t r = 0; r < q.kernel[0]; r++) {
         const int64_t h = oh * q.stride[0] - q.padding[0] + r;
         if (h < 0 || h >= q.height) __builtin_memset(rows + r * row, 0, row * sizeof(float));
         else
-            copy_row(static_cast<const float*>(a.y) + (image * q.height + h) * inside, q.width, q.channels, q.channels,
+            copy_row(static_cast<const T*>(a.y) + (image * q.height + h) * inside, q.width, q.channels, q.channels,
                      border, rows + r * row);
     }
     const int64_t run = q.kernel[1] * q.channels, taps = q.kernel[0] * run;
     const Runs patch{rows, q.kernel[0], row, run, q.stride[1] * q.channels};
     for (int64_t k = 0; k < q.out_channels; k += kStemBlock)
-        direct_row(patch, static_cast<const float*>(q.weight) + k * taps, kStemBlock,
-                   static_cast<const float*>(a.norm.shift) + k, nullptr, out + k, q.out_width, q.out_channels, act, p);
+        direct_row<O>(patch, static_cast<const float*>(q.weight) + k * taps, kStemBlock,
+                      static_cast<const float*>(a.norm.shift) + k, nullptr, out + k, q.out_width, q.out_channels, act,
+                      p);
 }
 
-template <class K>
+template <class T>
 void stem_impl(const Args& a, const Stem& q, const Pool& pool, float* scratch, int64_t begin, int64_t end) {
     const int64_t C = q.out_channels, size = q.out_width * C, window = pool.kernel[0];
     float* ring = scratch + q.kernel[0] * (q.width + 2 * q.padding[1]) * q.channels;
@@ -37,14 +38,14 @@ void stem_impl(const Args& a, const Stem& q, const Pool& pool, float* scratch, i
         const int64_t image = r / pool.out_height, ph = r % pool.out_height,
                       top = ph * pool.stride[0] - pool.padding[0];
         const int64_t first = top < 0 ? 0 : top, last = top + window < q.out_height ? top + window : q.out_height;
-        float* out = static_cast<float*>(a.out) + r * pool.out_width * C;
+        T* out = static_cast<T*>(a.out) + r * pool.out_width * C;
         if (alone) {
-            stem_row<K>(a, q, image, ph, scratch, out);
+            stem_row<T, T>(a, q, image, ph, scratch, out);
             continue;
         }
         if (image != last_image) next = 0, last_image = image;
         for (int64_t h = next < first ? first : next; h < last; h++)
-            stem_row<K>(a, q, image, h, scratch, ring + h % window * size);
+            stem_row<T, float>(a, q, image, h, scratch, ring + h % window * size);
         next = last;
         const float* lines[kPoolRows];
         for (int64_t h = first; h < last; h++) lines[h - first] = ring + h % window * size;

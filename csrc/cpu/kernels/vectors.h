@@ -122,6 +122,24 @@ FR_INLINE void store_part(float* p, F32 v, int n) {
 #endif
 }
 
+// The same of a vector of 16-bit values.
+FR_INLINE U16 load_part(const uint16_t* p, int n) {
+#if FR_VECTOR_BYTES == 64
+    return (U16)__builtin_ia32_loaddquhi256_mask(reinterpret_cast<const int16_t*>(p), I16{}, uint16_t((1u << n) - 1));
+#else
+    U16 v{};
+    __builtin_memcpy(&v, p, n * sizeof(uint16_t));
+    return v;
+#endif
+}
+FR_INLINE void store_part(uint16_t* p, U16 v, int n) {
+#if FR_VECTOR_BYTES == 64
+    __builtin_ia32_storedquhi256_mask(reinterpret_cast<int16_t*>(p), (I16)v, uint16_t((1u << n) - 1));
+#else
+    __builtin_memcpy(p, &v, n * sizeof(uint16_t));
+#endif
+}
+
 // n lanes from p, the others 0.
 template <class V, class T>
 FR_INLINE V load(const T* p, int n) {
@@ -137,9 +155,9 @@ FR_INLINE V load(const T* p, int n) {
         else __builtin_memcpy(&v, p, n * sizeof(T));
         return v;
     } else {
-        U16 raw{};
-        if (n == lanes) __builtin_memcpy(&raw, p, sizeof raw);
-        else __builtin_memcpy(&raw, p, n * sizeof(T));
+        if (n != lanes) return widen(load_part(reinterpret_cast<const uint16_t*>(p), n), T{});
+        U16 raw;
+        __builtin_memcpy(&raw, p, sizeof raw);
         return widen(raw, T{});
     }
 }
@@ -155,8 +173,8 @@ FR_INLINE void store(T* p, V v, int n) {
         else __builtin_memcpy(p, &v, n * sizeof(T));
     } else {
         const U16 raw = narrow(v, T{});
-        if (n == lanes) __builtin_memcpy(p, &raw, sizeof raw);
-        else __builtin_memcpy(p, &raw, n * sizeof(T));
+        if (n != lanes) return store_part(reinterpret_cast<uint16_t*>(p), raw, n);
+        __builtin_memcpy(p, &raw, sizeof raw);
     }
 }
 
@@ -166,6 +184,18 @@ FR_INLINE void by_lanes(int64_t channels, F f) {
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) f(c, std::integral_constant<int, kLanes>{});
     if (c < channels) f(c, int(channels - c));
+}
+
+// to[i] = from[i]. Few values take a vector or two; of many values memcpy has better ways.
+template <class S, class T>
+FR_INLINE void copy_by_lanes(const S* from, int64_t count, T* to) {
+    by_lanes(count,
+             [&](int64_t i, auto n) __attribute__((always_inline)) { store(to + i, load<F32>(from + i, n), n); });
+}
+template <class S, class T>
+FR_INLINE void copy_values(const S* from, int64_t count, T* to) {
+    if constexpr (std::is_same_v<S, T>) __builtin_memcpy(to, from, count * sizeof(T));
+    else copy_by_lanes(from, count, to);
 }
 
 // One value.

@@ -5,6 +5,22 @@
 
 namespace fused_resnet::cpu {
 
+// Whether the steps of frozen rows of our own take images of this dtype.
+inline bool is_row_type(ScalarType dtype) { return dtype == ScalarType::Float || dtype == ScalarType::BFloat16; }
+
+// x: channels_last images of such a dtype, of so many channels.
+inline void check_images(const Tensor& x, int64_t channels) {
+    FR_CHECK(is_row_type(x.scalar_type()) && x.is_channels_last() && x.size(1) == channels,
+             "x: expected float32 or bfloat16, channels_last, with ", channels, " channels, got ", x.scalar_type(), " ",
+             x.sizes());
+}
+
+// bias: so many values in float.
+inline void check_bias(const Tensor& bias, int64_t channels) {
+    FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == channels,
+             "bias: expected ", channels, " float32 values, got ", bias.scalar_type(), " ", bias.sizes());
+}
+
 inline Layout rows_layout(int64_t channels) { return {channels, 0}; }
 
 inline Args prologue_args(const Tensor& x, TensorList prologue, int64_t act, double act_param) {

@@ -6,15 +6,15 @@
 namespace fused_resnet::cpu {
 
 bool depthwise_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
-    return x.scalar_type() == ScalarType::Float && x.is_channels_last() && groups == x.size(1) &&
-           groups == weight.size(0);
+    return is_row_type(x.scalar_type()) && x.is_channels_last() && groups == x.size(1) && groups == weight.size(0);
 }
 
 Tensor depthwise_prepack(const Tensor& weight) {
-    FR_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.size(1) == 1,
-             "weight: expected float32 [C, 1, R, S], got ", weight.scalar_type(), " ", weight.sizes());
-    const IntList s = weight.strides();
-    return weight.view({weight.size(2), weight.size(3), weight.size(0)}, {s[2], s[3], s[0]}).contiguous();
+    FR_CHECK(weight.dim() == 4 && is_row_type(weight.scalar_type()) && weight.size(1) == 1,
+             "weight: expected float32 or bfloat16 [C, 1, R, S], got ", weight.scalar_type(), " ", weight.sizes());
+    const Tensor w = weight.to(ScalarType::Float);
+    const IntList s = w.strides();
+    return w.view({w.size(2), w.size(3), w.size(0)}, {s[2], s[3], s[0]}).contiguous();
 }
 
 Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
@@ -22,10 +22,8 @@ Tensor depthwise_bias_act(const Tensor& x, const Tensor& packed, const Tensor& b
     FR_CHECK(packed.dim() == 3 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous(),
              "packed: expected what depthwise_prepack returns, got ", packed.sizes());
     const int64_t R = packed.size(0), S = packed.size(1), C = packed.size(2);
-    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last() && x.size(1) == C,
-             "x: expected float32, channels_last, with ", C, " channels, got ", x.scalar_type(), " ", x.sizes());
-    FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == C, "bias: expected ", C,
-             " float32 values, got ", bias.sizes());
+    check_images(x, C);
+    check_bias(bias, C);
     const Patches q = patches_of(x, R, S, stride, padding, dilation);
     const Tensor out = result({x.size(0), C, q.out_height, q.out_width}, x.options());
     Args a = epilogue_args(out, act, act_param, residual);

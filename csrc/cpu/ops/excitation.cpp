@@ -12,7 +12,8 @@ constexpr int64_t kSumRows = 64;
 
 // The sums of an image's channels. First those of chunks of rows, then of the chunks.
 struct ChannelSums {
-    const float* x;
+    const void* x;
+    DType type;
     int64_t channels, rows;
 
     static int64_t chunks(int64_t rows) { return (rows + kSumRows - 1) / kSumRows; }
@@ -20,18 +21,14 @@ struct ChannelSums {
     // Of chunks [first, last), to partial [chunks, channels].
     void of_chunks(float* partial, int64_t first, int64_t last) const {
         for (int64_t i = first; i < last; i++)
-            table().channel_sums(x, channels, partial + i * channels, i * kSumRows, std::min(rows, (i + 1) * kSumRows));
+            table().channel_sums(x, type, channels, partial + i * channels, i * kSumRows,
+                                 std::min(rows, (i + 1) * kSumRows));
     }
     void means(const float* partial, float* out) const {
-        table().channel_sums(partial, channels, out, 0, chunks(rows));
+        table().channel_sums(partial, DType::f32, channels, out, 0, chunks(rows));
         for (int64_t c = 0; c < channels; c++) out[c] /= float(rows);
     }
 };
-
-void check_image(const Tensor& x) {
-    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last(), "x: expected float32, channels_last, got ",
-             x.scalar_type(), " ", x.sizes());
-}
 
 struct Layer {
     const float *weight, *bias;
@@ -68,16 +65,17 @@ struct Layer {
 
 void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t act, double act_param,
             const Tensor& gate_weight, const Tensor& gate_bias, int64_t gate, double gate_param) {
-    check_image(x);
+    check_images(x, x.size(1));
     FR_CHECK(weight.dim() == 2, "weight: expected [S, C], got ", weight.sizes());
     const int64_t C = x.size(1), S = weight.size(0), images = x.size(0), rows = x.size(2) * x.size(3);
     const Layer squeeze("weight", weight, bias, S, C, act, act_param);
     const Layer expand("gate_weight", gate_weight, gate_bias, C, S, gate, gate_param);
     const int64_t chunks = ChannelSums::chunks(rows), size = (chunks + 1) * C + S;
     const Memory memory(images * size * sizeof(float));
-    const auto sums_of = [&](int64_t image) {
-        return ChannelSums{static_cast<const float*>(x.data_ptr()) + image * rows * C, C, rows};
-    };
+    const DType type = dtype_of(x.scalar_type());
+    char* const data = bytes(x);
+    const int64_t image_bytes = rows * C * x.element_size();
+    const auto sums_of = [&](int64_t image) { return ChannelSums{data + image * image_bytes, type, C, rows}; };
     const auto sum = [&](int64_t image, int64_t first, int64_t last) {
         sums_of(image).of_chunks(memory.at<float>() + image * size, first, last);
     };
@@ -90,7 +88,7 @@ void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t a
         return mean;
     };
     const auto scale = [&](int64_t image, const float* by, int64_t first, int64_t last) {
-        table().scale_rows(static_cast<float*>(x.data_ptr()) + image * rows * C, C, by, first, last);
+        table().scale_rows(data + image * image_bytes, type, C, by, first, last);
     };
     if (images >= thread_count()) {
         parallel(0, images, 1, [&](int64_t begin, int64_t end) {
@@ -109,17 +107,29 @@ void excite(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t a
 }
 
 Tensor channel_means(const Tensor& x) {
-    check_image(x);
+    check_images(x, x.size(1));
+    const DType type = dtype_of(x.scalar_type());
     const int64_t C = x.size(1), rows = x.size(2) * x.size(3), chunks = ChannelSums::chunks(rows);
     const Tensor out = result({x.size(0), C, 1, 1}, x.options());
-    const Memory memory(x.size(0) * chunks * C * sizeof(float));
-    const auto* const from = static_cast<const float*>(x.data_ptr());
-    auto *const to = static_cast<float*>(out.data_ptr()), *const partials = memory.at<float>();
+    const int64_t size = (chunks + 1) * C;
+    const Memory memory(x.size(0) * size * sizeof(float));
+    const char* const from = bytes(x);
+    char* const to = bytes(out);
+    const int64_t image_bytes = rows * C * x.element_size(), mean_bytes = C * x.element_size();
+    Args round{};  // the means, to x's dtype
+    round.layout = rows_layout(C);
+    round.y_type = DType::f32;
+    round.other_type = type;
     parallel(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-            const ChannelSums sums{from + i * rows * C, C, rows};
-            sums.of_chunks(partials + i * chunks * C, 0, chunks);
-            sums.means(partials + i * chunks * C, to + i * C);
+            const ChannelSums sums{from + i * image_bytes, type, C, rows};
+            float *const partials = memory.at<float>() + i * size, *const means = partials + chunks * C;
+            sums.of_chunks(partials, 0, chunks);
+            sums.means(partials, means);
+            Args mine = round;
+            mine.y = means;
+            mine.out = to + i * mean_bytes;
+            table().convert(mine, 0, 1);
         }
     });
     return out;

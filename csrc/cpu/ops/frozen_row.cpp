@@ -87,7 +87,13 @@ Tensor by_aten(const Step& s, const Operands& o) {
     return y;
 }
 
-Tensor by_onednn(const Step& s, const Operands& o) {
+Tensor by_onednn(const Step& s, Operands o) {
+    const ScalarType dtype = o.x.scalar_type(), compute = o.weight().scalar_type();
+    const bool converted = dtype != compute;
+    if (converted) {
+        o.x = o.x.to(compute);
+        if (o.residual) o.residual = o.residual->to(compute);
+    }
     const char* const post_op = kPostOps[s.post_op];
     AtenTensorHandle x = o.x.get(), weight = o.weight().get(), bias = o.bias().get(), y = nullptr;
     const int64_t *const padding = s.padding.data(), *const stride = s.stride.data(),
@@ -100,7 +106,7 @@ Tensor by_onednn(const Step& s, const Operands& o) {
             aoti_torch_cpu_mkldnn__convolution_pointwise(x, weight, &bias, padding, 2, stride, 2, dilation, 2, s.groups,
                                                          post_op, scalars.data(), scalars.size(), &algorithm, &y),
             "oneDNN's convolution");
-        return Tensor(y);
+        return Tensor(y).to(dtype);
     }
     double alpha = 1;
     const char** const relu = s.post_op == 0 ? nullptr : const_cast<const char**>(&post_op);
@@ -109,9 +115,9 @@ Tensor by_onednn(const Step& s, const Operands& o) {
         check(function(first, second, weight, &bias, padding, 2, stride, 2, dilation, 2, s.groups, "add", &alpha, relu,
                        nullptr, 0, &algorithm, &y),
               "oneDNN's convolution");
-        return Tensor(y);
+        return Tensor(y).to(dtype);
     };
-    return s.owned ? summed(aoti_torch_cpu_mkldnn__convolution_pointwise_binary_, r, x)
+    return s.owned || converted ? summed(aoti_torch_cpu_mkldnn__convolution_pointwise_binary_, r, x)
                    : summed(aoti_torch_cpu_mkldnn__convolution_pointwise_binary, x, r);
 }
 

@@ -7,20 +7,18 @@
 namespace fused_resnet::cpu {
 
 bool grouped_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups) {
-    return x.scalar_type() == ScalarType::Float && x.is_channels_last() && groups > 1 && weight.size(1) > 1 &&
+    return is_row_type(x.scalar_type()) && x.is_channels_last() && groups > 1 && weight.size(1) > 1 &&
            dilation[0] == 1 && dilation[1] == 1;
 }
 
 Tensor grouped_prepack(const Tensor& weight, int64_t groups) {
-    FR_CHECK(
-        weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && groups > 0 && weight.size(0) % groups == 0,
-        "weight: expected float32 [K, C, R, S] of ", groups, " groups, got ", weight.scalar_type(), " ",
-        weight.sizes());
-    const IntList s = weight.strides();
-    const int64_t columns = weight.size(0) / groups;
-    return weight
-        .view({groups, weight.size(2), weight.size(3), weight.size(1), columns},
-              {columns * s[0], s[2], s[3], s[1], s[0]})
+    FR_CHECK(weight.dim() == 4 && is_row_type(weight.scalar_type()) && groups > 0 && weight.size(0) % groups == 0,
+             "weight: expected float32 or bfloat16 [K, C, R, S] of ", groups, " groups, got ", weight.scalar_type(),
+             " ", weight.sizes());
+    const Tensor w = weight.to(ScalarType::Float);
+    const IntList s = w.strides();
+    const int64_t columns = w.size(0) / groups;
+    return w.view({groups, w.size(2), w.size(3), w.size(1), columns}, {columns * s[0], s[2], s[3], s[1], s[0]})
         .contiguous();
 }
 
@@ -30,11 +28,8 @@ Tensor grouped_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bia
              "packed: expected what grouped_prepack returns, got ", packed.sizes());
     const int64_t groups = packed.size(0), R = packed.size(1), S = packed.size(2), depth = packed.size(3),
                   K = groups * packed.size(4);
-    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last() && x.size(1) == groups * depth,
-             "x: expected float32, channels_last, with ", groups * depth, " channels, got ", x.scalar_type(), " ",
-             x.sizes());
-    FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == K, "bias: expected ", K,
-             " float32 values, got ", bias.sizes());
+    check_images(x, groups * depth);
+    check_bias(bias, K);
     const int64_t undilated[] = {1, 1};
     const Patches q = patches_of(x, R, S, stride, padding, undilated);
     const Tensor out = result({x.size(0), K, q.out_height, q.out_width}, x.options());

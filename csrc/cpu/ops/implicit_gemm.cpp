@@ -7,16 +7,27 @@
 
 namespace fused_resnet::cpu {
 
+namespace {
+
+const GemmKernel& kernel_for(ScalarType dtype) {
+    return dtype == ScalarType::Float ? table().float_gemm : table().bf16_gemm;
+}
+
+}  // namespace
+
 bool gemm_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
-    return x.scalar_type() == ScalarType::Float && x.is_channels_last() && groups == 1;
+    if (!is_row_type(x.scalar_type())) return false;
+    const int64_t depth = weight.numel() / weight.size(0);
+    return x.is_channels_last() && groups == 1 && depth % kernel_for(x.scalar_type()).word == 0;
 }
 
 Tensor gemm_prepack(const Tensor& weight) {
-    FR_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float && weight.numel() > 0,
-             "weight: expected float32 [K, C, R, S], got ", weight.scalar_type(), " ", weight.sizes());
-    const GemmKernel& kernel = table().float_gemm;
+    FR_CHECK(weight.dim() == 4 && is_row_type(weight.scalar_type()) && weight.numel() > 0,
+             "weight: expected float32 or bfloat16 [K, C, R, S], got ", weight.scalar_type(), " ", weight.sizes());
+    const GemmKernel& kernel = kernel_for(weight.scalar_type());
     const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3), depth = R * S * C;
-    const Tensor w = weight.contiguous(kRows),
+    FR_CHECK(depth % kernel.word == 0, "weight: expected an even number of values per channel, got ", depth);
+    const Tensor w = weight.to(kernel.word == 1 ? ScalarType::Float : ScalarType::BFloat16).contiguous(kRows),
                  packed = empty({panels_of(kernel, K), R, S, C, kernel.columns}, w.options());
     pack(kernel, {depth, K, w.data_ptr(), 1, depth, packed.data_ptr()}, 0, depth);
     return packed;
@@ -24,27 +35,29 @@ Tensor gemm_prepack(const Tensor& weight) {
 
 void gemm_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
                    IntList dilation, int64_t act, double act_param, const OptTensor& residual, const Tensor& out) {
-    const GemmKernel& kernel = table().float_gemm;
-    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+    FR_CHECK(is_row_type(x.scalar_type()), "x: expected float32 or bfloat16, got ", x.scalar_type());
+    const GemmKernel& kernel = kernel_for(x.scalar_type());
+    const ScalarType multiplied = kernel.word == 1 ? ScalarType::Float : ScalarType::BFloat16;
+    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == multiplied && packed.is_contiguous() &&
                  packed.size(4) == kernel.columns,
-             "packed: expected what gemm_prepack returns, got ", packed.sizes());
+             "packed: expected what gemm_prepack returns, got ", packed.scalar_type(), " ", packed.sizes());
     const int64_t K = bias.numel(), C = packed.size(3), R = packed.size(1), S = packed.size(2);
-    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last() && x.size(1) == C,
-             "x: expected float32, channels_last, with ", C, " channels, got ", x.scalar_type(), " ", x.sizes());
+    FR_CHECK(x.is_channels_last() && x.size(1) == C, "x: expected channels_last, with ", C, " channels, got ",
+             x.sizes());
     FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && panels_of(kernel, K) == packed.size(0),
              "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
     const Patches patches = patches_of(x, R, S, stride, padding, dilation);
     const int64_t height = patches.out_height, width = patches.out_width;
-    FR_CHECK(out.scalar_type() == ScalarType::Float && out.is_channels_last() && out.size(0) == x.size(0) &&
+    FR_CHECK(out.scalar_type() == x.scalar_type() && out.is_channels_last() && out.size(0) == x.size(0) &&
                  out.size(1) == K && out.size(2) == height && out.size(3) == width,
-             "out: expected the convolution's result, float32, channels_last, got ", out.scalar_type(), " ",
+             "out: expected the convolution's result, of x's dtype, channels_last, got ", out.scalar_type(), " ",
              out.sizes());
-    const bool in_place = residual && residual->data_ptr() == out.data_ptr();  // then the products are added to it
+    float* const c = x.scalar_type() == ScalarType::Float ? static_cast<float*>(out.data_ptr()) : nullptr;
+    const bool onto = c && residual && residual->data_ptr() == out.data_ptr();  // then the products are added to it
     Args post = epilogue_args(out, act, act_param, residual);
-    if (in_place) post.residual = nullptr;
+    if (onto) post.residual = nullptr;
     post.norm.shift = bias.data_ptr();
-    Gemm g{x.size(0) * height * width,          K, R * S * C, x.data_ptr(), C, 1, packed.data_ptr(),
-           static_cast<float*>(out.data_ptr()), K, in_place};
+    Gemm g{x.size(0) * height * width, K, R * S * C, x.data_ptr(), C, 1, packed.data_ptr(), c, K, onto};
     const bool is_x = R * S == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
     if (!is_x) g.patches = &patches;
     g.epilogue = &post;

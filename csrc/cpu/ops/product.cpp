@@ -37,15 +37,17 @@ float* scratch(int64_t floats) {
     return memory.at_least(floats);
 }
 
-float* gemm_scratch() {
+float* gemm_scratch(int64_t more) {
     thread_local Growing memory;
-    return memory.at_least(kGemmScratch);
+    return memory.at_least(kGemmScratch + more);
 }
+
+bool multiplies_bf16() { return table().bf16_gemm.word > 1; }
 
 const GemmKernel* gemm_kernel_of(ScalarType dtype) {
     if (dtype == ScalarType::Float) return &table().float_gemm;
     // oneDNN's products on AMX's tiles take a fraction of the time
-    return dtype == ScalarType::BFloat16 && !has_amx_bf16() ? table().bf16_gemm : nullptr;
+    return dtype == ScalarType::BFloat16 && multiplies_bf16() && !has_amx_bf16() ? &table().bf16_gemm : nullptr;
 }
 
 int64_t panels_of(const GemmKernel& kernel, int64_t columns) { return (columns + kernel.columns - 1) / kernel.columns; }
@@ -82,19 +84,21 @@ void multiply(const GemmKernel& kernel, const Gemm& g) {
     parallel(0, row_parts * column_parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; i++) {
             const int64_t row = i / column_parts, column = i % column_parts;
-            kernel.gemm(g, gemm_scratch(), tiles * row / row_parts * height,
-                        std::min(g.rows, tiles * (row + 1) / row_parts * height), panels * column / column_parts,
-                        panels * (column + 1) / column_parts);
+            const int64_t left = panels * column / column_parts, right = panels * (column + 1) / column_parts;
+            const int64_t sums = g.c ? 0 : kGemmBlock * odd_lines((right - left) * kernel.columns);
+            kernel.gemm(g, gemm_scratch(sums), tiles * row / row_parts * height,
+                        std::min(g.rows, tiles * (row + 1) / row_parts * height), left, right);
         }
     });
 }
 
 void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
     const ScalarType dtype = a.scalar_type();
-    const GemmKernel* const kernel = dtype == ScalarType::Float      ? &table().float_gemm
-                                     : dtype == ScalarType::BFloat16 ? table().bf16_gemm
-                                                                     : nullptr;
-    FR_CHECK(a.dim() == 2 && kernel, "a: expected a float32 matrix", table().bf16_gemm ? ", or a bfloat16 one" : "",
+    const bool bf16 = dtype == ScalarType::BFloat16 && multiplies_bf16();
+    const GemmKernel* const kernel = dtype == ScalarType::Float ? &table().float_gemm
+                                     : bf16                     ? &table().bf16_gemm
+                                                                : nullptr;
+    FR_CHECK(a.dim() == 2 && kernel, "a: expected a float32 matrix", multiplies_bf16() ? ", or a bfloat16 one" : "",
              ", got ", dtype, " ", a.sizes());
     FR_CHECK(b.dim() == 2 && b.scalar_type() == dtype && b.size(0) == a.size(1), "b: expected a matrix of ", a.size(1),
              " rows in ", dtype, ", got ", b.scalar_type(), " ", b.sizes());

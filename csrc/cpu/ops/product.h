@@ -9,8 +9,11 @@ namespace fused_resnet::cpu {
 // the same.
 float* scratch(int64_t floats);
 
-// scratch of the calling thread for GemmKernel::gemm.
-float* gemm_scratch();
+// scratch of the calling thread for GemmKernel::gemm: kGemmScratch words and `more`.
+float* gemm_scratch(int64_t more = 0);
+
+// Whether the processor multiplies bfloat16.
+bool multiplies_bf16();
 
 // The kernel for products of matrices of this dtype, whose results are float. Null: ATen has the products.
 const GemmKernel* gemm_kernel_of(ScalarType dtype);

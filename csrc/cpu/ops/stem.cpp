@@ -5,40 +5,29 @@
 
 namespace fused_resnet::cpu {
 
-namespace {
-
-void check_packed(const Tensor& packed, const Tensor& x, const Tensor& bias) {
-    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
-                 packed.size(4) == kStemBlock,
-             "packed: expected what stem_prepack returns, got ", packed.sizes());
-    FR_CHECK(x.scalar_type() == ScalarType::Float && x.is_channels_last() && x.size(1) == packed.size(3),
-             "x: expected float32, channels_last, with ", packed.size(3), " channels, got ", x.scalar_type(), " ",
-             x.sizes());
-    FR_CHECK(
-        bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == packed.size(0) * kStemBlock,
-        "bias: expected ", packed.size(0) * kStemBlock, " float32 values");
-}
-
-}  // namespace
-
 bool stem_suits(const Tensor& x, const Tensor& weight, IntList dilation, int64_t groups, IntList pool_kernel) {
-    return x.scalar_type() == ScalarType::Float && x.is_channels_last() && weight.size(0) % kStemBlock == 0 &&
-           groups == 1 && x.size(1) <= 4 && dilation[0] == 1 && dilation[1] == 1 && pool_kernel[0] <= kPoolRows;
+    return is_row_type(x.scalar_type()) && x.is_channels_last() && weight.size(0) % kStemBlock == 0 && groups == 1 &&
+           x.size(1) <= 4 && dilation[0] == 1 && dilation[1] == 1 && pool_kernel[0] <= kPoolRows;
 }
 
 Tensor stem_prepack(const Tensor& weight) {
     const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3);
-    FR_CHECK(weight.scalar_type() == ScalarType::Float && K % kStemBlock == 0,
-             "weight: expected float32 and a multiple of ", kStemBlock, " output channels, got ", weight.scalar_type(),
-             " and ", K);
-    const IntList s = weight.strides();
-    return weight.view({K / kStemBlock, R, S, C, kStemBlock}, {kStemBlock * s[0], s[2], s[3], s[1], s[0]}).contiguous();
+    FR_CHECK(is_row_type(weight.scalar_type()) && K % kStemBlock == 0,
+             "weight: expected float32 or bfloat16 and a multiple of ", kStemBlock, " output channels, got ",
+             weight.scalar_type(), " and ", K);
+    const Tensor w = weight.to(ScalarType::Float);
+    const IntList s = w.strides();
+    return w.view({K / kStemBlock, R, S, C, kStemBlock}, {kStemBlock * s[0], s[2], s[3], s[1], s[0]}).contiguous();
 }
 
 Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride,
                               IntList padding, int64_t act, double act_param, IntList pool_kernel, IntList pool_stride,
                               IntList pool_padding) {
-    check_packed(packed, x, bias);
+    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+                 packed.size(4) == kStemBlock,
+             "packed: expected what stem_prepack returns, got ", packed.sizes());
+    check_images(x, packed.size(3));
+    check_bias(bias, packed.size(0) * kStemBlock);
     Stem q{x.size(2),
            x.size(3),
            x.size(1),
