@@ -2,6 +2,7 @@
 #include <torch/headeronly/version.h>
 
 #include "box.h"
+#include "cpu/ops/bands.h"
 #include "cpu/ops/ops.h"
 #ifdef FUSED_RESNET_WITH_CUDA
 #include "cuda/ops.h"
@@ -85,6 +86,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
         "excite(Tensor(a!) x, Tensor weight, Tensor bias, int act, float act_param, Tensor gate_weight, "
         "Tensor gate_bias, int gate, float gate_param) -> ()");
     m.def("channel_means(Tensor x) -> Tensor");
+    m.def("bands_suit(Tensor x, int channels) -> bool");
     m.def("stem_suits(Tensor x, Tensor weight, int[2] dilation, int groups, int[2] pool_kernel) -> bool");
     m.def("stem_prepack(Tensor weight) -> Tensor");
     m.def(
@@ -165,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_resnet_cpu, CPU, m) {
     m.impl("grouped_bias_act", Boxed<cpu::grouped_bias_act>::call);
     m.impl("excite", Boxed<cpu::excite>::call);
     m.impl("channel_means", Boxed<cpu::channel_means>::call);
+    m.impl("bands_suit", Boxed<cpu::bands_suit>::call);
     m.impl("stem_suits", Boxed<cpu::stem_suits>::call);
     m.impl("stem_prepack", Boxed<cpu::stem_prepack>::call);
     m.impl("stem_bias_act_max_pool", Boxed<cpu::stem_bias_act_max_pool>::call);

@@ -104,6 +104,11 @@ class Backend:
         """A stem in inference: max-pool(act(conv(x, W) + b)), W packed by ``prepack_pooled`` for an input like x."""
         raise NotImplementedError
 
+    def in_bands(self, x: Tensor, weights: Sequence[Tensor], convs: Sequence[ConvSpec]) -> Sequence[str]:
+        """The algorithms of the first of these convolutions in a recorded row, if it passes through x together with
+        those after it. ``weights``: without values. Empty: each has an algorithm of its own."""
+        return ()
+
     def frozen_row(self, recorded: Sequence[Recorded]) -> Callable[..., Tensor] | None:
         """The steps of a frozen row as one call: (x, summand or None) -> the last result.
 

@@ -38,6 +38,8 @@ _served: dict[Any, str] = {}
 _ASKED = 4096
 # The answer for PyTorch's own operators.
 _ATEN = "aten"
+# The most units that pass through an image together.
+_TOGETHER = 3
 # The height and width of the image that brings a timed call's code into the cache, or a kernel's if that is larger.
 _TWIN_SIZE = 16
 # Seconds that one timed call of a unit should take: networks have some ten to a hundred units.
@@ -159,6 +161,9 @@ class _Plain:
             return self.do(Step(BnAct(x, unit.norm, act, residual), loaded("aten")))
         return self.do(Step(ConvBiasAct(x, weight.own(), bias, conv, act, residual), loaded("aten")))
 
+    def ahead(self, x: Tensor, units: Sequence[FoldedUnit]) -> None:
+        """Tells of the units that follow on x."""
+
     def pooled(self, x: Tensor, unit: FoldedUnit, pool: PoolSpec) -> Tensor:
         """max-pool of the unit's output."""
         return self.do(MaxPool(self.unit(x, unit, None, True), pool))
@@ -190,7 +195,7 @@ class _Backends(_Plain):
                 # the add converts or broadcasts a summand, so it is PyTorch's add
                 return self.broadcast(self.unit(x, unit._replace(act=IDENTITY), None, True), residual, act)
             residual = residual.contiguous(memory_format=torch.channels_last)
-        algorithm = _algorithm(x, unit, residual) if self.measured else self.algorithm
+        algorithm = self.algorithm_of(x, unit, residual)
         if algorithm == _ATEN:
             return super().unit(x, unit, residual, owned)
         if isinstance(weight, Tensor) or conv is None:
@@ -203,6 +208,9 @@ class _Backends(_Plain):
         form = weight.packed(key, lambda own, known: backend.prepack(call.replace(weight=own), known, algorithm))
         call = call if form is not None else call.replace(weight=weight.own())
         return self.do(Step(call, backend, form, owned))
+
+    def algorithm_of(self, x: Tensor, unit: FoldedUnit, residual: Tensor | None) -> str:
+        return _algorithm(x, unit, residual) if self.measured else self.algorithm
 
     def broadcast(self, z: Tensor, residual: Tensor, act: Act) -> Tensor:
         """act(z + residual), with a summand of another shape or dtype."""
@@ -277,6 +285,23 @@ class _Recordable(_Backends):
         LookupError: by ``broadcast``, which no backend takes.
     """
 
+    def __init__(self, do: Do) -> None:
+        super().__init__(do)
+        self.together: dict[int, str] = {}  # by a unit's id, the algorithm by which it runs together with others
+
+    def ahead(self, x: Tensor, units: Sequence[FoldedUnit]) -> None:
+        excited = next((i for i, unit in enumerate(units) if unit.excitation is not None), len(units))
+        units = units[: excited + 1]
+        convs = [unit.conv for unit in units if unit.conv is not None and unit.scale is None]
+        if len(convs) < len(units) or id(units[0]) in self.together:
+            return
+        weights = [unit.weight.like for unit in units if isinstance(unit.weight, Weight)]
+        algorithms = pick(BnAct, Case.of(x)).in_bands(x, weights, convs)
+        self.together |= {id(unit): algorithm for unit, algorithm in zip(units, algorithms)}
+
+    def algorithm_of(self, x: Tensor, unit: FoldedUnit, residual: Tensor | None) -> str:
+        return self.together.get(id(unit)) or super().algorithm_of(x, unit, residual)
+
     def broadcast(self, z: Tensor, residual: Tensor, act: Act) -> Tensor:
         raise LookupError("a summand that is broadcast")
 
@@ -319,7 +344,8 @@ def _chain(x: Tensor, chain: FoldedChain, residual: Tensor | None, owned: bool, 
     kind = spec.shortcut.kind
     *before, last = units[: len(spec.units)]
     h = x
-    for unit in before:
+    for i, unit in enumerate(before):
+        ways.ahead(h, units[i : min(i + _TOGETHER, len(spec.units))])
         h = _excited(h, unit, ways)
     if spec.pool is not None:  # a chain closed by a pool has no shortcut
         return ways.pooled(*_begun(h, last, ways), spec.pool)

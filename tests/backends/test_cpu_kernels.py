@@ -307,6 +307,7 @@ def test_schemas_of_the_compiled_operators() -> None:
         "grouped_bias_act": (y, ops.grouped_prepack(w3[:, :2], 32), v[0], one, one, 1, 0.0, y),
         "excite": (y.clone(), w1.flatten(1), v[0], 1, 0.0, w1.flatten(1), v[1], 4, 0.0),
         "channel_means": (y,),
+        "bands_suit": (y, 96),
         "stem_suits": (stem, w7, one, 1, [3, 3]),
         "stem_prepack": (w7,),
         "stem_bias_act_max_pool": (stem, ops.stem_prepack(w7), v[0], [2, 2], [3, 3], 1, 0.0, [3, 3], [2, 2], one),

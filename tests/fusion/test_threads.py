@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet import planner
-from fused_resnet.backends import cpu, load
+from fused_resnet.backends import cpu_compute, load
 from fused_resnet.base.locks import Lock
 from fused_resnet.chain import packing
 
@@ -126,14 +126,19 @@ def test_threads_agree_on_the_dtype_to_compute_in(monkeypatch: pytest.MonkeyPatc
         time.sleep(0.02)
         return next(times)
 
-    monkeypatch.setattr(cpu, "_seconds", seconds)
-    monkeypatch.setattr(cpu, "_mkldnn", SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True))  # on any processor
+    monkeypatch.setattr(cpu_compute, "_seconds", seconds)
+    native = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)  # on any processor
+    monkeypatch.setattr(cpu_compute, "_mkldnn", native)
     monkeypatch.setenv("FUSED_RESNET_CPU_COMPUTE", "auto")
-    caches = [cpu.compute_dtype, cpu._faster]
+    caches = [cpu_compute.compute_dtype, cpu_compute._faster]
     for cache in caches:
         cache.cache_clear()
     found: list[torch.dtype] = []
-    askers = [threading.Thread(target=lambda: found.append(cpu.compute_dtype(torch.bfloat16))) for _ in range(4)]
+
+    def ask() -> None:
+        found.append(cpu_compute.compute_dtype(torch.bfloat16))
+
+    askers = [threading.Thread(target=ask) for _ in range(4)]
     for asker in askers:
         asker.start()
     for asker in askers:
@@ -277,7 +282,7 @@ def take(lock: Lock) -> None:
 def test_a_forked_child_finds_every_lock_free() -> None:
     """Those of the package, one made later, and one that the forking thread itself holds."""
     context = multiprocessing.get_context("fork")
-    locks = [packing._packing, planner.dispatch._choosing, cpu._timing, Lock()]
+    locks = [packing._packing, planner.dispatch._choosing, cpu_compute._timing, Lock()]
     holding, done = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -95,9 +95,7 @@ def folded(params: Sequence[Tensor], chains: Sequence[ChainSpec]) -> list[Folded
     return [FoldedChain(chain, [unit(u) for u in chain.all_units]) for chain in chains]
 
 
-def frozen_beside_plain(
-    model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[nn.Module, set[str]]:
+def frozen_beside_plain(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, set[str]]:
     """The model frozen for ``dtype``, held to plain's values in float64 for three batches, and the operators that it
     runs."""
     frozen = fr.freeze(model, x, dtype=dtype)

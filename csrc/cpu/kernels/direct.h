@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activations.h"
+#include "words.h"
 
 namespace {
 
@@ -33,15 +34,16 @@ FR_INLINE void for_pixels(int64_t begin, int64_t end, Body body) {
 
 // The copied rows that a kernel sees: a pixel's patch is `rows` runs of `run` values, `row` apart, and the next pixel's
 // starts `step` further.
+template <class E>
 struct Runs {
-    const float* x;
+    const E* x;
     int64_t rows, row, run, step;
 };
 
 // P pixels of V vectors of output channels, of n lanes each, to out, `channels` from one pixel to the next: act(sum +
-// bias (+ residual)). w: [rows, run, columns].
-template <int P, int V, class T, class N>
-FR_INLINE void direct_pixels(const Runs& patch, const float* w, int64_t columns, const float* bias, const T* residual,
+// bias (+ residual)). w: [rows, words of run, columns, elements of a word].
+template <int P, int V, class E, class T, class N>
+FR_INLINE void direct_pixels(const Runs<E>& patch, const E* w, int64_t columns, const float* bias, const T* residual,
                              T* out, int64_t channels, Chosen act, F32 p, N n) {
     F32 sum[P][V];
     const auto each = [&](auto f) __attribute__((always_inline)) {
@@ -50,16 +52,28 @@ FR_INLINE void direct_pixels(const Runs& patch, const float* w, int64_t columns,
         });
     };
     each([&](auto i, auto v) __attribute__((always_inline)) { sum[i][v] = load<F32>(bias + kLanes * v, n); });
-    const float* x = patch.x;
+    using Words = typename Word<E>::vector;
+    const E* x = patch.x;
     for (int64_t r = 0; r < patch.rows; r++, x += patch.row) {
-        for (int64_t j = 0; j < patch.run; j++, w += columns) {
-            F32 here[V];
-            unrolled<V>([&](auto v) __attribute__((always_inline)) { here[v] = load<F32>(w + kLanes * v, n); });
-            unrolled<P>([&](auto i) __attribute__((always_inline)) {
-                const F32 value = x[i * patch.step + j] - F32{};  // the compiler drops - 0, but not + 0
-                unrolled<V>([&](auto v) __attribute__((always_inline)) { sum[i][v] = sum[i][v] + value * here[v]; });
+        const auto add = [&](int64_t j, auto elements) __attribute__((always_inline)) {
+            Words here[V];
+            unrolled<V>([&](auto v) __attribute__((always_inline)) {
+                here[v] = (Words)load<F32>(reinterpret_cast<const float*>(w + kLanes * v * kWord<E>), n);
             });
-        }
+            unrolled<P>([&](auto i) __attribute__((always_inline)) {
+                typename Word<E>::type word{};
+                __builtin_memcpy(&word, x + i * patch.step + j, elements * sizeof(E));
+                const Words value = word - Words{};  // the compiler drops - 0, but not + 0
+                unrolled<V>([&](auto v) __attribute__((always_inline)) {
+                    sum[i][v] = Word<E>::add(sum[i][v], value, here[v]);
+                });
+            });
+            w += columns * kWord<E>;
+        };
+        int64_t j = 0;
+        for (; j + kWord<E> <= patch.run; j += kWord<E>) add(j, std::integral_constant<int, kWord<E>>{});
+        if constexpr (kWord<E> > 1)
+            if (j < patch.run) add(j, std::integral_constant<int, 1>{});
     }
     act.with([&](auto k) __attribute__((always_inline)) {
         each([&](auto i, auto v) __attribute__((always_inline)) {
@@ -70,17 +84,17 @@ FR_INLINE void direct_pixels(const Runs& patch, const float* w, int64_t columns,
     });
 }
 
-// A row of outputs of [0, columns) channels that start at bias, residual and out. weight: [rows, run, columns].
-template <class T>
-FR_INLINE void direct_row(Runs patch, const float* weight, int64_t columns, const float* bias, const T* residual,
-                          T* out, int64_t width, int64_t channels, Chosen act, F32 p) {
-    const float* const x = patch.x;
+// A row of outputs of [0, columns) channels that start at bias, residual and out. weight: as w above.
+template <class T, class E>
+FR_INLINE void direct_row(Runs<E> patch, const E* weight, int64_t columns, const float* bias, const T* residual, T* out,
+                          int64_t width, int64_t channels, Chosen act, F32 p) {
+    const E* const x = patch.x;
     const auto pixels = [&](int64_t c, auto vectors, auto n) __attribute__((always_inline)) {
         for_pixels<kDirectPixels[vectors - 1]>(0, width, [&](auto count, int64_t at) __attribute__((always_inline)) {
             patch.x = x + at * patch.step;
-            direct_pixels<count, vectors, T>(patch, weight + c, columns, bias + c,
-                                             residual ? residual + at * channels + c : nullptr, out + at * channels + c,
-                                             channels, act, p, n);
+            direct_pixels<count, vectors, E, T>(patch, weight + c * kWord<E>, columns, bias + c,
+                                                residual ? residual + at * channels + c : nullptr,
+                                                out + at * channels + c, channels, act, p, n);
         });
     };
     const std::integral_constant<int, kLanes> all;
@@ -91,18 +105,20 @@ FR_INLINE void direct_row(Runs patch, const float* weight, int64_t columns, cons
 }
 
 // Copies channels [0, depth) of a row of `width` pixels, `pixel` apart, between `border` zeros on either side.
-template <class T>
-FR_INLINE void copy_row(const T* from, int64_t width, int64_t pixel, int64_t depth, int64_t border, float* to) {
-    for (int64_t i = 0; i < border; i++) to[i] = to[border + width * depth + i] = 0;
+template <class T, class E>
+FR_INLINE void copy_row(const T* from, int64_t width, int64_t pixel, int64_t depth, int64_t border, E* to) {
+    for (int64_t i = 0; i < border; i++) to[i] = to[border + width * depth + i] = E{};
     to += border;
     if (pixel == depth) return copy_values(from, width * depth, to);
     for (int64_t i = 0; i < width; i++, from += pixel, to += depth) copy_by_lanes(from, depth, to);
 }
 
-// Rows [begin, end) of N * groups * oH. weight: [groups, R, S, depth, columns].
+// Rows [begin, end) of N * groups * oH. weight: [groups, R, words of S * depth, columns, elements of a word].
 template <class T>
-void grouped_impl(const Args& a, const Patches& q, const float* weight, int64_t groups, float* scratch, int64_t begin,
+void grouped_impl(const Args& a, const Patches& q, const void* weight, int64_t groups, float* scratch, int64_t begin,
                   int64_t end) {
+    using E = typename Multiplied<T>::type;
+    E* const copy = reinterpret_cast<E*>(scratch);
     const Chosen act(a.act);
     const F32 p = splat<F32>(a.act_param);
     const int64_t channels = a.layout.channels, depth = q.channels / groups, columns = channels / groups;
@@ -113,11 +129,11 @@ void grouped_impl(const Args& a, const Patches& q, const float* weight, int64_t 
         const Inside rows(top, 1, q.kernel[0], q.height);
         for (int64_t r = rows.first; r < rows.last; r++)
             copy_row(static_cast<const T*>(q.x) + (image * q.height + top + r) * q.width * q.channels + group * depth,
-                     q.width, q.channels, depth, border, scratch + (r - rows.first) * row);
+                     q.width, q.channels, depth, border, copy + (r - rows.first) * row);
         const int64_t out = (image * q.out_height + oh) * q.out_width * channels + group * columns;
-        direct_row(Runs{scratch, rows.last - rows.first, row, run, q.stride[1] * depth},
-                   weight + (group * q.kernel[0] + rows.first) * run * columns, columns,
-                   static_cast<const float*>(a.norm.shift) + group * columns,
+        direct_row(Runs<E>{copy, rows.last - rows.first, row, run, q.stride[1] * depth},
+                   static_cast<const E*>(weight) + (group * q.kernel[0] + rows.first) * whole_words<E>(run) * columns,
+                   columns, static_cast<const float*>(a.norm.shift) + group * columns,
                    a.residual ? static_cast<const T*>(a.residual) + out : nullptr, static_cast<T*>(a.out) + out,
                    q.out_width, channels, act, p);
     }

@@ -144,7 +144,7 @@ void stem_any(const Args& a, const Stem& q, const Pool& pool, float* scratch, in
 void depthwise_any(const Args& a, const Patches& q, const float* weight, int64_t begin, int64_t end) {
     by_row_type(a.y_type, [&](auto t) { depthwise_impl<typename decltype(t)::type>(a, q, weight, begin, end); });
 }
-void grouped_any(const Args& a, const Patches& q, const float* weight, int64_t groups, float* scratch, int64_t begin,
+void grouped_any(const Args& a, const Patches& q, const void* weight, int64_t groups, float* scratch, int64_t begin,
                  int64_t end) {
     by_row_type(a.y_type,
                 [&](auto t) { grouped_impl<typename decltype(t)::type>(a, q, weight, groups, scratch, begin, end); });

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "activations.h"
+#include "words.h"
 
 namespace {
 
@@ -23,32 +24,6 @@ constexpr int64_t kWayBytes = 4096;
 
 // Words and bytes of a cache line, and rows of the result that are fetched per line of A.
 constexpr int kLineWords = 16, kLineBytes = 64, kRowsAhead = 4;
-
-// A word of elements T, a vector of words, and sum + a b with a and b of such vectors.
-template <class T>
-struct Word;
-template <>
-struct Word<float> {
-    using type = float;
-    using vector = F32;
-    static FR_INLINE F32 add(F32 sum, F32 a, F32 b) { return sum + a * b; }
-};
-#ifdef FR_BF16
-template <>
-struct Word<bf16> {
-    using type = uint32_t;
-    using vector = U32;
-    static FR_INLINE F32 add(F32 sum, U32 a, U32 b) {
-        return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-    }
-};
-#endif
-template <class T>
-constexpr int64_t kWord = sizeof(uint32_t) / sizeof(T);
-template <class T>
-constexpr int64_t whole_words(int64_t depth) {
-    return (depth + kWord<T> - 1) / kWord<T> * kWord<T>;
-}
 
 typedef uint32_t Four __attribute__((vector_size(16)));
 

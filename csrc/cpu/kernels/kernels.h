@@ -77,7 +77,8 @@ struct WinogradWeight {
     bool flip;
 };
 
-// A stem's convolution with weights [out_channels / kStemBlock, kernel, channels, kStemBlock].
+// A stem's convolution with weights [out_channels / kStemBlock, kernel[0], words of a run of kernel[1] * channels,
+// kStemBlock, elements of a word]; words as GemmKernel's of the images' type.
 struct Stem {
     int64_t height, width, channels, out_height, out_width, out_channels;
     int64_t kernel[2], stride[2], padding[2];

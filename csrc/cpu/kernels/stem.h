@@ -12,18 +12,20 @@ template <class T, class O>
 void stem_row(const Args& a, const Stem& q, int64_t image, int64_t oh, float* rows, O* out) {
     const Chosen act(a.act);
     const F32 p = splat<F32>(a.act_param);
+    using E = typename Multiplied<T>::type;
+    E* const copy = reinterpret_cast<E*>(rows);
     const int64_t inside = q.width * q.channels, border = q.padding[1] * q.channels, row = inside + 2 * border;
     for (int64_t r = 0; r < q.kernel[0]; r++) {
         const int64_t h = oh * q.stride[0] - q.padding[0] + r;
-        if (h < 0 || h >= q.height) __builtin_memset(rows + r * row, 0, row * sizeof(float));
+        if (h < 0 || h >= q.height) __builtin_memset(copy + r * row, 0, row * sizeof(E));
         else
             copy_row(static_cast<const T*>(a.y) + (image * q.height + h) * inside, q.width, q.channels, q.channels,
-                     border, rows + r * row);
+                     border, copy + r * row);
     }
-    const int64_t run = q.kernel[1] * q.channels, taps = q.kernel[0] * run;
-    const Runs patch{rows, q.kernel[0], row, run, q.stride[1] * q.channels};
+    const int64_t run = q.kernel[1] * q.channels, taps = q.kernel[0] * whole_words<E>(run);
+    const Runs<E> patch{copy, q.kernel[0], row, run, q.stride[1] * q.channels};
     for (int64_t k = 0; k < q.out_channels; k += kStemBlock)
-        direct_row<O>(patch, static_cast<const float*>(q.weight) + k * taps, kStemBlock,
+        direct_row<O>(patch, static_cast<const E*>(q.weight) + k * taps, kStemBlock,
                       static_cast<const float*>(a.norm.shift) + k, nullptr, out + k, q.out_width, q.out_channels, act,
                       p);
 }

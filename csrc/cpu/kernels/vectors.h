@@ -189,8 +189,12 @@ FR_INLINE void by_lanes(int64_t channels, F f) {
 // to[i] = from[i]. Few values take a vector or two; of many values memcpy has better ways.
 template <class S, class T>
 FR_INLINE void copy_by_lanes(const S* from, int64_t count, T* to) {
-    by_lanes(count,
-             [&](int64_t i, auto n) __attribute__((always_inline)) { store(to + i, load<F32>(from + i, n), n); });
+    by_lanes(count, [&](int64_t i, auto n) __attribute__((always_inline)) {
+        if constexpr (std::is_same_v<S, T> && sizeof(T) == sizeof(uint16_t))
+            store_part(reinterpret_cast<uint16_t*>(to + i), load_part(reinterpret_cast<const uint16_t*>(from + i), n),
+                       n);
+        else store(to + i, load<F32>(from + i, n), n);
+    });
 }
 template <class S, class T>
 FR_INLINE void copy_values(const S* from, int64_t count, T* to) {

@@ -1,5 +1,6 @@
 // A frozen row in one call: the steps that fused_resnet/frozen/forward.py recorded, one after the other.
 #include "arena.h"
+#include "bands.h"
 #include "onednn.h"
 #include "reader.h"
 
@@ -118,7 +119,7 @@ Tensor by_onednn(const Step& s, Operands o) {
         return Tensor(y).to(dtype);
     };
     return s.owned || converted ? summed(aoti_torch_cpu_mkldnn__convolution_pointwise_binary_, r, x)
-                   : summed(aoti_torch_cpu_mkldnn__convolution_pointwise_binary, x, r);
+                                : summed(aoti_torch_cpu_mkldnn__convolution_pointwise_binary, x, r);
 }
 
 Tensor by_product(const Step& s, const Operands& o) {
@@ -166,6 +167,32 @@ Tensor run(const Step& s, const Operands& o) {
     return {};
 }
 
+// A step's own packed weight, bias and activation.
+Packed packed_of(const Step& s, TensorList tensors) {
+    return {tensors[s.first], tensors[s.first + 1], s.act, s.act_param};
+}
+
+bool is_pointwise(const Step& s, TensorList tensors) {
+    constexpr std::array<int64_t, 2> kOne{1, 1}, kNone{};
+    if (s.kind != Kind::gemm || s.stride != kOne || s.padding != kNone) return false;
+    return tensors[s.first].size(1) == 1 && tensors[s.first].size(2) == 1;
+}
+
+// How many steps from step i on pass through the image together (bands.h); 1: it runs alone. last: the last step that
+// uses a result; outside: see returned_by.
+size_t together(const std::vector<Step>& steps, size_t i, TensorList tensors, const std::vector<size_t>& last,
+                const std::vector<bool>& outside, const Tensor& x) {
+    // whether step j alone uses the result of the step before, as its image
+    const auto follows = [&](size_t j, Kind kind) {
+        if (j >= steps.size() || steps[j].kind != kind) return false;
+        const int64_t before = int64_t(j) + 1;
+        return steps[j].x == before && steps[j].residual != before && last[before] == j && !outside[j - 1];
+    };
+    if (!is_pointwise(steps[i], tensors) || steps[i].residual >= 0 || !follows(i + 1, Kind::depthwise)) return 1;
+    if (steps[i + 1].residual >= 0 || !bands_suit(x, tensors[steps[i].first + 1].numel())) return 1;
+    return follows(i + 2, Kind::gemm) && is_pointwise(steps[i + 2], tensors) ? 3 : 2;
+}
+
 // Which steps' results the row returns, or writes what it returns into.
 std::vector<bool> returned_by(const std::vector<Step>& steps) {
     std::vector<bool> found(steps.size());
@@ -190,23 +217,37 @@ Tensor frozen_row(const Tensor& x, const OptTensor& residual, TensorList tensors
     Arena arena;
     const std::vector<bool> outside = returned_by(steps);
     std::vector<Tensor> results = {x, residual.value_or(Tensor())};
+    results.reserve(steps.size() + 2);
     std::vector<size_t> last(steps.size() + 2, 0);
     for (size_t i = 0; i < steps.size(); i++)
         for (const int64_t used : {steps[i].x, steps[i].residual})
             if (used >= 0) last.at(used) = i;
-    for (size_t i = 0; i < steps.size(); i++) {
+    for (size_t i = 0, count; i < steps.size(); i += count) {
         const Step& s = steps[i];
-        const Profiled step(kNames[size_t(s.kind)], {&results[s.x]});
+        const Tensor& image = results[s.x];
+        count = together(steps, i, tensors, last, outside, image);
+        const Step& end = steps[i + count - 1];
+        const Profiled step(count > 1 ? "fused_resnet_cpu::in_bands" : kNames[size_t(s.kind)], {&image});
         OptTensor summand;
-        if (s.residual >= 0) summand = results[s.residual];
-        const Arena::Scope scope(outside[i] ? nullptr : &arena);
-        results.push_back(run(s, {results[s.x], summand, tensors.slice(s.first, s.count)}).contiguous(kRows));
-        const void* const made = results.back().data_ptr();  // maybe in the place of an operand
-        for (const int64_t used : {s.x, s.residual}) {
-            if (used < 0 || last[used] != i || !results[used].defined()) continue;
+        if (end.residual >= 0) summand = results[end.residual];
+        const Arena::Scope scope(outside[i + count - 1] ? nullptr : &arena);
+        Tensor made;
+        if (count > 1) {
+            const Step& depthwise = steps[i + 1];
+            const Packed narrow = packed_of(end, tensors);
+            made = in_bands(image, packed_of(s, tensors), packed_of(depthwise, tensors), depthwise.stride,
+                            depthwise.padding, depthwise.dilation, count > 2 ? &narrow : nullptr, summand, end.owned);
+        } else {
+            made = run(s, {image, summand, tensors.slice(s.first, s.count)}).contiguous(kRows);
+        }
+        results.resize(i + count + 1);  // nobody reads those in between
+        results.push_back(made);
+        const void* const place = made.data_ptr();  // maybe an operand's
+        for (const int64_t used : {s.x, end.residual}) {
+            if (used < 0 || last[used] < i || last[used] >= i + count || !results[used].defined()) continue;
             const void* const data = results[used].data_ptr();
             results[used] = Tensor();
-            if (data != made) arena.drop(data);
+            if (data != place) arena.drop(data);
         }
     }
     return results.back();

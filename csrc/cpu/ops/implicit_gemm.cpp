@@ -7,27 +7,32 @@
 
 namespace fused_resnet::cpu {
 
-namespace {
-
-const GemmKernel& kernel_for(ScalarType dtype) {
-    return dtype == ScalarType::Float ? table().float_gemm : table().bf16_gemm;
+const GemmKernel& frozen_kernel(ScalarType images) {
+    return images == ScalarType::Float ? table().float_gemm : table().bf16_gemm;
 }
 
-}  // namespace
+void check_panels(const Tensor& packed, int64_t channels, ScalarType images) {
+    const GemmKernel& kernel = frozen_kernel(images);
+    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == multiplied_as(images) && packed.is_contiguous() &&
+                 packed.size(4) == kernel.columns,
+             "packed: expected what gemm_prepack returns, got ", packed.scalar_type(), " ", packed.sizes());
+    FR_CHECK(panels_of(kernel, channels) == packed.size(0), "bias: expected as many channels as were packed, got ",
+             channels);
+}
 
 bool gemm_suits(const Tensor& x, const Tensor& weight, int64_t groups) {
     if (!is_row_type(x.scalar_type())) return false;
     const int64_t depth = weight.numel() / weight.size(0);
-    return x.is_channels_last() && groups == 1 && depth % kernel_for(x.scalar_type()).word == 0;
+    return x.is_channels_last() && groups == 1 && depth % frozen_kernel(x.scalar_type()).word == 0;
 }
 
 Tensor gemm_prepack(const Tensor& weight) {
     FR_CHECK(weight.dim() == 4 && is_row_type(weight.scalar_type()) && weight.numel() > 0,
              "weight: expected float32 or bfloat16 [K, C, R, S], got ", weight.scalar_type(), " ", weight.sizes());
-    const GemmKernel& kernel = kernel_for(weight.scalar_type());
+    const GemmKernel& kernel = frozen_kernel(weight.scalar_type());
     const int64_t K = weight.size(0), C = weight.size(1), R = weight.size(2), S = weight.size(3), depth = R * S * C;
     FR_CHECK(depth % kernel.word == 0, "weight: expected an even number of values per channel, got ", depth);
-    const Tensor w = weight.to(kernel.word == 1 ? ScalarType::Float : ScalarType::BFloat16).contiguous(kRows),
+    const Tensor w = weight.to(multiplied_as(weight.scalar_type())).contiguous(kRows),
                  packed = empty({panels_of(kernel, K), R, S, C, kernel.columns}, w.options());
     pack(kernel, {depth, K, w.data_ptr(), 1, depth, packed.data_ptr()}, 0, depth);
     return packed;
@@ -36,16 +41,11 @@ Tensor gemm_prepack(const Tensor& weight) {
 void gemm_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride, IntList padding,
                    IntList dilation, int64_t act, double act_param, const OptTensor& residual, const Tensor& out) {
     FR_CHECK(is_row_type(x.scalar_type()), "x: expected float32 or bfloat16, got ", x.scalar_type());
-    const GemmKernel& kernel = kernel_for(x.scalar_type());
-    const ScalarType multiplied = kernel.word == 1 ? ScalarType::Float : ScalarType::BFloat16;
-    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == multiplied && packed.is_contiguous() &&
-                 packed.size(4) == kernel.columns,
-             "packed: expected what gemm_prepack returns, got ", packed.scalar_type(), " ", packed.sizes());
+    check_panels(packed, bias.numel(), x.scalar_type());
+    check_bias(bias, bias.numel());
     const int64_t K = bias.numel(), C = packed.size(3), R = packed.size(1), S = packed.size(2);
     FR_CHECK(x.is_channels_last() && x.size(1) == C, "x: expected channels_last, with ", C, " channels, got ",
              x.sizes());
-    FR_CHECK(bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && panels_of(kernel, K) == packed.size(0),
-             "bias: expected float32 values of as many channels as were packed, got ", bias.sizes());
     const Patches patches = patches_of(x, R, S, stride, padding, dilation);
     const int64_t height = patches.out_height, width = patches.out_width;
     FR_CHECK(out.scalar_type() == x.scalar_type() && out.is_channels_last() && out.size(0) == x.size(0) &&
@@ -61,7 +61,7 @@ void gemm_bias_act(const Tensor& x, const Tensor& packed, const Tensor& bias, In
     const bool is_x = R * S == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
     if (!is_x) g.patches = &patches;
     g.epilogue = &post;
-    multiply(kernel, g);
+    multiply(frozen_kernel(x.scalar_type()), g);
 }
 
 }  // namespace fused_resnet::cpu

@@ -1,5 +1,7 @@
 #include "product.h"
 
+#include <array>
+#include <cstring>
 #include <limits>
 
 #include "ops.h"
@@ -43,6 +45,43 @@ float* gemm_scratch(int64_t more) {
 }
 
 bool multiplies_bf16() { return table().bf16_gemm.word > 1; }
+
+ScalarType multiplied_as(ScalarType dtype) {
+    return dtype == ScalarType::BFloat16 && !multiplies_bf16() ? ScalarType::Float : dtype;
+}
+
+namespace {
+
+// Of weights [blocks, R, S, C, columns] whose runs are whole words. There is a gap after a run that is not.
+std::array<int64_t, 5> run_strides(IntList sizes, ScalarType multiplied) {
+    const int64_t word = sizeof(float) / element_size(multiplied), C = sizes[3], columns = sizes[4];
+    const int64_t run = (sizes[2] * C + word - 1) / word * word * columns;
+    return {sizes[1] * run, run, C * columns, columns, 1};
+}
+
+}  // namespace
+
+Tensor pack_runs(const Tensor& weight) {
+    const ScalarType type = multiplied_as(weight.scalar_type());
+    const Tensor from = weight.to(type).contiguous();
+    const auto strides = run_strides(from.sizes(), type);
+    const int64_t blocks = from.size(0), R = from.size(1), run = from.size(2) * from.size(3), columns = from.size(4);
+    const Tensor memory = empty({blocks * strides[0]}, from.options());
+    const int64_t size = element_size(type), word = sizeof(float) / size;
+    std::memset(memory.data_ptr(), 0, blocks * strides[0] * size);
+    for (int64_t i = 0; i < blocks * R; i++)
+        for (int64_t j = 0; j < run; j++)
+            for (int64_t k = 0; k < columns; k++)
+                std::memcpy(bytes(memory, i * strides[1] + (j / word * columns + k) * word + j % word),
+                            bytes(from, (i * run + j) * columns + k), size);
+    return memory.view(from.sizes(), strides);
+}
+
+bool is_packed_runs(const Tensor& packed, ScalarType images) {
+    if (packed.dim() != 5 || packed.scalar_type() != multiplied_as(images)) return false;
+    const auto strides = run_strides(packed.sizes(), packed.scalar_type());
+    return std::equal(strides.begin(), strides.end(), packed.strides().begin());
+}
 
 const GemmKernel* gemm_kernel_of(ScalarType dtype) {
     if (dtype == ScalarType::Float) return &table().float_gemm;

@@ -12,8 +12,9 @@ float* scratch(int64_t floats);
 // scratch of the calling thread for GemmKernel::gemm: kGemmScratch words and `more`.
 float* gemm_scratch(int64_t more = 0);
 
-// Whether the processor multiplies bfloat16.
+// Whether the processor multiplies bfloat16, and what images of a dtype are multiplied in.
 bool multiplies_bf16();
+ScalarType multiplied_as(ScalarType dtype);
 
 // The kernel for products of matrices of this dtype, whose results are float. Null: ATen has the products.
 const GemmKernel* gemm_kernel_of(ScalarType dtype);
@@ -21,6 +22,17 @@ const GemmKernel* gemm_kernel_of(ScalarType dtype);
 // The panels that hold so many columns, and the bytes of a right operand [depth, columns] in panels.
 int64_t panels_of(const GemmKernel& kernel, int64_t columns);
 int64_t panels_bytes(const GemmKernel& kernel, int64_t depth, int64_t columns);
+
+// Weights [blocks, R, S, C, columns] for direct convolutions: each run of S * C values in whole words of what images of
+// their dtype are multiplied in, a word's elements side by side. The result has the same sizes, and strides that name
+// where its runs begin.
+Tensor pack_runs(const Tensor& weight);
+bool is_packed_runs(const Tensor& packed, ScalarType images);
+
+// The kernel for convolutions of frozen images of a dtype; whether a weight of so many output channels is packed for
+// it.
+const GemmKernel& frozen_kernel(ScalarType images);
+void check_panels(const Tensor& packed, int64_t channels, ScalarType images);
 
 // A matrix in memory, with any strides.
 struct Matrix {

@@ -2,6 +2,7 @@
 #include "arena.h"
 #include "args.h"
 #include "ops.h"
+#include "product.h"
 
 namespace fused_resnet::cpu {
 
@@ -15,16 +16,14 @@ Tensor stem_prepack(const Tensor& weight) {
     FR_CHECK(is_row_type(weight.scalar_type()) && K % kStemBlock == 0,
              "weight: expected float32 or bfloat16 and a multiple of ", kStemBlock, " output channels, got ",
              weight.scalar_type(), " and ", K);
-    const Tensor w = weight.to(ScalarType::Float);
-    const IntList s = w.strides();
-    return w.view({K / kStemBlock, R, S, C, kStemBlock}, {kStemBlock * s[0], s[2], s[3], s[1], s[0]}).contiguous();
+    const IntList s = weight.strides();
+    return pack_runs(weight.view({K / kStemBlock, R, S, C, kStemBlock}, {kStemBlock * s[0], s[2], s[3], s[1], s[0]}));
 }
 
 Tensor stem_bias_act_max_pool(const Tensor& x, const Tensor& packed, const Tensor& bias, IntList stride,
                               IntList padding, int64_t act, double act_param, IntList pool_kernel, IntList pool_stride,
                               IntList pool_padding) {
-    FR_CHECK(packed.dim() == 5 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
-                 packed.size(4) == kStemBlock,
+    FR_CHECK(is_packed_runs(packed, x.scalar_type()) && packed.size(4) == kStemBlock,
              "packed: expected what stem_prepack returns, got ", packed.sizes());
     check_images(x, packed.size(3));
     check_bias(bias, packed.size(0) * kStemBlock);
