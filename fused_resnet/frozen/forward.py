@@ -28,10 +28,6 @@ from fused_resnet.frozen.folded import IDENTITY, FoldedChain, FoldedUnit
 from fused_resnet.planner import pick, plan, run, sizes
 from fused_resnet.spec import Act, PoolSpec, ShortcutSpec
 
-# A stem with stages behind it makes at most this many bytes of its convolution's output per thread at a time.
-_STEM_BYTES = 8 << 20
-
-
 # ---------------------------------------------------------------------------------------------------- timing
 # key -> the algorithm of a unit; and the number of answers that are kept.
 _served: dict[Any, str] = {}
@@ -373,9 +369,6 @@ def run_chains(
 ) -> Tensor:
     """Runs the chains on the backends that serve them.
 
-    On a CPU a stem and the stages after it take a few images at a time. Their tensors are the network's largest: for
-    the whole batch every call would get new memory from the system for them.
-
     Args:
         x: [N, C, H, W]. chains: any number; each takes the output of the one before.
         residual: the summand of a first chain whose shortcut is "tensor".
@@ -397,10 +390,7 @@ def run_chains(
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None and residual.dim() == 4:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    parts = _parts(x, chains) if x.device.type == "cpu" else 1
-    if parts <= 1:
-        return _served_row(x, chains, residual, known)
-    return torch.cat([_served_row(part, chains, None, known) for part in x.chunk(min(parts, x.shape[0]))])
+    return _served_row(x, chains, residual, known)
 
 
 def _served_row(
@@ -417,19 +407,6 @@ def _served_row(
         known[key] = _recorded(x, residual, lambda do: _chains(x, chains, residual, _Recordable(do)))
     row = known[key]
     return _chains(x, chains, residual, _SERVED) if row is None else row(x, residual)
-
-
-def _parts(x: Tensor, chains: Sequence[FoldedChain]) -> int:
-    """The number of parts in which a batch passes: one, unless the first chain is a stem with others after it."""
-    stem, units, _ = chains[0]
-    if len(chains) == 1 or (len(stem.units) > 1 and stem.pool is None) or stem.shortcut.kind != "none":
-        return 1
-    size, image = (x.shape[2], x.shape[3]), 0
-    for unit in units[: len(stem.units)]:
-        if unit.conv is not None:
-            size = unit.conv.out_size(size, unit.weight.shape[2:])
-        image = max(image, x.element_size() * unit.weight.shape[0] * size[0] * size[1])
-    return -(-x.shape[0] * image // (torch.get_num_threads() * _STEM_BYTES))
 
 
 def plain_chains(x: Tensor, chains: Sequence[FoldedChain], residual: Tensor | None = None) -> Tensor:

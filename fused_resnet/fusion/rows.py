@@ -10,9 +10,6 @@ from fused_resnet.fusion.head import head_of
 from fused_resnet.fusion.matches import ChainMatch, RowMatch
 from fused_resnet.fusion.refusals import Refusals
 
-# The number of stages in a frozen stem's row, chosen by the size of their tensors in the paper's networks.
-_STEM_STAGES = 2
-
 
 def rows_of(chains: Sequence[ChainMatch], refusals: Refusals) -> Iterator[RowMatch]:
     """Groups chains that follow one another into rows."""
@@ -47,26 +44,14 @@ def _after(
         return None
     (after,) = followers
     if refusals.frozen:
-        if not _fits_row(after) or (_begins_stage(after) and _stages(row) >= _STEM_STAGES):
+        if not _fits_row(after):
             return None
-    elif not all(map(_fits_row, (*row, after))) or _begins_stage(after):
+    elif not all(map(_fits_row, (*row, after))) or after.shortcut in ("projection", "pad"):
         return None  # a stage is a row of its own: its parameters' gradients must not wait for all other stages
     if not set(end.users) <= set(after.nodes):
         return None
     whole = RowMatch([*row, after])
     return after if refusals.disturbed(whole) is None else None
-
-
-def _begins_stage(chain: ChainMatch) -> bool:
-    return chain.shortcut in ("projection", "pad")
-
-
-def _stages(row: Sequence[ChainMatch]) -> int:
-    """The number of stages in a row after its stem. Without a stem it is the maximum, so that no stage is added."""
-    stem = row[0]
-    if stem.shortcut != "none" or (len(stem.units) > 1 and stem.max_pool is None):
-        return _STEM_STAGES
-    return 0 if len(row) == 1 else 1 + sum(map(_begins_stage, row[2:]))
 
 
 def _fits_row(chain: ChainMatch) -> bool:

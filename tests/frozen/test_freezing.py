@@ -92,18 +92,17 @@ def test_saved_here_loaded_elsewhere():
         loaded(x)
 
 
-def test_stem_in_parts(monkeypatch):
-    """A batch too large for the stem to make at a time: cut, and the same bits."""
-    model = prepared(fr.models.cifar_resnet(8, fused=False)).eval()
-    x = torch.randn(7, 3, 16, 16) * 1.3 + 0.4
-    frozen = fr.freeze(model, x)
-    sizes: list[int] = []
-    row = frozen_forward._served_row
-    monkeypatch.setattr(frozen_forward, "_served_row", lambda x, *rest: sizes.append(len(x)) or row(x, *rest))
-    monkeypatch.setattr(frozen_forward, "_STEM_BYTES", 3 * 16 * 16 * 16 * 4 // torch.get_num_threads())
-    got = frozen(x)
-    assert sizes[:3] == [3, 3, 1] and sizes[-1] == 7, "stem and stages in parts, the last stage whole"
-    assert relative(got, model(x)) < 1e-5
+@pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
+def test_a_network_is_one_row():
+    model = prepared(fr.models.cifar_resnet(8, shortcut="B", fused=False)).eval()
+    frozen = fr.freeze(model, torch.randn(1, 3, 16, 16))
+    for batch in (1, 7):
+        x = torch.randn(batch, 3, 16, 16) * 1.3 + 0.4
+        assert relative(frozen(x), model(x)) < 1e-5
+        with torch.profiler.profile() as profile:
+            frozen(x)
+        (row,) = (event for event in profile.key_averages() if event.key == "fused_resnet_cpu::frozen_row")
+        assert row.count == 1
 
 
 @pytest.mark.parametrize("wrap", [lambda block: block, nn.Sequential])

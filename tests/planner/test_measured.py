@@ -367,8 +367,8 @@ def test_frozen_units_do_what_was_measured(monkeypatch: pytest.MonkeyPatch, pays
     written: dict[int, list[Any]] = {}
     write = cpu.frozen_row
 
-    def frozen_row(recorded: Any, dtype: torch.dtype) -> Any:
-        row = write(recorded, dtype)
+    def frozen_row(recorded: Any) -> Any:
+        row = write(recorded)
         written[id(row)] = [r.step for r in recorded]
         return row
 

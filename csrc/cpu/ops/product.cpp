@@ -3,6 +3,7 @@
 #include <array>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "ops.h"
 
@@ -113,11 +114,13 @@ void multiply(const GemmKernel& kernel, const Gemm& g) {
     const int64_t height = kernel.rows, tiles = (g.rows + height - 1) / height, panels = panels_of(kernel, g.columns);
     const int64_t there = in_parallel ? 1 : thread_count(),
                   threads = std::min<int64_t>(there, 1 + g.rows * g.columns * g.depth / kWorth);
-    // parts of rows and of columns: the largest part as small as it can be
-    int64_t row_parts = 0, column_parts = 0, least = std::numeric_limits<int64_t>::max();
+    // parts of rows and of columns: the largest part as small as it can be, and then what it reads
+    int64_t row_parts = 0, column_parts = 0;
+    auto least = std::pair(std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::max());
     for (int64_t r = std::min(tiles, threads); r > 0; r--) {
         const int64_t c = std::max<int64_t>(1, std::min(panels, threads / r));
-        const int64_t part = (tiles + r - 1) / r * ((panels + c - 1) / c);
+        const int64_t down = (tiles + r - 1) / r, across = (panels + c - 1) / c;
+        const auto part = std::pair(down * across, down * height + across * kernel.columns);
         if (part < least) least = part, row_parts = r, column_parts = panels ? c : 0;
     }
     parallel(0, row_parts * column_parts, 1, [&](int64_t first, int64_t last) {
