@@ -72,6 +72,35 @@ def test_the_same_bits(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("summand", ["the image", "another"])
+def test_memory_that_may_be_overwritten(summand: str, dtype: torch.dtype, threads: int) -> None:
+    """The summand's memory is reused, but not while other threads read it as the image."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = image(1, 24, 112, 112, dtype=dtype)
+        first = [step(x, 24, 1, ConvSpec(), "identity", "gemm") for _ in range(2)]
+        images = [alone(s, x) for s in first]
+        wide = step(x, 144, 1, ConvSpec(), "relu6", "gemm")
+        h = alone(wide, images[0])
+        depthwise = step(h, 144, 5, ConvSpec((1, 1), (2, 2), groups=144), "relu6", "depthwise")
+        filtered = alone(depthwise, h)
+        place = 0 if summand == "the image" else 1
+        narrow = step(filtered, 24, 1, ConvSpec(), "identity", "gemm", images[place])
+        recorded = [*(Recorded(s, 0, None) for s in first), Recorded(wide, 2, None), Recorded(depthwise, 4, None)]
+        last = Recorded(narrow._replace(owned=True), 5, 2 + place)
+        after = Recorded(step(x, 24, 1, ConvSpec(), "relu", "gemm"), 6, None)
+        got, names = ran(Writer().row([*recorded, last, after]), x, None)
+        assert "fused_resnet_cpu::in_bands" in names
+        call = narrow.call.replace(residual=images[place].clone())
+        summed = cpu.conv_packed(call, narrow.packed, place == 1)  # sums are added to it in place
+        assert torch.equal(got, alone(after.step, summed))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("used", ["wide again", "filtered again", "small"])
 def test_what_passes_alone(used: str) -> None:
     """Somebody else uses what is between the convolutions, or it fits into the caches."""

@@ -116,7 +116,9 @@ Tensor in_bands(const Tensor& x, const Packed& wide, const Packed& depthwise, In
     FR_CHECK(!residual || (narrow && residual->scalar_type() == dtype && residual->is_channels_last() &&
                            residual->sizes() == IntList(out_sizes)),
              "residual: expected the output's shape, dtype and layout");
-    const Tensor out = owned && residual ? *residual : result(out_sizes, x.options());
+    // not in the place of x: a thread still reads the rows beside those that another one has written
+    const bool in_place = owned && residual && residual->data_ptr() != x.data_ptr();
+    const Tensor out = in_place ? *residual : result(out_sizes, x.options());
 
     // as many rows as half of a core's cache holds
     const int64_t row = W * C * size, out_row = width * C * size, reach = (R - 1) * dilation[0] + 1;
