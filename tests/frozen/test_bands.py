@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import frozen_beside_plain, prepared
 from primitives import cpu, image
 from torch import Tensor, nn
 
-import fused_resnet as fr
 from fused_resnet.backends import ConvBiasAct, Packed, load
 from fused_resnet.backends.cpu_steps import Writer
 from fused_resnet.backends.steps import Recorded, Step
@@ -137,16 +137,6 @@ class Inverted(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_networks(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(*map(Inverted, (1, 1, 2))).eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.weight, 1, 0.5), nn.init.normal_(m.bias), nn.init.normal_(m.running_mean)
-            nn.init.uniform_(m.running_var, 0.5, 2)
-    x = image(2, 16, 112, 112)
-    frozen = fr.freeze(model, x, dtype=dtype)
-    with torch.inference_mode():
-        got, names = ran(frozen, x.to(dtype))
-        want = model.double()(x.double())
+    model = prepared(nn.Sequential(*map(Inverted, (1, 1, 2)))).eval()
+    _, names = frozen_beside_plain(model, image(2, 16, 112, 112), dtype)
     assert "fused_resnet_cpu::in_bands" in names
-    assert float((got - want).norm() / want.norm()) < (1e-6 if dtype == torch.float32 else 1e-2)
