@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_resnet.backends import Call, Case, ConvBackward, ConvBiasAct, ConvStats, Packed, primitives
+from fused_resnet.base.layouts import channels_last
 from fused_resnet.frozen.folded import FoldedUnit
 from fused_resnet.frozen.modules import Frozen
 from fused_resnet.frozen.rows import FrozenRow
@@ -262,7 +263,7 @@ def _serving_unit(unit: FoldedUnit, row: FrozenRow) -> str:
     )
     if measured := planned(ConvBiasAct, conv, tuple(w.shape)):
         return measured + behind
-    backend = why(ConvBiasAct, Case(w.device.type, w.dtype, True, conv, (w.shape[2], w.shape[3])))[0]
+    backend = why(ConvBiasAct, Case(w.device.type, w.dtype, True, conv, tuple(w.shape[2:]), len(w.shape) == 5))[0]
     forms = sorted({form.kind for form in w.packed_forms() if isinstance(form, Packed)})
     return f"{backend}, {'packed: ' + ' and '.join(forms) if forms else 'not packed'}{behind}"
 
@@ -292,9 +293,10 @@ def _serving(chains: Sequence[ChainReport]) -> dict[str, str]:
             if unit.conv is None:
                 continue
             prologue = 0 < i < len(chain.units) - (chain.shortcut == "projection")
-            case = Case(unit.device, unit.dtype, unit.channels_last, unit.conv, unit.weight[2:])  # type: ignore[arg-type]
+            kernel = unit.weight[2:]
+            case = Case(unit.device, unit.dtype, unit.channels_last, unit.conv, kernel, len(kernel) == 3)
             for convolution in (ConvStats, ConvBackward):
-                label = f"{convolution.name} {unit.weight[2]}x{unit.weight[3]}"
+                label = f"{convolution.name} {'x'.join(map(str, kernel))}"
                 measured = planned(convolution, unit.conv, unit.weight)
                 # a block may have several convolutions of one size
                 names.setdefault(label, {})[_algorithm(convolution, case, unit, prologue)] = None
@@ -313,7 +315,8 @@ def _algorithm(primitive: type[Call[Any]], case: Case, unit: UnitReport, prologu
     backend = pick(primitive, case)
     if not unit.image or unit.conv is None:
         return backend.name
-    layout = torch.channels_last if case.channels_last else torch.contiguous_format
-    x, weight = (torch.empty(shape, dtype=case.dtype, memory_format=layout) for shape in (unit.image, unit.weight))
+    x, weight = (torch.empty(shape, dtype=case.dtype) for shape in (unit.image, unit.weight))
+    if case.channels_last:
+        x, weight = (t.contiguous(memory_format=channels_last(t)) for t in (x, weight))
     algorithm = backend.algorithm(primitive, x, weight, unit.conv, prologue)
     return backend.name if algorithm is None else f"{backend.name} ({algorithm})"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from fused_resnet.base.arguments import pair
+from fused_resnet.base.arguments import integers
 from fused_resnet.chain.call import in_backward, run
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.inspection import graphed, shared_by
@@ -72,7 +72,7 @@ class ConvBNAct(nn.Module):
     ) -> None:
         super().__init__()
         if padding is None:
-            k, d = pair(kernel_size, "kernel_size", 1), pair(dilation, "dilation", 1)
+            k, d = integers(kernel_size, "kernel_size", 1), integers(dilation, "dilation", 1)
             padding = (d[0] * (k[0] - 1) // 2, d[1] * (k[1] - 1) // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum)
@@ -97,7 +97,7 @@ class ConvBNAct(nn.Module):
             return f"{type(conv).__name__} in the place of Conv2d"
         if conv.padding_mode != "zeros":
             return f"padding_mode {conv.padding_mode!r}"
-        dilation = pair(conv.dilation, "dilation", 1)
+        dilation = integers(conv.dilation, "dilation", 1)
         if conv.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(dilation, conv.weight.shape[2:])):
             return "padding 'same' with an even kernel"
         kind = norm_kind(original(bn))

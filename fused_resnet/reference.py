@@ -28,6 +28,9 @@ ACT: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+# By the dimensions of x: those of two and of three spatial dimensions.
+CONV: dict[int, Callable[..., Tensor]] = {4: F.conv2d, 5: F.conv3d}
+AVG_POOL: dict[int, Callable[..., Tensor]] = {4: F.avg_pool2d, 5: F.avg_pool3d}
 Stats = tuple[Tensor, Tensor]
 Normalise = Callable[[Tensor, dict[str, Tensor], "UnitSpec"], tuple[Tensor, Stats | None]]
 
@@ -45,9 +48,9 @@ def act(z: Tensor, a: Act) -> Tensor:
 
 
 def conv(x: Tensor, p: dict[str, Tensor], c: ConvSpec) -> Tensor:
-    """y = conv(x, W) (+ b): torch.nn.functional.conv2d, in x's dtype."""
+    """y = conv(x, W) (+ b): torch.nn.functional.conv2d or conv3d, in x's dtype."""
     bias = p["bias"].to(x.dtype) if "bias" in p else None
-    return F.conv2d(x, p["weight"].to(x.dtype), bias, *c.geometry)
+    return CONV[x.dim()](x, p["weight"].to(x.dtype), bias, *c.geometry)
 
 
 class _JointSum(torch.autograd.Function):
@@ -69,37 +72,43 @@ def all_reduce(t: Tensor, group: str) -> Tensor:
     return c10d.wait_tensor(c10d.all_reduce(t.contiguous(), "sum", group))
 
 
+def _per_channel(v: Tensor, y: Tensor) -> Tensor:
+    """A vector [C] that broadcasts to y."""
+    return v.view(-1, *[1] * (y.dim() - 2))
+
+
 def batch_stats(y: Tensor, group: str | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel over N, H, W and over the processes of a group (given by name)."""
+    dims = [0, *range(2, y.dim())]
 
     def total(t: Tensor) -> Tensor:
         return t if group is None else _JointSum.apply(t, group)
 
     count = total(y.new_full((), y.numel() // y.shape[1]))
-    mean = total(y.sum((0, 2, 3))) / count
-    return mean, total((y - mean[:, None, None]).square().sum((0, 2, 3))) / count
+    mean = total(y.sum(dims)) / count
+    return mean, total((y - _per_channel(mean, y)).square().sum(dims)) / count
 
 
 def normalise(y: Tensor, p: dict[str, Tensor], unit: UnitSpec) -> tuple[Tensor, Stats | None]:
     """z = gamma * (y - mean) / sqrt(var + eps) + beta, and the statistics if they are this batch's."""
     stats = batch_stats(y, unit.group) if unit.batch_stats else None
     mean, var = stats if stats is not None else (p["running_mean"], p["running_var"])
-    z = (y - mean[:, None, None]) / torch.sqrt(var + unit.eps)[:, None, None]
+    z = (y - _per_channel(mean, y)) / _per_channel(torch.sqrt(var + unit.eps), y)
     if unit.bn_weight:
-        z = z * p["bn_weight"][:, None, None]
+        z = z * _per_channel(p["bn_weight"], y)
     if unit.bn_bias:
-        z = z + p["bn_bias"][:, None, None]
+        z = z + _per_channel(p["bn_bias"], y)
     return z, stats
 
 
 def shortcut_input(x: Tensor, shortcut: ShortcutSpec) -> Tensor:
     """x after a shortcut without parameters: option A's strided, zero-padded x, or ResNet-D's average pool."""
     if shortcut.kind == "pad":
-        x = x[:, :, :: shortcut.stride[0], :: shortcut.stride[1]]
-        return F.pad(x, (0, 0, 0, 0, 0, shortcut.channels - x.shape[1]))
+        x = x[:, :, *(slice(None, None, s) for s in shortcut.stride)]
+        return F.pad(x, (*[0, 0] * len(shortcut.stride), 0, shortcut.channels - x.shape[1]))
     if shortcut.pool is not None:
         p = shortcut.pool
-        return F.avg_pool2d(x, *p.window, p.ceil_mode, p.count_include_pad)
+        return AVG_POOL[x.dim()](x, *p.window, p.ceil_mode, p.count_include_pad)
     return x
 
 
@@ -109,8 +118,8 @@ def chain(
     """The whole chain: a_i = act_i(BN_i(conv_i(a_{i-1}))), out = act(BN_k(...) + shortcut(x)), then the max-pool.
 
     Args:
-        x: [N, C, H, W], any layout. residual: the summand of a "tensor" shortcut. params: the flat list for
-        ``spec.split``. norm: computes z, in the order of the units, the projection last.
+        x: [N, C, H, W] or [N, C, D, H, W], any layout. residual: the summand of a "tensor" shortcut. params: the flat
+        list for ``spec.split``. norm: computes z, in the order of the units, the projection last.
     """
     parts = spec.split(params)
     stats = []

@@ -8,13 +8,14 @@ text.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from itertools import compress, product
 from typing import Any, Literal
 
-from fused_resnet.base.arguments import flag, integer, number, pair
+from fused_resnet.base.arguments import flag, integer, integers, number
 
 # name -> (default parameter, its meaning). The formulas are in csrc/bn_math.h, reference.py and backends/aten.py.
 ACTIVATIONS: dict[str, tuple[float, str]] = {
@@ -89,11 +90,15 @@ class Act:
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The hyper-parameters of a 2-d convolution, as in ``torch.nn.functional.conv2d``, with zero padding only."""
+    """The hyper-parameters of a convolution of two or three dimensions, with zero padding only.
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    As in ``torch.nn.functional.conv2d`` and ``conv3d``. Convolutions of one dimension run as those of two
+    (``chain/signals.py``).
+    """
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     bias: bool = False
 
@@ -111,16 +116,17 @@ class ConvSpec:
         Raises:
             ValueError, TypeError: naming the argument, what came and what was expected.
         """
-        if len(weight_shape) != 4:
+        dims = len(weight_shape) - 2
+        if dims not in (2, 3):
             raise ValueError(
-                "weight: expected 4 dimensions [out_channels, in_channels/groups, kH, kW], "
+                "weight: expected 4 dimensions [out_channels, in_channels/groups, kH, kW], or one more (kD) or less, "
                 f"got shape {tuple(weight_shape)}"
             )
         if weight_shape[0] < 1:
             raise ValueError(f"weight: expected at least one output channel, got shape {tuple(weight_shape)}")
         if min(weight_shape[2:]) < 1:
             raise ValueError(f"weight: expected a kernel of at least 1x1, got shape {tuple(weight_shape)}")
-        stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+        stride, dilation = integers(stride, "stride", 1, dims), integers(dilation, "dilation", 1, dims)
         groups = integer(groups, "groups")
         if groups < 1 or weight_shape[0] % groups:
             raise ValueError(
@@ -132,7 +138,7 @@ class ConvSpec:
                 raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
             if padding == "valid":
                 padding = 0
-            elif stride != (1, 1):
+            elif max(stride) > 1:
                 raise ValueError(f"padding: 'same' is defined for stride 1 only, got stride {stride}")
             elif any(r % 2 for r in reach):
                 raise ValueError(
@@ -140,8 +146,8 @@ class ConvSpec:
                     f"take: kernel {tuple(weight_shape[2:])}, dilation {dilation}; pad x first"
                 )
             else:
-                padding = (reach[0] // 2, reach[1] // 2)
-        return ConvSpec(stride, pair(padding, "padding", 0), dilation, groups, bool(bias))
+                padding = tuple(r // 2 for r in reach)
+        return ConvSpec(stride, integers(padding, "padding", 0, dims), dilation, groups, bool(bias))
 
     @property
     def text(self) -> str:
@@ -150,17 +156,16 @@ class ConvSpec:
         return f"conv({fields})".replace(" ", "")
 
     @property
-    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
-        """The last arguments of ``conv2d``: stride, padding, dilation, groups."""
+    def geometry(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+        """The last arguments of ``conv2d`` and ``conv3d``: stride, padding, dilation, groups."""
         return self.stride, self.padding, self.dilation, self.groups
 
-    def out_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
-        """Output height and width for an input of ``size`` (the formula of ``torch.nn.Conv2d``)."""
-        h, w = (
+    def out_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """The output's (depth,) height and width for an input of ``size`` (the formula of ``torch.nn.Conv2d``)."""
+        return tuple(
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(size, self.padding, self.dilation, kernel, self.stride, strict=True)
         )
-        return h, w
 
     def out_shape(self, x: Sequence[int], weight: Sequence[int]) -> tuple[int, ...]:
         """The shape of the output for an input and a weight of these shapes."""
@@ -169,21 +174,25 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """A pooling window, as in ``torch.nn.MaxPool2d`` and ``AvgPool2d``. The counting flags are AvgPool2d's."""
+    """A pooling window of one to three dimensions, as in ``torch.nn.MaxPool2d`` and ``AvgPool2d``.
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] = (0, 0)
+    The counting flags are AvgPool2d's.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] = (0, 0)
     ceil_mode: bool = False
     count_include_pad: bool = True
 
     def __post_init__(self) -> None:
-        k, p = pair(self.kernel, "pool kernel", 1), pair(self.padding, "pool padding", 0)
-        for name, value in (("kernel", k), ("stride", pair(self.stride, "pool stride", 1)), ("padding", p)):
+        dims = len(self.kernel) if isinstance(self.kernel, tuple) and len(self.kernel) in (1, 3) else 2
+        k, p = integers(self.kernel, "pool kernel", 1, dims), integers(self.padding, "pool padding", 0, dims)
+        for name, value in (("kernel", k), ("stride", integers(self.stride, "pool stride", 1, dims)), ("padding", p)):
             _keep(self, name, value)
         flag(self.ceil_mode, "pool ceil_mode")
         flag(self.count_include_pad, "pool count_include_pad")
-        if 2 * p[0] > k[0] or 2 * p[1] > k[1]:
+        if any(2 * a > b for a, b in zip(p, k, strict=True)):
             raise ValueError(f"pool padding: expected at most half the kernel {k}, got {p}")
 
     @property
@@ -192,7 +201,7 @@ class PoolSpec:
         return f"pool({self.kernel},{self.stride},{self.padding})".replace(" ", "")
 
     @property
-    def window(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    def window(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The arguments of ``max_pool2d``: kernel, stride, padding."""
         return self.kernel, self.stride, self.padding
 
@@ -203,11 +212,16 @@ class PoolSpec:
         padding: int | Sequence[int] = 0,
         ceil_mode: bool = False,
         count_include_pad: bool = True,
+        dims: int = 2,
     ) -> PoolSpec:
-        """Validates and normalises (``stride=None``, or an empty one, means the kernel size, as in PyTorch)."""
-        k = pair(kernel, "pool kernel", 1)
+        """Validates and normalises (``stride=None``, or an empty one, means the kernel size, as in PyTorch).
+
+        ``dims``: the dimensions of the images, 1 to 3.
+        """
+        k = integers(kernel, "pool kernel", 1, dims)
         s = k if stride is None or (isinstance(stride, list | tuple) and not stride) else stride
-        return PoolSpec(k, pair(s, "pool stride", 1), pair(padding, "pool padding", 0), ceil_mode, count_include_pad)
+        s, p = integers(s, "pool stride", 1, dims), integers(padding, "pool padding", 0, dims)
+        return PoolSpec(k, s, p, ceil_mode, count_include_pad)
 
 
 @dataclass(frozen=True)
@@ -259,11 +273,12 @@ class ShortcutSpec:
     kind: Literal["none", "identity", "tensor", "projection", "pad"] = "none"
     unit: UnitSpec | None = None
     pool: PoolSpec | None = None
-    stride: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
     channels: int = 0
 
     def __post_init__(self) -> None:
-        _keep(self, "stride", pair(self.stride, "shortcut_stride", 1))
+        dims = len(self.stride) if isinstance(self.stride, tuple) and len(self.stride) == 3 else 2
+        _keep(self, "stride", integers(self.stride, "shortcut_stride", 1, dims))
         if self.kind not in SHORTCUTS:
             raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {self.kind!r}")
         if (self.kind == "projection") != (self.unit is not None):
@@ -305,7 +320,9 @@ class ChainSpec:
             raise ValueError(f"max_pool: expected no shortcut and no residual before it, got {self.shortcut.kind!r}")
         if self.pool is not None and self.pool.ceil_mode:
             raise ValueError("max_pool: expected ceil_mode=False, got True")
-        if self.pool is not None and self.pool.kernel[0] * self.pool.kernel[1] > 256:
+        if self.pool is not None and len(self.pool.kernel) != 2:
+            raise ValueError(f"max_pool: expected a window of two dimensions, got {self.pool.kernel}")
+        if self.pool is not None and math.prod(self.pool.kernel) > 256:
             # the position of a maximum in its window is kept as a byte
             raise ValueError(f"max_pool: expected a window of at most 256 values, got {self.pool.kernel}")
         if self.recompute and self.units[0].conv is None:

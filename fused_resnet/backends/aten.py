@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends import Backend, DyCoefficients, Norm, Prologue, Sums, primitives, vector_dtype
-from fused_resnet.reference import ACT
+from fused_resnet.reference import ACT, CONV
 from fused_resnet.spec import ConvSpec
 
 _aten = torch.ops.aten
@@ -51,7 +51,7 @@ def _sums(dz: Tensor, y: Tensor, norm: Norm) -> Sums:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec) -> Tensor:
-    return F.conv2d(x, weight.to(x.dtype), bias, *conv.geometry)
+    return CONV[x.dim()](x, weight.to(x.dtype), bias, *conv.geometry)
 
 
 class Aten(Backend):
@@ -66,7 +66,7 @@ class Aten(Backend):
 
     def conv_stats(self, call: primitives.ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y = _convolve(self._operand(call.x, call.prologue), call.weight, None, call.conv)
-        return (y, *self.bn_stats(primitives.BnStats(y))) if call.stats else (y, None, None)
+        return (y, *primitives.BnStats(y).on(self)) if call.stats else (y, None, None)
 
     def bn_stats(self, call: primitives.BnStats) -> tuple[Tensor, Tensor]:
         """Two passes, so that |mean| >> std loses no precision."""
@@ -99,10 +99,10 @@ class Aten(Backend):
     def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
         x, weight, conv = call.x, call.weight, call.conv
         da, dw, _ = _aten.convolution_backward(
-            self.bn_backward(primitives.BnBackward(call.dz, call.y, call.coef)),
+            primitives.BnBackward(call.dz, call.y, call.coef).on(self),
             self._operand(x, call.prologue),
             weight.to(x.dtype),
-            None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups,
+            None, conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.stride), conv.groups,
             (call.need_input, call.need_weight, False),
         )  # fmt: skip
         dw = dw.to(weight.dtype) if call.need_weight else None
@@ -113,7 +113,7 @@ class Aten(Backend):
         closing = call.before
         if closing is None:
             return da, dw, None, None
-        dz, sums, summand_sums = self.bn_act_backward(primitives.BnActBackward(da, *closing))
+        dz, sums, summand_sums = primitives.BnActBackward(da, *closing).on(self)
         return dz, dw, sums, summand_sums
 
     def bn_act_max_pool(self, call: primitives.BnActMaxPool) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ class Aten(Backend):
         return dgamma, DyCoefficients(norm.scale, b, norm.scale * sums.dz / -count, norm.center)
 
     def _operand(self, x: Tensor, prologue: Prologue | None) -> Tensor:
-        return x if prologue is None else self.bn_act(primitives.BnAct(x, *prologue))
+        return x if prologue is None else primitives.BnAct(x, *prologue).on(self)
 
 
 BACKEND = Aten()

@@ -17,6 +17,7 @@ from fused_resnet.backends import Backend, Call, Case, Packed, aten, primitives,
 from fused_resnet.backends.cpu_compute import compute_dtype, exact_products
 from fused_resnet.backends.cpu_convolutions import BY_NAME, CONVOLUTIONS, is_depthwise, is_pointwise, stem
 from fused_resnet.backends.cpu_steps import Writer, vector
+from fused_resnet.backends.cpu_volumes import VOLUMES
 from fused_resnet.backends.steps import Recorded
 from fused_resnet.backends.values import DyCoefficients, Norm, Prologue, Sums, vectors_of
 from fused_resnet.base import library
@@ -81,6 +82,8 @@ class Cpu(Backend):
             return f"tensors are on {case.device}, not on the CPU"
         if case.dtype not in _DTYPES:
             return f"dtype {case.dtype}"
+        if case.volume and issubclass(primitive, primitives.WholeRow):
+            return "runs rows of volumes one primitive after the other"
         return None
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -92,7 +95,9 @@ class Cpu(Backend):
     ) -> str | None:
         """csrc/cpu/ops/conv.cpp chooses it."""
 
-        def name(kind: str) -> str:
+        def name(kind: str) -> str | None:
+            if x.dim() == 5:
+                return "onednn"
             compute = compute_dtype(x.dtype)
             return _ops.conv_algorithm(kind, x, weight, *conv.geometry, prologue, compute, exact_products())
 
@@ -107,6 +112,8 @@ class Cpu(Backend):
     def algorithms(self, call: primitives.ConvBiasAct) -> Sequence[str]:
         if torch.float64 in (call.x.dtype, call.weight.dtype):
             return ()
+        if call.x.dim() == 5:
+            return ["onednn"]
         return [convolution.name for convolution in CONVOLUTIONS if convolution.suits(call)]
 
     def prepack(self, call: primitives.ConvBiasAct, known: Sequence[Any] = (), algorithm: str = "") -> Packed | None:
@@ -114,6 +121,8 @@ class Cpu(Backend):
         float64."""
         if torch.float64 in (call.x.dtype, call.weight.dtype):
             return None
+        if call.x.dim() == 5:
+            algorithm = "onednn"
         if not algorithm:
             algorithm = next(convolution.name for convolution in CONVOLUTIONS if convolution.takes(call))
         name, _, _, pack, layout, _ = BY_NAME[algorithm]
@@ -136,7 +145,7 @@ class Cpu(Backend):
 
     def prepack_pooled(self, call: primitives.ConvBiasAct, pool: PoolSpec) -> Packed | None:
         conv, weight = call.conv, call.weight
-        if not _ops.stem_suits(call.x, weight, conv.dilation, conv.groups, pool.kernel):
+        if call.x.dim() == 5 or not _ops.stem_suits(call.x, weight, conv.dilation, conv.groups, pool.kernel):
             return None
         return Packed(_ops.stem_prepack(weight), "stem")
 
@@ -145,6 +154,8 @@ class Cpu(Backend):
 
     def in_bands(self, x: Tensor, weights: Sequence[Tensor], convs: Sequence[ConvSpec]) -> Sequence[str]:
         """A 1x1 convolution, a depthwise one, and a 1x1 convolution: csrc/cpu/ops/bands.h."""
+        if x.dim() == 5:
+            return ()
         kinds = [
             "gemm" if is_pointwise(*at) else "depthwise" if is_depthwise(*at) else "" for at in zip(weights, convs)
         ]
@@ -156,6 +167,8 @@ class Cpu(Backend):
         return Writer().row(recorded)
 
     def conv_bn_act(self, call: primitives.ConvBnAct) -> Tensor:
+        if call.x.dim() == 5:
+            return VOLUMES.conv_bn_act(call)
         return _ops.conv_bn_act(
             call.x, call.weight, *call.conv.geometry, vectors_of(call.norm, 2), *call.act.numbers, call.residual,
             compute_dtype(call.x.dtype), exact_products(),
@@ -163,6 +176,8 @@ class Cpu(Backend):
 
     # ------------------------------------------------------------------------------------------------ training
     def conv_stats(self, call: primitives.ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if call.x.dim() == 5:
+            return VOLUMES.conv_stats(call)
         norm, act = _prologue(call.prologue)
         return _ops.conv_stats(
             call.x, call.weight, *call.conv.geometry, vectors_of(norm, 2), *act.numbers, call.stats,
@@ -170,6 +185,8 @@ class Cpu(Backend):
         )  # fmt: skip
 
     def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
+        if call.x.dim() == 5:
+            return VOLUMES.conv_backward(call)
         norm, act = _prologue(call.prologue)
         dx, dw, s0, s1 = _ops.conv_backward(
             call.dz, call.y, call.coef.vectors, call.x, vectors_of(norm, 3), *act.numbers, call.weight,

@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_resnet.backends import loaded, primitives
 from fused_resnet.backends.cpu_compute import compute_dtype, exact_products
 from fused_resnet.backends.cpu_steps import POST_OPS, identity, needs_pass, scalars
+from fused_resnet.base.layouts import layout_of
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 _ops, _mkldnn = torch.ops.fused_resnet_cpu, torch.ops.mkldnn
@@ -139,8 +140,7 @@ def _onednn(call: primitives.ConvBiasAct, packed: Tensor, owned: bool, exact: bo
         y = _onednn(call.replace(act=Act("identity"), residual=None), packed, False, False)
         return primitives.BnAct(y, identity(bias.numel(), y.dtype), act, residual).on(loaded("cpu"))
     y = _with_post_ops(call, packed, owned)
-    fmt = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    return y.to(x.dtype).contiguous(memory_format=fmt)
+    return y.to(x.dtype).contiguous(memory_format=layout_of(x))
 
 
 def _with_post_ops(call: primitives.ConvBiasAct, packed: Tensor, owned: bool) -> Tensor:

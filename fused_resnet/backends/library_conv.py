@@ -1,4 +1,4 @@
-"""PyTorch's own convolutions (cuDNN, MIOpen) between our memory-bound passes.
+"""PyTorch's own convolutions (cuDNN, MIOpen, oneDNN) between our memory-bound passes.
 
 Passes before and after a convolution do the work of its prologue and epilogue. This beats a fused convolution wherever
 the library's convolution is faster than ours by more than the passes cost. All backends that have the passes share this
@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import Backend, Norm, primitives, vector_dtype
+from fused_resnet.base.layouts import layout_of
+from fused_resnet.reference import CONV
 from fused_resnet.spec import Act, ConvSpec
 
 _IDENTITY = Act("identity")
 
 
 class Convolutions(Backend):
-    """The convolution primitives, for channels_last tensors, by PyTorch's convolutions and the passes of a backend."""
+    """The convolution primitives of images and volumes, by PyTorch's convolutions and the passes of a backend.
+
+    Results have the layout of the operands.
+    """
 
     @property
     def passes(self) -> Backend:
@@ -45,22 +50,21 @@ class Convolutions(Backend):
         dy = primitives.BnBackward(call.dz, call.y, call.coef).on(self.passes)
         spare = add is not None and not add.is_set_to(call.dz)
         needs = (call.need_input, call.need_weight)
-        da, dw = self.gradients(dy, a, as_operand(weight, x.dtype), call.conv, needs, add, spare)
+        da, dw = self.gradients(dy, a, as_operand(weight, x), call.conv, needs, add, spare)
         dw = None if dw is None else dw.to(weight.dtype)
         if da is None:
             return None, dw, None, None
         closing = call.before
         if closing is None:
             return da, dw, None, None
-        da = da.contiguous(memory_format=torch.channels_last)
+        da = da.contiguous(memory_format=layout_of(x))
         previous, sums, summand_sums = primitives.BnActBackward(da, *closing).on(self.passes)
         return previous, dw, sums, summand_sums
 
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
-        """conv(x, W), channels_last; W of any dtype."""
-        w = as_operand(weight, x.dtype)
-        y = torch.conv2d(x, w, None, *conv.geometry)
-        return y.contiguous(memory_format=torch.channels_last)
+        """conv(x, W); W of any dtype."""
+        y = CONV[x.dim()](x, as_operand(weight, x), None, *conv.geometry)
+        return y.contiguous(memory_format=layout_of(x))
 
     def gradients(
         self,
@@ -77,13 +81,14 @@ class Convolutions(Backend):
         Their dtype is x's or wider. ``spare``: add may be overwritten.
         """
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups, (*needs, False)
-        )
+            dy, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0] * len(conv.stride), conv.groups,
+            (*needs, False),
+        )  # fmt: skip
         if needs[0] and add is not None:
             dx = add.add_(dx) if spare else dx.add_(add)
         return dx if needs[0] else None, dw if needs[1] else None
 
 
-def as_operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in the layout that a convolution of channels_last tensors takes."""
-    return weight.to(dtype, memory_format=torch.channels_last)
+def as_operand(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the dtype and the layout in which a convolution of x takes it."""
+    return weight.to(x.dtype, memory_format=layout_of(x))

@@ -1,8 +1,9 @@
 """The primitives of a chain: one class of calls for each (the types of their arguments: ``values.py``).
 
 A call is a value: ``BnAct(y, norm, act)``. A backend's method of the same name takes it (``backend.py``).
-Every tensor is [N, C, H, W], dense, NCHW or channels_last. Per-channel vectors are [C] in ``vector_dtype``. Every
-primitive returns new tensors and changes none of its arguments except ``add``.
+Every tensor is an image [N, C, H, W] or a volume [N, C, D, H, W], dense, contiguous or channels_last. Backends get
+volumes in convolutions only (``_Pass``). Per-channel vectors are [C] in ``vector_dtype``. Every primitive returns new
+tensors and changes none of its arguments except ``add``.
 """
 
 from __future__ import annotations
@@ -107,6 +108,27 @@ class Call(Generic[R]):
         return self
 
 
+class _Pass(Call[R]):
+    """A call that treats all pixels of a channel alike. Backends get volumes [N, C, D, H, W] as [N, C, D*H, W]."""
+
+    def on(self, backend: Backend) -> R:
+        like = self.like
+        if like.dim() != 5:
+            return super().on(backend)
+        return cast(R, _as_volumes(self.replace(**{k: _as_image(v) for k, v in vars(self).items()}).on(backend), like))
+
+
+def _as_image(value: Any) -> Any:
+    return value.flatten(2, 3) if isinstance(value, Tensor) and value.dim() == 5 else value
+
+
+def _as_volumes(result: Any, like: Tensor) -> Any:
+    """A result with its images as volumes of ``like``'s depth. Vectors and sums stay as they are."""
+    if isinstance(result, Tensor):
+        return result.unflatten(2, like.shape[2:4]) if result.dim() == 4 else result
+    return tuple(_as_volumes(r, like) if isinstance(r, Tensor) else r for r in result)
+
+
 class _Convolution(Call[R]):
     """A call with a convolution of x, or its gradients."""
 
@@ -174,7 +196,7 @@ class ConvStats(_Convolution[tuple[Tensor, Tensor | None, Tensor | None]]):
 
 
 @_call
-class BnStats(Call[tuple[Tensor, Tensor]]):
+class BnStats(_Pass[tuple[Tensor, Tensor]]):
     """Mean and biased variance per channel."""
 
     name: ClassVar[str] = "bn_stats"
@@ -182,7 +204,7 @@ class BnStats(Call[tuple[Tensor, Tensor]]):
 
 
 @_call
-class BnAct(Call[Tensor]):
+class BnAct(_Pass[Tensor]):
     """act(scale*y + shift [+ residual, or + residual_norm of it])."""
 
     name: ClassVar[str] = "bn_act"
@@ -194,7 +216,7 @@ class BnAct(Call[Tensor]):
 
 
 @_call
-class BnActBackward(Call[tuple[Tensor, Sums, Sums | None]]):
+class BnActBackward(_Pass[tuple[Tensor, Sums, Sums | None]]):
     """dz = dout*act'(z), its sums with y, and its sums with the residual if that has a norm of its own."""
 
     name: ClassVar[str] = "bn_act_backward"
@@ -207,7 +229,7 @@ class BnActBackward(Call[tuple[Tensor, Sums, Sums | None]]):
 
 
 @_call
-class BnBackward(Call[Tensor]):
+class BnBackward(_Pass[Tensor]):
     """dy, for a unit whose convolution is not part of the chain."""
 
     name: ClassVar[str] = "bn_backward"
@@ -309,7 +331,7 @@ class BnCoefficients(Call[tuple[Tensor, DyCoefficients]]):
 
 
 # ---------------------------------------------------------------------------------------------------- whole rows
-class _WholeRow(Call[R]):
+class WholeRow(Call[R]):
     """The work of an operator of ``chain/operators.py`` in one call. ``spec``: the row's, as text.
 
     A row is not measured beside other backends. Without a backend that offers it, ``chain`` composes it of the
@@ -325,7 +347,7 @@ class _WholeRow(Call[R]):
 
 
 @_call
-class RowForward(_WholeRow[list[Tensor]]):
+class RowForward(WholeRow[list[Tensor]]):
     """The operator ``fused_resnet::chain``."""
 
     name: ClassVar[str] = "row_forward"
@@ -336,7 +358,7 @@ class RowForward(_WholeRow[list[Tensor]]):
 
 
 @_call
-class RowBackward(_WholeRow[list[Tensor]]):
+class RowBackward(WholeRow[list[Tensor]]):
     """The operator ``fused_resnet::chain_backward``."""
 
     name: ClassVar[str] = "row_backward"
@@ -350,7 +372,7 @@ class RowBackward(_WholeRow[list[Tensor]]):
 
 
 @_call
-class RowInference(_WholeRow[Tensor]):
+class RowInference(WholeRow[Tensor]):
     """The operator ``fused_resnet::chain_inference``."""
 
     name: ClassVar[str] = "row_inference"

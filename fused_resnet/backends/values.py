@@ -1,6 +1,7 @@
 """The types of primitives' arguments, and the properties of a call by which backends decide.
 
-Every tensor is [N, C, H, W], dense, NCHW or channels_last. Per-channel vectors are [C] in ``vector_dtype``.
+Every tensor is an image [N, C, H, W] or a volume [N, C, D, H, W], dense, contiguous or channels_last. Per-channel
+vectors are [C] in ``vector_dtype``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_resnet.base.layouts import is_channels_last
 from fused_resnet.spec import Act, ConvSpec, PoolSpec
 
 
@@ -123,9 +125,9 @@ def text_of(argument: Any) -> str:
     """The text of a primitive's argument in a signature. Batches are rounded up to a power of two."""
     if isinstance(argument, Tensor):
         shape = list(argument.shape)
-        if argument.dim() == 4 and shape[0] > 0:
+        if argument.dim() >= 4 and shape[0] > 0:
             shape[0] = 1 << (shape[0] - 1).bit_length()
-        layout = "nhwc" if argument.dim() == 4 and argument.is_contiguous(memory_format=torch.channels_last) else ""
+        layout = "nhwc" if is_channels_last(argument) else ""
         return f"{str(argument.dtype).removeprefix('torch.')}{layout}{'x'.join(map(str, shape))}"
     if isinstance(argument, (*_TUPLES, ConvSpec, Act, PoolSpec)):
         return argument.text
@@ -133,19 +135,23 @@ def text_of(argument: Any) -> str:
 
 
 class Case(NamedTuple):
-    """The properties of a call by which backends decide whether they take it."""
+    """The properties of a call by which backends decide whether they take it.
+
+    ``volume``: its images have three dimensions.
+    """
 
     device: str
     dtype: torch.dtype
     channels_last: bool
     conv: ConvSpec | None = None
-    kernel: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (1, 1)
+    volume: bool = False
 
     @staticmethod
     def of(x: Tensor, conv: ConvSpec | None = None, weight: Tensor | None = None) -> Case:
         """The case of a call, from its tensors."""
-        kernel = (weight.shape[2], weight.shape[3]) if weight is not None else (1, 1)
-        return Case(x.device.type, x.dtype, x.is_contiguous(memory_format=torch.channels_last), conv, kernel)
+        kernel = tuple(weight.shape[2:]) if weight is not None else (1, 1)
+        return Case(x.device.type, x.dtype, is_channels_last(x), conv, kernel, x.dim() == 5)
 
 
 def vector_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Converts callers' hyper-parameters to Python's own numbers, the only ones that the package works with.
 
-These functions accept what PyTorch accepts for an int, a float or a pair of ints. They refuse what PyTorch refuses,
-with a message that names the argument.
+These functions accept what PyTorch accepts for an int, a float or an int per dimension. They refuse what PyTorch
+refuses, with a message that names the argument.
 """
 
 from __future__ import annotations
@@ -55,29 +55,36 @@ def integer(value: Any, name: str, expected: str = "an int") -> int:
     raise TypeError(f"{name}: expected {expected}, got {value!r}")
 
 
-def pair(value: int | Sequence[int], name: str, minimum: int) -> tuple[int, int]:
-    """``value`` as (height, width), both at least ``minimum``. One integer, alone or in a list or tuple, stands for
-    both.
+_EXPECTED = {1: "an int", 2: "an int or two ints", 3: "an int or three ints"}
+
+
+def integers(value: int | Sequence[int], name: str, minimum: int, count: int = 2) -> tuple[int, ...]:
+    """``value`` as ``count`` integers, one per dimension of an image, all at least ``minimum``.
+
+    One integer, alone or in a list or tuple, stands for all.
 
     Raises:
-        TypeError: it is not an int or two ints. ValueError: it is below ``minimum`` or does not have two values.
+        TypeError: it is not an int or ``count`` ints. ValueError: one is below ``minimum``, or there are others than
+            one or ``count``.
     """
-    if type(value) is tuple and len(value) == 2:  # the most frequent case, decided quickly
-        h, w = value
-        if type(h) is int and type(w) is int and h >= minimum and w >= minimum:
+    if type(value) is tuple and len(value) == count:  # the most frequent case, decided quickly
+        for v in value:
+            if type(v) is not int or v < minimum:
+                break
+        else:
             return value
-    expected = "an int or two ints"
+    expected = _EXPECTED[count]
     if isinstance(value, list | tuple):
         values = [integer(v, name, expected) for v in value]
     elif isinstance(value, int | Tensor) or _numpy_scalar(value, "iu"):
         values = [integer(value, name, expected)]
     else:
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if len(values) not in (1, 2):
+    if len(values) not in (1, count):
         raise ValueError(f"{name}: expected {expected}, got {len(values)} values: {value!r}")
     if min(values) < minimum:
         raise ValueError(f"{name}: expected values >= {minimum}, got {value!r}")
-    return values[0], values[-1]
+    return tuple(values * count if len(values) == 1 else values)
 
 
 def flag(value: Any, name: str) -> bool:

@@ -205,9 +205,8 @@ class _Gradients:
         dstart, *_ = self.projection(None, None)
         if dstart is None:
             return None
-        return torch.ops.aten.avg_pool2d_backward(
-            dstart.to(x.dtype), x, *pool.window, pool.ceil_mode, pool.count_include_pad, None
-        )
+        backward = torch.ops.aten.avg_pool2d_backward if x.dim() == 4 else torch.ops.aten.avg_pool3d_backward
+        return backward(dstart.to(x.dtype), x, *pool.window, pool.ceil_mode, pool.count_include_pad, None)
 
     def units(self, dx: Tensor | None, before: Closing | None) -> tuple[Tensor | None, _Closed | None]:
         """Runs the units, last to first. Adds their gradient of x to ``dx``, and takes the sum through ``before``."""
@@ -296,7 +295,7 @@ def _unit_gradients(
 def _pad_backward(dz: Tensor, x: Tensor, spec: ChainSpec) -> Tensor:
     """Option A: the gradient of x's own channels at the pixels that the shortcut read."""
     dx = torch.zeros_like(x, dtype=dz.dtype)
-    dx[:, :, :: spec.shortcut.stride[0], :: spec.shortcut.stride[1]] = dz[:, : x.shape[1]]
+    dx[:, :, *(slice(None, None, s) for s in spec.shortcut.stride)] = dz[:, : x.shape[1]]
     return dx
 
 

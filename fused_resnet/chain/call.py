@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fused_resnet import reference
 from fused_resnet.base.arguments import flag, number
-from fused_resnet.chain import checks
+from fused_resnet.chain import checks, signals
 from fused_resnet.chain.encoding import Row, Rows, chain_key, chain_spec, encoded
 from fused_resnet.chain.operators import transformed, unit_shapes
 from fused_resnet.chain.units import Chain, Unit
@@ -33,8 +34,10 @@ def checked(
         TypeError, ValueError: a chain does not take these tensors.
     """
     checks.check_tensor("x", x)
-    if x.dim() != 4:
-        raise ValueError(f"x: expected 4 dimensions [N, C, H, W], got shape {tuple(x.shape)}")
+    if x.dim() not in (4, 5):
+        raise ValueError(
+            f"x: expected 4 dimensions [N, C, H, W], 3 [N, C, L] or 5 [N, C, D, H, W], got shape {tuple(x.shape)}"
+        )
     flag(recompute, "recompute")
     if type(x) is not Tensor:  # a tracer's tensor: its sizes may be symbols
         rows = None
@@ -44,7 +47,7 @@ def checked(
     shape = tuple(x.shape)
     for i, chain in enumerate(chains):
         if known is None:
-            key = chain_key(chain, shape[1], residual, pool, recompute)
+            key = chain_key(chain, shape, residual, pool, recompute)
             row.keys.append(key)
             # the compiler's guards can't handle a constant object, so it traces the making of one
             compiled = torch.compiler.is_compiling()
@@ -63,7 +66,16 @@ def run(
     pool: PoolSpec | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """Checks and runs the chains; arguments and errors as of ``checked``."""
+    """Checks and runs the chains; arguments and errors as of ``checked``.
+
+    x may be a signal [N, C, L] too. A max-pool of volumes is PyTorch's, after the chain.
+    """
+    checks.check_tensor("x", x)
+    if x.dim() == 3:
+        chains, residual = [signals.chain(chain) for chain in chains], signals.image(residual)
+        return run(signals.image(x), chains, residual, signals.pool(pool), recompute).squeeze(2)
+    if x.dim() == 5 and isinstance(pool, PoolSpec):
+        return F.max_pool3d(run(x, chains, residual, None, recompute), *pool.window, ceil_mode=pool.ceil_mode)
     return run_checked(x, chains, residual, checked(x, chains, residual, pool, recompute))
 
 
@@ -144,7 +156,7 @@ def in_backward() -> bool:
 
 def _counts(x: Tensor, chain: Chain, spec: ChainSpec) -> list[int]:
     """The number of values per channel of each unit's y."""
-    return [n * h * w for n, _, h, w in unit_shapes(x, _params([chain], [spec]), spec)]
+    return [math.prod(shape[2:], start=shape[0]) for shape in unit_shapes(x, _params([chain], [spec]), spec)]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,11 +16,12 @@ from fused_resnet.chain.units import Unit
 from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_KERNELS = {1: "kL", 2: "kH, kW", 3: "kD, kH, kW"}
 BN_NAMES = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
-def check_arguments(unit: Unit, index: int) -> None:
-    """Checks the arguments of a unit that do not depend on its input."""
+def check_arguments(unit: Unit, index: int, dims: int) -> None:
+    """Checks the arguments of a unit that do not depend on its input, which has images of ``dims`` dimensions."""
     for name in ("weight", "bias", *BN_NAMES):
         value = getattr(unit, name)
         if value is not None:
@@ -36,8 +38,18 @@ def check_arguments(unit: Unit, index: int) -> None:
             "process_group: expected a torch.distributed.ProcessGroup that this process is in, or None, "
             f"got {unit.process_group!r} (unit {index})"
         )
+    check_dims(unit, dims)
     flag(unit.training, "training")
     number(unit.momentum, "momentum")
+
+
+def check_dims(unit: Unit, dims: int) -> None:
+    """Checks that a unit's weight is for images of ``dims`` dimensions."""
+    if unit.weight is not None and unit.weight.dim() != dims + 2:
+        raise ValueError(
+            f"weight: expected {dims + 2} dimensions [out_channels, in_channels/groups, {_KERNELS[dims]}], as x has, "
+            f"got shape {tuple(unit.weight.shape)}"
+        )
 
 
 def autocasts(x: Tensor) -> bool:
@@ -145,7 +157,7 @@ def _check_unit(
             raise TypeError(f"bias: expected dtype {unit.weight.dtype} (weight's), got {value.dtype} ({where})")
     if shape[1] < 1:
         raise ValueError(f"x: expected at least one channel, got shape {tuple(x.shape)} ({where})")
-    if s.batch_stats and s.group is None and shape[0] * shape[2] * shape[3] == 1:
+    if s.batch_stats and s.group is None and shape[0] * math.prod(shape[2:]) == 1:
         raise ValueError(
             f"x: expected more than 1 value per channel when training, got input size {shape} "
             f"at the BatchNorm of {where}"

@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_resnet.base.arguments import number, pair
+from fused_resnet.base.arguments import integers, number
 from fused_resnet.chain import checks, sync
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec
 
 
 def chain_key(
-    chain: Chain, channels: int, residual: Tensor | None, pool: PoolSpec | None, recompute: bool
+    chain: Chain, x: Sequence[int], residual: Tensor | None, pool: PoolSpec | None, recompute: bool
 ) -> tuple[Any, ...]:
-    """A chain's hyper-parameters, the arguments of ``chain_spec``."""
+    """A chain's hyper-parameters, the arguments of ``chain_spec``. ``x``: the shape of its input."""
+    dims = len(x) - 2
     projection = isinstance(chain.shortcut, Unit)
     if projection:
         kind = "projection"
@@ -27,11 +28,11 @@ def chain_key(
         kind = chain.shortcut if isinstance(chain.shortcut, str) else "none"
     weight = chain.units[-1].weight
     return (
-        tuple(_key(u, i) for i, u in enumerate(chain.everyone)),
+        tuple(_key(u, i, dims) for i, u in enumerate(chain.everyone)),
         kind,
-        pair(chain.shortcut_stride, "shortcut_stride", 1),
+        integers(chain.shortcut_stride, "shortcut_stride", 1, dims),
         _pool_key("shortcut_pool", chain.shortcut_pool),
-        (weight.shape[0] if weight is not None else channels) if kind == "pad" else 0,
+        (weight.shape[0] if weight is not None else x[1]) if kind == "pad" else 0,
         _pool_key("max_pool", pool),
         recompute,
     )
@@ -79,9 +80,9 @@ class Row:
         return found
 
 
-def _key(unit: Unit, index: int) -> tuple[Any, ...]:
+def _key(unit: Unit, index: int, dims: int) -> tuple[Any, ...]:
     """A unit's hyper-parameters, the arguments of ``_unit_spec``."""
-    checks.check_arguments(unit, index)
+    checks.check_arguments(unit, index, dims)
     conv = None
     if unit.weight is not None:
         c = ConvSpec.make(
@@ -105,7 +106,7 @@ def _pool_key(name: str, pool: PoolSpec | None) -> tuple[Any, ...] | None:
 def chain_spec(
     keys: tuple[tuple[Any, ...], ...],
     kind: str,
-    stride: tuple[int, int],
+    stride: tuple[int, ...],
     shortcut_pool: tuple[Any, ...] | None,
     channels: int,
     pool: tuple[Any, ...] | None,

@@ -28,19 +28,21 @@ def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor,
     more than it loses for normal numbers and for W. Such a channel keeps W and s, with which PyTorch computes.
 
     Args:
-        weight: [K, C, R, S], any floating dtype. norm: its scale is [K], of the dtype in which to multiply.
+        weight: [K, C, R, S] or [K, C, Q, R, S], any floating dtype. norm: its scale is [K], of the dtype in which to
+            multiply.
 
     Returns:
-        [K, C, R, S] in ``dtype``; [K] in ``vector_dtype`` of that, or None: 1 everywhere.
+        The weight's shape in ``dtype``; [K] in ``vector_dtype`` of that, or None: 1 everywhere.
     """
     scale, limits = norm.scale, torch.finfo(dtype)
-    exact = weight.to(scale.dtype) * scale[:, None, None, None]
+    per_filter = (-1, *[1] * (weight.dim() - 1))
+    exact = weight.to(scale.dtype) * scale.view(per_filter)
     folded = exact.to(dtype)
     if dtype != torch.float16:  # the other dtypes have the range of the vectors' dtype
         return folded, None
 
     def size(t: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(t, dim=(1, 2, 3))
+        return torch.linalg.vector_norm(t.flatten(1), dim=1)
 
     own = weight.to(dtype)
     usual = torch.maximum(limits.eps / 2 * size(exact), scale.abs() * size(own.to(scale.dtype) - weight))
@@ -48,7 +50,7 @@ def fold_weight(weight: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor,
     good = (size(folded - exact) <= usual) & (norm.shift.abs() <= limits.max / 4)
     if good.all():
         return folded, None
-    return torch.where(good[:, None, None, None], folded, own), torch.where(good, 1, scale).to(vector_dtype(dtype))
+    return torch.where(good.view(per_filter), folded, own), torch.where(good, 1, scale).to(vector_dtype(dtype))
 
 
 def folds(p: dict[str, Tensor], norm: Norm, eps: float, dtype: torch.dtype) -> bool:

@@ -23,6 +23,7 @@ from fused_resnet.backends import (
     loaded,
     vector_dtype,
 )
+from fused_resnet.base.layouts import channels_last
 from fused_resnet.chain import sync
 from fused_resnet.chain.folding import fold, fold_weight, folds
 from fused_resnet.planner import pick, run
@@ -32,8 +33,8 @@ from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, UnitS
 # ---------------------------------------------------------------------------------------------------- small pieces
 def memory_format(x: Tensor, params: Sequence[Tensor]) -> torch.memory_format:
     """The layout in which a chain works: channels_last if x or a weight is, as in PyTorch's convolutions."""
-    if any(_channels_last(t) for t in (x, *params) if t.dim() == 4):
-        return torch.channels_last
+    if any(_channels_last(t) for t in (x, *params) if t.dim() >= 4):
+        return channels_last(x)
     return torch.contiguous_format
 
 
@@ -42,7 +43,7 @@ def _channels_last(t: Tensor) -> bool:
     if t.stride(1) == 0:
         return False
     least = 0
-    for d in (1, 3, 2, 0):
+    for d in (1, *range(t.dim() - 1, 1, -1), 0):
         if t.shape[d] == 0 or t.stride(d) < least or (d == 0 and least == t.stride(1)):
             return False
         least = t.stride(d) * t.shape[d]
@@ -178,7 +179,7 @@ def _inference(
         if backend.offers(ConvBnAct):
             out = ConvBnAct(h, p["weight"], norm, u.conv, act, summand).on(backend)
         elif folds(p, norm, u.eps, h.dtype):
-            weight = p["weight"].to(wide) * norm.scale[:, None, None, None]
+            weight = p["weight"].to(wide) * norm.scale.view(-1, *[1] * (h.dim() - 1))
             out = run(ConvBiasAct(h, weight, norm.shift, u.conv, act, summand))
         else:
             weight, scale = fold_weight(p["weight"], norm, h.dtype)

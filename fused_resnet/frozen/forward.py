@@ -23,6 +23,7 @@ from torch import Tensor
 from fused_resnet import reference
 from fused_resnet.backends import BnAct, BnActMaxPool, Case, ConvBiasAct, Norm, forced, loaded, text_of, vector_dtype
 from fused_resnet.backends.steps import AnyStep, Average, Excited, MaxPool, Recorded, ShortcutInput, Step
+from fused_resnet.base.layouts import channels_last
 from fused_resnet.chain.packing import Weight
 from fused_resnet.frozen.folded import IDENTITY, FoldedChain, FoldedUnit
 from fused_resnet.planner import pick, plan, run, sizes
@@ -88,11 +89,9 @@ class _Measured(NamedTuple):
         twin, few = self, x
         if weight is not None and self.unit.conv is not None and self.pool is None:  # its code, with other weights
             twin = self._replace(unit=self.unit._replace(weight=Weight(weight.clone())))
-            height, width = (
-                max(_TWIN_SIZE, dilation * (k - 1) + 1)
-                for dilation, k in zip(self.unit.conv.dilation, weight.shape[2:], strict=True)
-            )
-            few = x[:1, :, :height, :width].contiguous(memory_format=torch.channels_last)
+            reach = zip(self.unit.conv.dilation, weight.shape[2:], strict=True)
+            small = (slice(max(_TWIN_SIZE, dilation * (k - 1) + 1)) for dilation, k in reach)
+            few = x[:1, :, *small].contiguous(memory_format=channels_last(x))
         pairs = zip(self._rows(x), twin._rows(few), strict=True)
         return tuple(sizes.Cold(call, partial(_run_and_read, before, x)) for call, before in pairs)
 
@@ -109,7 +108,7 @@ class _Measured(NamedTuple):
             else:
                 out = way(do).unit(x, self.unit, residual, False)
             # one pixel of it leaves the row: the result itself is where results inside a row are
-            pixel = ShortcutSpec("pad", stride=(out.shape[2], out.shape[3]), channels=out.shape[1])
+            pixel = ShortcutSpec("pad", stride=tuple(out.shape[2:]), channels=out.shape[1])
             return do(ShortcutInput(out, pixel))
 
         row = _recorded(x, residual, units)
@@ -190,7 +189,7 @@ class _Backends(_Plain):
             if residual.dtype != x.dtype or tuple(residual.shape) != unit.out_shape(x):
                 # the add converts or broadcasts a summand, so it is PyTorch's add
                 return self.broadcast(self.unit(x, unit._replace(act=IDENTITY), None, True), residual, act)
-            residual = residual.contiguous(memory_format=torch.channels_last)
+            residual = residual.contiguous(memory_format=channels_last(x))
         algorithm = self.algorithm_of(x, unit, residual)
         if algorithm == _ATEN:
             return super().unit(x, unit, residual, owned)
@@ -304,6 +303,8 @@ class _Recordable(_Backends):
 
 def _recorded(x: Tensor, residual: Tensor | None, units: Callable[[Do], Tensor]) -> Row | None:
     """The row as one call of the backend that serves it, or None. ``units``: does its steps, given what does one."""
+    if x.dim() != 4:
+        return None
     recorder = _Recorder(x, residual)
     try:
         units(recorder.add)
@@ -370,7 +371,7 @@ def run_chains(
     """Runs the chains on the backends that serve them.
 
     Args:
-        x: [N, C, H, W]. chains: any number; each takes the output of the one before.
+        x: [N, C, H, W] or [N, C, D, H, W]. chains: any number; each takes the output of the one before.
         residual: the summand of a first chain whose shortcut is "tensor".
         known: the chains as one call each, for inputs that came before; None: units run one by one.
 
@@ -387,9 +388,9 @@ def run_chains(
     if x.numel() == 0:
         return plain_chains(x, chains, residual)
     # a model's own operations may pass a slice, but packed weights expect dense tensors
-    x = x.contiguous(memory_format=torch.channels_last)
-    if residual is not None and residual.dim() == 4:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=channels_last(x))
+    if residual is not None and residual.dim() == x.dim():
+        residual = residual.contiguous(memory_format=channels_last(x))
     return _served_row(x, chains, residual, known)
 
 

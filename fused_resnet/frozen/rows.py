@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 from fused_resnet.backends import BnFold, Norm, loaded, vector_dtype
 from fused_resnet.backends.steps import Excitation
 from fused_resnet.base.arguments import number
+from fused_resnet.base.layouts import channels_last, is_channels_last
+from fused_resnet.chain import signals
 from fused_resnet.chain.folding import fold_weight
 from fused_resnet.chain.packing import Weight, values_of
 from fused_resnet.chain.units import Unit
@@ -28,8 +30,10 @@ from fused_resnet.spec import Act, ChainSpec, ConvSpec, ShortcutSpec, UnitSpec
 Exact = Callable[[Tensor], Tensor]
 # Calls whose values do not depend on their operands' layout. These return images in the operands' layout.
 _HAND_ON: set[Any] = {
-    *ACT_CALLS, *ADDS, *MULS, torch.sub, "sub", torch.cat, torch.conv2d, F.conv2d, F.batch_norm, F.max_pool2d,
-    F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate, F.dropout, F.dropout2d, F.pad, F.gelu,
+    *ACT_CALLS, *ADDS, *MULS, torch.sub, "sub", torch.cat, torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.conv3d,
+    F.conv3d, F.batch_norm, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+    F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d, F.interpolate, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pad, F.gelu,
     F.hardsigmoid, F.hardtanh, F.mish, F.softplus, torch.tanh, "tanh", "clamp", torch.clamp,
 }  # fmt: skip
 # These return no images. Some return a view in one layout and a copy in another, so nobody may write into the result.
@@ -104,11 +108,13 @@ class FrozenRow(nn.Module):
         values, made = values_of(*sources), self.made
         if made is None or values is None or made.values != values:
             self.made = made = self._fold(values, sources)
-        residual = images[1] if len(images) > 1 else None
-        row = images[0], made.chains, residual
+        residual = signals.image(images[1]) if len(images) > 1 else None
+        row = signals.image(images[0]), made.chains, residual
         with torch._C._DisableAutocast():
             out = plain_chains(*row) if self.portable else run_chains(*row, made.calls)
-        return out if self.head is None else out.flatten(1)
+        if self.head is not None:
+            return out.flatten(1)
+        return out.squeeze(2) if images[0].dim() == 3 else out
 
     def _fold(self, values: tuple[int, ...] | None, sources: Sequence[Tensor]) -> _Folded:
         made = self.known.get(self.text)
@@ -178,7 +184,7 @@ class FrozenRow(nn.Module):
         """``fold_weight``, channels_last."""
         assert u.weight is not None
         weight, scale = fold_weight(u.weight, norm if norm is not None else self._norm(u), self.dtype)
-        return weight.contiguous(memory_format=torch.channels_last), scale
+        return weight.contiguous(memory_format=channels_last(weight)), scale
 
 
 def _excitation(call: ExcitationCall, tensors: Sequence[Any], dtype: torch.dtype) -> Excitation:
@@ -266,9 +272,7 @@ def _keep_layout(graph: fx.Graph, call: fx.Node, changed: set[int | None]) -> No
     ``changed``: the storages that the graph writes into.
     """
     want = value_of(call)
-    if want is None or want.dim() != 4 or not _noticed(call, changed):
-        return
-    if want.is_contiguous(memory_format=torch.channels_last):
+    if want is None or want.dim() < 3 or is_channels_last(want) or not _noticed(call, changed):
         return
     with graph.inserting_after(call):
         made = graph.call_method("contiguous", (call,))

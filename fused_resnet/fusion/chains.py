@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from fused_resnet.chain import signals
 from fused_resnet.fusion.matches import ChainMatch, UnitMatch
 from fused_resnet.fusion.refusals import Refusals
 from fused_resnet.fusion.table import arguments, kind_of, only_user, storage_of, summands, value_of, written
@@ -106,10 +107,10 @@ class _Chains:
             user = only_user(unit.end)
             given = arguments(user) if user is not None and kind_of(user) == "max_pool" else None
             plain = given is not None and not given["ceil_mode"] and not given["return_indices"]
-            plain &= unit.excitation is None
-            if plain and given is not None and given["dilation"] in (1, (1, 1), [1, 1]):
+            plain &= unit.excitation is None and chain.dims < 3  # the pass with a max-pool is for images
+            if plain and given is not None and given["dilation"] in (1, (1,), (1, 1), [1], [1, 1]):
                 window = (given["kernel_size"], given["stride"] or None, given["padding"])
-                chain.max_pool = _pool(*window)
+                chain.max_pool = _pool(chain.dims, *window)
                 if chain.max_pool is not None and self._accepted(pooled := _with(chain, user)):
                     yield pooled
                     continue
@@ -156,10 +157,10 @@ def _avg_pool(unit: UnitMatch, start: fx.Node) -> PoolSpec | None:
     if given["divisor_override"] is not None:
         return None
     window = (given["kernel_size"], given["stride"] or None, given["padding"])
-    return _pool(*window, given["ceil_mode"], given["count_include_pad"])
+    return _pool(unit.dims, *window, given["ceil_mode"], given["count_include_pad"])
 
 
-def _zero_pad(node: fx.Node, chain: ChainMatch) -> tuple[int, int] | None:
+def _zero_pad(node: fx.Node, chain: ChainMatch) -> tuple[int, ...] | None:
     """The stride of option A's shortcut: every stride-th pixel, and zero channels appended."""
     given = arguments(node) if kind_of(node) == "pad" else None
     strided: Any = given["input"] if given is not None else None
@@ -168,13 +169,16 @@ def _zero_pad(node: fx.Node, chain: ChainMatch) -> tuple[int, int] | None:
     if not isinstance(strided, fx.Node) or strided.args[:1] != (chain.start,) or only_user(strided) is not node:
         return None
     index: Any = strided.args[1] if getattr(strided.target, "__name__", "") == "getitem" else None
-    if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(i, slice) for i in index):
+    dims = chain.dims
+    if not isinstance(index, tuple) or len(index) != dims + 2 or not all(isinstance(i, slice) for i in index):
         return None
     steps = [i.step or 1 for i in index]
     whole = all(i.start is None and i.stop is None for i in index) and steps[:2] == [1, 1]
     pad = given["pad"]
-    behind = isinstance(pad, list | tuple) and len(pad) == 6 and not any(pad[:5])
-    return (steps[2], steps[3]) if whole and behind and all(type(s) is int for s in steps) else None
+    behind = isinstance(pad, list | tuple) and len(pad) == 2 * dims + 2 and not any(pad[:-1])
+    if not (whole and behind and all(type(s) is int for s in steps)):
+        return None
+    return (1, *steps[2:]) if dims == 1 else tuple(steps[2:])
 
 
 def _with(chain: ChainMatch, node: Any) -> ChainMatch:
@@ -182,8 +186,10 @@ def _with(chain: ChainMatch, node: Any) -> ChainMatch:
     return replace(chain, nodes=[*chain.nodes, node])
 
 
-def _pool(*window: Any) -> PoolSpec | None:
+def _pool(dims: int, *window: Any) -> PoolSpec | None:
+    """The window over images of ``dims`` dimensions; over signals as that over images."""
+    make: Any = PoolSpec.make
     try:
-        return PoolSpec.make(*window)
+        return signals.pool(make(*window, dims=dims))
     except (TypeError, ValueError):
         return None

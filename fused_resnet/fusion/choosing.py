@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._C import _current_graph_task_id
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
+from fused_resnet.base.layouts import is_channels_last
 from fused_resnet.planner import sizes
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def like(x: Tensor) -> Like | None:
     return Like(
         tuple(x.shape),
         x.dtype,
-        x.is_contiguous(memory_format=torch.channels_last),
+        is_channels_last(x),
         x.requires_grad,
         torch.is_grad_enabled(),
         torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
@@ -117,7 +118,7 @@ def kind_of_call(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if type(value) in _OWN_TENSORS:
             if not value.is_cpu:
                 return None
-            last = value.is_contiguous(memory_format=torch.channels_last)
+            last = is_channels_last(value)
             kind += (value.shape, value.dtype, last, value.requires_grad)
         elif isinstance(value, Tensor):
             return None
@@ -262,7 +263,7 @@ def _sizes(shape: Sequence[int]) -> str:
 
 
 def _tensor(t: Tensor) -> str:
-    last = "nhwc" if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) else ""
+    last = "nhwc" if is_channels_last(t) else ""
     return f"{_short(t.dtype)}{last} {_sizes(t.shape)}{' wants' if t.requires_grad else ''}"
 
 
@@ -284,8 +285,7 @@ class _Twins:
         if not isinstance(t, Tensor):
             return t  # a momentum
         if place in self.row.images:
-            last = t.is_contiguous(memory_format=torch.channels_last)
-            made = sizes.images((images, *t.shape[1:]), t.dtype, last)
+            made = sizes.images((images, *t.shape[1:]), t.dtype, is_channels_last(t))
         else:
             made = t.detach().clone()
         return made.requires_grad_(t.requires_grad)

@@ -19,9 +19,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fused_resnet import reference
+from fused_resnet.chain import signals
 from fused_resnet.fusion.choosing import Choice
 from fused_resnet.fusion.front import log
 from fused_resnet.fusion.inspection import calling
@@ -127,9 +128,9 @@ def _convolutions(row: ChainRow, given: Sequence[Any]) -> Tensor:
         if "weight" not in call.tensors:
             return x
         geometry = {name: call.options[name] for name in ("stride", "padding", "dilation", "groups")}
-        return F.conv2d(x, given[call.tensors["weight"]], **geometry)
+        return reference.CONV[x.dim()](x, signals.image(given[call.tensors["weight"]]), **geometry)
 
-    x: Tensor = given[0]
+    x: Tensor = signals.image(given[0])
     for chain in row.chains:
         start = x
         for unit in chain.units:
@@ -137,7 +138,7 @@ def _convolutions(row: ChainRow, given: Sequence[Any]) -> Tensor:
         if chain.projection is not None:
             pool = chain.avg_pool
             if pool is not None:
-                start = F.avg_pool2d(start, *pool.window, pool.ceil_mode)
+                start = reference.AVG_POOL[start.dim()](start, *pool.window, pool.ceil_mode)
             x = x + conv(start, chain.projection)
     return x
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fused_resnet.chain import signals
 from fused_resnet.chain.call import checked, in_backward, run_checked
 from fused_resnet.chain.checks import autocasts
 from fused_resnet.chain.encoding import Rows
@@ -88,6 +89,7 @@ class UnitCall:
             unit.bn_bias = unit.bn_bias.flatten()  # type: ignore[union-attr]
             unit.running_mean = torch.zeros_like(unit.bn_weight, requires_grad=False)
             unit.running_var = torch.ones_like(unit.bn_weight, requires_grad=False)
+        unit.weight = signals.image(unit.weight)
         return unit
 
 
@@ -113,7 +115,8 @@ class ChainCall:
 
     def chain(self, given: Sequence[Tensor]) -> Chain:
         shortcut = self.projection.unit(given) if self.projection is not None else self.shortcut
-        return Chain([u.unit(given) for u in self.units], shortcut, self.stride, self.avg_pool)
+        stride = self.stride if self.shortcut == "pad" else 1
+        return Chain([u.unit(given) for u in self.units], shortcut, stride, self.avg_pool)
 
 
 class HeadCall:
@@ -172,6 +175,9 @@ class ChainRow(nn.Module):
         chains = [call.chain(given) for call in self.chains]
         first = self.chains[0]  # a chain that has one of these is alone in its row
         x, residual = self._images(first, given)
+        signal = x.dim() == 3
+        if signal:
+            x, residual = signals.image(x), signals.image(residual)
         try:
             row = checked(x, chains, residual, first.max_pool, self._recompute(first, given), self.encoded)
         except (TypeError, ValueError):
@@ -180,7 +186,7 @@ class ChainRow(nn.Module):
         if not in_backward():
             for counter in (c for call in self.chains for c in call.counters):
                 given[counter].add_(1)
-        return out
+        return out.squeeze(2) if signal else out
 
     def _images(self, call: ChainCall, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """x and the residual; a copy if it may change before the backward, which PyTorch's own would not notice."""

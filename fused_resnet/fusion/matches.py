@@ -32,7 +32,7 @@ class ExcitationMatch:
 
 @dataclass(eq=False)
 class UnitMatch:
-    """The nodes of a unit.
+    """The nodes of a unit. A signal's geometry is that of an image (``chain/signals.py``).
 
     Attributes:
         start: the node that the unit reads. nodes: its nodes, first to last. norm: the BatchNorm's node; it identifies
@@ -57,6 +57,11 @@ class UnitMatch:
         return self.nodes[-1]
 
     @property
+    def dims(self) -> int:
+        """The dimensions of its images: 1 for a signal [N, C, L]."""
+        return int(self.norm.meta["example_value"].dim()) - 2
+
+    @property
     def has_conv(self) -> bool:
         return "weight" in self.tensors
 
@@ -76,7 +81,7 @@ class ChainMatch:
     shortcut: Literal["none", "identity", "projection", "pad", "tensor"] = "none"
     projection: UnitMatch | None = None
     residual: fx.Node | None = None
-    stride: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
     avg_pool: PoolSpec | None = None
     max_pool: PoolSpec | None = None
     act: Act = IDENTITY  # after the add, or the last unit's
@@ -88,6 +93,11 @@ class ChainMatch:
     @property
     def end(self) -> fx.Node:
         return self.nodes[-1]
+
+    @property
+    def dims(self) -> int:
+        """The dimensions of its images."""
+        return self.units[0].dims
 
     @property
     def all_units(self) -> list[UnitMatch]:

@@ -18,6 +18,7 @@ NORMS: dict[str, tuple[bool, bool]] = {
     "timm.layers.norm_act.BatchNormAct2d": (False, True),
     "timm.layers.norm_act.FrozenBatchNormAct2d": (True, True),
 }
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Other libraries' activations that equal one of PyTorch's.
 ACTS = {"transformers.activations.SiLUActivation": nn.SiLU}
 # Methods of a network that its forward calls and that users call too.
@@ -79,6 +80,6 @@ def norm_kind(cls: type) -> tuple[bool, bool] | None:
 
 
 def looks_like_norm(m: nn.Module) -> bool:
-    """Whether it is a BatchNorm of two-dimensional images, even if no chain takes its class."""
-    compiled = isinstance(m, torch.jit.ScriptModule) and m.original_name == "BatchNorm2d"
-    return compiled or isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm) or class_name(type(m)) in NORMS
+    """Whether it is a BatchNorm of signals, images or volumes, even if no chain takes its class."""
+    compiled = isinstance(m, torch.jit.ScriptModule) and m.original_name in {cls.__name__ for cls in _BATCH_NORMS}
+    return compiled or isinstance(m, _BATCH_NORMS) or class_name(type(m)) in NORMS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import fx
@@ -23,7 +24,7 @@ class Refusals:
     def why_not(self, chain: ChainMatch) -> str | None:
         """The reason why this chain can't run, or None."""
         pool = chain.max_pool
-        if pool is not None and pool.kernel[0] * pool.kernel[1] > 256:
+        if pool is not None and math.prod(pool.kernel) > 256:
             return "a max-pool with a window of more than 256 values"
         dtypes = {v.dtype for n in chain.nodes if (v := value_of(n)) is not None}
         x = value_of(chain.start)

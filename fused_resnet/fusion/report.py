@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fused_resnet.chain import signals
 from fused_resnet.fusion.inspection import named_modules
 from fused_resnet.fusion.matches import ChainMatch, Matches, UnitMatch
 from fused_resnet.fusion.table import value_of
@@ -146,9 +147,10 @@ def _unit(unit: UnitMatch, names: Names) -> UnitReport:
     conv = None
     if w is not None:
         geometry = {k: unit.options[k] for k in ("stride", "padding", "dilation", "groups")}
+        w = signals.image(w)
         conv = ConvSpec.make(tuple(w.shape), **geometry, bias="bias" in unit.tensors)
     like = w if w is not None else x
-    last = not like.is_contiguous() or tuple(like.shape[2:]) == (1, 1)
+    last = not like.is_contiguous() or all(n == 1 for n in like.shape[2:])
     shape = tuple(map(int, w.shape)) if w is not None else ()
     return UnitReport(
         names.of(unit.norm),
@@ -168,7 +170,7 @@ def _image(unit: UnitMatch, weight: torch.Tensor | None) -> tuple[int, ...]:
     x, y = value_of(unit.start), value_of(unit.nodes[0])
     if x is None or y is None or weight is None or not x.dtype == y.dtype == weight.dtype:
         return ()
-    return tuple(x.shape) if all(type(n) is int for n in x.shape) else ()
+    return tuple(signals.image(x).shape) if all(type(n) is int for n in x.shape) else ()
 
 
 def _owner(chain: ChainMatch, names: Names) -> Place:

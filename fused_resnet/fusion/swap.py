@@ -175,8 +175,14 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def _has_norms(m: nn.Module) -> bool:
-    """Whether the module is not a norm itself but contains norms."""
-    return not looks_like_norm(m) and any(looks_like_norm(child) for _, child in named_modules(m))
+    """Whether the module is not a norm itself but contains norms of images.
+
+    A BatchNorm1d is one of vectors, unless there is a convolution of signals.
+    """
+    inside = [child for _, child in named_modules(m)]
+    signals = any(isinstance(child, nn.Conv1d) for child in inside)
+    norms = (child for child in inside if signals or not isinstance(child, nn.BatchNorm1d))
+    return not looks_like_norm(m) and any(map(looks_like_norm, norms))
 
 
 def unfuse(model: nn.Module) -> nn.Module:

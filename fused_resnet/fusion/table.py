@@ -34,15 +34,13 @@ _PAD = {"input": None, "pad": None, "mode": "constant", "value": None}
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
 # function -> the kind of its computation, and its arguments with their defaults
 CALLS: dict[Function, tuple[str, dict[str, Any]]] = {
-    torch.conv2d: ("conv", _CONV),
-    F.conv2d: ("conv", _CONV),
+    **dict.fromkeys((torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.conv3d, F.conv3d), ("conv", _CONV)),
     F.batch_norm: ("norm", _NORM),
     sync_batch_norm: ("norm", _NORM | {"training": True, "group": None}),
-    F.max_pool2d: ("max_pool", _MAX_POOL),
-    F.avg_pool2d: ("avg_pool", _AVG_POOL),
+    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), ("max_pool", _MAX_POOL)),
+    **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), ("avg_pool", _AVG_POOL)),
     F.pad: ("pad", _PAD),
-    F.dropout: ("dropout", _DROPOUT),
-    F.dropout2d: ("dropout", _DROPOUT),
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), ("dropout", _DROPOUT)),
     F.linear: ("linear", {"input": None, "weight": None, "bias": None}),
 }
 MULS = (operator.mul, torch.mul, "mul")
@@ -110,7 +108,10 @@ def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def averages(node: fx.Node, of: fx.Node) -> bool:
-    """Whether a node is the mean of each channel of ``of``: [N, C, 1, 1] or [N, C]."""
+    """Whether a node is the mean of each channel of ``of``, [N, C, H, W]: [N, C, 1, 1] or [N, C]."""
+    value = value_of(of)
+    if value is None or value.dim() != 4:
+        return False
     if node.target is F.adaptive_avg_pool2d:
         return node.args in ((of, 1), (of, (1, 1)), (of, [1, 1])) and not node.kwargs
     if node.target not in ("mean", torch.mean) or node.args[:1] != (of,):

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fused_resnet.backends.steps import AVERAGED
+from fused_resnet.chain import signals
 from fused_resnet.chain.checks import DTYPES
 from fused_resnet.fusion.matches import IDENTITY, ExcitationMatch, UnitMatch
 from fused_resnet.fusion.table import (
@@ -23,6 +24,11 @@ from fused_resnet.fusion.table import (
     value_of,
 )  # fmt: skip
 from fused_resnet.spec import Act, ConvSpec
+
+# The dimensions of signals [N, C, L], images [N, C, H, W] and volumes [N, C, D, H, W].
+_DIMS = (3, 4, 5)
+# The arguments of a signal's convolution -> what changes nothing in an image's second dimension.
+_SAME = {"stride": 1, "padding": 0, "dilation": 1}
 
 
 def units_of(nodes: Sequence[fx.Node], frozen: bool, left: dict[fx.Node, str]) -> dict[fx.Node, UnitMatch]:
@@ -61,8 +67,8 @@ class _Units:
         if given is None or not isinstance(given["input"], fx.Node):
             return None, "a batch_norm with arguments of unknown names"
         x, training = value_of(given["input"]), given["training"]
-        if x is None or x.dim() != 4:
-            return None, f"a norm of {x.dim() - 2 if x is not None else 'unknown'} dimensions"
+        if x is None or x.dim() not in _DIMS:
+            return None, "a norm of vectors, without images" if x is not None else "a norm of unknown dimensions"
         if x.dtype not in DTYPES or x.layout != torch.strided:
             return None, f"a norm of {x.dtype} values"
         if not isinstance(training, bool) or not isinstance(given["eps"], int | float):
@@ -90,7 +96,7 @@ def _affine(node: fx.Node) -> UnitMatch | None:
     if len(factors) != 2 or product.kwargs or only_user(product) is not node:
         return None
     x, scale, t = (value_of(n) for n in (*factors, shift))
-    if x is None or scale is None or t is None or x.dim() != 4 or x.dtype not in DTYPES:
+    if x is None or scale is None or t is None or x.dim() not in _DIMS[1:] or x.dtype not in DTYPES:
         return None
     if not (_per_channel(scale, x) and _per_channel(t, x)) or {scale.dtype, t.dtype} != {x.dtype}:
         return None
@@ -105,10 +111,13 @@ def _add_conv(unit: UnitMatch, node: fx.Node) -> None:
     if given is None or not isinstance(given["input"], fx.Node) or not isinstance(given["weight"], fx.Node):
         return
     x, weight = value_of(given["input"]), value_of(given["weight"])
-    if x is None or weight is None or x.dim() != 4 or weight.dim() != 4:
+    if x is None or weight is None or x.dim() not in _DIMS or weight.dim() != x.dim():
         return
     options = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
     try:
+        if x.dim() == 3:
+            weight = signals.image(weight)
+            options |= {name: signals.sizes(options[name], name, same) for name, same in _SAME.items()}
         ConvSpec.make(tuple(weight.shape), **options, bias=given["bias"] is not None)
     except (TypeError, ValueError):
         return
@@ -184,6 +193,6 @@ def _module(node: fx.Node) -> Any:
 
 
 def _per_channel(value: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether the shape is [1, C, 1, 1] or [C, 1, 1]."""
-    shape = (1,) * (4 - value.dim()) + tuple(value.shape)
-    return value.dim() in (3, 4) and shape == (1, x.shape[1], 1, 1)
+    """Whether the shape is [1, C, 1, 1] or [C, 1, 1], or the same with one more dimension."""
+    shape = (1,) * (x.dim() - value.dim()) + tuple(value.shape)
+    return shape[:2] == (1, x.shape[1]) and shape[2:] == (1,) * (x.dim() - 2)

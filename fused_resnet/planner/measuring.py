@@ -84,7 +84,7 @@ def _error(got: Any, want: Any) -> float:
     """The largest relative error of a result's images and weights, or 0. Sums may cancel, so they don't count."""
     errors = [0.0]
     for g, w in zip(tree_leaves(got), tree_leaves(want), strict=True):
-        if isinstance(w, Tensor) and w.dim() == 4 and w.is_floating_point():
+        if isinstance(w, Tensor) and w.dim() >= 4 and w.is_floating_point():
             if not isinstance(g, Tensor) or g.shape != w.shape:
                 return float("inf")
             # both may hold NaN or Inf in the same places

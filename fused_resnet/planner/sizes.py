@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.backends import forced
+from fused_resnet.base import layouts
 from fused_resnet.base.locks import Lock
 from fused_resnet.base.scoped import scoped
 from fused_resnet.planner.dispatch import cache_of, plan
@@ -94,15 +95,17 @@ def chains_always() -> AbstractContextManager[Any]:
 
 def size(shape: Sequence[int], dtype: torch.dtype) -> str:
     """The text of images in a signature: batches in powers of two, areas in steps of the square root of two."""
-    n, c, h, w = shape
-    area = round(2 * math.log2(h * w)) / 2
+    n, c, *image = shape
+    area = round(2 * math.log2(math.prod(image))) / 2
     return f"{str(dtype).removeprefix('torch.')} {1 << (n - 1).bit_length()}x{c}x2^{area:g}"
 
 
 def images(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
     """Random images from a separate generator."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, memory_format=layout).normal_(generator=torch.Generator().manual_seed(0))
+    made = torch.empty(shape, dtype=dtype)
+    if channels_last:
+        made = torch.empty(shape, dtype=dtype, memory_format=layouts.channels_last(made))
+    return made.normal_(generator=torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------------------------------------------------------- the answer

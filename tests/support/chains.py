@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet import reference
+from fused_resnet.base.layouts import channels_last
 from fused_resnet.chain.operators import unit_shapes
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, RowSpec, ShortcutSpec, UnitSpec
 
@@ -62,15 +63,22 @@ MODES: dict[str, tuple[Mode, ...]] = {  # one Mode per unit, repeated in turn
 
 
 class Conv(NamedTuple):
-    """A convolution: input and output channels as multiples of the width, and what conv2d takes."""
+    """A convolution: input and output channels as multiples of the width, and what conv2d or conv3d takes."""
 
     cin: int
     cout: int
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...] = (3, 3)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (1, 1)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
+
+    @property
+    def deep(self) -> Conv:
+        """The same over volumes: what it takes for the height it takes for the depth too."""
+        return self._replace(
+            **{n: (getattr(self, n)[0], *getattr(self, n)) for n in ("kernel", "stride", "padding", "dilation")}
+        )
 
 
 class Shape(NamedTuple):
@@ -79,10 +87,22 @@ class Shape(NamedTuple):
     convs: tuple[Conv | None, ...]
     shortcut: str = "none"
     projection: Conv | None = None
-    stride: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
     average: PoolSpec | None = None
     pool: PoolSpec | None = None
     recompute: bool = False
+
+    @property
+    def deep(self) -> Shape:
+        """The same over volumes."""
+        average = self.average
+        if average is not None:
+            window = {n: (getattr(average, n)[0], *getattr(average, n)) for n in ("kernel", "stride", "padding")}
+            average = replace(average, **window)
+        return self._replace(
+            convs=tuple(conv and conv.deep for conv in self.convs), projection=self.projection and self.projection.deep,
+            stride=(self.stride[0], *self.stride), average=average,
+        )  # fmt: skip
 
 
 ONE = {"kernel": (1, 1), "padding": (0, 0)}
@@ -115,6 +135,8 @@ SHAPES: dict[str, Shape] = {
     "stem": Shape((Conv(1, 2),), pool=PoolSpec.make(3, 2, 1)),
     "stem_recompute": Shape((Conv(1, 2),), pool=PoolSpec.make(3, 2, 1), recompute=True),
 }
+# The shapes that there are over volumes too: a max-pool is PyTorch's there.
+VOLUMES = [name for name, shape in SHAPES.items() if shape.pool is None]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 # What torch.library.opcheck can tell of an operator.
 EVERYTHING = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -132,7 +154,7 @@ class Chain:
     """A spec with the sizes of the tensors it takes."""
 
     spec: ChainSpec
-    x_shape: tuple[int, int, int, int]
+    x_shape: tuple[int, ...]
     residual_shape: tuple[int, ...] | None
     param_shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -170,8 +192,8 @@ class Tensors(NamedTuple):
 
 
 def make(shape: str, act: str = "relu", mode: str = "batch", width: int = 2, batch: int = 2, size=(4, 3)) -> Chain:
-    """The chain of that shape; channels are multiples of ``width``, x is [batch, ?, *size]."""
-    kind, modes = SHAPES[shape], MODES[mode]
+    """The chain of that shape; channels are multiples of ``width``, x is [batch, ?, *size]: of volumes by its size."""
+    kind, modes = SHAPES[shape] if len(size) == 2 else SHAPES[shape].deep, MODES[mode]
 
     def unit(i: int, conv: Conv | None, a: Act) -> UnitSpec:
         m = modes[i % len(modes)]
@@ -263,7 +285,7 @@ def cast(chain: Chain, t: Tensors, dtype: torch.dtype, fmt: torch.memory_format 
     wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
     def image(v: Tensor) -> Tensor:
-        return v.to(dtype).contiguous(memory_format=fmt)
+        return in_format(v.to(dtype), fmt)
 
     params = [
         image(p) if name == "weight" else p.to(dtype if name == "bias" else wide).clone()
@@ -282,7 +304,12 @@ def in_layout(chain: Chain, t: Tensors, dtype: torch.dtype, layout: str) -> Tens
     x_format, weight_format = LAYOUT_PAIRS[layout]
     t = cast(chain, t, dtype, weight_format)
     other = {torch.contiguous_format: torch.channels_last, torch.channels_last: torch.contiguous_format}[x_format]
-    return t._replace(x=t.x.contiguous(memory_format=x_format), dout=t.dout.contiguous(memory_format=other))
+    return t._replace(x=in_format(t.x, x_format), dout=in_format(t.dout, other))
+
+
+def in_format(t: Tensor, fmt: torch.memory_format) -> Tensor:
+    """An image, or a volume, that is dense in a layout."""
+    return t.contiguous(memory_format=channels_last(t) if fmt == torch.channels_last else fmt)
 
 
 def leaves(chain: Chain, t: Tensors) -> list[Tensor | None]:
@@ -301,7 +328,8 @@ def call(chain: Chain, inputs: list[Tensor | None]) -> list[Tensor]:
 def reduction(chain: Chain) -> int:
     """Terms of the longest sum behind an element: a convolution's C*kH*kW or a statistic's N*H*W."""
     meta = [torch.empty(s, device="meta") for _, s in chain.param_shapes]
-    counts = [n * h * w for n, _, h, w in unit_shapes(torch.empty(chain.x_shape, device="meta"), meta, chain.spec)]
+    shapes = unit_shapes(torch.empty(chain.x_shape, device="meta"), meta, chain.spec)
+    counts = [n * math.prod(size) for n, _, *size in shapes]
     taps = [math.prod(s[1:]) for name, s in chain.param_shapes if name == "weight"]
     return max(counts + taps)
 

@@ -79,7 +79,8 @@ def plain(c: Case) -> Tensor:
 
     def normalised(h: Tensor, u: Unit) -> Tensor:
         if u.weight is not None:
-            h = F.conv2d(h, u.weight, u.bias, u.stride, u.padding, u.dilation, u.groups)
+            conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[h.dim()]
+            h = conv(h, u.weight, u.bias, u.stride, u.padding, u.dilation, u.groups)
         return F.batch_norm(h, u.running_mean, u.running_var, u.bn_weight, u.bn_bias, u.training, u.momentum, u.eps)
 
     h = c.x
@@ -93,7 +94,8 @@ def plain(c: Case) -> Tensor:
             elif c.residual is not None:
                 h = h + c.residual
         h = reference.act(h, Act.make(u.act))
-    return F.max_pool2d(h, c.max_pool.kernel, c.max_pool.stride, c.max_pool.padding) if c.max_pool is not None else h
+    pool = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}[h.dim()]
+    return pool(h, c.max_pool.kernel, c.max_pool.stride, c.max_pool.padding) if c.max_pool is not None else h
 
 
 def outcome(way: Callable[[Case], Tensor], case: Case, dout: Tensor | None) -> dict[str, Tensor]:
@@ -146,7 +148,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(shape) * 1.5 + 0.7).to(dtype).requires_grad_()
 
 
-def unit(cin: int | None, cout: int, kernel: int | tuple[int, int] = 3, **options: Any) -> Unit:
+def unit(cin: int | None, cout: int, kernel: int | tuple[int, ...] = 3, **options: Any) -> Unit:
     """A training unit with gammas of both signs; ``cin=None``: without a convolution. Tensors may be overridden."""
     k = (kernel, kernel) if isinstance(kernel, int) else kernel
     groups = options.get("groups", 1)
@@ -161,8 +163,8 @@ def unit(cin: int | None, cout: int, kernel: int | tuple[int, int] = 3, **option
         "act": "silu",
     }
     if cin is not None:
-        weight = torch.randn(cout, cin // groups, *k) / math.sqrt(cin // groups * k[0] * k[1])
-        made |= {"weight": weight.requires_grad_(), "padding": (k[0] // 2, k[1] // 2)}
+        weight = torch.randn(cout, cin // groups, *k) / math.sqrt(cin // groups * math.prod(k))
+        made |= {"weight": weight.requires_grad_(), "padding": tuple(n // 2 for n in k)}
     return Unit(**made | options)
 
 

@@ -38,6 +38,8 @@ def refuse(kind: str, x: Tensor, weight: Tensor, conv: ConvSpec) -> str | None:
         return "not built: needs nvidia-cutlass and 9.0a in TORCH_CUDA_ARCH_LIST at build"
     if x.is_cuda and (chip := torch.cuda.get_device_capability(x.device)) != (9, 0):
         return f"made for compute capability 9.0 (Hopper), this GPU has {chip[0]}.{chip[1]}"
+    if x.dim() != 4:
+        return "takes images of two dimensions, not of three"
     if x.dtype == torch.float32 and not allow_tf32(x.dtype):
         return "computes float32 in tf32, which torch.backends.cudnn.conv.fp32_precision does not allow"
     return _ops.conv_why_not(kind, x, weight, *conv.geometry)
@@ -114,7 +116,7 @@ def _fprop(call: ConvBiasAct) -> Tensor | None:
     return _run(
         ("fprop", x, weight, conv),
         lambda tile: _ops.conv_bias_act(
-            x, library_conv.as_operand(weight, x.dtype), call.bias, *conv.geometry, *act.numbers,
+            x, library_conv.as_operand(weight, x), call.bias, *conv.geometry, *act.numbers,
             call.residual, tile,
         ),
     )  # fmt: skip
@@ -126,6 +128,8 @@ def _run(asked: Asked, launch: Callable[[tuple[int, ...]], Tensor | None]) -> Te
         convolutions.append(asked)
     kind, x, *_ = asked
     config = _imposed.get()
-    if config is None or config[0] != f"cutlass {kind}" or (x.dtype == torch.float32 and not allow_tf32(x.dtype)):
+    if config is None or config[0] != f"cutlass {kind}" or x.dim() != 4:
+        return None
+    if x.dtype == torch.float32 and not allow_tf32(x.dtype):
         return None
     return launch(config[1:])  # None: the batch, another than the measured one, is too large or empty

@@ -67,6 +67,8 @@ class Triton(Backend):
         """The reason why this case is refused, or None."""
         if case.device == "cpu" and not (INTERPRET and forced() in ("triton", "cudnn")):
             return "on a CPU only in Triton's interpreter (TRITON_INTERPRET=1) and by use_backend('triton')"
+        if case.conv is not None and case.volume:
+            return "takes convolutions of two dimensions, not of three"
         if case.conv is not None and case.conv.groups != 1:
             return f"takes convolutions without groups, not groups={case.conv.groups}"
         return refuse_pass(case)

@@ -39,7 +39,8 @@ class Geometry:
         """The sizes of these tensors."""
         n, c, h, w = x.shape
         k, _, r, s = weight.shape
-        return Geometry(n, c, h, w, k, *conv.out_size((h, w), (r, s)), r, s, conv)
+        p, q = conv.out_size((h, w), (r, s))
+        return Geometry(n, c, h, w, k, p, q, r, s, conv)
 
     @property
     def m(self) -> int:
