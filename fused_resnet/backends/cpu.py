@@ -17,7 +17,7 @@ from fused_resnet.backends import Backend, Call, Case, Packed, aten, primitives,
 from fused_resnet.backends.cpu_compute import compute_dtype, exact_products
 from fused_resnet.backends.cpu_convolutions import BY_NAME, CONVOLUTIONS, is_depthwise, is_pointwise, stem
 from fused_resnet.backends.cpu_steps import Writer, vector
-from fused_resnet.backends.cpu_volumes import VOLUMES
+from fused_resnet.backends.cpu_volumes import VOLUMES, images_of, inference_of, suits
 from fused_resnet.backends.steps import Recorded
 from fused_resnet.backends.values import DyCoefficients, Norm, Prologue, Sums, vectors_of
 from fused_resnet.base import library
@@ -94,10 +94,13 @@ class Cpu(Backend):
         self, primitive: type[Call[Any]], x: Tensor, weight: Tensor, conv: ConvSpec, prologue: bool
     ) -> str | None:
         """csrc/cpu/ops/conv.cpp chooses it."""
+        if x.dim() == 5:
+            if not suits(x, weight, conv):
+                return "onednn"
+            of = images_of(x, weight, conv, values=False)
+            return self.algorithm(primitive, of.x, of.weight, of.conv, prologue and of.kind != "windows")
 
         def name(kind: str) -> str | None:
-            if x.dim() == 5:
-                return "onednn"
             compute = compute_dtype(x.dtype)
             return _ops.conv_algorithm(kind, x, weight, *conv.geometry, prologue, compute, exact_products())
 
@@ -113,7 +116,8 @@ class Cpu(Backend):
         if torch.float64 in (call.x.dtype, call.weight.dtype):
             return ()
         if call.x.dim() == 5:
-            return ["onednn"]
+            of = inference_of(call, values=False)
+            return ["onednn"] if of is None else self.algorithms(of[1])
         return [convolution.name for convolution in CONVOLUTIONS if convolution.suits(call)]
 
     def prepack(self, call: primitives.ConvBiasAct, known: Sequence[Any] = (), algorithm: str = "") -> Packed | None:
@@ -122,6 +126,9 @@ class Cpu(Backend):
         if torch.float64 in (call.x.dtype, call.weight.dtype):
             return None
         if call.x.dim() == 5:
+            of = inference_of(call, values=False)
+            if of is not None:
+                return self.prepack(of[1], known, algorithm)
             algorithm = "onednn"
         if not algorithm:
             algorithm = next(convolution.name for convolution in CONVOLUTIONS if convolution.takes(call))
@@ -138,10 +145,20 @@ class Cpu(Backend):
         packed = self.prepack(call)
         if packed is None:
             return aten.BACKEND.conv_bias_act(call)
-        return BY_NAME[packed.kind].run(call, packed.weight, False, True)
+        return self._run(call, packed, False, True)
 
     def conv_packed(self, call: primitives.ConvBiasAct, packed: Packed, owned: bool) -> Tensor:
-        return BY_NAME[packed.kind].run(call, packed.weight, owned, False)
+        return self._run(call, packed, owned, False)
+
+    @staticmethod
+    def _run(call: primitives.ConvBiasAct, packed: Packed, owned: bool, exact: bool) -> Tensor:
+        run = BY_NAME[packed.kind].run
+        of = inference_of(call) if call.x.dim() == 5 else None
+        return (
+            run(call, packed.weight, owned, exact)
+            if of is None
+            else of[0].output(run(of[1], packed.weight, owned, exact))
+        )
 
     def prepack_pooled(self, call: primitives.ConvBiasAct, pool: PoolSpec) -> Packed | None:
         conv, weight = call.conv, call.weight

@@ -135,8 +135,28 @@ SHAPES: dict[str, Shape] = {
     "stem": Shape((Conv(1, 2),), pool=PoolSpec.make(3, 2, 1)),
     "stem_recompute": Shape((Conv(1, 2),), pool=PoolSpec.make(3, 2, 1), recompute=True),
 }
-# The shapes that there are over volumes too: a max-pool is PyTorch's there.
-VOLUMES = [name for name, shape in SHAPES.items() if shape.pool is None]
+_FLAT = {"stride": (1, 1, 1), "dilation": (1, 1, 1)}
+SLICES = _FLAT | {"kernel": (1, 3, 3), "padding": (0, 1, 1)}
+ROWS = _FLAT | {"kernel": (3, 1, 1), "padding": (1, 0, 0)}
+# Over volumes alone: kernels that are flat in some dimensions, and others in the depth than in the height.
+DEEP: dict[str, Shape] = {
+    "slices": Shape((Conv(1, 2, **SLICES), Conv(2, 1, **ROWS)), "identity", stride=(1, 1, 1)),
+    "slices_strided": Shape(
+        (Conv(2, 2, **ROWS | {"stride": (2, 1, 1)}), Conv(2, 2, **SLICES | {"stride": (1, 2, 2)}, groups=2)),
+        "projection",
+        Conv(2, 2, (1, 1, 1), (2, 2, 2), (0, 0, 0), (1, 1, 1)),
+        stride=(1, 1, 1),
+    ),
+    "windows": Shape(
+        (
+            Conv(1, 2, (3, 2, 3), (3, 1, 1), (2, 1, 1), (2, 2, 1)),
+            Conv(2, 1, (2, 3, 3), (1, 1, 1), (3, 1, 1), (1, 1, 1)),
+        ),
+        stride=(1, 1, 1),
+    ),
+}
+# The shapes that there are over volumes: a max-pool is PyTorch's there.
+VOLUMES = [*DEEP, *(name for name, shape in SHAPES.items() if shape.pool is None)]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 # What torch.library.opcheck can tell of an operator.
 EVERYTHING = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -193,7 +213,7 @@ class Tensors(NamedTuple):
 
 def make(shape: str, act: str = "relu", mode: str = "batch", width: int = 2, batch: int = 2, size=(4, 3)) -> Chain:
     """The chain of that shape; channels are multiples of ``width``, x is [batch, ?, *size]: of volumes by its size."""
-    kind, modes = SHAPES[shape] if len(size) == 2 else SHAPES[shape].deep, MODES[mode]
+    kind, modes = SHAPES[shape] if len(size) == 2 else DEEP.get(shape) or SHAPES[shape].deep, MODES[mode]
 
     def unit(i: int, conv: Conv | None, a: Act) -> UnitSpec:
         m = modes[i % len(modes)]
