@@ -21,10 +21,14 @@ Config = tuple[Any, ...]
 
 
 class Packed(NamedTuple):
-    """A weight in the layout of the convolution that uses it, and that convolution's name."""
+    """A weight in the layout of the convolution that uses it, and that convolution's name.
+
+    ``part``: the slices of a kernel of three dimensions that it has.
+    """
 
     weight: Tensor
     kind: str
+    part: slice | None = None
 
 
 class Backend:

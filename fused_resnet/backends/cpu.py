@@ -17,7 +17,7 @@ from fused_resnet.backends import Backend, Call, Case, Packed, aten, primitives,
 from fused_resnet.backends.cpu_compute import compute_dtype, exact_products
 from fused_resnet.backends.cpu_convolutions import BY_NAME, CONVOLUTIONS, is_depthwise, is_pointwise, stem
 from fused_resnet.backends.cpu_steps import Writer, vector
-from fused_resnet.backends.cpu_volumes import VOLUMES, images_of, inference_of, suits
+from fused_resnet.backends.cpu_volumes import VOLUMES, inference_of
 from fused_resnet.backends.steps import Recorded
 from fused_resnet.backends.values import DyCoefficients, Norm, Prologue, Sums, vectors_of
 from fused_resnet.base import library
@@ -94,13 +94,10 @@ class Cpu(Backend):
         self, primitive: type[Call[Any]], x: Tensor, weight: Tensor, conv: ConvSpec, prologue: bool
     ) -> str | None:
         """csrc/cpu/ops/conv.cpp chooses it."""
-        if x.dim() == 5:
-            if not suits(x, weight, conv):
-                return "onednn"
-            of = images_of(x, weight, conv, values=False)
-            return self.algorithm(primitive, of.x, of.weight, of.conv, prologue and of.kind != "windows")
 
         def name(kind: str) -> str | None:
+            if x.dim() == 5:
+                return VOLUMES.algorithm_of(kind, x, weight, conv, prologue)[0]
             compute = compute_dtype(x.dtype)
             return _ops.conv_algorithm(kind, x, weight, *conv.geometry, prologue, compute, exact_products())
 
@@ -128,7 +125,8 @@ class Cpu(Backend):
         if call.x.dim() == 5:
             of = inference_of(call, values=False)
             if of is not None:
-                return self.prepack(of[1], known, algorithm)
+                found = self.prepack(of[1], [form for form in known if form.part == of[0].part], algorithm)
+                return found and found._replace(part=of[0].part)
             algorithm = "onednn"
         if not algorithm:
             algorithm = next(convolution.name for convolution in CONVOLUTIONS if convolution.takes(call))

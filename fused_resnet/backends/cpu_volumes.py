@@ -9,151 +9,149 @@ one of images:
                         side by side; W [K, C, Q, R, S] as [K, Q*C, R, S]
 
 Only the last copies. It writes the input Q times and reads it once more, beside its Q*R*S*K products per value. Its
-gradient adds the Q parts up again. Volumes in another layout, and convolutions in groups of the last kind, are
+gradient adds the Q parts up again. Slices of the kernel that meet padding alone are left out. Volumes in another
+layout, convolutions in groups of the last kind, and those of the last kind for which there is no kernel of our own, are
 oneDNN's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_resnet.backends import Backend, loaded, primitives
-from fused_resnet.backends.cpu_compute import compute_dtype
+from fused_resnet.backends.cpu_compute import compute_dtype, exact_products
 from fused_resnet.backends.library_conv import Convolutions
 from fused_resnet.backends.values import Closing, Prologue
 from fused_resnet.base.layouts import is_channels_last
 from fused_resnet.spec import ConvSpec
 
 
-def _slices(t: Tensor) -> Tensor:
-    """[N, C, D, H, W] as [N*D, C, H, W]."""
-    return t.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-
-
-def _stacked(t: Tensor, depth: int) -> Tensor:
-    """The inverse of ``_slices``."""
-    return t.unflatten(0, (-1, depth)).transpose(1, 2)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """[N, C, D, H, W] as [N, C, D, H*W]."""
-    return t.flatten(3).contiguous(memory_format=torch.channels_last)
-
-
 class Images(NamedTuple):
     """A convolution of volumes as one of images.
 
     Attributes:
-        kind: "slices", "rows" or "windows", as in the file's description. x, weight, conv: of images. size: the height
-            and width of the input. depth: the numbers of slices of the input and of the output.
+        kind: "slices", "rows" or "windows", in the order of the file's description. conv: of images. size: the height
+            and width of the input. depth: the numbers of slices of the input and of the output. part: the slices of the
+            kernel that meet the input. outputs, inputs: for each of them the slices of the output that have an input
+            there, and these slices of the input.
     """
 
     kind: str
-    x: Tensor
-    weight: Tensor
     conv: ConvSpec
     size: Sequence[int]
     depth: tuple[int, int]
+    part: slice
+    outputs: list[slice]
+    inputs: list[slice]
 
     def image(self, t: Tensor) -> Tensor:
         """A volume of the input's or the output's size as an image; "windows": of the output's."""
-        return _rows(t) if self.kind == "rows" else _slices(t)
+        t = t.flatten(3) if self.kind == "rows" else t.transpose(1, 2).flatten(0, 1)
+        return t.contiguous(memory_format=torch.channels_last)
 
     def volume(self, t: Tensor, depth: int) -> Tensor:
         """The inverse of ``image``, for a volume of ``depth`` slices."""
-        return t.unflatten(3, self.size) if self.kind == "rows" else _stacked(t, depth)
+        return t.unflatten(3, self.size) if self.kind == "rows" else t.unflatten(0, (-1, depth)).transpose(1, 2)
 
     def output(self, t: Tensor) -> Tensor:
         """The result of the convolution, or a gradient of it, as a volume."""
         return self.volume(t, self.depth[1])
 
-    def weight_gradient(self, dw: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of the volumes' weight."""
-        if self.kind == "windows":
-            return dw.unflatten(1, (weight.shape[2], -1)).transpose(1, 2)
-        return dw.view(weight.shape) if dw.is_contiguous() else dw.reshape(weight.shape)
+    def input(self, x: Tensor, values: bool = True) -> Tensor:
+        """x as the convolution's input. ``values``: whether its values are needed."""
+        if self.kind != "windows":
+            return self.image(x)
+        images, to = self._windows(x)
+        if values:
+            of = x.permute(0, 2, 3, 4, 1)
+            for j, (outputs, inputs) in enumerate(zip(self.outputs, self.inputs, strict=True)):
+                to[:, : outputs.start, :, :, j].zero_()
+                to[:, outputs.stop :, :, :, j].zero_()
+                to[:, outputs, :, :, j].copy_(of[:, inputs])
+        return images
+
+    def input_gradient(self, images: Tensor, like: Tensor) -> Tensor:
+        """The gradient of x from that of ``input``. 16-bit windows are added in float32."""
+        if self.kind != "windows":
+            return self.volume(images, self.depth[0])
+        of = self._windows(like, images)[1]
+        dx = torch.zeros_like(like, dtype=torch.promote_types(images.dtype, torch.float32))
+        to = dx.permute(0, 2, 3, 4, 1)
+        for j, (outputs, inputs) in enumerate(zip(self.outputs, self.inputs, strict=True)):
+            to[:, inputs] += of[:, outputs, :, :, j]
+        return dx.to(like.dtype)
+
+    def _windows(self, x: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """For each slice of the output the slices of x that it is computed from, [N*D, Q*C, H, W], and a view of them:
+        [N, D, H, W, Q, C]."""
+        (n, c, _, h, w), depth, q = x.shape, self.depth[1], len(self.outputs)
+        if images is None:
+            shape = (n * depth, q * c, h, w)
+            images = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        return images, images.permute(0, 2, 3, 1).view(n, depth, h, w, q, c)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The convolution's weight."""
+        if self.kind == "rows":
+            return weight.flatten(3)
+        return weight[:, :, self.part].transpose(1, 2).flatten(1, 2)
+
+    def weight_gradient(self, dw: Tensor, like: Tensor) -> Tensor:
+        """The gradient of the volumes' weight from that of ``weight``."""
+        if self.kind == "rows":
+            return dw.unflatten(3, like.shape[3:])
+        part = dw.unflatten(1, (len(self.outputs), -1)).transpose(1, 2)
+        if part.shape == like.shape:
+            return part
+        whole = torch.zeros_like(like, dtype=dw.dtype)
+        whole[:, :, self.part] = part
+        return whole
 
 
-def suits(x: Tensor, weight: Tensor, conv: ConvSpec) -> bool:
-    """Whether a convolution runs as one of images."""
-    return is_channels_last(x) and (conv.groups == 1 or _kind(weight, conv) != "windows")
-
-
-def _kind(weight: Tensor, conv: ConvSpec) -> str:
-    if (weight.shape[2], conv.stride[0], conv.padding[0]) == (1, 1, 0):
-        return "slices"
-    flat = (tuple(weight.shape[3:]), conv.stride[1:], conv.padding[1:]) == ((1, 1), (1, 1), (0, 0))
-    return "rows" if flat else "windows"
-
-
-def images_of(x: Tensor, weight: Tensor, conv: ConvSpec, values: bool = True) -> Images:
-    """The convolution as one of images. ``values``: whether those of x are needed."""
-    kind = _kind(weight, conv)
-    depth = x.shape[2], conv.out_size(x.shape[2:], weight.shape[2:])[0]
+@lru_cache(maxsize=4096)
+def _images(x: tuple[int, ...], weight: tuple[int, ...], conv: ConvSpec) -> Images:
+    """The convolution of tensors of these shapes as one of images."""
     (s, *stride), (p, *padding), (d, *dilation), groups = conv.geometry
-    if kind == "rows":
-        rows = ConvSpec((s, 1), (p, 0), (d, 1), groups, conv.bias)
-        return Images(kind, _rows(x), weight.flatten(3), rows, x.shape[3:], depth)
-    of_slices = ConvSpec(tuple(stride), tuple(padding), tuple(dilation), groups, conv.bias)
-    if kind == "slices":
-        return Images(kind, _slices(x), weight.squeeze(2), of_slices, x.shape[3:], depth)
-    images = windows(x, weight.shape[2], conv, depth[1]) if values else _empty_windows(x, weight.shape[2], depth[1])
-    return Images(kind, images, weight.transpose(1, 2).flatten(1, 2), of_slices, x.shape[3:], depth)
-
-
-def _empty_windows(x: Tensor, q: int, depth: int) -> Tensor:
-    n, c, _, h, w = x.shape
-    shape = (n * depth, q * c, h, w)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _parts(q: int, conv: ConvSpec, depth: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """For each slice of the kernel, the slices of the output that have an input there, and those of the input."""
-    found = []
-    for j in range(q):
-        offset, s = j * conv.dilation[0] - conv.padding[0], conv.stride[0]
+    depth = x[2], conv.out_size(x[2:], weight[2:])[0]
+    outputs, inputs = [], []
+    for offset in (j * d - p for j in range(weight[2])):
         first = max(0, -(offset // s))
         last = max(first, min(depth[1], (depth[0] - 1 - offset) // s + 1))
-        found.append((slice(first, last), slice(first * s + offset, max(0, (last - 1) * s + offset + 1), s)))
-    return found
+        outputs.append(slice(first, last))
+        inputs.append(slice(first * s + offset, last * s + offset, s) if last > first else slice(0, 0))
+    met = [j for j, of in enumerate(outputs) if of.start < of.stop] or [0]
+    part = slice(met[0], met[-1] + 1)
+    outputs, inputs = outputs[part], inputs[part]
+    planar = ConvSpec(tuple(stride), tuple(padding), tuple(dilation), groups, conv.bias)
+    if (outputs, inputs) == ([slice(0, depth[1])], [slice(0, depth[0], 1)]):
+        return Images("slices", planar, x[3:], depth, part, outputs, inputs)
+    if (weight[3:], planar.stride, planar.padding) == ((1, 1), (1, 1), (0, 0)):
+        rows = ConvSpec((s, 1), (p, 0), (d, 1), groups, conv.bias)
+        return Images("rows", rows, x[3:], depth, part, outputs, inputs)
+    return Images("windows", planar, x[3:], depth, part, outputs, inputs)
 
 
-def windows(x: Tensor, q: int, conv: ConvSpec, depth: int) -> Tensor:
-    """For each of ``depth`` slices of the output the q slices of x that it is computed from: [N*depth, q*C, H, W]."""
-    images = _empty_windows(x, q, depth)
-    to, of = images.permute(0, 2, 3, 1).unflatten(0, (-1, depth)).unflatten(4, (q, -1)), x.permute(0, 2, 3, 4, 1)
-    for j, (outputs, inputs) in enumerate(_parts(q, conv, (x.shape[2], depth))):
-        part = to[:, :, :, :, j]
-        part[:, : outputs.start].zero_()
-        part[:, outputs.stop :].zero_()
-        if outputs.start < outputs.stop:
-            part[:, outputs].copy_(of[:, inputs])
-    return images
-
-
-def summed_windows(images: Tensor, like: Tensor, q: int, conv: ConvSpec, depth: int) -> Tensor:
-    """The gradient of ``windows``: the sum of all parts of a slice. 16-bit parts are added in float32."""
-    of = images.permute(0, 2, 3, 1).unflatten(0, (-1, depth)).unflatten(4, (q, -1))
-    wide = torch.promote_types(images.dtype, torch.float32)
-    dx = torch.zeros_like(like, dtype=wide)
-    to = dx.permute(0, 2, 3, 4, 1)
-    for j, (outputs, inputs) in enumerate(_parts(q, conv, (like.shape[2], depth))):
-        if outputs.start < outputs.stop:
-            to[:, inputs] += of[:, outputs, :, :, j]
-    return dx.to(like.dtype)
+def images_of(x: Tensor, weight: Tensor, conv: ConvSpec) -> Images | None:
+    """The convolution as one of images; None: it does not run as one."""
+    if not is_channels_last(x):
+        return None
+    of = _images(tuple(x.shape), tuple(weight.shape), conv)
+    return None if of.kind == "windows" and conv.groups > 1 else of
 
 
 def inference_of(call: primitives.ConvBiasAct, values: bool = True) -> tuple[Images, primitives.ConvBiasAct] | None:
     """An inference unit of volumes as one of images; None: it does not run as one."""
-    if not suits(call.x, call.weight, call.conv):
+    of = images_of(call.x, call.weight, call.conv)
+    if of is None:
         return None
-    of = images_of(call.x, call.weight, call.conv, values)
     residual = None if call.residual is None else of.image(call.residual)
-    return of, call.replace(x=of.x, weight=of.weight, conv=of.conv, residual=residual)
+    x, weight = of.input(call.x, values), of.weight(call.weight)
+    return of, call.replace(x=x, weight=weight, conv=of.conv, residual=residual)
 
 
 class Volumes(Convolutions):
@@ -168,54 +166,78 @@ class Volumes(Convolutions):
     def passes(self) -> Backend:
         return loaded("cpu")
 
+    def algorithm_of(
+        self, kind: str, x: Tensor, weight: Tensor, conv: ConvSpec, prologue: bool
+    ) -> tuple[str, Images | None]:
+        """The name of the algorithm, and the convolution as one of images; None: it does not run as one.
+
+        ``kind``: "fprop", "dgrad" or "wgrad". ``prologue``: x is a raw output.
+        """
+        of = images_of(x, weight, conv)
+        if of is None:
+            return "onednn", None
+        images = of.input(x, values=False)
+        w = torch.empty(of.weight(torch.empty(weight.shape, device="meta")).shape, dtype=weight.dtype)
+        found = torch.ops.fused_resnet_cpu.conv_algorithm(
+            kind, images, w, *of.conv.geometry, prologue and of.kind != "windows", compute_dtype(x.dtype),
+            exact_products(),
+        )  # fmt: skip
+        return ("onednn", None) if (of.kind, found) == ("windows", "aten") else (found, of)
+
     def conv_stats(self, call: primitives.ConvStats) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not suits(call.x, call.weight, call.conv):
+        _, of = self.algorithm_of("fprop", call.x, call.weight, call.conv, call.prologue is not None)
+        if of is None:
             return super().conv_stats(call)
-        of, prologue = self._images(call.x, call.weight, call.conv, call.prologue)
-        y, mean, var = primitives.ConvStats(of.x, of.weight, of.conv, prologue, call.stats).on(self.passes)
+        x, prologue = self._input(of, call.x, call.prologue)
+        weight = of.weight(call.weight)
+        y, mean, var = primitives.ConvStats(x, weight, of.conv, prologue, call.stats).on(self.passes)
         return of.output(y), mean, var
 
     def conv_bn_act(self, call: primitives.ConvBnAct) -> Tensor:
-        if not suits(call.x, call.weight, call.conv):
+        _, of = self.algorithm_of("fprop", call.x, call.weight, call.conv, False)
+        if of is None:
             y = self.convolution(call.x, call.weight, call.conv)
             return primitives.BnAct(y, call.norm, call.act, call.residual).on(self.passes)
-        of = images_of(call.x, call.weight, call.conv)
         residual = None if call.residual is None else of.image(call.residual)
-        images = primitives.ConvBnAct(of.x, of.weight, call.norm, of.conv, call.act, residual)
-        return of.output(images.on(self.passes))
+        x, weight = of.input(call.x), of.weight(call.weight)
+        return of.output(primitives.ConvBnAct(x, weight, call.norm, of.conv, call.act, residual).on(self.passes))
 
     def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
-        if not suits(call.x, call.weight, call.conv):
-            return super().conv_backward(call)
-        of, prologue = self._images(call.x, call.weight, call.conv, call.prologue)
+        kinds = [kind for kind, need in (("dgrad", call.need_input), ("wgrad", call.need_weight)) if need]
+        about = call.x, call.weight, call.conv, call.prologue is not None
+        found = [self.algorithm_of(kind, *about)[1] for kind in kinds]
+        if call.parts is not None and (found[0] is None) != (found[1] is None):
+            for_input, for_weight = call.parts
+            dw = for_weight.on(self)[1]  # first: the input's gradient may overwrite ``add``
+            dx, _, sums, summand_sums = for_input.on(self)
+            return dx, dw, sums, summand_sums
+        return super().conv_backward(call) if found[0] is None else self._backward(call, found[0])
+
+    def _backward(self, call: primitives.ConvBackward, of: Images) -> primitives.Gradients:
+        x, prologue = self._input(of, call.x, call.prologue)
         images = call.replace(
-            dz=of.image(call.dz), y=of.image(call.y), x=of.x, prologue=prologue, weight=of.weight, conv=of.conv,
-            add=None, closing=None,
+            dz=of.image(call.dz), y=of.image(call.y), x=x, prologue=prologue, weight=of.weight(call.weight),
+            conv=of.conv, add=None, closing=None,
         )  # fmt: skip
-        if of.kind == "windows":
-            dx, dw, _, _ = images.on(self.passes)
-            dw = None if dw is None else of.weight_gradient(dw, call.weight)
-            if dx is None:
-                return None, dw, None, None
-            dx = summed_windows(dx, call.x, call.weight.shape[2], call.conv, of.depth[1])
-            dx = dx if call.add is None else dx.add_(call.add)
-            if call.before is None:
-                return dx, dw, None, None
-            closed = primitives.BnActBackward(dx, *call.before).on(self.passes)
-            return closed[0], dw, *closed[1:]
-        add = None if call.add is None else of.image(call.add)
-        images = images.replace(add=add, closing=_closing(call.closing, of))
+        if of.kind != "windows":
+            add = None if call.add is None else of.image(call.add)
+            images = images.replace(add=add, closing=_closing(call.closing, of))
         dx, dw, sums, summand_sums = images.on(self.passes)
         dw = None if dw is None else of.weight_gradient(dw, call.weight)
-        return None if dx is None else of.volume(dx, of.depth[0]), dw, sums, summand_sums
+        if dx is None:
+            return None, dw, None, None
+        dx = of.input_gradient(dx, call.x)
+        if of.kind == "windows":
+            dx = dx if call.add is None else dx.add_(call.add)
+            if call.before is not None:
+                dx, sums, summand_sums = primitives.BnActBackward(dx, *call.before).on(self.passes)
+        return dx, dw, sums, summand_sums
 
-    def _images(
-        self, x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None
-    ) -> tuple[Images, Prologue | None]:
-        """The convolution as one of images, and its prologue: "windows" have zeros after it, so it runs before."""
-        if prologue is not None and _kind(weight, conv) == "windows":
+    def _input(self, of: Images, x: Tensor, prologue: Prologue | None) -> tuple[Tensor, Prologue | None]:
+        """The input of a convolution of images, and its prologue: windows have zeros after it, so it runs before."""
+        if prologue is not None and of.kind == "windows":
             x, prologue = primitives.BnAct(x, *prologue).on(self.passes), None
-        return images_of(x, weight, conv), prologue
+        return of.input(x), prologue
 
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
         return super().convolution(x.to(compute_dtype(x.dtype)), weight, conv).to(x.dtype)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from fused_resnet import reference
 from fused_resnet.base.arguments import flag, number
+from fused_resnet.base.layouts import channels_last
 from fused_resnet.chain import checks, signals
 from fused_resnet.chain.encoding import Row, Rows, chain_key, chain_spec, encoded
+from fused_resnet.chain.forward import memory_format
 from fused_resnet.chain.operators import transformed, unit_shapes
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.spec import ChainSpec, PoolSpec, RowSpec, UnitSpec
@@ -72,16 +74,24 @@ def run(
     """
     checks.check_tensor("x", x)
     if x.dim() == 3:
-        chains, residual = [signals.chain(chain) for chain in chains], signals.image(residual)
-        return run(signals.image(x), chains, residual, signals.pool(pool), recompute).squeeze(2)
+        chains, residual = [signals.chain(chain) for chain in chains], signals.input(residual)
+        return signals.output(run(signals.input(x), chains, residual, signals.pool(pool), recompute))
     if x.dim() == 5 and isinstance(pool, PoolSpec):
         return F.max_pool3d(run(x, chains, residual, None, recompute), *pool.window, ceil_mode=pool.ceil_mode)
     return run_checked(x, chains, residual, checked(x, chains, residual, pool, recompute))
 
 
 def run_checked(x: Tensor, chains: Sequence[Chain], residual: Tensor | None, row: Row) -> Tensor:
-    """Runs chains with the specs that ``checked`` gave."""
+    """Runs chains with the specs that ``checked`` gave.
+
+    Volumes run in channels_last, for which the kernels are, and come back in the layout in which PyTorch's convolutions
+    would return them.
+    """
     specs = row.specs
+    if x.dim() == 5 and memory_format(x, _weights(chains)) == torch.contiguous_format:
+        fmt = channels_last(x)
+        residual = None if residual is None else residual.contiguous(memory_format=fmt)
+        return run_checked(x.contiguous(memory_format=fmt), chains, residual, row).contiguous()
     # with a process group an empty batch still takes part in the statistics, for which the others wait
     empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
     if empty or transformed():
@@ -123,6 +133,10 @@ def run_row(
             if s.batch_stats:
                 _update_running(unit, mean, stats[0], size if s.group is None else stats[1])
     return out
+
+
+def _weights(chains: Sequence[Chain]) -> list[Tensor]:
+    return [unit.weight for chain in chains for unit in chain.everyone if unit.weight is not None]
 
 
 def _params(chains: Sequence[Chain], specs: Sequence[ChainSpec]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Signals [N, C, L] run as images [N, C, 1, L]: a convolution of one dimension is one of two with a kernel of height 1.
 
-All but the weights and the geometry stays as it is. The weights are views.
+All but the weights and the geometry stays as it is. The weights are views, x is copied to channels_last.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar, overload
 
+import torch
 from torch import Tensor
 
 from fused_resnet.base.arguments import integers
@@ -26,6 +27,23 @@ def image(t: Tensor | None) -> Tensor | None: ...
 def image(t: Tensor | None) -> Tensor | None:
     """[N, C, L] as [N, C, 1, L]. A tensor of other dimensions stays as it is: its chain reports it."""
     return t.unsqueeze(2) if isinstance(t, Tensor) and t.dim() == 3 else t
+
+
+@overload
+def input(t: Tensor) -> Tensor: ...
+@overload
+def input(t: Tensor | None) -> Tensor | None: ...
+def input(t: Tensor | None) -> Tensor | None:
+    """A signal as an image in channels_last, the layout that the kernels are for: signals have no such layout."""
+    made = image(t)
+    if made is None or t is made:
+        return made
+    return made.contiguous(memory_format=torch.channels_last)
+
+
+def output(t: Tensor) -> Tensor:
+    """The inverse of ``input``: [N, C, L], dense."""
+    return t.squeeze(2).contiguous()
 
 
 def unit(u: Unit) -> Unit:

@@ -177,7 +177,7 @@ class ChainRow(nn.Module):
         x, residual = self._images(first, given)
         signal = x.dim() == 3
         if signal:
-            x, residual = signals.image(x), signals.image(residual)
+            x, residual = signals.input(x), signals.input(residual)
         try:
             row = checked(x, chains, residual, first.max_pool, self._recompute(first, given), self.encoded)
         except (TypeError, ValueError):
@@ -186,7 +186,7 @@ class ChainRow(nn.Module):
         if not in_backward():
             for counter in (c for call in self.chains for c in call.counters):
                 given[counter].add_(1)
-        return out.squeeze(2) if signal else out
+        return signals.output(out) if signal else out
 
     def _images(self, call: ChainCall, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """x and the residual; a copy if it may change before the backward, which PyTorch's own would not notice."""

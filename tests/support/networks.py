@@ -23,7 +23,7 @@ BATCH = torch.export.Dim("batch", min=1, max=64)
 def prepared(model: nn.Module) -> nn.Module:
     """Norms with gamma of both signs and running statistics that are not 0 and 1."""
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
             nn.init.uniform_(m.weight, 0.5, 1.5)
             m.weight.data *= torch.where(torch.rand_like(m.weight) < 0.2, -1.0, 1.0)
             nn.init.normal_(m.bias, 0.1, 0.2)
