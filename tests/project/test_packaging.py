@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -145,6 +146,34 @@ def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path) -> Non
     assert used.returncode == 0, used.stderr
     file, cpu = json.loads(used.stdout.splitlines()[-1])
     assert Path(file).is_relative_to(site) and cpu == "ok"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_a_bundle_for_a_gpu_has_at_most_40_mb(tmp_path: Path) -> None:
+    """``make gpu-bundle`` checks it before it packs."""
+    (tmp_path / "site").mkdir()
+    large, small = tmp_path / "site" / "lib.so", tmp_path / "run.sh"
+    small.write_text("exec python3")
+    command = ["make", "--no-print-directory", f"BUNDLE={tmp_path}"]
+
+    def size(bytes_of_large: int) -> subprocess.CompletedProcess[str]:
+        large.touch()
+        os.truncate(large, bytes_of_large)  # takes no space on the disk
+        return subprocess.run([*command, "bundle-size"], cwd=ROOT, capture_output=True, text=True)
+
+    fits = size(39_900_000)
+    assert fits.returncode == 0 and fits.stdout == f"{tmp_path} takes 39.9 MB of at most 40 MB\n", fits.stderr
+    too_large = size(40_100_000)
+    assert too_large.returncode != 0
+    assert too_large.stderr.startswith(
+        f"error: {tmp_path} takes 40.1 MB of at most 40 MB. Its largest files, in bytes:\n40100000 site/lib.so\n12 run.sh\n"
+    )
+    shutil.rmtree(tmp_path / "site")
+    small.unlink()
+    assert subprocess.run([*command, "bundle-size"], cwd=ROOT, capture_output=True).returncode != 0, "an empty bundle"
+
+    steps = subprocess.run([*command, "--dry-run", "gpu-bundle"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert steps.index("of at most 40 MB") < steps.index("tar -czf"), steps
 
 
 def test_every_variable_is_documented() -> None:
