@@ -128,6 +128,20 @@ def test_every_backend_has_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_light_page.convolutions([]) == []
 
 
+def test_kernels_are_compiled_where_others_are_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter has no kernels that could be compiled."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    import first_light as light
+
+    given = {stage.name: light.environment(stage, tmp_path) for stage in light.STAGES}
+    assert "TRITON_INTERPRET" not in given["compile"]
+    assert given["numbers_triton"]["TRITON_INTERPRET"] == "1"
+    assert [name for name, env in given.items() if "PYTORCH_NO_CUDA_MEMORY_CACHING" in env] == [
+        "memcheck_cuda", "memcheck_triton", "racecheck_cuda", "racecheck_triton",
+    ]  # fmt: skip
+
+
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import first_light as light
