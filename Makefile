@@ -69,8 +69,8 @@ codegen: $(VENV)/.installed
 	$(BIN)/python benchmarks/codegen_cuda.py --markdown benchmarks/results/codegen_cuda.md || [ $$? -eq 2 ]  # 2: no nvcc
 	$(BIN)/python benchmarks/codegen_cuda_conv.py --markdown benchmarks/results/codegen_cuda_conv.md || [ $$? -eq 2 ]
 
-# For a machine with an H100 or H200, torch, Triton and the packages of requirements-dev.txt. There, run.sh installs the
-# wheel into a folder beside it and starts the stages; only Triton's kernels are compiled there.
+# For a machine with an H100 or H200, torch and Triton. There, run.sh installs the wheel into a folder beside it and
+# starts the stages; only Triton's kernels are compiled there.
 BUNDLE := dist/gpu-bundle
 BUNDLE_MB := 40
 NVCC ?= $(or $(and $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc),nvcc)

@@ -8,11 +8,29 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from source_tree import ROOT
+
+# Packages of requirements-dev.txt that a machine with a GPU may lack. What a dry run interprets needs NumPy.
+BARE = """
+import sys
+for name in "rich sklearn scipy PIL matplotlib torchvision timm transformers pytest hypothesis".split():
+    sys.modules[name] = None
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes that are started import torch, Triton and the standard library alone."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(BARE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
 
 
 def first_light(*args: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
@@ -68,6 +86,17 @@ def test_dry_run(tmp_path: Path) -> None:
         assert (row["flops"] > 0) == row["primitive"].startswith("conv")
     page = (tmp_path / "results.md").read_text()
     assert "| training: fused, cpu |" in page and "| convolution, ms | apart | aten | cpu |" in page
+
+
+def test_stages_need_torch_and_triton_alone() -> None:
+    """Nothing can be installed on a machine that is lent for minutes. The kernels' tests, a stage that has to be asked
+    for, need pytest."""
+    pytest.importorskip("triton")
+    modules = "first_light_stages, first_light_calls, first_light_page, codegen, conv_train_cases"
+    found = "from fused_resnet.cli import env; env.describe()"
+    code = f"import sys; sys.path.append('benchmarks'); import {modules}; {found}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_stage_that_hangs_costs_no_other_its_time(tmp_path: Path) -> None:
