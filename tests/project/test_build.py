@@ -151,7 +151,9 @@ def test_make_wheel_asks_for_the_cuda_part_where_nvcc_is_there(tree: Path, cuda_
     asked, venv = tmp_path / "asked", tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
     python, auditwheel = venv / "bin" / "python", venv / "bin" / "auditwheel"
-    python.write_text(f'#!/bin/sh\ntest "$1" != -c || exec {sys.executable} "$@"\necho "$FUSED_RESNET_CUDA" > {asked}\n')
+    python.write_text(
+        f'#!/bin/sh\ntest "$1" != -c || exec {sys.executable} "$@"\necho "$FUSED_RESNET_CUDA" > {asked}\n'
+    )
     auditwheel.write_text("#!/bin/sh\n")
     for path in (python, auditwheel):
         path.chmod(0o755)
