@@ -34,7 +34,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 # Directories are listed too: their time changes when a file comes or goes.
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc 2>/dev/null)
 
-.PHONY: help bench grid race test lint format docs codegen gpu-bundle wheel clean
+.PHONY: help bench grid race test lint format docs codegen gpu-bundle bundle-size wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -69,12 +69,13 @@ codegen: $(VENV)/.installed
 	$(BIN)/python benchmarks/codegen_cuda.py --markdown benchmarks/results/codegen_cuda.md || [ $$? -eq 2 ]  # 2: no nvcc
 	$(BIN)/python benchmarks/codegen_cuda_conv.py --markdown benchmarks/results/codegen_cuda_conv.md || [ $$? -eq 2 ]
 
-# For a machine with an H100 or H200, torch, Triton and the packages of requirements-dev.txt. There, run.sh installs the
-# wheel into a folder beside it and starts the stages; only Triton's kernels are compiled there.
+# For a machine with an H100 or H200, torch and Triton. There, run.sh installs the wheel into a folder beside it and
+# starts the stages; only Triton's kernels are compiled there.
 BUNDLE := dist/gpu-bundle
+BUNDLE_MB := 40
 NVCC ?= $(or $(and $(CUDA_HOME),$(CUDA_HOME)/bin/nvcc),nvcc)
 gpu-bundle: $(VENV)/.requirements
-	rm -rf $(BUNDLE)
+	rm -rf $(BUNDLE) $(BUNDLE).tar.gz
 	mkdir -p $(BUNDLE)/benchmarks $(BUNDLE)/build $(BUNDLE)/tests/backends $(BUNDLE)/tests/project
 	FUSED_RESNET_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a $(BIN)/python -m pip --disable-pip-version-check wheel \
 		--no-build-isolation --no-deps --wheel-dir $(BUNDLE) $(ARGS) .
@@ -87,12 +88,23 @@ gpu-bundle: $(VENV)/.requirements
 	cp tests/project/test_gpu.py $(BUNDLE)/tests/project
 	cp tests/backends/test_cuda_conv.py tests/backends/test_cuda_kernels.py $(BUNDLE)/tests/backends
 	find $(BUNDLE) -name __pycache__ -prune -exec rm -rf {} +
+	@$(MAKE) --no-print-directory bundle-size
 	tar -czf $(BUNDLE).tar.gz -C dist gpu-bundle
-	du -sh $(BUNDLE) $(BUNDLE).tar.gz
 
-# auditwheel names the oldest manylinux that has the symbols; torch and CUDA's driver stay outside.
+# A GPU is at hand for minutes, and the upload of the bundle counts against them.
+bundle-size:
+	@find $(BUNDLE) -type f -printf '%s %P\n' | sort -rn | awk ' \
+		{ bytes += $$1; if (NR <= 5) largest = largest "\n" $$0 } \
+		END { took = sprintf("$(BUNDLE) takes %.1f MB of at most $(BUNDLE_MB) MB", bytes / 1e6); \
+			if (bytes > 0 && bytes <= $(BUNDLE_MB) * 1e6) print took; \
+			else { print "error: " took ". Its largest files, in bytes:" largest > "/dev/stderr"; exit 1 } }'
+
+# With the CUDA part where nvcc is there: who makes a wheel waits for nvcc. auditwheel names the oldest manylinux that has
+# the symbols; torch and CUDA's driver stay outside.
 wheel: $(VENV)/.requirements
 	rm -rf dist/linux
+	FUSED_RESNET_CUDA=$${FUSED_RESNET_CUDA:-$$($(BIN)/python -c \
+		'import setup; print("auto" if setup.cuda_lacks()[0] else 1)')} && export FUSED_RESNET_CUDA && \
 	$(BIN)/python -m pip --disable-pip-version-check wheel --no-build-isolation --no-deps --wheel-dir dist/linux $(ARGS) .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' \
 		--wheel-dir dist dist/linux/*.whl

@@ -106,6 +106,16 @@ def command_of(stage: Stage, args: argparse.Namespace) -> list[str]:
     return [sanitizer() or "compute-sanitizer", *options, *command]
 
 
+def environment(stage: Stage, output: Path) -> dict[str, str]:
+    """The variables of the stage's process."""
+    env = os.environ | {"FUSED_RESNET_CACHE": str(output / "plan"), "PYTHONUNBUFFERED": "1"}
+    if stage.function == "compile_kernels":  # Triton's interpreter, which a dry run may ask for, compiles nothing
+        env.pop("TRITON_INTERPRET", None)
+    if stage.sanitizer:  # each tensor an allocation of its own, so that the tool sees where it ends
+        env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    return env
+
+
 class Running:
     """The process of a stage."""
 
@@ -113,13 +123,11 @@ class Running:
         self.stage, self.results, self.limit_s = stage, Results(args.output), limit_s
         self.results.note(stage.name, {}, afresh=True)
         self.log, self.start = open(args.output / f".{stage.name}.log", "w+b"), time.perf_counter()
-        env = os.environ | {"FUSED_RESNET_CACHE": str(args.output / "plan"), "PYTHONUNBUFFERED": "1"}
-        if stage.sanitizer:  # each tensor an allocation of its own, so that the tool sees where it ends
-            env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         # a process group, not a session: what kills this process's session kills the stage, too
         self.process = subprocess.Popen(
-            command_of(stage, args), stdout=self.log, stderr=subprocess.STDOUT, env=env, cwd=ROOT, process_group=0
-        )
+            command_of(stage, args), stdout=self.log, stderr=subprocess.STDOUT, cwd=ROOT, process_group=0,
+            env=environment(stage, args.output),
+        )  # fmt: skip
 
     def end(self) -> str:
         """Waits until the limit at most, kills what is left of the group, and notes how the stage ended."""

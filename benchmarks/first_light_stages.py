@@ -57,9 +57,13 @@ class Run:
         """Writes results to the file, now."""
         self.results.note(self.stage, found)
 
-    def settings(self, batch: int) -> cases.Settings:
-        """For ``bench``'s cases."""
-        return cases.Settings(self.device, batch, self.size, 0, (3, 10), 0.0 if self.toy else 2.0)
+    def subject(self, batch: int) -> cases.Subject:
+        """For ``bench``'s cases. Its images are noise, because photographs need packages beyond torch."""
+        settings = cases.Settings(self.device, batch, self.size, 0, (3, 10), 0.0 if self.toy else 2.0)
+        x = torch.randn(batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(settings.seed))
+        return cases.Subject(
+            self.model, settings, (x.contiguous(memory_format=torch.channels_last), torch.arange(batch) % 2)
+        )
 
     def network(self) -> tuple[nn.Module, Tensor]:
         """A fused network and a batch for it, channels_last, on the device."""
@@ -137,7 +141,7 @@ def numbers(run: Run, name: str) -> None:
     if not primitives(run, name):
         return
     name = "cpu" if run.toy else name
-    subject = cases.Subject(run.model, run.settings(2 if run.toy else cases.VALIDATED_IMAGES))
+    subject = run.subject(2 if run.toy else cases.VALIDATED_IMAGES)
     for mode in ("training", "inference"):
         plain = cases.Tensors()
         cases.validated("plain", subject, mode, torch.bfloat16, None, plain)
@@ -163,7 +167,7 @@ def planned(run: Run) -> None:
 
 
 def _ways(run: Run, ways: list[tuple[str, str, str | None]]) -> None:
-    subject = cases.Subject(run.model, run.settings(run.batch))
+    subject = run.subject(run.batch)
     budget = CompileBudget(0.0 if run.toy else 90.0)
     plain = {mode: cases.Tensors() for mode in ("training", "inference")}
     if ways[0][1] != "plain":

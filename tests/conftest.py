@@ -110,7 +110,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONGEST = [
     "test_living_models.py", "test_real_sizes.py", "test_guides.py", "test_architectures.py",
     "test_other_architectures.py", "test_living_frozen.py", "test_studies.py", "test_sync_batchnorm.py", "test_cli.py",
-    "test_wrappers.py", "test_swap.py", "test_freezing.py",
+    "test_wrappers.py", "test_swap.py", "test_freezing.py", "test_packaging.py",
 ]  # fmt: skip
 
 

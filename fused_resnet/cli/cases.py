@@ -54,11 +54,15 @@ def network(name: str, settings: Settings, few: Tensor, generator: torch.Generat
 
 
 class Subject:
-    """A model with weights that expose mistakes, its images, and its float64 results on them."""
+    """A model with weights that expose mistakes, its images, and its float64 results on them.
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    Args:
+        images: with their labels; None: photographs.
+    """
+
+    def __init__(self, name: str, settings: Settings, images: tuple[Tensor, Tensor] | None = None) -> None:
         self.name, self.settings = name, settings
-        x, labels = data.photographs(settings.batch_size, settings.size, settings.seed)
+        x, labels = images or data.photographs(settings.batch_size, settings.size, settings.seed)
         self.x, self.labels = x.to(settings.device), labels.to(settings.device)
         generator = torch.Generator().manual_seed(settings.seed)
         few = self.x[:VALIDATED_IMAGES]

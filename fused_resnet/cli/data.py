@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from fused_resnet.training.augment import random_box
@@ -21,6 +20,8 @@ def photographs(batch_size: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
         Images [batch_size, 3, size, size], float32, channels_last, on the CPU; and labels [batch_size], the index of
         the photograph.
     """
+    from sklearn.datasets import load_sample_images  # of the extra [bench]: cases of other images run without it
+
     sources = [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in load_sample_images().images]
     generator = torch.Generator().manual_seed(seed)
     crops = []

@@ -16,7 +16,6 @@ import torch
 
 import fused_resnet as fr
 from fused_resnet.base import library
-from fused_resnet.cli.console import console, table, write_json
 
 # Instructions that decide how fast a convolution can be, as /proc/cpuinfo spells them.
 _X86 = ["avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "amx_fp16"]
@@ -117,6 +116,8 @@ def _text(value: Any) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Prints ``describe()``. Returns 0 if a backend is available."""
+    from fused_resnet.cli.console import console, table, write_json  # rich, without which ``describe`` works
+
     found = describe()
     out = console()
     for part, entries in found.items():

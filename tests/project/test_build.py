@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from source_tree import add_cuda_source, run
+from source_tree import ROOT, add_cuda_source, run
 
 STUB_TORCH = """
 from torch import version
@@ -143,6 +143,35 @@ def test_cuda_part_is_built_where_it_can_be(
     assert ["FUSED_RESNET_WITH_CUDA", "1"] in result["macros"]
     assert ["FUSED_RESNET_CUDA_ARCHS", archs] in result["macros"] and result["TORCH_CUDA_ARCH_LIST"] == archs
     assert 1 <= int(result["MAX_JOBS"]) <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_make_wheel_asks_for_the_cuda_part_where_nvcc_is_there(tree: Path, cuda_home: Path, tmp_path: Path) -> None:
+    """Beside a CPU build of torch, too; a value that is given stays."""
+    asked, venv = tmp_path / "asked", tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    python, auditwheel = venv / "bin" / "python", venv / "bin" / "auditwheel"
+    python.write_text(
+        f'#!/bin/sh\ntest "$1" != -c || exec {sys.executable} "$@"\necho "$FUSED_RESNET_CUDA" > {asked}\n'
+    )
+    auditwheel.write_text("#!/bin/sh\n")
+    for path in (python, auditwheel):
+        path.chmod(0o755)
+    for name in (".created", ".requirements"):
+        (venv / name).touch()
+    shutil.copy(ROOT / "Makefile", tree)
+    environ = {key: value for key, value in os.environ.items() if key not in ("FUSED_RESNET_CUDA", "CUDA_PATH")}
+
+    def asks(home: Path, **variables: str) -> str:
+        command = ["make", "wheel", f"VENV={venv}", "REQUIREMENTS="]
+        given = environ | {"CUDA_HOME": str(home)} | variables
+        done = subprocess.run(command, cwd=tree, env=given, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return asked.read_text().strip()
+
+    assert asks(cuda_home) == "1"
+    assert asks(cuda_home, FUSED_RESNET_CUDA="0") == "0"
+    assert asks(tmp_path / "nowhere") == "auto"
 
 
 def cutlass(stub_torch: Path, there: bool) -> Path:

@@ -8,11 +8,29 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from source_tree import ROOT
+
+# Packages of requirements-dev.txt that a machine with a GPU may lack. What a dry run interprets needs NumPy.
+BARE = """
+import sys
+for name in "rich sklearn scipy PIL matplotlib torchvision timm transformers pytest hypothesis".split():
+    sys.modules[name] = None
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes that are started import torch, Triton and the standard library alone."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(BARE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
 
 
 def first_light(*args: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
@@ -68,6 +86,17 @@ def test_dry_run(tmp_path: Path) -> None:
         assert (row["flops"] > 0) == row["primitive"].startswith("conv")
     page = (tmp_path / "results.md").read_text()
     assert "| training: fused, cpu |" in page and "| convolution, ms | apart | aten | cpu |" in page
+
+
+def test_stages_need_torch_and_triton_alone() -> None:
+    """Nothing can be installed on a machine that is lent for minutes. The kernels' tests, a stage that has to be asked
+    for, need pytest."""
+    pytest.importorskip("triton")
+    modules = "first_light_stages, first_light_calls, first_light_page, codegen, conv_train_cases"
+    found = "from fused_resnet.cli import env; env.describe()"
+    code = f"import sys; sys.path.append('benchmarks'); import {modules}; {found}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_stage_that_hangs_costs_no_other_its_time(tmp_path: Path) -> None:
@@ -126,6 +155,20 @@ def test_every_backend_has_its_column(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {"apart: cuda ('cutlass dgrad', 128, 64) + aten": 2.0, "input: cuda ('cutlass dgrad', 128, 64)": 1.0}
     assert first_light_page.by_backend(parts) == {"apart": 2.0, "input: cutlass": 1.0}
     assert first_light_page.convolutions([]) == []
+
+
+def test_kernels_are_compiled_where_others_are_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter has no kernels that could be compiled."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    import first_light as light
+
+    given = {stage.name: light.environment(stage, tmp_path) for stage in light.STAGES}
+    assert "TRITON_INTERPRET" not in given["compile"]
+    assert given["numbers_triton"]["TRITON_INTERPRET"] == "1"
+    assert [name for name, env in given.items() if "PYTORCH_NO_CUDA_MEMORY_CACHING" in env] == [
+        "memcheck_cuda", "memcheck_triton", "racecheck_cuda", "racecheck_triton",
+    ]  # fmt: skip
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sysconfig
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from source_tree import PACKAGE, ROOT, add_cuda_source, run
@@ -110,22 +112,21 @@ def build_extensions(self):
     shutil.copy({library!r}, to)
 cpp_extension.BuildExtension.build_extensions = build_extensions
 """
-USE_INSTALLED = """
-import fused_resnet, json, torch
-model = fused_resnet.models.resnet18(num_classes=10)
-model(torch.randn(2, 3, 32, 32)).sum().backward()
-print(json.dumps([fused_resnet.__file__, fused_resnet.backends()["cpu"]]))
-"""
 
 
 @needs_library
+@pytest.mark.slow
 def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path) -> None:
     """Its name promises it; where it is installed no compiler is needed."""
     patch = tmp_path / "patch" / "sitecustomize.py"
     patch.parent.mkdir()
     patch.write_text(BUILT_ALREADY.format(library=str(library.PATH)))
-    command = ["setup.py", "bdist_wheel", "--dist-dir", str(tmp_path)]
-    result = run(command, tree, PYTHONPATH=str(patch.parent), FUSED_RESNET_CUDA="0")
+    result = run(
+        ["setup.py", "bdist_wheel", "--dist-dir", str(tmp_path)],
+        tree,
+        PYTHONPATH=str(patch.parent),
+        FUSED_RESNET_CUDA="0",
+    )
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(rf"{PACKAGE}-[^-]+-py3-none-linux_\w+\.whl", wheel.name)
@@ -138,13 +139,49 @@ def test_one_wheel_for_every_python_and_torch(tree: Path, tmp_path: Path) -> Non
     pip = ["-m", "pip", "--python", str(home), "install", "--no-index", "--no-deps", str(wheel)]
     installed = run(pip, tmp_path, PATH="")
     assert installed.returncode == 0, installed.stderr
-    used = subprocess.run(
-        [home / "bin" / "python", "-c", USE_INSTALLED], cwd=tmp_path, env={"PATH": "", "HOME": str(tmp_path)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert used.returncode == 0, used.stderr
-    file, cpu = json.loads(used.stdout.splitlines()[-1])
-    assert Path(file).is_relative_to(site) and cpu == "ok"
+
+    def finds(*args: str) -> dict[str, Any]:
+        to = tmp_path / "found.json"
+        done = subprocess.run(
+            [home / "bin" / "fused-resnet", *args, "--json", to], cwd=tmp_path, capture_output=True, text=True,
+            env={"PATH": "", "HOME": str(tmp_path)}, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(to.read_text())
+
+    assert finds("env")["backends"]["cpu"] == "ok"
+    assert finds("check", "--models", "resnet18", "--dtypes", "fp32", "--device", "cpu")["ok"]
+    asked = [home / "bin" / "python", "-c", "import fused_resnet; print(fused_resnet.__file__)"]
+    used = subprocess.run(asked, cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=True).stdout
+    assert Path(used.strip()).is_relative_to(site)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+def test_a_bundle_for_a_gpu_has_at_most_40_mb(tmp_path: Path) -> None:
+    """``make gpu-bundle`` checks it before it packs."""
+    (tmp_path / "site").mkdir()
+    large, small = tmp_path / "site" / "lib.so", tmp_path / "run.sh"
+    small.write_text("exec python3")
+    command = ["make", "--no-print-directory", f"BUNDLE={tmp_path}"]
+
+    def size(bytes_of_large: int) -> subprocess.CompletedProcess[str]:
+        large.touch()
+        os.truncate(large, bytes_of_large)  # takes no space on the disk
+        return subprocess.run([*command, "bundle-size"], cwd=ROOT, capture_output=True, text=True)
+
+    fits = size(39_900_000)
+    assert fits.returncode == 0 and fits.stdout == f"{tmp_path} takes 39.9 MB of at most 40 MB\n", fits.stderr
+    too_large = size(40_100_000)
+    assert too_large.returncode != 0
+    problem, *largest = too_large.stderr.splitlines()[:3]
+    assert problem == f"error: {tmp_path} takes 40.1 MB of at most 40 MB. Its largest files, in bytes:"
+    assert largest == ["40100000 site/lib.so", "12 run.sh"]
+    shutil.rmtree(tmp_path / "site")
+    small.unlink()
+    assert subprocess.run([*command, "bundle-size"], cwd=ROOT, capture_output=True).returncode != 0, "an empty bundle"
+
+    steps = subprocess.run([*command, "--dry-run", "gpu-bundle"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert steps.index("of at most 40 MB") < steps.index("tar -czf"), steps
 
 
 def test_every_variable_is_documented() -> None:
