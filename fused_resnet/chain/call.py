@@ -87,11 +87,15 @@ def run_checked(x: Tensor, chains: Sequence[Chain], residual: Tensor | None, row
     Volumes run in channels_last, for which the kernels are, and come back in the layout in which PyTorch's convolutions
     would return them.
     """
+    if x.dim() == 4 or memory_format(x, _weights(chains)) != torch.contiguous_format:
+        return _run(x, chains, residual, row)
+    fmt = channels_last(x)
+    residual = None if residual is None else residual.contiguous(memory_format=fmt)
+    return _run(x.contiguous(memory_format=fmt), chains, residual, row).contiguous()
+
+
+def _run(x: Tensor, chains: Sequence[Chain], residual: Tensor | None, row: Row) -> Tensor:
     specs = row.specs
-    if x.dim() == 5 and memory_format(x, _weights(chains)) == torch.contiguous_format:
-        fmt = channels_last(x)
-        residual = None if residual is None else residual.contiguous(memory_format=fmt)
-        return run_checked(x.contiguous(memory_format=fmt), chains, residual, row).contiguous()
     # with a process group an empty batch still takes part in the statistics, for which the others wait
     empty = 0 in x.shape and not any(unit.group for spec in specs for unit in spec.all_units)
     if empty or transformed():

@@ -16,6 +16,7 @@ from functional_cases import BOTH, Case, image, same, unit
 from tolerances import assert_as_good, assert_close
 
 from fused_resnet import functional as fr
+from fused_resnet.backends import ConvStats, loaded
 from fused_resnet.functional import PoolSpec, Unit
 
 NAMES = list(ACTS)
@@ -48,6 +49,21 @@ def test_volumes_in_16_bits_are_as_good_as_plain(backend: str, mode: str, dtype:
     want, plain, got = chains.truth(chain, t), chains.run(chain, t, chains.plain), chains.run(chain, t)
     for name in want:
         assert_as_good(name, [got[name]], [plain[name]], [want[name]], dtype)
+
+
+@pytest.mark.parametrize("size", [(1, 9, 10), (2, 9, 10), (5, 8, 8)], ids=str)
+def test_volumes_where_sizes_decide(backend: str, size: tuple[int, int, int]) -> None:
+    """Wide convolutions, which the CPU backend computes by Winograd's algorithm; kernels deeper than the volume."""
+    for shape, mode in (("basic", "batch"), ("bottleneck_projection", "mixed"), ("conv_residual", "frozen")):
+        chain = chains.make(shape, "silu", mode, 64, 2, size)
+        t = in_layout(chain, chains.draw(chain), torch.float32, "nhwc")
+        want, got = chains.truth(chain, t), chains.run(chain, t)
+        for name in want:
+            assert_close(f"{shape}: {name}", got[name], want[name], chains.reduction(chain))
+        if shape == "basic" and backend == "cpu" and size[0] > 1:
+            conv, weight = chain.spec.units[0].conv, t.params[0]
+            assert conv is not None
+            assert loaded("cpu").algorithm(ConvStats, t.x, weight, conv, False) == "winograd"
 
 
 @pytest.mark.parametrize("shape", ["conv", "no_conv_residual", "bottleneck_projection", "option_a", "resnet_d"])

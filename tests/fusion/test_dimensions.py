@@ -93,9 +93,10 @@ def test_networks(dims: int, layout: str) -> None:
         for m in (plain, fused):
             m.zero_grad()
     rows = {row.name: row for row in fr.explain(fused).rows}
-    assert [name for name, row in rows.items() if not row.fused] == ["11"]
-    assert rows["11"].reason == "a norm of vectors, without images"
-    out = [m.train()[:8](x) for m in (plain, fused)]
+    assert all(row.fused for row in rows.values())
+    reasons = {name: row.reason for name, row in rows.items() if row.reason}
+    assert reasons == {"(model)": "a norm of vectors, without images"}
+    out = [m.float().train()[:8](x.float()) for m in (plain, fused)]  # PyTorch convolves no float64 in channels_last
     assert out[0].stride() == out[1].stride()
 
 
@@ -109,11 +110,12 @@ def test_frozen_networks(dims: int) -> None:
         for given in (x, images(dims, 1), x[..., : SIZE[dims][-1] - 3]):
             with torch.no_grad():
                 torch.testing.assert_close(frozen(given), plain(given), rtol=1e-10, atol=1e-10)
-        assert sum(not row.fused for row in fr.explain(frozen).rows) == 1
+        assert sum(bool(row.reason) for row in fr.explain(frozen).rows) == 1
     single = copy.deepcopy(plain).float()
     with torch.no_grad():
         want = plain(x)
-        for dtype in (torch.float32, torch.bfloat16):
+        # PyTorch averages no volumes in bfloat16
+        for dtype in (torch.float32, torch.bfloat16) if dims == 1 else (torch.float32,):
             rounded = copy.deepcopy(plain).to(dtype)
             ours = fr.freeze(single, x.float(), dtype=dtype)(x.float()).double() - want
             theirs = rounded(x.to(dtype)).double() - want
