@@ -170,7 +170,7 @@ def compared(name: str) -> dict[str, Any]:
 
     fused = fr.fuse(copy.deepcopy(plain))
     rows, in_chains = chains_of(fused, x)
-    pairs = pairs_of(plain, x)
+    pairs = pairs_of(plain, lambda m: m(x))
     ref = runs(plain, x, dout)
     findings = validate.compare(runs(fused, x, dout), runs(last_bit(plain), x, dout), ref, torch.float32)
     worst = max(findings, key=lambda f: f.error / max(EXACT, ROUNDINGS * f.plain_error))
@@ -196,13 +196,13 @@ def compared(name: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def pairs_of(model: nn.Module, x: Tensor) -> set[str]:
-    """The norms of two-dimensional images whose input is what a Conv2d made, by their names."""
+def pairs_of(model: nn.Module, call: Callable[[nn.Module], object]) -> set[str]:
+    """The norms whose input is what a convolution made in a call of a model in evaluation mode, by their names."""
     made: list[Tensor] = []  # they live until the end: no two have one id
     found: set[str] = set()
     model = copy.deepcopy(model)
     for name, m in model.named_modules():
-        if isinstance(m, nn.Conv2d):
+        if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             m.register_forward_hook(lambda m, args, out: made.append(out))
         elif looks_like_norm(m):
 
@@ -211,7 +211,7 @@ def pairs_of(model: nn.Module, x: Tensor) -> set[str]:
                     found.add(name)
 
             m.register_forward_pre_hook(look)
-    model.eval()(x)
+    call(model.eval())
     return found
 
 
@@ -237,7 +237,7 @@ def _counted(name: str) -> dict[str, Any]:
     plain = OneTensor(build(name)).eval()
     x = torch.ones(BATCH, 3, *[side(plain.network)] * 2)
     rows, in_chains = chains_of(fr.fuse(copy.deepcopy(plain)), x)
-    pairs = pairs_of(plain, x)
+    pairs = pairs_of(plain, lambda m: m(x))
     return {
         "name": name,
         "chains": sum(row.chains for row in rows),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ GUIDES = [page for page in PAGES if "```python" in page.read_text()]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 # An HTML comment of its own line, right before a block: <!-- not run: the reason -->
 SKIP = re.compile(r"<!-- not run: (.+) -->\s*\Z")
+# The same, where packages are missing: <!-- needs package, package -->
+NEEDS = re.compile(r"<!-- needs (.+) -->\s*\Z")
 # How a guide tells to start it, where it is not "python": torchrun and its options
 START = re.compile(r"^    (torchrun .+) \w+\.py$", re.M)
 
@@ -24,11 +27,18 @@ def script(text: str) -> str:
     """The guide's blocks at the lines where they stand in it, so that a traceback names the guide's own line."""
     lines = [""] * (text.count("\n") + 1)
     for block in FENCE.finditer(text):
-        if block[1] == "python" and not SKIP.search(text, 0, block.start()):
+        if block[1] == "python" and not SKIP.search(text, 0, block.start()) and not lacking(text, block):
             first = text.count("\n", 0, block.start(2))
             for i, line in enumerate(block[2].splitlines()):
                 lines[first + i] = line
     return "\n".join(lines)
+
+
+def lacking(text: str, block: re.Match[str]) -> list[str]:
+    """The packages that a block needs and that are not installed."""
+    needs = NEEDS.search(text, 0, block.start())
+    names = needs[1].split(", ") if needs is not None else []
+    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def command(text: str, path: Path) -> list[str]:
@@ -69,7 +79,9 @@ def test_what_a_guide_leaves_out(guide: Path) -> None:
     assert text.count("```") == 2 * len(blocks) and all(block[1] for block in blocks)
     python = [block for block in blocks if block[1] == "python"]
     skipped = [block for block in python if SKIP.search(text, 0, block.start())]
-    assert len(re.findall("<!-- not run", text)) == len(skipped), "a marker without a reason, or without a block"
+    needing = [block for block in python if NEEDS.search(text, 0, block.start())]
+    for marker, marked in (("not run", skipped), ("needs", needing)):
+        assert len(re.findall(f"<!-- {marker}", text)) == len(marked), "a marker without a reason, or without a block"
     assert len(python) > 2 * len(skipped)
 
 
@@ -86,8 +98,9 @@ def test_links() -> None:
 def test_blocks_are_found() -> None:
     skipped = "<!-- not run: no GPU -->\n\n```python\nb\n```\n"
     text = f"# t\n\n```python\na = 1\n```\nx\n{skipped}```sh\nc\n```\n```python\nd = 2\n```\n"
-    places = {i: line for i, line in enumerate(text.splitlines()) if line in ("a = 1", "d = 2")}
-    assert {i: line for i, line in enumerate(script(text).splitlines()) if line} == places and len(places) == 2
+    text += "<!-- needs no_such_package -->\n\n```python\ne\n```\n<!-- needs os -->\n```python\nf = 3\n```\n"
+    places = {i: line for i, line in enumerate(text.splitlines()) if line in ("a = 1", "d = 2", "f = 3")}
+    assert {i: line for i, line in enumerate(script(text).splitlines()) if line} == places and len(places) == 3
     assert command(text, Path("p.py")) == [sys.executable, "p.py"]
     torchrun = command(text + "\n    torchrun --nproc-per-node 2 train.py\n", Path("p.py"))
     assert torchrun[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "p.py"]
