@@ -205,6 +205,17 @@ class PoolSpec:
         """The arguments of ``max_pool2d``: kernel, stride, padding."""
         return self.kernel, self.stride, self.padding
 
+    def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The output's size for an input of ``size`` (the formula of ``torch.nn.AvgPool2d``).
+
+        With ``ceil_mode`` the last window may end outside the padded input, but must begin inside of it.
+        """
+        found = []
+        for n, k, s, p in zip(size, *self.window, strict=True):
+            out = (n + 2 * p - k + (s - 1 if self.ceil_mode else 0)) // s + 1
+            found.append(out - 1 if self.ceil_mode and (out - 1) * s >= n + p else out)
+        return tuple(found)
+
     @staticmethod
     def make(
         kernel: int | Sequence[int],
