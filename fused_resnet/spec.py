@@ -27,7 +27,18 @@ ACTIVATIONS: dict[str, tuple[float, str]] = {
     "silu": (0.0, ""),
     "relu6": (0.0, ""),
     "hardswish": (0.0, ""),
+    "gelu": (0.0, ""),
+    "gelu_tanh": (0.0, ""),  # PyTorch's gelu(approximate="tanh")
+    "mish": (0.0, ""),
+    "softplus": (1.0, "beta"),  # with PyTorch's default threshold
+    "tanh": (0.0, ""),
+    "hardsigmoid": (0.0, ""),
+    "hardtanh": (1.0, "limit"),  # between -limit and limit
+    "selu": (0.0, ""),
+    "celu": (1.0, "alpha"),
 }
+# of selu (Klambauer et al. 2017)
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 _INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 # Shortcut kinds. "identity": the chain's own x; "tensor": a given tensor; "projection": conv + BN of x;
 # "pad": option A of the paper, x strided with zero channels appended.
@@ -45,10 +56,12 @@ def _keep(spec: Any, name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Act:
-    """An activation of the table and its parameter (negative_slope of leaky_relu, alpha of elu).
+    """An activation of the table and its parameter (negative_slope of leaky_relu, alpha of elu and celu, beta of
+    softplus, limit of hardtanh).
 
     Raises:
-        ValueError: the name is not in ``ACTIVATIONS``. TypeError: the parameter is not a number.
+        ValueError: the name is not in ``ACTIVATIONS``, or PyTorch's function does not take the parameter (a limit
+            that is not positive, an alpha of 0 for celu). TypeError: the parameter is not a number.
     """
 
     name: str = "relu"
@@ -58,6 +71,10 @@ class Act:
         if self.name not in ACTIVATIONS:
             raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {self.name!r}")
         _keep(self, "param", number(self.param, "act: the parameter"))
+        if self.name == "hardtanh" and not self.param > 0:
+            raise ValueError(f"act: expected a positive limit of hardtanh, got {self.param}")
+        if self.name == "celu" and self.param == 0:
+            raise ValueError("act: expected an alpha of celu other than 0, got 0")
 
     @property
     def text(self) -> str:

@@ -30,6 +30,15 @@ ACTS: dict[str, Act] = {
     "silu": Act("silu"),
     "relu6": Act("relu6"),
     "hardswish": Act("hardswish"),
+    "gelu": Act("gelu"),
+    "gelu_tanh": Act("gelu_tanh"),
+    "mish": Act("mish"),
+    "softplus": Act("softplus", 1.3),
+    "tanh": Act("tanh"),
+    "hardsigmoid": Act("hardsigmoid"),
+    "hardtanh": Act("hardtanh", 0.8),
+    "selu": Act("selu"),
+    "celu": Act("celu", 0.75),
 }
 KINKS: dict[str, tuple[float, ...]] = {
     "relu": (0,),
@@ -37,7 +46,19 @@ KINKS: dict[str, tuple[float, ...]] = {
     "elu": (0,),
     "relu6": (0, 6),
     "hardswish": (-3, 3),
+    "hardsigmoid": (-3, 3),
+    "hardtanh": (-0.8, 0.8),
+    "selu": (0,),
+    "celu": (0,),
 }
+# Those that every test of all activations takes; of the others, which the same kernels call, each takes some.
+COMMON = list(ACTS)[:8]
+
+
+def some_acts(turn: int) -> list[str]:
+    """``COMMON`` and one other activation, each in its turn."""
+    others = list(ACTS)[len(COMMON) :]
+    return [*COMMON, others[turn % len(others)]]
 
 
 class Mode(NamedTuple):
