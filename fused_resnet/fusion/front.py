@@ -60,9 +60,10 @@ _OPTIONS: dict[str, Any] = {
 _INDUCTOR_OPTIONS: dict[str, Any] = {"freezing": False}
 # PyTorch's modules look these functions up at each call; dynamo guards none of them.
 _FUNCTIONS = [
-    (torch, "conv2d"), (torch, "sigmoid"), (torch, "relu"),
+    (torch, "conv2d"), (torch, "sigmoid"), (torch, "relu"), (torch, "tanh"),
     (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "silu"), (F, "hardswish"), (F, "leaky_relu"), (F, "elu"),
-    (F, "relu6"), (F, "hardtanh"), (F, "max_pool2d"), (F, "avg_pool2d"), (F, "pad"),
+    (F, "relu6"), (F, "hardtanh"), (F, "gelu"), (F, "mish"), (F, "softplus"), (F, "hardsigmoid"), (F, "selu"),
+    (F, "celu"), (F, "max_pool2d"), (F, "avg_pool2d"), (F, "pad"),
 ]  # fmt: skip
 
 # Hooks of a module that need no guard while they are empty: what is in these is in _forward_hooks, _forward_pre_hooks.
