@@ -18,8 +18,8 @@
 
 namespace fused_resnet {
 
-// X(name) for every activation, in the order of ACTIVATIONS in fused_resnet/spec.py. The kernels for CPUs inline the
-// common ones and call the others.
+// X(name) for every activation, in the order of ACTIVATIONS in fused_resnet/base/activations.py. The kernels for CPUs
+// inline the common ones and call the others.
 #define FR_COMMON_ACTS(X) X(identity) X(relu) X(leaky_relu) X(elu) X(sigmoid) X(silu) X(relu6) X(hardswish)
 #define FR_OTHER_ACTS(X) X(gelu) X(gelu_tanh) X(mish) X(softplus) X(tanh) X(hardsigmoid) X(hardtanh) X(selu) X(celu)
 #define FR_ACTS(X) FR_COMMON_ACTS(X) FR_OTHER_ACTS(X)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends import Backend, DyCoefficients, Norm, Prologue, Sums, primitives, vector_dtype
+from fused_resnet.base.activations import SELU_ALPHA, SELU_SCALE
 from fused_resnet.reference import ACT, CONV
-from fused_resnet.spec import SELU_ALPHA, SELU_SCALE, ConvSpec
+from fused_resnet.spec import ConvSpec
 
 _aten = torch.ops.aten
 # act'(z)*g by ATen's own backward operators: NaN and the kinks go where PyTorch sends them.

@@ -133,6 +133,17 @@ def test_checkpoints(dims: int) -> None:
     same(outcome(fused, x, partial(checkpoint, use_reentrant=False)), want)
 
 
+@DIMS
+def test_a_patched_function_is_seen(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convolution that the modules look up at each call may be replaced after the capture."""
+    plain = prepared(network(dims)).double().eval()
+    fused, x, own = fr.fuse(copy.deepcopy(plain)), images(dims), getattr(F, f"conv{dims}d")
+    with torch.no_grad():
+        fused(x)
+        monkeypatch.setattr(F, own.__name__, lambda *args, **kwargs: own(*args, **kwargs) * 2)
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-10, atol=1e-10)
+
+
 class Viewed(nn.Module):
     """A forward that needs a contiguous output of its chain."""
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fused_resnet.backends.triton.runtime import INTERPRET
-from fused_resnet.spec import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
+from fused_resnet.base.activations import ACTIVATIONS, SELU_ALPHA, SELU_SCALE
 
 _INTERPRET = tl.constexpr(INTERPRET)
 # The number that kernels take for an activation: its index in the table of fused_resnet/spec.py.
