@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fused_resnet.explanation import closing_norms
 from fused_resnet.frozen.freezing import freeze
-from fused_resnet.fusion.patterns import norm_kind
+from fused_resnet.fusion.patterns import is_frozen_norm, looks_like_norm
 from fused_resnet.planner.sizes import chains_always
 
 Tensors = dict[str, Tensor]
@@ -146,7 +146,7 @@ def reduction_length(model: nn.Module, x: Tensor) -> int:
     """K: the longest sum behind any value: fprop's C/g*kH*kW, dgrad's K/g*kH*kW, the statistics' and wgrad's N*H*W."""
     longest = x.numel() // x.shape[1]
     for m in model.modules():
-        if isinstance(m, nn.Conv2d):
+        if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             longest = max(longest, max(m.in_channels, m.out_channels) // m.groups * math.prod(m.kernel_size))
     return longest
 
@@ -220,7 +220,7 @@ def randomise(
             not grow from block to block. At 1 they hide everything: 16 bits lose all of ResNet-50's gradient.
         closing: the names of the norms at the end of residual branches. None: one call is captured to find them.
     """
-    norms: list[Any] = [m for m in model.modules() if norm_kind(type(m)) is not None]
+    norms: list[Any] = [m for m in model.modules() if looks_like_norm(m)]
     last = {id(model.get_submodule(name)) for name in (closing_norms(model, x) if closing is None else closing)}
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
@@ -228,10 +228,11 @@ def randomise(
         return values.to(like)
 
     def measure(bn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        bn.running_mean.copy_(inputs[0].mean((0, 2, 3)))  # type: ignore[operator]
-        bn.running_var.copy_(inputs[0].var((0, 2, 3)))  # type: ignore[operator]
+        dims = [d for d in range(inputs[0].dim()) if d != 1]
+        bn.running_mean.copy_(inputs[0].mean(dims))  # type: ignore[operator]
+        bn.running_var.copy_(inputs[0].var(dims))  # type: ignore[operator]
 
-    hooks = [bn.register_forward_pre_hook(measure) for bn in norms if norm_kind(type(bn)) == (True, False)]
+    hooks = [bn.register_forward_pre_hook(measure) for bn in norms if is_frozen_norm(bn)]
     momenta = [getattr(bn, "momentum", None) for bn in norms]
     for bn in norms:
         if bn.weight is not None:

@@ -22,6 +22,8 @@ NORMS: dict[str, tuple[bool, bool]] = {
     "timm.layers.norm_act.FrozenBatchNormAct2d": (True, True),
 }
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# All that a frozen norm of any library holds, as buffers: torchvision's, detectron2's, those of transformers' detectors.
+_FROZEN = {"weight", "bias", "running_mean", "running_var"}
 # Other libraries' activations that equal one of PyTorch's.
 ACTS = {"transformers.activations.SiLUActivation": nn.SiLU}
 # Methods of a network that its forward calls and that users call too.
@@ -156,6 +158,12 @@ def module_of_act(act: Act) -> nn.Module:
 
 
 def looks_like_norm(m: nn.Module) -> bool:
-    """Whether it is a BatchNorm of signals, images or volumes, even if no chain takes its class."""
+    """Whether it is a BatchNorm of signals, images or volumes, or a frozen one, even if no chain takes its class."""
     compiled = isinstance(m, torch.jit.ScriptModule) and m.original_name in {cls.__name__ for cls in _BATCH_NORMS}
-    return compiled or isinstance(m, _BATCH_NORMS) or class_name(type(m)) in NORMS
+    return compiled or isinstance(m, _BATCH_NORMS) or class_name(type(m)) in NORMS or is_frozen_norm(m)
+
+
+def is_frozen_norm(m: nn.Module) -> bool:
+    """Whether its own tensors are those of a frozen norm."""
+    buffers = m.__dict__.get("_buffers")
+    return isinstance(buffers, dict) and buffers.keys() == _FROZEN and not m.__dict__.get("_parameters")
