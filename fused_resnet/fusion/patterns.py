@@ -22,7 +22,7 @@ NORMS: dict[str, tuple[bool, bool]] = {
     "timm.layers.norm_act.FrozenBatchNormAct2d": (True, True),
 }
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# All that a frozen norm of any library holds, as buffers: torchvision's, detectron2's, those of transformers' detectors.
+# The buffers of a frozen norm: torchvision's, detectron2's, those of transformers' detectors.
 _FROZEN = {"weight", "bias", "running_mean", "running_var"}
 # Other libraries' activations that equal one of PyTorch's.
 ACTS = {"transformers.activations.SiLUActivation": nn.SiLU}
