@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"Written by `make codegen`, {datetime.now(UTC):%Y-%m-%d}, nvcc {version[1] if version else '?'}, no GPU: "
             f"{', '.join(args.files)}.",
             f"{len(reports)} kernels for {', '.join(args.targets)}, {failed} fail.",
-            "Activations are chosen at run time: one kernel serves all eight. Beside the static shared memory,",
+            "Activations are chosen at run time: one kernel serves all of them. Beside the static shared memory,",
             "at most 9 KiB per block are asked for at launch.",
         )
         args.markdown.write_text("\n".join(lines) + f"\n\n{table}")

@@ -77,7 +77,7 @@ inline DType dtype_of(ScalarType type, const char* name = "") {
 }
 
 inline Act act_of(int64_t index) {
-    FR_CHECK(index >= 0 && index <= static_cast<int64_t>(Act::hardswish), "act: no activation ", index);
+    FR_CHECK(index >= 0 && index < kActs, "act: no activation ", index);
     return static_cast<Act>(index);
 }
 

@@ -46,16 +46,18 @@ def conv_bn_act(
 ) -> Tensor:
     """act(batch_norm(conv2d(x, weight)) [+ residual]) in one chain, optionally followed by a max-pool.
 
+    The convolution is conv1d, conv2d or conv3d, by x's dimensions. So it is in the other functions.
+
     Args:
-        x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
+        x: [N, C, H, W], [N, C, L] or [N, C, D, H, W], float32, bfloat16, float16 or float64, any strides.
         weight, bn_weight, bn_bias, running_mean, running_var, bias: see ``Unit``.
         stride, padding, dilation, groups, act, eps, momentum, training, process_group: see ``Unit``.
         residual: a summand of the output's shape, added before the activation.
-        max_pool: ``PoolSpec.make(3, 2, 1)`` for the stem of a ResNet.
+        max_pool: ``PoolSpec.make(3, 2, 1)`` for the stem of a ResNet (``dims=1`` or 3 for signals or volumes).
         recompute: save x instead of the convolution's output for the backward, which convolves again.
 
     Returns:
-        [N, out_channels, oH, oW], x's dtype (autocast's inside autocast), x's layout.
+        [N, out_channels, oH, oW] (or of x's dimensions), x's dtype (autocast's inside autocast), x's layout.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -88,7 +90,7 @@ def bn_act(
     """act(batch_norm(x) [+ residual]), for an x from a convolution outside this package.
 
     Args:
-        x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
+        x: [N, C, H, W], [N, C, L] or [N, C, D, H, W], float32, bfloat16, float16 or float64, any strides.
         residual: a summand of x's shape. The rest: see ``Unit``.
 
     Returns:
@@ -120,7 +122,7 @@ def residual_chain(
     """A residual block: act_k(unit_k(... unit_1(x)) + shortcut(x)); the last unit's act comes after the add.
 
     Args:
-        x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
+        x: [N, C, H, W], [N, C, L] or [N, C, D, H, W], float32, bfloat16, float16 or float64, any strides.
         units: two for a basic block, three for a bottleneck; any number works.
         shortcut: "identity"; "pad", the paper's option A (x strided by ``shortcut_stride``, zero channels appended);
             a ``Unit`` without activation, the projection of options B and C; None for a plain block.
@@ -151,7 +153,7 @@ def residual_chains(x: Tensor, chains: Sequence[Chain]) -> Tensor:
     between two blocks also takes it through the add and the activation there.
 
     Args:
-        x: [N, C, H, W], float32, bfloat16, float16 or float64; NCHW or channels_last, any strides.
+        x: [N, C, H, W], [N, C, L] or [N, C, D, H, W], float32, bfloat16, float16 or float64, any strides.
         chains: the blocks, first to last.
 
     Returns:

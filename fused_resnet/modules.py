@@ -11,14 +11,9 @@ from fused_resnet.base.arguments import integers
 from fused_resnet.chain.call import in_backward, run
 from fused_resnet.chain.units import Chain, Unit
 from fused_resnet.fusion.inspection import graphed, shared_by
-from fused_resnet.fusion.patterns import norm_kind, original, same_as
-from fused_resnet.spec import ACTIVATIONS, Act
+from fused_resnet.fusion.patterns import act_of_module, module_of_act, norm_kind, original, same_as
+from fused_resnet.spec import Act
 
-# Activation modules -> their names in ``ACTIVATIONS``, which also names the attribute that holds their parameter.
-ACT_MODULES: dict[type[nn.Module], str] = {
-    nn.Identity: "identity", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu", nn.Sigmoid: "sigmoid",
-    nn.SiLU: "silu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish",
-}  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -76,9 +71,7 @@ class ConvBNAct(nn.Module):
             padding = (d[0] * (k[0] - 1) // 2, d[1] * (k[1] - 1) // 2)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.bn = nn.BatchNorm2d(out_channels, eps, momentum)
-        a = Act.make(act)
-        kind, attribute = next(m for m, name in ACT_MODULES.items() if name == a.name), ACTIVATIONS[a.name][1]
-        self.act = kind(**({attribute: a.param} if attribute else {}))
+        self.act = module_of_act(Act.make(act))
 
     def forward(self, x: Tensor) -> Tensor:
         if graphed():
@@ -105,8 +98,8 @@ class ConvBNAct(nn.Module):
             return f"{type(bn).__name__} in the place of BatchNorm2d"
         if kind[1] and (type(bn.drop) is not nn.Identity or (act is not bn.act and type(bn.act) is not nn.Identity)):
             return f"a {type(bn).__name__} that drops, or whose activation changed"
-        if same_as(type(act)) not in ACT_MODULES:
-            return f"activation {type(act).__name__}"
+        if act_of_module(act) is None:
+            return f"activation {act}"
         known = (t.shape[0] for t in (bn.weight, bn.running_mean) if t is not None)
         if conv.out_channels != (channels := next(known, 0) or bn.num_features):
             return f"{type(bn).__name__}({channels}) after a convolution with {conv.out_channels} channels"
@@ -127,8 +120,6 @@ class ConvBNAct(nn.Module):
         if momentum is None:
             counted = bn.num_batches_tracked if averaging else None
             momentum = 0.0 if counted is None else 1.0 / float(counted + 1)
-        name = ACT_MODULES[same_as(type(self.act))]
-        attribute = ACTIVATIONS[name][1]
         used = averaging or not training
         return Unit(
             weight=conv.weight,
@@ -141,7 +132,7 @@ class ConvBNAct(nn.Module):
             padding=conv.padding,
             dilation=conv.dilation,
             groups=conv.groups,
-            act=Act(name, getattr(self.act, attribute)) if attribute else Act.make(name),
+            act=act_of_module(self.act),
             eps=bn.eps,
             momentum=momentum,
             training=training or bn.running_mean is None,

@@ -25,6 +25,15 @@ ACT: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda z, p: F.silu(z),
     "relu6": lambda z, p: F.relu6(z),
     "hardswish": lambda z, p: F.hardswish(z),
+    "gelu": lambda z, p: F.gelu(z),
+    "gelu_tanh": lambda z, p: F.gelu(z, approximate="tanh"),
+    "mish": lambda z, p: F.mish(z),
+    "softplus": lambda z, p: F.softplus(z, p),
+    "tanh": lambda z, p: torch.tanh(z),
+    "hardsigmoid": lambda z, p: F.hardsigmoid(z),
+    "hardtanh": lambda z, p: F.hardtanh(z, -p, p),
+    "selu": lambda z, p: F.selu(z),
+    "celu": lambda z, p: F.celu(z, p),
 }
 
 

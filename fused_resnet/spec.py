@@ -15,77 +15,16 @@ from functools import cached_property, lru_cache
 from itertools import compress, product
 from typing import Any, Literal
 
-from fused_resnet.base.arguments import flag, integer, integers, number
+from fused_resnet.base.activations import ACTIVATIONS as ACTIVATIONS
+from fused_resnet.base.activations import Act as Act
+from fused_resnet.base.arguments import flag, integer, integers, keep, number
 
-# name -> (default parameter, its meaning). The formulas are in csrc/bn_math.h, reference.py and backends/aten.py.
-ACTIVATIONS: dict[str, tuple[float, str]] = {
-    "identity": (0.0, ""),
-    "relu": (0.0, ""),
-    "leaky_relu": (0.01, "negative_slope"),
-    "elu": (1.0, "alpha"),
-    "sigmoid": (0.0, ""),
-    "silu": (0.0, ""),
-    "relu6": (0.0, ""),
-    "hardswish": (0.0, ""),
-}
-_INDEX = {name: i for i, name in enumerate(ACTIVATIONS)}
 # Shortcut kinds. "identity": the chain's own x; "tensor": a given tensor; "projection": conv + BN of x;
 # "pad": option A of the paper, x strided with zero channels appended.
 SHORTCUTS = ("none", "identity", "tensor", "projection", "pad")
 PARAM_NAMES = ("weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
 # which of these there are (both or none of the last two) -> their names
 _NAMES = {has: tuple(compress(PARAM_NAMES, (*has, has[-1]))) for has in product((False, True), repeat=5)}
-
-
-def _keep(spec: Any, name: str, value: Any) -> None:
-    """Sets a frozen spec's field to its normalised value, only if it differs: torch.compile can't trace the setting."""
-    if getattr(spec, name) is not value:
-        object.__setattr__(spec, name, value)
-
-
-@dataclass(frozen=True)
-class Act:
-    """An activation of the table and its parameter (negative_slope of leaky_relu, alpha of elu).
-
-    Raises:
-        ValueError: the name is not in ``ACTIVATIONS``. TypeError: the parameter is not a number.
-    """
-
-    name: str = "relu"
-    param: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.name not in ACTIVATIONS:
-            raise ValueError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {self.name!r}")
-        _keep(self, "param", number(self.param, "act: the parameter"))
-
-    @property
-    def text(self) -> str:
-        """Its text in signatures of the planner's file."""
-        return f"{self.name}({self.param:g})"
-
-    @property
-    def index(self) -> int:
-        """Its index in ``ACTIVATIONS``, which csrc uses."""
-        return _INDEX[self.name]
-
-    @property
-    def numbers(self) -> tuple[int, float]:
-        """The arguments of csrc's operators: ``index``, ``param``."""
-        return self.index, self.param
-
-    @staticmethod
-    def make(act: str | tuple[str, float] | Act | None) -> Act:
-        """Makes an ``Act`` from ``"relu"``, ``("leaky_relu", 0.2)``, ``None`` (identity) or an ``Act``."""
-        if isinstance(act, Act):
-            return act
-        if act is None:
-            return Act("identity")
-        if isinstance(act, str):
-            return Act(act, ACTIVATIONS.get(act, (0.0, ""))[0])
-        if isinstance(act, tuple) and len(act) == 2 and isinstance(act[0], str):
-            return Act(*act)
-        raise TypeError(f"act: expected a name, a (name, parameter) pair or None, got {act!r}")
 
 
 @dataclass(frozen=True)
@@ -189,7 +128,7 @@ class PoolSpec:
         dims = len(self.kernel) if isinstance(self.kernel, tuple) and len(self.kernel) in (1, 3) else 2
         k, p = integers(self.kernel, "pool kernel", 1, dims), integers(self.padding, "pool padding", 0, dims)
         for name, value in (("kernel", k), ("stride", integers(self.stride, "pool stride", 1, dims)), ("padding", p)):
-            _keep(self, name, value)
+            keep(self, name, value)
         flag(self.ceil_mode, "pool ceil_mode")
         flag(self.count_include_pad, "pool count_include_pad")
         if any(2 * a > b for a, b in zip(p, k, strict=True)):
@@ -204,6 +143,17 @@ class PoolSpec:
     def window(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The arguments of ``max_pool2d``: kernel, stride, padding."""
         return self.kernel, self.stride, self.padding
+
+    def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The output's size for an input of ``size`` (the formula of ``torch.nn.AvgPool2d``).
+
+        With ``ceil_mode`` the last window may end outside the padded input, but must begin inside of it.
+        """
+        found = []
+        for n, k, s, p in zip(size, *self.window, strict=True):
+            out = (n + 2 * p - k + (s - 1 if self.ceil_mode else 0)) // s + 1
+            found.append(out - 1 if self.ceil_mode and (out - 1) * s >= n + p else out)
+        return tuple(found)
 
     @staticmethod
     def make(
@@ -245,7 +195,7 @@ class UnitSpec:
     def __post_init__(self) -> None:
         if self.group is not None and not self.batch_stats:
             raise ValueError(f"process_group: expected None with running statistics, got {self.group!r}")
-        _keep(self, "eps", number(self.eps, "eps"))
+        keep(self, "eps", number(self.eps, "eps"))
         if self.eps < 0 or (self.eps == 0 and self.batch_stats):
             raise ValueError(f"eps: expected a positive number (with running statistics, 0 too), got {self.eps}")
 
@@ -278,7 +228,7 @@ class ShortcutSpec:
 
     def __post_init__(self) -> None:
         dims = len(self.stride) if isinstance(self.stride, tuple) and len(self.stride) == 3 else 2
-        _keep(self, "stride", integers(self.stride, "shortcut_stride", 1, dims))
+        keep(self, "stride", integers(self.stride, "shortcut_stride", 1, dims))
         if self.kind not in SHORTCUTS:
             raise ValueError(f"shortcut: expected one of {', '.join(SHORTCUTS)}, got {self.kind!r}")
         if (self.kind == "projection") != (self.unit is not None):

@@ -34,6 +34,7 @@
 #include <cutlass/util/packed_stride.hpp>
 #include <type_traits>
 
+#include "acts.cuh"
 #include "conv_sm90.h"
 
 namespace fused_resnet::cuda {
@@ -43,7 +44,7 @@ struct ActArguments {
     float param;
 };
 
-// act is chosen at run time: compiling all eight would make the build eight times as long.
+// act is chosen at run time: one compilation per activation would take too long.
 template <class Fragment>
 struct RuntimeAct {
     using Arguments = ActArguments;
@@ -54,14 +55,13 @@ struct RuntimeAct {
     }
     CUTLASS_DEVICE Fragment operator()(Fragment z, ActArguments args) const {
         switch (args.act) {
-            case Act::identity: break;
-            case Act::relu: apply<Act::relu>(z, 0); break;
-            case Act::leaky_relu: apply<Act::leaky_relu>(z, args.param); break;
-            case Act::elu: apply<Act::elu>(z, args.param); break;
-            case Act::sigmoid: apply<Act::sigmoid>(z, 0); break;
-            case Act::silu: apply<Act::silu>(z, 0); break;
-            case Act::relu6: apply<Act::relu6>(z, 0); break;
-            case Act::hardswish: apply<Act::hardswish>(z, 0); break;
+#define FR_CASE(name) \
+    case Act::name: apply<Act::name>(z, args.param); break;
+            FR_COMMON_ACTS(FR_CASE)
+#undef FR_CASE
+            default:
+                CUTLASS_PRAGMA_UNROLL
+                for (int i = 0; i < Fragment::kElements; ++i) z[i] = called_act(args.act, z[i], args.param);
         }
         return z;
     }

@@ -20,6 +20,8 @@
 #include "cuda_on_cpu.h"
 #endif
 
+#include "acts.cuh"
+
 namespace fused_resnet::cuda {
 
 #ifdef __CUDACC__
@@ -196,38 +198,37 @@ Status with_lanes(DType dtype, int lanes, Body body) {
     });
 }
 
-// body(integral_constant of act). act is the same for all threads, so the branch costs almost nothing beside memory,
-// and one kernel serves all activations.
-template <class Body>
-__device__ __forceinline__ void with_act(Act act, Body body) {
-    switch (act) {
-        case Act::identity: return body(std::integral_constant<Act, Act::identity>{});
-        case Act::relu: return body(std::integral_constant<Act, Act::relu>{});
-        case Act::leaky_relu: return body(std::integral_constant<Act, Act::leaky_relu>{});
-        case Act::elu: return body(std::integral_constant<Act, Act::elu>{});
-        case Act::sigmoid: return body(std::integral_constant<Act, Act::sigmoid>{});
-        case Act::silu: return body(std::integral_constant<Act, Act::silu>{});
-        case Act::relu6: return body(std::integral_constant<Act, Act::relu6>{});
-        case Act::hardswish: return body(std::integral_constant<Act, Act::hardswish>{});
-    }
-}
-
-// act(z) and g act'(z), lane by lane.
+// act(z) and g act'(z), lane by lane. act is the same for all threads, so the branch costs almost nothing beside
+// memory, and one kernel serves all activations.
 template <class A, int V>
 __device__ __forceinline__ Lanes<A, V> activate(Act act, Lanes<A, V> z, A p) {
-    with_act(act, [&](auto which) {
+    const auto each = [&](auto f) {
 #pragma unroll
-        for (int i = 0; i < V; i++) z[i] = fused_resnet::act<decltype(which)::value>(z[i], p);
-    });
-    return z;
+        for (int i = 0; i < V; i++) z[i] = f(z[i]);
+        return z;
+    };
+    switch (act) {
+#define FR_CASE(name) \
+    case Act::name: return each([&](A v) { return fused_resnet::act<Act::name>(v, p); });
+        FR_COMMON_ACTS(FR_CASE)
+#undef FR_CASE
+        default: return each([&](A v) { return called_act(act, v, p); });
+    }
 }
 template <class A, int V>
 __device__ __forceinline__ Lanes<A, V> activate_backward(Act act, Lanes<A, V> g, const Lanes<A, V>& z, A p) {
-    with_act(act, [&](auto which) {
+    const auto each = [&](auto f) {
 #pragma unroll
-        for (int i = 0; i < V; i++) g[i] = act_backward<decltype(which)::value>(g[i], z[i], p);
-    });
-    return g;
+        for (int i = 0; i < V; i++) g[i] = f(g[i], z[i]);
+        return g;
+    };
+    switch (act) {
+#define FR_CASE(name) \
+    case Act::name: return each([&](A d, A v) { return act_backward<Act::name>(d, v, p); });
+        FR_COMMON_ACTS(FR_CASE)
+#undef FR_CASE
+        default: return each([&](A d, A v) { return called_act_backward(act, d, v, p); });
+    }
 }
 
 }  // namespace fused_resnet::cuda

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.backends import Backend, DyCoefficients, Norm, Prologue, Sums, primitives, vector_dtype
+from fused_resnet.base.activations import SELU_ALPHA, SELU_SCALE
 from fused_resnet.reference import ACT, CONV
 from fused_resnet.spec import ConvSpec
 
@@ -27,6 +28,15 @@ _ACT_BACKWARD: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "silu": lambda g, z, p: _aten.silu_backward(g, z),
     "relu6": lambda g, z, p: _aten.hardtanh_backward(g, z, 0, 6),
     "hardswish": lambda g, z, p: _aten.hardswish_backward(g, z),
+    "gelu": lambda g, z, p: _aten.gelu_backward(g, z),
+    "gelu_tanh": lambda g, z, p: _aten.gelu_backward(g, z, approximate="tanh"),
+    "mish": lambda g, z, p: _aten.mish_backward(g, z),
+    "softplus": lambda g, z, p: _aten.softplus_backward(g, z, p, 20),
+    "tanh": lambda g, z, p: _aten.tanh_backward(g, torch.tanh(z)),
+    "hardsigmoid": lambda g, z, p: _aten.hardsigmoid_backward(g, z),
+    "hardtanh": lambda g, z, p: _aten.hardtanh_backward(g, z, -p, p),
+    "selu": lambda g, z, p: _aten.elu_backward(g, SELU_ALPHA, SELU_SCALE, 1, False, z),
+    "celu": lambda g, z, p: _aten.elu_backward(g, p, 1, 1 / p, False, z),
 }
 _DIMS = (0, 2, 3)
 

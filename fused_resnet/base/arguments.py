@@ -96,3 +96,9 @@ def flag(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, got {value!r}")
     return value
+
+
+def keep(spec: Any, name: str, value: Any) -> None:
+    """Sets a frozen spec's field to its normalised value, only if it differs: torch.compile can't trace the setting."""
+    if getattr(spec, name) is not value:
+        object.__setattr__(spec, name, value)

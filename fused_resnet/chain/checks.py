@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fused_resnet import reference
 from fused_resnet.backends import vector_dtype
 from fused_resnet.base.arguments import flag, number
 from fused_resnet.chain import sync
 from fused_resnet.chain.units import Unit
-from fused_resnet.spec import ChainSpec, ConvSpec, UnitSpec
+from fused_resnet.spec import ChainSpec, UnitSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _KERNELS = {1: "kL", 2: "kH, kW", 3: "kD, kH, kW"}
@@ -87,11 +86,10 @@ def check_chain(
     if kind == "projection":
         pool = spec.shortcut.pool
         if pool is not None:
-            reach = pool.stride if pool.ceil_mode else (1, 1)
-            room = [n + 2 * p - k + r for n, p, k, r in zip(start[2:], pool.padding, pool.kernel, reach, strict=True)]
-            if min(room) < 1:
+            pooled = pool.out_size(start[2:])
+            if min(pooled) < 1:
                 raise ValueError(f"shortcut_pool: the window {pool.kernel} is larger than its padded input {start[2:]}")
-            start = tuple(reference.shortcut_input(torch.empty(start, device="meta"), spec.shortcut).shape)
+            start = (*start[:2], *pooled)
         assert spec.shortcut.unit is not None
         got = _check_unit(f"{where}shortcut", x, start, units[-1], spec.shortcut.unit, autocast)
         _check_sum(f"{where}shortcut", got, shape)
@@ -112,7 +110,7 @@ def check_chain(
             raise TypeError(f"residual: expected dtype {x.dtype} (x's), got {residual.dtype}")
     if spec.pool is None:
         return shape
-    pooled = ConvSpec(spec.pool.stride, spec.pool.padding).out_size(shape[2:], spec.pool.kernel)
+    pooled = spec.pool.out_size(shape[2:])
     if min(pooled) < 1:
         raise ValueError(f"max_pool: the window {spec.pool.kernel} is larger than its padded input {shape[2:]}")
     return (*shape[:2], *pooled)

@@ -36,7 +36,7 @@ from fused_resnet.backends import RowBackward, RowForward, RowInference, forced,
 from fused_resnet.chain.backward import row_backward
 from fused_resnet.chain.forward import inference, memory_format, row_forward
 from fused_resnet.planner import run_whole
-from fused_resnet.spec import ChainSpec, ConvSpec, RowSpec, UnitSpec
+from fused_resnet.spec import ChainSpec, RowSpec, UnitSpec
 
 _lib = torch.library.Library("fused_resnet", "DEF")
 _lib.define("chain(Tensor x, Tensor? residual, Tensor[] params, str spec) -> Tensor[]")
@@ -61,8 +61,9 @@ def unit_shapes(x: Tensor, params: Sequence[Tensor], spec: ChainSpec) -> list[tu
         shape = conv(shape, p, unit)
         shapes.append(shape)
     if spec.shortcut.unit is not None:
-        start = reference.shortcut_input(x, spec.shortcut) if spec.shortcut.pool else x
-        shapes.append(conv(start.shape, parts[-1], spec.shortcut.unit))
+        pool = spec.shortcut.pool
+        start = x.shape if pool is None else (*x.shape[:2], *pool.out_size(x.shape[2:]))
+        shapes.append(conv(start, parts[-1], spec.shortcut.unit))
     return shapes
 
 
@@ -98,9 +99,7 @@ def _closing_fake(x: Tensor, shape: Sequence[Any], spec: ChainSpec, fmt: torch.m
     out = x.new_empty(shape).to(memory_format=fmt)
     if spec.pool is None:
         return out
-    p = spec.pool
-    pooled = ConvSpec(p.stride, p.padding).out_size(shape[2:], p.kernel)
-    return x.new_empty((*shape[:2], *pooled)).to(memory_format=fmt)
+    return x.new_empty((*shape[:2], *spec.pool.out_size(shape[2:]))).to(memory_format=fmt)
 
 
 def _inference_fake(x: Tensor, residual: Tensor | None, params: Sequence[Tensor], text: str) -> Tensor:

@@ -19,12 +19,13 @@ class Unit:
     """One conv -> BatchNorm -> act of a chain: its tensors and the arguments of ``conv2d`` and ``batch_norm``.
 
     Args:
-        weight: [out_channels, in_channels/groups, kH, kW], or None: the convolution is outside the chain.
+        weight: [out_channels, in_channels/groups, kH, kW], or with kernels of x's other dimensions (kL, or kD, kH, kW);
+            None: the convolution is outside the chain.
         bn_weight, bn_bias: gamma and beta, [out_channels]; None: 1 and 0, as in ``BatchNorm2d``
             with ``affine=False`` or ``bias=False``.
         running_mean, running_var: [out_channels]; used if not ``training``, updated if ``training``. Give both or none.
         bias: the convolution's bias, [out_channels], or None.
-        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d`` (conv1d, conv3d).
         act: a name of ``fused_resnet.spec.ACTIVATIONS``, a (name, parameter) pair or None.
         eps, momentum, training: as in ``torch.nn.functional.batch_norm``. All arguments may be NumPy numbers, tensors
             of one value, or lists and tuples of one value wherever PyTorch accepts these.

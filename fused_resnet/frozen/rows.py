@@ -33,8 +33,7 @@ _HAND_ON: set[Any] = {
     *ACT_CALLS, *ADDS, *MULS, torch.sub, "sub", torch.cat, torch.conv1d, F.conv1d, torch.conv2d, F.conv2d, torch.conv3d,
     F.conv3d, F.batch_norm, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
     F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-    F.adaptive_max_pool3d, F.interpolate, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pad, F.gelu,
-    F.hardsigmoid, F.hardtanh, F.mish, F.softplus, torch.tanh, "tanh", "clamp", torch.clamp,
+    F.adaptive_max_pool3d, F.interpolate, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.pad, "clamp", torch.clamp,
 }  # fmt: skip
 # These return no images. Some return a view in one layout and a copy in another, so nobody may write into the result.
 _TAKE_ANY: set[Any] = {torch.flatten, "flatten", "reshape", torch.reshape, "mean", torch.mean, "sum", "size", "dim"}

@@ -60,9 +60,12 @@ _OPTIONS: dict[str, Any] = {
 _INDUCTOR_OPTIONS: dict[str, Any] = {"freezing": False}
 # PyTorch's modules look these functions up at each call; dynamo guards none of them.
 _FUNCTIONS = [
-    (torch, "conv2d"), (torch, "sigmoid"), (torch, "relu"),
-    (F, "conv2d"), (F, "batch_norm"), (F, "relu"), (F, "silu"), (F, "hardswish"), (F, "leaky_relu"), (F, "elu"),
-    (F, "relu6"), (F, "hardtanh"), (F, "max_pool2d"), (F, "avg_pool2d"), (F, "pad"),
+    *((torch, name) for name in ("conv2d", "sigmoid", "relu", "tanh")),
+    *((F, f"{name}{dims}d") for name in ("conv", "max_pool", "avg_pool") for dims in (1, 2, 3)),
+    *((F, name) for name in (
+        "batch_norm", "relu", "silu", "hardswish", "leaky_relu", "elu", "relu6", "hardtanh", "gelu", "mish", "softplus",
+        "hardsigmoid", "selu", "celu", "pad",
+    )),
 ]  # fmt: skip
 
 # Hooks of a module that need no guard while they are empty: what is in these is in _forward_hooks, _forward_pre_hooks.

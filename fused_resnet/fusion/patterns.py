@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fused_resnet.base.arguments import number
+from fused_resnet.spec import ACTIVATIONS, Act
+
 # Norms beside torch.nn's BatchNorm2d and SyncBatchNorm: class -> (never uses a batch's statistics, has an activation).
 # Those of the first kind hold weight, bias and both statistics as buffers. Those of the second call the activation
 # ``act``, after ``drop``.
@@ -19,22 +22,46 @@ NORMS: dict[str, tuple[bool, bool]] = {
     "timm.layers.norm_act.FrozenBatchNormAct2d": (True, True),
 }
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# What frozen norms hold as buffers, in torchvision, detectron2, transformers' detectors and elsewhere.
+# The buffers of a frozen norm: torchvision's, detectron2's, those of transformers' detectors.
 _FROZEN = {"weight", "bias", "running_mean", "running_var"}
 # Other libraries' activations that equal one of PyTorch's.
 ACTS = {"transformers.activations.SiLUActivation": nn.SiLU}
 # Methods of a network that its forward calls and that users call too.
 METHODS = ("forward_features", "_forward_impl", "forward")
 ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
-# Activations called as functions or methods -> their names in ``spec.ACTIVATIONS``.
+# PyTorch's activation modules -> their functions' names.
+ACT_MODULES: dict[type[nn.Module], str] = {
+    nn.Identity: "identity", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.ELU: "elu", nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.GELU: "gelu", nn.Mish: "mish",
+    nn.Softplus: "softplus", nn.Tanh: "tanh", nn.Hardsigmoid: "hardsigmoid", nn.Hardtanh: "hardtanh", nn.SELU: "selu",
+    nn.CELU: "celu",
+}  # fmt: skip
+# Activations called as functions or methods -> their functions' names.
 ACT_CALLS: dict[Callable[..., Tensor] | str, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), "sigmoid"),
-    F.leaky_relu: "leaky_relu",
-    F.elu: "elu",
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), "sigmoid"),
+    **dict.fromkeys((F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), "tanh"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    **dict.fromkeys((F.elu, F.elu_), "elu"),
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), "hardtanh"),
+    **dict.fromkeys((F.selu, F.selu_, torch.selu, torch.selu_), "selu"),
+    **dict.fromkeys((F.celu, F.celu_, torch.celu, torch.celu_), "celu"),
     F.silu: "silu",
     F.relu6: "relu6",
     F.hardswish: "hardswish",
+    F.gelu: "gelu",
+    F.mish: "mish",
+    F.softplus: "softplus",
+    F.hardsigmoid: "hardsigmoid",
+}
+# What these functions, and the attributes of their modules, take beside the tensor: names and defaults.
+_ACT_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "leaky_relu": {"negative_slope": 0.01},
+    "elu": {"alpha": 1.0},
+    "gelu": {"approximate": "none"},
+    "softplus": {"beta": 1.0, "threshold": 20.0},
+    "hardtanh": {"min_val": -1.0, "max_val": 1.0},
+    "celu": {"alpha": 1.0},
 }
 
 
@@ -79,6 +106,55 @@ def norm_kind(cls: type) -> tuple[bool, bool] | None:
     """(frozen, has an activation) of a norm that a chain takes; None for other classes."""
     known = same_as(cls) is nn.BatchNorm2d or cls is nn.SyncBatchNorm
     return (False, False) if known else NORMS.get(class_name(cls))
+
+
+def act_arguments(function: str) -> dict[str, Any]:
+    """The arguments of an activation's function beside the tensor and ``inplace``, with their defaults."""
+    return _ACT_ARGUMENTS.get(function, {})
+
+
+def act_of_call(function: str, given: dict[str, Any]) -> Act | None:
+    """The activation that a function computes with these arguments; None if the table of activations lacks it.
+
+    Args:
+        function: a value of ``ACT_CALLS``. given: all of ``act_arguments``.
+    """
+    if function == "gelu":
+        return {"none": Act("gelu"), "tanh": Act("gelu_tanh")}.get(given["approximate"])
+    if not all(isinstance(value, int | float) for value in given.values()):
+        return None
+    if function == "softplus" and given["threshold"] != 20:
+        return None
+    if function == "hardtanh":
+        low, high = given.values()
+        if (low, high) == (0, 6):
+            return Act("relu6")
+        if low != -high:
+            return None
+        given = {"limit": high}
+    try:
+        return Act(function, float(next(iter(given.values()), 0.0)))
+    except ValueError:  # the parameter is one that no activation takes
+        return None
+
+
+def act_of_module(m: nn.Module) -> Act | None:
+    """The activation that a module computes; None if the table of activations lacks it."""
+    function = ACT_MODULES.get(same_as(type(m)))
+    if function is None:
+        return None
+    given = {name: getattr(m, name) for name in act_arguments(function)}
+    return act_of_call(function, {n: v if isinstance(v, str) else number(v, f"act: {n}") for n, v in given.items()})
+
+
+def module_of_act(act: Act) -> nn.Module:
+    """PyTorch's module for an activation."""
+    if act.name == "gelu_tanh":
+        return nn.GELU("tanh")
+    if act.name == "hardtanh":
+        return nn.Hardtanh(-act.param, act.param)
+    kind, parameter = next(m for m, name in ACT_MODULES.items() if name == act.name), ACTIVATIONS[act.name][1]
+    return kind(**({parameter: act.param} if parameter else {}))
 
 
 def looks_like_norm(m: nn.Module) -> bool:

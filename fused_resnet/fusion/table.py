@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fused_resnet.fusion.patterns import ACT_CALLS, ADDS
+from fused_resnet.fusion.patterns import ACT_CALLS, ADDS, act_arguments, act_of_call
 from fused_resnet.fusion.sync_norm import sync_batch_norm
-from fused_resnet.spec import ACTIVATIONS, Act
+from fused_resnet.spec import Act
 
 Function = Callable[..., Any]
 _CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
@@ -83,19 +83,17 @@ def act_of(node: fx.Node) -> Act | None:
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     target: Any = node.target
-    if target is F.hardtanh:
-        limits = dict(zip(("min_val", "max_val"), node.args[1:3], strict=False)) | node.kwargs
-        return Act("relu6") if (limits.get("min_val"), limits.get("max_val")) == (0, 6) else None
     if target not in ACT_CALLS:
         return None
-    name = ACT_CALLS[target]
-    default, parameter = ACTIVATIONS[name]
-    names = (parameter, "inplace") if parameter else ("inplace",)
+    function = ACT_CALLS[target]
+    defaults = act_arguments(function)
+    names = (*defaults, "inplace")
     given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
-    if not given.keys() <= set(names):
+    # functions that end with "_" take other arguments in the place of inplace
+    inplace = given.get("inplace", False)
+    if len(node.args) > 1 + len(names) or not given.keys() <= set(names) or not isinstance(inplace, bool):
         return None
-    value = constant(given.get(parameter, default))
-    return Act(name, float(value)) if isinstance(value, int | float) else None
+    return act_of_call(function, {name: constant(given.get(name, default)) for name, default in defaults.items()})
 
 
 def summands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

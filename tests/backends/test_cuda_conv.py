@@ -253,7 +253,7 @@ def test_wrong_arguments(device: str) -> None:
         "residual: expected y's shape, dtype and device": fprop(residual=x),
         "conv: expected a stride": fprop(conv=([0, 1], *conv[1:])),
         "groups: expected at least 1": fprop(conv=(*conv[:3], 0)),
-        "act: no activation 8": fprop(act=8),
+        f"act: no activation {len(ACTIVATIONS)}": fprop(act=len(ACTIVATIONS)),
         r"tile: expected one of conv_tiles, got \[256, 64\]": fprop(tile=[256, 64]),
         "kind: expected fprop, dgrad or wgrad, got sgrad": lambda: ops.conv_why_not("sgrad", x, w, *conv),
         "dy: expected .* of a weight": lambda: ops.conv_backward_input(x, w, [6, 5], *conv, None, [128, 64]),

@@ -152,7 +152,7 @@ def test_wrong_arguments(cuda_device: str) -> None:
         "dout: expected y's shape, dtype": lambda: ops.bn_act_backward(
             y.half(), y, [*pair, n.center], 1, 0.0, None, []
         ),
-        "act: no activation 8": lambda: ops.bn_act(y, pair, 8, 0.0, None, []),
+        f"act: no activation {len(ACTS)}": lambda: ops.bn_act(y, pair, len(ACTS), 0.0, None, []),
         "coef: expected .*, got 3 tensors": lambda: ops.bn_backward(y, y, list(n[:3])),
         "kernel: expected a window inside": lambda: ops.bn_act_max_pool(y, pair, 1, 0.0, [7, 7], [1, 1], [0, 0]),
         "kernel: expected a window of at most 256": lambda: ops.bn_act_max_pool(

@@ -190,9 +190,17 @@ def test_conv_reads_the_same_bias_free_y(backend: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ activations
 VALUES = torch.tensor([-100.0, -6, -3.01, -3, -2.99, -1, -1e-3, -0.0, 0, 1e-3, 1, 2.99, 3, 3.01, 5.99, 6, 6.01, 100])
+WITH_PARAMETER = [
+    ("leaky_relu", 0.3),
+    ("leaky_relu", -0.5),
+    ("elu", 0.4),
+    ("softplus", 3.5),
+    ("hardtanh", 3),
+    ("celu", -2),
+]
 
 
-@pytest.mark.parametrize("act", [*ACTIVATIONS, ("leaky_relu", 0.3), ("leaky_relu", -0.5), ("elu", 0.4), None], ids=str)
+@pytest.mark.parametrize("act", [*ACTIVATIONS, *WITH_PARAMETER, None], ids=str)
 def test_activation_values(backend: str, act: Any) -> None:
     """act and its derivative, kinks and tails included: those of PyTorch's own functions at the same z."""
     for n in (1, 3, 17):  # vector bodies and tails
@@ -228,6 +236,9 @@ def test_default_activation_parameters() -> None:
     z = torch.linspace(-3, 3, 50)
     torch.testing.assert_close(reference.act(z, Act.make("leaky_relu")), F.leaky_relu(z))
     torch.testing.assert_close(reference.act(z, Act.make("elu")), F.elu(z))
+    torch.testing.assert_close(reference.act(z, Act.make("softplus")), F.softplus(z))
+    torch.testing.assert_close(reference.act(z, Act.make("hardtanh")), F.hardtanh(z))
+    torch.testing.assert_close(reference.act(z, Act.make("celu")), F.celu(z))
 
 
 # ------------------------------------------------------------------------------------------------- shortcuts, stem

@@ -73,8 +73,7 @@ def compare_16_bit(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("in_one_thread")
-@pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "act"), [(n, act) for i, n in enumerate(ROWS) for act in chains.some_acts(i)])
 def test_gradcheck(backend: str, name: str, act: str) -> None:
     """fp64: every gradient is the derivative, for every row x activation."""
     mode = MODES[(ACTS.index(act) + ROWS.index(name)) % len(MODES)]

@@ -22,7 +22,7 @@ from fused_resnet.planner import sizes
 from fused_resnet.spec import Act, ChainSpec, ConvSpec, PoolSpec, ShortcutSpec, UnitSpec
 
 pytestmark = pytest.mark.skipif(load("cpu")[0] is None, reason="the compiled extension is not built")
-ACTS = ("relu", "identity", "silu", "leaky_relu", "sigmoid", "relu6", "hardswish", "elu")
+ACTS = ("relu", "identity", "silu", "leaky_relu", "sigmoid", "relu6", "hardswish", "elu", "mish", "hardtanh")
 
 
 def unit(act: str, kernel: int, stride: int = 1, groups: int = 1) -> UnitSpec:

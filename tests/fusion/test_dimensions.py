@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from networks import prepared
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
 
@@ -43,9 +45,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.silu(self.bn1(self.conv1(x)))))
         if self.kind == "pad":
-            dims = x.dim() - 2
-            strided = x[:, :, :: self.stride] if dims == 1 else x[:, :, :: self.stride, :: self.stride, :: self.stride]
-            return F.silu(out + F.pad(strided, [0, 0] * dims + [0, self.more]))
+            every, dims = slice(None, None, self.stride), x.dim() - 2
+            return F.silu(out + F.pad(x[:, :, *[every] * dims], [0, 0] * dims + [0, self.more]))
         return F.silu(out + (x if self.kind == "identity" else self.shortcut(x)))
 
 
@@ -62,10 +63,10 @@ def images(dims: int, n: int = 3) -> Tensor:
     return torch.randn(n, 3, *SIZE[dims], dtype=torch.float64) * 1.3 + 0.4
 
 
-def outcome(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradients and statistics."""
+def outcome(model: nn.Module, x: Tensor, run: Callable[..., Tensor] | None = None) -> dict[str, Tensor]:
+    """Output, gradients and statistics. ``run``: what calls the model."""
     x = x.detach().requires_grad_()
-    out = model(x)
+    out = model(x) if run is None else run(model, x)
     out.sin().sum().backward()
     grads = {f"d {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"out": out.detach(), "dx": x.grad, **grads, **dict(model.named_buffers())}  # type: ignore[dict-item]
@@ -120,6 +121,27 @@ def test_frozen_networks(dims: int) -> None:
             ours = fr.freeze(single, x.float(), dtype=dtype)(x.float()).double() - want
             theirs = rounded(x.to(dtype)).double() - want
             assert ours.norm() <= 2 * theirs.norm() + 0.25 * torch.finfo(dtype).eps * want.norm()
+
+
+@pytest.mark.parametrize("dims", CONV)
+def test_checkpoints(dims: int) -> None:
+    """A checkpoint around the network computes it again, with as many saved tensors, and the same numbers."""
+    plain = prepared(network(dims)[:-1]).double()  # a plain norm counts both forwards
+    fused = fr.fuse(copy.deepcopy(plain))
+    x = images(dims)
+    want = outcome(plain, x)
+    same(outcome(fused, x, partial(checkpoint, use_reentrant=False)), want)
+
+
+@DIMS
+def test_a_patched_function_is_seen(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convolution that the modules look up at each call may be replaced after the capture."""
+    plain = prepared(network(dims)).double().eval()
+    fused, x, own = fr.fuse(copy.deepcopy(plain)), images(dims), getattr(F, f"conv{dims}d")
+    with torch.no_grad():
+        fused(x)
+        monkeypatch.setattr(F, own.__name__, lambda *args, **kwargs: own(*args, **kwargs) * 2)
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-10, atol=1e-10)
 
 
 class Viewed(nn.Module):

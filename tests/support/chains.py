@@ -30,6 +30,15 @@ ACTS: dict[str, Act] = {
     "silu": Act("silu"),
     "relu6": Act("relu6"),
     "hardswish": Act("hardswish"),
+    "gelu": Act("gelu"),
+    "gelu_tanh": Act("gelu_tanh"),
+    "mish": Act("mish"),
+    "softplus": Act("softplus", 1.3),
+    "tanh": Act("tanh"),
+    "hardsigmoid": Act("hardsigmoid"),
+    "hardtanh": Act("hardtanh", 0.8),
+    "selu": Act("selu"),
+    "celu": Act("celu", 0.75),
 }
 KINKS: dict[str, tuple[float, ...]] = {
     "relu": (0,),
@@ -37,7 +46,19 @@ KINKS: dict[str, tuple[float, ...]] = {
     "elu": (0,),
     "relu6": (0, 6),
     "hardswish": (-3, 3),
+    "hardsigmoid": (-3, 3),
+    "hardtanh": (-0.8, 0.8),
+    "selu": (0,),
+    "celu": (0,),
 }
+# Those that every test of all activations takes; of the others, which the same kernels call, each takes some.
+COMMON = list(ACTS)[:8]
+
+
+def some_acts(turn: int) -> list[str]:
+    """``COMMON`` and one other activation, each in its turn."""
+    others = list(ACTS)[len(COMMON) :]
+    return [*COMMON, others[turn % len(others)]]
 
 
 class Mode(NamedTuple):
@@ -95,8 +116,7 @@ class Shape(NamedTuple):
     @property
     def deep(self) -> Shape:
         """The same over volumes."""
-        average = self.average
-        if average is not None:
+        if (average := self.average) is not None:
             window = {n: (getattr(average, n)[0], *getattr(average, n)) for n in ("kernel", "stride", "padding")}
             average = replace(average, **window)
         return self._replace(
@@ -158,9 +178,8 @@ DEEP: dict[str, Shape] = {
 # The shapes that there are over volumes: a max-pool is PyTorch's there.
 VOLUMES = [*DEEP, *(name for name, shape in SHAPES.items() if shape.pool is None)]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-# What torch.library.opcheck can tell of an operator.
 EVERYTHING = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-# x and the weights in one layout, or one in each: the chain works in channels_last as soon as anything comes in it.
+# x and the weights in one layout, or one in each: the chain works in channels_last if anything comes in it.
 LAYOUT_PAIRS = {
     "nchw": (torch.contiguous_format, torch.contiguous_format),
     "nhwc": (torch.channels_last, torch.channels_last),
@@ -212,7 +231,7 @@ class Tensors(NamedTuple):
 
 
 def make(shape: str, act: str = "relu", mode: str = "batch", width: int = 2, batch: int = 2, size=(4, 3)) -> Chain:
-    """The chain of that shape; channels are multiples of ``width``, x is [batch, ?, *size]: of volumes by its size."""
+    """The chain of that shape; channels are multiples of ``width``, x is [batch, ?, *size]."""
     kind, modes = SHAPES[shape] if len(size) == 2 else DEEP.get(shape) or SHAPES[shape].deep, MODES[mode]
 
     def unit(i: int, conv: Conv | None, a: Act) -> UnitSpec:

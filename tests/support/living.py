@@ -57,7 +57,9 @@ ACTS = [  # {d} may be written, {v} not
     "{d} = F.leaky_relu({v}, negative_slope=0.3)", "{d} = F.elu({v}, alpha=self.slope)", "{d} = F.relu6({v})",
     "{d} = F.hardtanh({v}, 0.0, 6.0)", "{d} = F.hardtanh({v})", "{d} = {v}.sigmoid()", "{d} = torch.sigmoid({v})",
     "{d} = F.sigmoid({v})", "{d} = self.act({v})", "{d} = self.a_fn({v})", "{d} = TABLE[self.a_str]({v})",
-    "{d} = F.gelu({v})", "{d} = {v}.clamp(min=0)", "{d} = helper({v})", "{d} = F.leaky_relu_({d})",
+    "{d} = F.gelu({v})", "{d} = F.softsign({v})", "{d} = F.mish({v})", "{d} = F.celu({v}, 0.5)",
+    "{d} = F.softplus({v}, threshold=10)", "{d}.tanh_()", "{d} = F.hardsigmoid({v})", "{d} = {v}.clamp(min=0)",
+    "{d} = helper({v})", "{d} = F.leaky_relu_({d})",
     "{d} = F.hardswish({d}, inplace=True)", "{d} = F.elu_({d})", "{d} = F.relu(input={v})", "{d} = self.activate({v})",
 ]  # fmt: skip
 # No statement makes all values of an image equal: two norms behind it multiply rounding by 1e5, in plain PyTorch too.

@@ -22,20 +22,52 @@ struct Fixed {
         return act_backward<A>(g, z, p);
     }
 };
+
+// The activations that are not common, one call per vector. Inlined into every kernel they would double the library.
+template <class V>
+__attribute__((noinline)) V called_forward(Act which, V z, V p) {
+    switch (which) {
+#define FR_CASE(name) \
+    case Act::name: return act<Act::name>(z, p);
+        FR_OTHER_ACTS(FR_CASE)
+#undef FR_CASE
+        default: return z;
+    }
+}
+template <class V>
+__attribute__((noinline)) V called_backward(Act which, V g, V z, V p) {
+    switch (which) {
+#define FR_CASE(name) \
+    case Act::name: return act_backward<Act::name>(g, z, p);
+        FR_OTHER_ACTS(FR_CASE)
+#undef FR_CASE
+        default: return g;
+    }
+}
+struct Called {
+    Act which;
+    FR_INLINE explicit Called(Act a) : which(a) {}
+    template <class V>
+    FR_INLINE V forward(V z, V p) const {
+        return called_forward(which, z, p);
+    }
+    template <class V>
+    FR_INLINE V backward(V g, V z, V p) const {
+        return called_backward(which, g, z, p);
+    }
+};
+
 struct Chosen {
     Act chosen;
     FR_INLINE explicit Chosen(Act a) : chosen(a) {}
     template <class F>
     FR_INLINE auto with(F f) const {
         switch (chosen) {
-            case Act::relu: return f(Fixed<Act::relu>(chosen));
-            case Act::leaky_relu: return f(Fixed<Act::leaky_relu>(chosen));
-            case Act::elu: return f(Fixed<Act::elu>(chosen));
-            case Act::sigmoid: return f(Fixed<Act::sigmoid>(chosen));
-            case Act::silu: return f(Fixed<Act::silu>(chosen));
-            case Act::relu6: return f(Fixed<Act::relu6>(chosen));
-            case Act::hardswish: return f(Fixed<Act::hardswish>(chosen));
-            default: return f(Fixed<Act::identity>(chosen));
+#define FR_CASE(name) \
+    case Act::name: return f(Fixed<Act::name>(chosen));
+            FR_COMMON_ACTS(FR_CASE)
+#undef FR_CASE
+            default: return f(Called(chosen));
         }
     }
     template <class V>

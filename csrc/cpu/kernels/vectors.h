@@ -45,6 +45,66 @@ struct Exponential<F64> {
     }
 };
 
+// a[0] + x (a[1] + x (a[2] + ...))
+template <int N>
+FR_INLINE F32 polynomial(const float (&a)[N], F32 x) {
+    F32 y = F32{} + a[N - 1];
+    for (int i = N - 2; i >= 0; i--) y = y * x + a[i];
+    return y;
+}
+// With t = 1/(1 + 0.35 |z|), Phi(-|z|) = exp(-z^2/2) t Q(t); Q is a minimax fit for |z| < 14.5, relative error 3e-7.
+template <>
+struct NormalCdf<F32> {
+    static FR_INLINE F32 of(F32 z) {
+        constexpr float kQ[] = {0.139621308f, 0.139863493f,  0.119821496f, 0.105551493f,  -0.0232094805f,
+                                0.15931475f,  -0.255833953f, 0.144028109f, -0.0291572309f};
+        const F32 t = 1.f / (1.f + 0.35f * (z < 0.f ? -z : z));
+        const F32 tail = Exponential<F32>::of(z * z * -0.5f) * t * polynomial(kQ, t);
+        return z < 0.f ? tail : 1.f - tail;
+    }
+};
+template <>
+struct NormalCdf<F64> {
+    static FR_INLINE F64 of(F64 z) {
+        for (int i = 0; i < kLanes / 2; i++) z[i] = NormalCdf<double>::of(z[i]);
+        return z;
+    }
+};
+// log(1 + q) = 2 artanh(s) with s = q/(2 + q) <= 1/3: s times a minimax fit in s^2, relative error 3e-7.
+template <>
+struct Log1p<F32> {
+    static FR_INLINE F32 of(F32 q) {
+        constexpr float kA[] = {1.f, 0.333331572f, 0.2001246f, 0.139802279f, 0.140895174f};
+        const F32 s = q / (2.f + q);
+        return (s + s) * polynomial(kA, s * s);
+    }
+};
+template <>
+struct Log1p<F64> {
+    static FR_INLINE F64 of(F64 q) {
+        for (int i = 0; i < kLanes / 2; i++) q[i] = __builtin_log1p(q[i]);
+        return q;
+    }
+};
+// Near 0 the polynomial of Cephes tanhf, which keeps the digits that 1 - 2/(exp(2 |x|) + 1) loses there.
+template <>
+struct Tanh<F32> {
+    static FR_INLINE F32 of(F32 x) {
+        constexpr float kA[] = {-3.33332819422e-1f, 1.33314422036e-1f, -5.37397155531e-2f, 2.06390887954e-2f,
+                                -5.70498872745e-3f};
+        const F32 a = x < 0.f ? -x : x, square = x * x;
+        const F32 near = x + x * square * polynomial(kA, square), far = 1.f - 2.f / (Exponential<F32>::of(a + a) + 1.f);
+        return a < 0.625f ? near : (x < 0.f ? -far : far);
+    }
+};
+template <>
+struct Tanh<F64> {
+    static FR_INLINE F64 of(F64 x) {
+        for (int i = 0; i < kLanes / 2; i++) x[i] = __builtin_tanh(x[i]);
+        return x;
+    }
+};
+
 }  // namespace fused_resnet
 
 namespace {

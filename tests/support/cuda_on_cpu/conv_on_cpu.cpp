@@ -56,14 +56,10 @@ void products(const ConvProblem& g, F f) {
 
 float apply(Act act, float z, float param) {
     switch (act) {
-        case Act::identity: return z;
-        case Act::relu: return fused_resnet::act<Act::relu>(z, param);
-        case Act::leaky_relu: return fused_resnet::act<Act::leaky_relu>(z, param);
-        case Act::elu: return fused_resnet::act<Act::elu>(z, param);
-        case Act::sigmoid: return fused_resnet::act<Act::sigmoid>(z, param);
-        case Act::silu: return fused_resnet::act<Act::silu>(z, param);
-        case Act::relu6: return fused_resnet::act<Act::relu6>(z, param);
-        case Act::hardswish: return fused_resnet::act<Act::hardswish>(z, param);
+#define FR_CASE(name) \
+    case Act::name: return fused_resnet::act<Act::name>(z, param);
+        FR_ACTS(FR_CASE)
+#undef FR_CASE
     }
     return z;
 }

@@ -24,6 +24,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define FR_SHARED(S, name) S* const name = reinterpret_cast<S*>(cuda_on_cpu::shared())
 
