@@ -337,7 +337,7 @@ def test_sync_batchnorm_of_what_is_no_image():
     fused = fr.fuse(copy.deepcopy(plain))
     assert_same(fused, plain, torch.randn(5, 4, dtype=torch.float64) * 1.3 + 0.4)
     (row,) = fr.explain(fused).rows
-    assert not row.fused and row.reason == "a norm of 0 dimensions"
+    assert not row.fused and row.reason == "a norm of vectors, without images"
     x = torch.randn(5, 4, dtype=torch.float64)
     torch.testing.assert_close(fused.eval()(x), plain.eval()(x))
     behind = fr.fuse(convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())))
