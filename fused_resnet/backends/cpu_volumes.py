@@ -155,12 +155,10 @@ def inference_of(call: primitives.ConvBiasAct, values: bool = True) -> tuple[Ima
 
 
 class Volumes(Convolutions):
-    """The convolution primitives of the ``cpu`` backend for [N, C, D, H, W].
-
-    16-bit volumes are convolved in the dtype that ``compute_dtype`` gives.
-    """
+    """The convolution primitives of the ``cpu`` backend for [N, C, D, H, W]."""
 
     name = "cpu"
+    compute_dtype = staticmethod(compute_dtype)
 
     @property
     def passes(self) -> Backend:
@@ -238,26 +236,6 @@ class Volumes(Convolutions):
         if prologue is not None and of.kind == "windows":
             x, prologue = primitives.BnAct(x, *prologue).on(self.passes), None
         return of.input(x), prologue
-
-    def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
-        return super().convolution(x.to(compute_dtype(x.dtype)), weight, conv).to(x.dtype)
-
-    def gradients(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        conv: ConvSpec,
-        needs: tuple[bool, bool],
-        add: Tensor | None,
-        spare: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        compute = compute_dtype(x.dtype)
-        if compute == x.dtype:
-            return super().gradients(dy, x, weight, conv, needs, add, spare)
-        dy, a, weight = (t.to(compute) for t in (dy, x, weight))
-        dx, dw = super().gradients(dy, a, weight, conv, needs, None if add is None else add.to(compute), True)
-        return None if dx is None else dx.to(x.dtype), dw
 
 
 def _closing(closing: Closing | None, of: Images) -> Closing | None:

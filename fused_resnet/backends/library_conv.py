@@ -21,7 +21,7 @@ _IDENTITY = Act("identity")
 class Convolutions(Backend):
     """The convolution primitives of images and volumes, by PyTorch's convolutions and the passes of a backend.
 
-    Results have the layout of the operands.
+    Results have the operands' dtype and layout. The convolutions run in the dtype that ``compute_dtype`` gives.
     """
 
     @property
@@ -50,11 +50,12 @@ class Convolutions(Backend):
         dy = primitives.BnBackward(call.dz, call.y, call.coef).on(self.passes)
         spare = add is not None and not add.is_set_to(call.dz)
         needs = (call.need_input, call.need_weight)
-        da, dw = self.gradients(dy, a, as_operand(weight, x), call.conv, needs, add, spare)
+        dy, a = (t.to(self.compute_dtype(x.dtype)) for t in (dy, a))
+        da, dw = self.gradients(dy, a, as_operand(weight, a), call.conv, needs, add, spare)
         dw = None if dw is None else dw.to(weight.dtype)
         if da is None:
             return None, dw, None, None
-        closing = call.before
+        da, closing = da.to(x.dtype), call.before
         if closing is None:
             return da, dw, None, None
         da = da.contiguous(memory_format=layout_of(x))
@@ -63,8 +64,9 @@ class Convolutions(Backend):
 
     def convolution(self, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
         """conv(x, W); W of any dtype."""
-        y = CONV[x.dim()](x, as_operand(weight, x), None, *conv.geometry)
-        return y.contiguous(memory_format=layout_of(x))
+        a = x.to(self.compute_dtype(x.dtype))
+        y = CONV[x.dim()](a, as_operand(weight, a), None, *conv.geometry)
+        return y.to(x.dtype).contiguous(memory_format=layout_of(x))
 
     def gradients(
         self,

@@ -26,7 +26,7 @@ from torch import fx, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback, reset_code
 from torch._guards import TracingContext
 
-from fused_resnet.backends import warn_lost_speed
+from fused_resnet.backends import warn_lost_speed, warn_once
 from fused_resnet.base.locks import wait_before_forks
 from fused_resnet.fusion import tags
 from fused_resnet.fusion.choosing import Settled
@@ -211,11 +211,16 @@ class Front:
         return self.captured[state]
 
     def lowered(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The function that runs instead of a captured graph."""
+        """The function that runs instead of a captured graph. After an error here dynamo runs the forward plain."""
         module = self.module()
         assert module is not None
         names = Names(gm.graph, module)
-        report = GraphReport(self.lower(gm, example_inputs), names)
+        try:
+            report = GraphReport(self.lower(gm, example_inputs), names)
+        except Exception as error:
+            about = f"this {original(module).__name__} runs PyTorch's own operators, because its graph was not lowered"
+            warn_once(f"fuse: {about}: {type(error).__name__}: {error}. Please report this")
+            raise
         log.info("captured %s", report)
         self.graphs.append(report)
         if self.tagged and not self.changeable and tags.suits(module, self.tagged):

@@ -266,3 +266,19 @@ def test_hooks_that_others_imply_have_no_guard(frozen: bool) -> None:
     got, want = answers(made, made.model if frozen else made), answers(plain, plain)
     assert got[::3] == want[::3] == [["after", "before"]] * 2
     torch.testing.assert_close(got[1:3], want[1:3], rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_of_the_lowering_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo runs such a forward plain. A warning says why."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    fused = fr.fuse(copy.deepcopy(model))
+
+    def chain_of_a_report(*args: Any) -> Any:
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr("fused_resnet.fusion.report._chain", chain_of_a_report)
+    monkeypatch.delenv("FUSED_RESNET_QUIET", raising=False)
+    with pytest.warns(UserWarning, match="its graph was not lowered: TypeError: unhashable"):
+        out = fused(x)
+    torch.testing.assert_close(out, model(x))
