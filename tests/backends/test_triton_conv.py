@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fused_resnet import functional
 from fused_resnet.backends import DyCoefficients, Norm, Prologue, allow_tf32, use_backend
-from fused_resnet.base.arguments import pair
+from fused_resnet.base.arguments import integers
 from fused_resnet.spec import ACTIVATIONS, Act, ConvSpec
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -50,11 +51,11 @@ class Shape:
 
     @property
     def conv(self) -> ConvSpec:
-        return ConvSpec(*(pair(v, "", 0) for v in (self.stride, self.padding, self.dilation)))
+        return ConvSpec(*(integers(v, "", 0) for v in (self.stride, self.padding, self.dilation)))
 
     def __str__(self) -> str:
         kernel, stride, padding, dilation = (
-            "x".join(map(str, pair(v, "", 0))) for v in (self.kernel, self.stride, self.padding, self.dilation)
+            "x".join(map(str, integers(v, "", 0))) for v in (self.kernel, self.stride, self.padding, self.dilation)
         )
         return f"{self.c}-{self.k}-k{kernel}-s{stride}-p{padding}-d{dilation}-{self.n}x{self.h}x{self.w}-{self.act}"
 
@@ -127,8 +128,9 @@ def coefficients(k: int, frozen: bool) -> DyCoefficients:
 
 def inputs(s: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x, and a float32 weight as a model keeps it."""
-    fan_in = s.c * pair(s.kernel, "", 1)[0] * pair(s.kernel, "", 1)[1]
-    return image(s.n, s.c, s.h, s.w, dtype), torch.randn(s.k, s.c, *pair(s.kernel, "", 1), device=DEVICE) / fan_in**0.5
+    kernel = integers(s.kernel, "", 1)
+    weight = torch.randn(s.k, s.c, *kernel, device=DEVICE) / (s.c * math.prod(kernel)) ** 0.5
+    return image(s.n, s.c, s.h, s.w, dtype), weight
 
 
 def double(value: object) -> object:

@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 import weakref
+from collections.abc import Callable, Sequence
 from threading import Thread
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from networks import blocks, images, relative, small
 from primitives import aten, cpu
+from torch import Tensor
 
 import fused_resnet as fr
 from fused_resnet.backends import ConvBiasAct, load
@@ -149,12 +151,13 @@ def test_threads(monkeypatch):
     frozen = fr.freeze(model, inputs[0])
     want = [frozen(x) for x in inputs]
     fresh = copy.deepcopy(frozen)
-    packed: list[Any] = []
-    cpu, _ = load("cpu")
-    if cpu is not None:
-        prepack = cpu.prepack
-        record = lambda call, *rest: packed.append((id(call.weight), call.x.shape)) or prepack(call, *rest)  # noqa: E731
-        monkeypatch.setattr(cpu, "prepack", record)
+    packed: list[tuple[Weight, Any]] = []  # they live until the end: no two have one id
+    pack_first = Weight.packed
+
+    def recorded(weight: Weight, key: Any, pack: Callable[[Tensor, Sequence[Any]], Any]) -> Any:
+        return pack_first(weight, key, lambda *args: packed.append((weight, key)) or pack(*args))
+
+    monkeypatch.setattr(Weight, "packed", recorded)
     wrong: list[Any] = []
 
     def serve(seed: int) -> None:
@@ -170,4 +173,4 @@ def test_threads(monkeypatch):
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert len(packed) == len(set(packed)) and (cpu is None or packed)
+    assert len(packed) == len(set(packed)) and (load("cpu")[0] is None or packed)

@@ -59,7 +59,7 @@ def test_pairs() -> None:
     """A norm behind another norm, or behind what was done to a convolution's output, is no part of a pair."""
     conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
     model = nn.Sequential(conv, nn.BatchNorm2d(3), norm, nn.Conv2d(3, 3, 1), nn.GELU(), nn.BatchNorm2d(3))
-    assert sweep.pairs_of(model, torch.ones(2, 3, 4, 4)) == {"1"}
+    assert sweep.pairs_of(model, lambda m: m(torch.ones(2, 3, 4, 4))) == {"1"}
     fused = fr.fuse(model)
     assert sweep.chains_of(fused, torch.ones(2, 3, 4, 4))[1] == {"1"}
 
