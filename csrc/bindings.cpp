@@ -35,16 +35,16 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
         "-> (Tensor, Tensor, Tensor)");
     m.def(
         "conv_stats(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-        "Tensor[] prologue, int act, float act_param, bool stats, ScalarType compute, bool gemm) "
+        "Tensor[] prologue, int act, float act_param, bool stats, ScalarType compute, bool gemm, int products) "
         "-> (Tensor, Tensor, Tensor)");
     m.def(
         "conv_backward(Tensor dz, Tensor y, Tensor[] coef, Tensor x, Tensor[] prologue, int act, float act_param, "
         "Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool need_input, bool need_weight, "
-        "Tensor(a!)? add, ScalarType compute, bool gemm) -> (Tensor, Tensor, Tensor, Tensor)");
+        "Tensor(a!)? add, ScalarType compute, bool gemm, int products) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "conv_bn_act(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor[] "
         "norm, "
-        "int act, float act_param, Tensor? residual, ScalarType compute, bool gemm) -> Tensor");
+        "int act, float act_param, Tensor? residual, ScalarType compute, bool gemm, int products) -> Tensor");
     m.def(
         "row_forward(Tensor x, Tensor? residual, Tensor[] params, Tensor ints, Tensor reals, "
         "ScalarType compute, bool gemm) -> Tensor[]");
@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY(fused_resnet_cpu, m) {
     m.def("frozen_row(Tensor x, Tensor? residual, Tensor[] tensors, Tensor ints, Tensor reals) -> Tensor");
     m.def(
         "conv_algorithm(str kind, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-        "bool prologue, ScalarType compute, bool gemm) -> str");
+        "bool prologue, ScalarType compute, bool gemm, int products) -> str");
     m.def(
         "winograd_suits(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> bool");
     m.def("winograd_tile(Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups) -> int");

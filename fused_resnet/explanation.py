@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fused_resnet.fusion.patterns import looks_like_norm, original
 from fused_resnet.fusion.report import ChainReport, UnitReport
 from fused_resnet.fusion.swap import fuse, why_not_fused
 from fused_resnet.fusion.sync_norm import group_named
-from fused_resnet.planner import pick, planned, why
+from fused_resnet.planner import pick, planned, products, why
 
 _DIFFERS = "captured, the network differs from itself on the example"
 _NOT_CAPTURED = "no call of it was captured; TORCH_LOGS=graph_breaks says what dynamo did not capture"
@@ -318,5 +318,6 @@ def _algorithm(primitive: type[Call[Any]], case: Case, unit: UnitReport, prologu
     x, weight = (torch.empty(shape, dtype=case.dtype) for shape in (unit.image, unit.weight))
     if case.channels_last:
         x, weight = (t.contiguous(memory_format=channels_last(t)) for t in (x, weight))
-    algorithm = backend.algorithm(primitive, x, weight, unit.conv, prologue)
+    conv = replace(unit.conv, products=products.chosen(x, weight, unit.conv))
+    algorithm = backend.algorithm(primitive, x, weight, conv, prologue)
     return backend.name if algorithm is None else f"{backend.name} ({algorithm})"

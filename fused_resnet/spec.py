@@ -32,7 +32,9 @@ class ConvSpec:
     """The hyper-parameters of a convolution of two or three dimensions, with zero padding only.
 
     As in ``torch.nn.functional.conv2d`` and ``conv3d``. Convolutions of one dimension run as those of two
-    (``chain/signals.py``).
+    (``chain/signals.py``). ``products``: a choice among algorithms, without meaning for the result. Its bits name the
+    passes that run as products of matrices of patches (implicit GEMM), where a backend has them: 1 the output, 2 the
+    gradient of the input, 4 that of the weight.
     """
 
     stride: tuple[int, ...] = (1, 1)
@@ -40,6 +42,7 @@ class ConvSpec:
     dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     bias: bool = False
+    products: int = 0
 
     @staticmethod
     def make(

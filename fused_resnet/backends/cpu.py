@@ -51,8 +51,8 @@ def ints_and_reals(spec: str) -> tuple[Tensor, Tensor]:
         ints += [*shortcut.stride, shortcut.channels, len(chain.all_units)]
         for unit in chain.all_units:
             conv = unit.conv or ConvSpec()
-            ints += [unit.conv is not None, *conv.stride, *conv.padding, *conv.dilation, conv.groups, conv.bias]
-            ints += [unit.act.index, unit.batch_stats, unit.bn_weight, unit.bn_bias]
+            ints += [unit.conv is not None, *conv.stride, *conv.padding, *conv.dilation, conv.groups, conv.products]
+            ints += [conv.bias, unit.act.index, unit.batch_stats, unit.bn_weight, unit.bn_bias]
             reals += [unit.act.param, unit.eps]
     return vector(ints, torch.int64), vector(reals, torch.float64)
 
@@ -99,7 +99,9 @@ class Cpu(Backend):
             if x.dim() == 5:
                 return VOLUMES.algorithm_of(kind, x, weight, conv, prologue)[0]
             compute = compute_dtype(x.dtype)
-            return _ops.conv_algorithm(kind, x, weight, *conv.geometry, prologue, compute, exact_products())
+            return _ops.conv_algorithm(
+                kind, x, weight, *conv.geometry, prologue, compute, exact_products(), conv.products
+            )
 
         if primitive is primitives.ConvStats:
             return name("fprop")
@@ -186,7 +188,7 @@ class Cpu(Backend):
             return VOLUMES.conv_bn_act(call)
         return _ops.conv_bn_act(
             call.x, call.weight, *call.conv.geometry, vectors_of(call.norm, 2), *call.act.numbers, call.residual,
-            compute_dtype(call.x.dtype), exact_products(),
+            compute_dtype(call.x.dtype), exact_products(), call.conv.products,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ training
@@ -196,7 +198,7 @@ class Cpu(Backend):
         norm, act = _prologue(call.prologue)
         return _ops.conv_stats(
             call.x, call.weight, *call.conv.geometry, vectors_of(norm, 2), *act.numbers, call.stats,
-            compute_dtype(call.x.dtype), exact_products(),
+            compute_dtype(call.x.dtype), exact_products(), call.conv.products,
         )  # fmt: skip
 
     def conv_backward(self, call: primitives.ConvBackward) -> primitives.Gradients:
@@ -206,7 +208,7 @@ class Cpu(Backend):
         dx, dw, s0, s1 = _ops.conv_backward(
             call.dz, call.y, call.coef.vectors, call.x, vectors_of(norm, 3), *act.numbers, call.weight,
             *call.conv.geometry, call.need_input, call.need_weight, call.add, compute_dtype(call.x.dtype),
-            exact_products(),
+            exact_products(), call.conv.products,
         )  # fmt: skip
         if not call.need_input or call.before is None:
             return dx, dw, None, None

@@ -127,11 +127,11 @@ def _images(x: tuple[int, ...], weight: tuple[int, ...], conv: ConvSpec) -> Imag
     met = [j for j, of in enumerate(outputs) if of.start < of.stop] or [0]
     part = slice(met[0], met[-1] + 1)
     outputs, inputs = outputs[part], inputs[part]
-    planar = ConvSpec(tuple(stride), tuple(padding), tuple(dilation), groups, conv.bias)
+    planar = ConvSpec(tuple(stride), tuple(padding), tuple(dilation), groups, conv.bias, conv.products)
     if (outputs, inputs) == ([slice(0, depth[1])], [slice(0, depth[0], 1)]):
         return Images("slices", planar, x[3:], depth, part, outputs, inputs)
     if (weight[3:], planar.stride, planar.padding) == ((1, 1), (1, 1), (0, 0)):
-        rows = ConvSpec((s, 1), (p, 0), (d, 1), groups, conv.bias)
+        rows = ConvSpec((s, 1), (p, 0), (d, 1), groups, conv.bias, conv.products)
         return Images("rows", rows, x[3:], depth, part, outputs, inputs)
     return Images("windows", planar, x[3:], depth, part, outputs, inputs)
 
@@ -178,7 +178,7 @@ class Volumes(Convolutions):
         w = torch.empty(of.weight(torch.empty(weight.shape, device="meta")).shape, dtype=weight.dtype)
         found = torch.ops.fused_resnet_cpu.conv_algorithm(
             kind, images, w, *of.conv.geometry, prologue and of.kind != "windows", compute_dtype(x.dtype),
-            exact_products(),
+            exact_products(), conv.products,
         )  # fmt: skip
         return ("onednn", None) if (of.kind, found) == ("windows", "aten") else (found, of)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_resnet import reference
 from fused_resnet.base.arguments import flag, number
 from fused_resnet.base.layouts import channels_last
-from fused_resnet.chain import checks, signals
+from fused_resnet.chain import checks, choice, signals
 from fused_resnet.chain.encoding import Row, Rows, chain_key, chain_spec, encoded
 from fused_resnet.chain.forward import memory_format
 from fused_resnet.chain.operators import transformed, unit_shapes
@@ -111,18 +111,17 @@ def _run(x: Tensor, chains: Sequence[Chain], residual: Tensor | None, row: Row) 
     frozen = all(spec.frozen for spec in specs[:alone]) and all(spec.units[0].conv is not None for spec in specs)
     step = max(alone, 1) if frozen else 1
     for i in range(0, alone, step):
-        x = run_row(x, chains[i : i + step], residual, specs[i : i + step], row.text(i, i + step))
-    if alone == len(chains):
-        return x
-    return run_row(x, chains[alone:], residual, specs[alone:], row.text(alone, len(chains)))
+        x = run_row(x, chains[i : i + step], residual, row, i)
+    return x if alone == len(chains) else run_row(x, chains[alone:], residual, row, alone)
 
 
-def run_row(
-    x: Tensor, chains: Sequence[Chain], residual: Tensor | None, specs: Sequence[ChainSpec], text: str
-) -> Tensor:
-    """Calls one operator, and updates the running statistics. ``text``: the specs, encoded."""
+def run_row(x: Tensor, chains: Sequence[Chain], residual: Tensor | None, row: Row, begin: int) -> Tensor:
+    """Calls one operator, and updates the running statistics. The chains are those of the row from ``begin`` on."""
+    end = begin + len(chains)
+    specs = row.specs[begin:end]
     x, residual = _autocast(x, residual, chains[0].units[0])
     params = _params(chains, specs)
+    text = choice.text(x, params, row, begin, end)
     if all(spec.frozen for spec in specs) and not _wants_grad(x, residual, params):
         return torch.ops.fused_resnet.chain_inference(x, residual, params, text)
     out, *kept = torch.ops.fused_resnet.chain(x, residual, params, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -65,12 +65,17 @@ _KEPT = 16
 
 
 class Row:
-    """The specs of chains and their keys, and the texts of parts of the row."""
+    """The specs of chains and their keys, and the texts of parts of the row.
+
+    Attributes:
+        choices: for a kind of input the text with the algorithms that are the fastest for it (``choice.py``).
+    """
 
     def __init__(self) -> None:
         self.keys: list[tuple[Any, ...]] = []
         self.specs: list[ChainSpec] = []
         self.texts: dict[tuple[int, int], str] = {}
+        self.choices: dict[Any, str] = {}
 
     def text(self, begin: int, end: int) -> str:
         """The text of the chains from ``begin`` to before ``end``, for operators."""
@@ -78,6 +83,16 @@ class Row:
         if found is None:
             found = self.texts[begin, end] = encoded(*self.keys[begin:end])
         return found
+
+    def text_with(self, begin: int, end: int, products: Iterable[int]) -> str:
+        """The same with ``ConvSpec.products`` of every unit that has a convolution, in the order of the units."""
+        of = iter(products)
+        return encoded(*((tuple(_with(unit, of) for unit in units), *rest) for units, *rest in self.keys[begin:end]))
+
+
+def _with(unit: tuple[Any, ...], products: Iterator[int]) -> tuple[Any, ...]:
+    conv, *rest = unit
+    return unit if conv is None else ((*conv, next(products)), *rest)
 
 
 def _key(unit: Unit, index: int, dims: int) -> tuple[Any, ...]:

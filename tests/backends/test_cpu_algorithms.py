@@ -14,12 +14,12 @@ from fused_resnet.spec import Act, ConvSpec
 
 pytestmark = pytest.mark.skipif(load("cpu")[0] is None, reason=f"the cpu backend: {load('cpu')[1]}")
 
-# input channels, output channels, kernel, image, convolution, channels_last -> forward, dgrad, wgrad; None: with a
-# prologue the backward's are aten's
+# input channels, output channels, kernel, image, convolution, channels_last -> forward, dgrad, wgrad; of two names the
+# second is that with a prologue
 CASES = {
     "1x1": (24, 40, 1, (9, 7), ConvSpec(), True, ("gemm",) * 3),
     "1x1 NCHW": (24, 40, 1, (9, 7), ConvSpec(), False, ("aten",) * 3),
-    "1x1/2": (24, 40, 1, (9, 8), ConvSpec((2, 2)), True, ("gemm", None, None)),
+    "1x1/2": (24, 40, 1, (9, 8), ConvSpec((2, 2)), True, ("gemm", "gemm aten", "gemm implicit_gemm")),
     "3x3": (72, 64, 3, (20, 17), ConvSpec((1, 1), (1, 1)), True, ("winograd",) * 3),
     "3x3 padded by 2": (64, 72, 3, (20, 17), ConvSpec((1, 1), (2, 2)), True, ("winograd", "aten", "winograd")),
     "3x3 of few pixels": (64, 64, 3, (5, 5), ConvSpec((1, 1), (1, 1)), True, ("aten",) * 3),
@@ -48,7 +48,7 @@ def test_the_named_algorithm_runs(case: str, prologue: bool) -> None:
     x, weight = image(c, *size), torch.randn(k, c // conv.groups, kernel, kernel).contiguous(memory_format=fmt)
     dz, y = (image(k, *conv.out_size(size, (kernel, kernel))) for _ in range(2))
     pre, coef = Prologue(vectors(c), Act()) if prologue else None, DyCoefficients(*vectors(k))
-    forward, dgrad, wgrad = (("aten" if prologue else "gemm") if name is None else name for name in names)
+    forward, dgrad, wgrad = (name.split()[-1 if prologue else 0] for name in names)
     assert cpu.algorithm(ConvStats, x, weight, conv, prologue) == forward
     assert runs_aten(ConvStats(x, weight, conv, pre, True), "aten::convolution") is (forward == "aten")
     for needs, name in (((True, False), dgrad), ((False, True), wgrad)):
@@ -96,12 +96,12 @@ def test_bfloat16_by_winograd() -> None:
     where, compute = ([1, 1], [1, 1], [1, 1], 1), torch.bfloat16
     x, dz, y = (torch.randn(8, 64, 28, 28).to(compute).to(memory_format=torch.channels_last) for _ in range(3))
     weight = (torch.randn(64, 64, 3, 3) / 24).to(compute).to(memory_format=torch.channels_last)
-    if torch.ops.fused_resnet_cpu.conv_algorithm("fprop", x, weight, *where, False, compute, True) != "winograd":
+    if torch.ops.fused_resnet_cpu.conv_algorithm("fprop", x, weight, *where, False, compute, True, 0) != "winograd":
         pytest.skip("this machine has no vdpbf16ps, or it has AMX")
-    out, mean, var = torch.ops.fused_resnet_cpu.conv_stats(x, weight, *where, [], 0, 0.0, True, compute, True)
+    out, mean, var = torch.ops.fused_resnet_cpu.conv_stats(x, weight, *where, [], 0, 0.0, True, compute, True, 0)
     coef = [torch.ones(64)]
     dx, dw, _, _ = torch.ops.fused_resnet_cpu.conv_backward(
-        dz, y, coef, x, [], 0, 0.0, weight, *where, True, True, None, compute, True
+        dz, y, coef, x, [], 0, 0.0, weight, *where, True, True, None, compute, True, 0
     )
     found = {"out": out, "mean": mean, "var": var, "dx": dx, "dw": dw}
 

@@ -167,13 +167,24 @@ template <class S, class T>
 void gather_patch(const Patches& q, int64_t i, int64_t k, int64_t depth, T* to) {
     const int64_t pixels = q.out_height * q.out_width, top = i % pixels / q.out_width * q.stride[0] - q.padding[0],
                   left = i % q.out_width * q.stride[1] - q.padding[1];
-    const S* const image = static_cast<const S*>(q.x) + i / pixels * (q.height * q.width * q.channels);
+    const int64_t line = q.width * q.channels;
+    const S* const image = static_cast<const S*>(q.x) + i / pixels * (q.height * line);
+    // what a row of the kernel sees lies together, if the row is not dilated
+    const int64_t together = q.dilation[1] == 1 ? q.kernel[1] : 1, run = together * q.channels,
+                  runs = q.kernel[1] / together;
     for (int64_t n; depth > 0; k += n, to += n, depth -= n) {
-        const int64_t tap = k / q.channels, c = k % q.channels;
-        n = q.channels - c < depth ? q.channels - c : depth;
-        const int64_t h = top + tap / q.kernel[1] * q.dilation[0], w = left + tap % q.kernel[1] * q.dilation[1];
-        if (h < 0 || h >= q.height || w < 0 || w >= q.width) __builtin_memset(to, 0, n * sizeof(T));
-        else copy_values(image + (h * q.width + w) * q.channels + c, n, to);
+        const int64_t r = k / run;
+        const int64_t h = top + r / runs * q.dilation[0], w = left + r % runs * q.dilation[1];
+        n = run - k % run < depth ? run - k % run : depth;
+        const int64_t start = w * q.channels + k % run;  // of the run in its line
+        int64_t low = n, high = n;                       // the values that lie in the image
+        if (h >= 0 && h < q.height) {
+            low = start >= 0 ? 0 : -start < n ? -start : n;
+            high = line - start >= n ? n : line - start < low ? low : line - start;
+        }
+        __builtin_memset(to, 0, low * sizeof(T));
+        copy_values(image + h * line + start + low, high - low, to + low);
+        __builtin_memset(to + high, 0, (n - high) * sizeof(T));
     }
 }
 
@@ -233,14 +244,22 @@ void gemm_multiply(const Gemm& g, float* scratch, int64_t begin, int64_t end, in
             for (int64_t i = 0; i < bottom - top; i++) row(i, copy + i * slice);
             a = copy, a_row = slice, a_tile = kGemmRows * slice;
         };
-        if (g.patches) {
+        const auto tiles = [&](const T* from, int64_t row, int64_t column, int64_t present) {
+            gemm_pack_a(from, row, column, bottom - top, present, depth, copy);
+            a = copy, a_row = kWord<T>, a_word = kGemmRows * kWord<T>, a_tile = kGemmTile * kWord<T>;
+            depth = whole_words<T>(depth);
+        };
+        if (g.patches && g.transposed) {
+            T* const rows = reinterpret_cast<T*>(scratch + kGemmScratch);
+            for (int64_t i = 0; i < depth; i++)
+                gather_patch<S>(*g.patches, g.a_start + k + i, top, bottom - top, rows + i * kGemmBlock);
+            tiles(rows, 1, kGemmBlock, kGemmBlock);
+        } else if (g.patches) {
             copied([&](int64_t i, T* to) { gather_patch<S>(*g.patches, top + i, k, depth, to); });
         } else if constexpr (!std::is_same_v<S, T>) {
             copied([&](int64_t i, T* to) { copy_values(from + i * g.a_row, depth, to); });
         } else if (g.a_depth != 1) {  // rows of A lie across memory: the block is copied, its tiles one after the other
-            gemm_pack_a(a, g.a_row, g.a_depth, bottom - top, g.rows - top, depth, copy);
-            a = copy, a_row = kWord<T>, a_word = kGemmRows * kWord<T>, a_tile = kGemmTile * kWord<T>;
-            depth = whole_words<T>(depth);
+            tiles(a, g.a_row, g.a_depth, g.rows - top);
         } else if (g.a_row * sizeof(T) % kWayBytes == 0) {  // a tile's rows share a set of L1, which has fewer ways
             copied([&](int64_t i, T* to) { copy_values(from + i * g.a_row, depth, to); });
         }
@@ -311,7 +330,7 @@ void gemm_pack(const GemmPack& q, int64_t begin, int64_t end, int64_t first, int
             const int64_t column = p * kGemmColumns,
                           columns = q.columns - column < kGemmColumns ? q.columns - column : kGemmColumns;
             T* to = static_cast<T*>(q.to) + (p * whole_words<T>(q.depth) + top) * kGemmColumns;
-            const T* from = static_cast<const T*>(q.from) + top * q.row + column * q.column;
+            const T* from = static_cast<const T*>(q.from) + (top - q.first) * q.row + column * q.column;
             int64_t k = top;
             const auto pass = [&](int64_t words) {
                 k += words * kWord<T>, from += words * kWord<T> * q.row, to += words * kWord<T> * kGemmColumns;

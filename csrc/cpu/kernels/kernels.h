@@ -106,26 +106,32 @@ struct Gemm {
     int64_t c_row;
     bool accumulate;
     const Patches* patches = nullptr;  // A in the place of a
+    bool transposed = false;           // A is the patches' transpose, a column per pixel
+    int64_t a_start = 0;               // the pixel of its first column
     // out = act(C + norm.shift (+ residual)), elements of A's type in rows of layout.channels; out may be C
     const Args* epilogue = nullptr;
 };
-// B's panels from B[k, j] at k * row + j * column; 0 where the last panel has no columns, the last word no elements.
+// B's panels from B[k, j] at (k - first) * row + j * column; 0 where the last panel has no columns, the last word no
+// elements.
 struct GemmPack {
     int64_t depth, columns;
     const void* from;
     int64_t row, column;
     void* to;
+    int64_t first = 0;
 };
 // Rows of A per block, whole tiles of 6 and of 14; the words of depth that pass at most while a tile's sums are in
 // registers; the words of a block's copy, behind which a block's sums are where they are not stored.
 constexpr int64_t kGemmBlock = 126, kMostGemmDepth = 256, kGemmScratch = kGemmBlock * (kMostGemmDepth + 4);
+// Words of the patches that a block of their transpose is copied from.
+constexpr int64_t kGemmPatches = kGemmBlock * kMostGemmDepth;
 
 // Products of matrices with elements of one type. A word, 32 bits, holds elements of adjacent depth.
 struct GemmKernel {
     int rows, columns;  // of a tile
     int word;           // elements of a word
     // rows [row_begin, row_end) of panels [begin, end) of C; scratch: kGemmScratch words, and kGemmBlock *
-    // odd_lines(columns of the panels) where C is not stored;
+    // odd_lines(columns of the panels) where C is not stored, or kGemmPatches where A is transposed patches;
     // bytes: A, B read, C written (and read) once per kMostGemmDepth words of depth; A's patches copied
     void (*gemm)(const Gemm&, float* scratch, int64_t row_begin, int64_t row_end, int64_t begin, int64_t end);
     // depths [depth_begin, depth_end), whole words but for the last, of panels [begin, end); bytes: B read, the panels

@@ -1,4 +1,5 @@
-// What conv.cpp chooses among before ATen's convolutions: matrix products and Winograd's algorithm.
+// What conv.cpp chooses among before ATen's convolutions: matrix products, Winograd's algorithm, and products of
+// patches.
 #pragma once
 
 #include "ops.h"
@@ -25,5 +26,14 @@ void winograd(const Args& in, const Tensor& x, const Tensor& weight, bool backwa
               int64_t padding);
 Tensor winograd_backward_weight(Args in, const Tensor& x, const Tensor& dy, int64_t padding);
 Tensor winograd_output(const Tensor& x, int64_t channels, int64_t padding);
+
+// any kernel, channels_last, one group, implicit_gemm.cpp; x, dy and weight in a dtype that our kernels multiply
+bool is_implicit_gemm(const Image& x, const Tensor& weight, int64_t groups, int64_t word);
+Tensor implicit_gemm(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation);
+// of stride 1
+Tensor implicit_gemm_backward_input(const Tensor& dy, const Tensor& weight, IntList padding, IntList dilation);
+// in float
+Tensor implicit_gemm_backward_weight(const Tensor& x, const Tensor& dy, const Tensor& weight, IntList stride,
+                                     IntList padding, IntList dilation);
 
 }  // namespace fused_resnet::cpu

@@ -29,24 +29,25 @@ std::tuple<Tensor, Tensor, Tensor> bn_coefficients(const Tensor& scale, const Te
                                                    const Tensor& sum_dz_y, std::optional<int64_t> count);
 std::tuple<Tensor, Tensor, Tensor> conv_stats(const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
                                               IntList dilation, int64_t groups, TensorList prologue, int64_t act,
-                                              double act_param, bool stats, ScalarType compute, bool gemm);
+                                              double act_param, bool stats, ScalarType compute, bool gemm,
+                                              int64_t products);
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_backward(const Tensor& dz, const Tensor& y, TensorList coef,
                                                          const Tensor& x, TensorList prologue, int64_t act,
                                                          double act_param, const Tensor& weight, IntList stride,
                                                          IntList padding, IntList dilation, int64_t groups,
                                                          bool need_input, bool need_weight, const OptTensor& add,
-                                                         ScalarType compute, bool gemm);
+                                                         ScalarType compute, bool gemm, int64_t products);
 
 // The name of the algorithm of such a convolution: of conv_stats ("fprop"), or of the gradient of the input ("dgrad")
 // or of the weight ("wgrad"). Reads sizes and layouts only.
 std::string conv_algorithm(std::string_view kind, const Tensor& x, const Tensor& weight, IntList stride,
                            IntList padding, IntList dilation, int64_t groups, bool prologue, ScalarType compute,
-                           bool gemm);
+                           bool gemm, int64_t products);
 
 // Inference without folding: act(norm(conv(x)) (+ residual)).
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, IntList stride, IntList padding, IntList dilation,
                    int64_t groups, TensorList norm, int64_t act, double act_param, const OptTensor& residual,
-                   ScalarType compute, bool gemm);
+                   ScalarType compute, bool gemm, int64_t products);
 
 // A row of chains, its backward, and inference: the operators of fused_resnet/chain/operators.py, whose
 // spec is given as the two vectors that `ints_and_reals` in fused_resnet/backends/cpu.py makes of it.

@@ -128,10 +128,26 @@ void multiply(const GemmKernel& kernel, const Gemm& g) {
             const int64_t row = i / column_parts, column = i % column_parts;
             const int64_t left = panels * column / column_parts, right = panels * (column + 1) / column_parts;
             const int64_t sums = g.c ? 0 : kGemmBlock * odd_lines((right - left) * kernel.columns);
-            kernel.gemm(g, gemm_scratch(sums), tiles * row / row_parts * height,
+            kernel.gemm(g, gemm_scratch(g.transposed ? kGemmPatches : sums), tiles * row / row_parts * height,
                         std::min(g.rows, tiles * (row + 1) / row_parts * height), left, right);
         }
     });
+}
+
+void multiply_packing(const GemmKernel& kernel, Gemm g, const Matrix& b, ScalarType dtype) {
+    const int64_t size = element_size(dtype), depth = b.rows, unit = kMostGemmDepth * kernel.word,
+                  slice = std::max<int64_t>(1, kPacked / std::max<int64_t>(1, b.columns) / unit) * unit;
+    const char *left = static_cast<const char*>(g.a), *right = static_cast<const char*>(b.data);
+    for (int64_t k = 0; k == 0 || k < depth; k += slice) {
+        g.depth = std::min(slice, depth - k);
+        const Matrix part{const_cast<char*>(right + k * b.row * size), g.depth, b.columns, b.row, b.column};
+        const Memory packed = pack(kernel, part);
+        g.a = left + k * g.a_depth * size;
+        g.a_start = k;
+        g.b = packed.at();
+        multiply(kernel, g);
+        g.accumulate = true;
+    }
 }
 
 void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
@@ -148,15 +164,10 @@ void matmul(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate
                  out.size(1) == b.size(1) && (out.stride(1) == 1 || out.size(1) <= 1),
              "out: expected [", a.size(0), ", ", b.size(1), "] in float32 with rows of adjacent values, got ",
              out.scalar_type(), " ", out.sizes());
-    const int64_t depth = a.size(1), unit = kMostGemmDepth * kernel->word,
-                  slice = std::max<int64_t>(1, kPacked / std::max<int64_t>(1, out.size(1)) / unit) * unit;
-    for (int64_t k = 0; k == 0 || k < depth; k += slice) {
-        const int64_t count = std::min(slice, depth - k);
-        const Memory packed = pack(*kernel, {bytes(b, k * b.stride(0)), count, b.size(1), b.stride(0), b.stride(1)});
-        const char* const left = bytes(a, k * a.stride(1));
-        multiply(*kernel, {out.size(0), out.size(1), count, left, a.stride(0), a.stride(1), packed.at(),
-                           static_cast<float*>(out.data_ptr()), out.stride(0), accumulate || k > 0});
-    }
+    Gemm g{out.size(0),   out.size(1), 0,       a.data_ptr(),
+           a.stride(0),   a.stride(1), nullptr, static_cast<float*>(out.data_ptr()),
+           out.stride(0), accumulate};
+    multiply_packing(*kernel, g, {b.data_ptr(), b.size(0), b.size(1), b.stride(0), b.stride(1)}, dtype);
 }
 
 }  // namespace fused_resnet::cpu

@@ -48,5 +48,7 @@ void pack(const GemmKernel& kernel, const GemmPack& q, int64_t begin, int64_t en
 
 // C (+)= A B, split over threads.
 void multiply(const GemmKernel& kernel, const Gemm& g);
+// The same for a right operand of this dtype in memory, which is packed part by part. g names no depth and no b.
+void multiply_packing(const GemmKernel& kernel, Gemm g, const Matrix& b, ScalarType dtype);
 
 }  // namespace fused_resnet::cpu

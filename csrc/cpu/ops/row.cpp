@@ -32,7 +32,7 @@ struct Setting {
         const Profiled step("fused_resnet_cpu::conv_stats", {&x, &u.tensors[kWeight]});
         auto [y, mean, var] = conv_stats(x, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups,
                                          norm ? norm->pair() : TensorList(), norm ? before->act : 0,
-                                         norm ? before->act_param : 0, stats, compute, gemm);
+                                         norm ? before->act_param : 0, stats, compute, gemm, u.products);
         return {y.contiguous(format), mean, var};
     }
 };
@@ -84,7 +84,7 @@ Tensor inference(const Chain& chain, const Tensor& x, const OptTensor& residual,
         if (!u.conv) return bn_act(h, norm.pair(), act, act_param, r, {}, h.scalar_type());
         const Profiled step("fused_resnet_cpu::conv_bn_act", {&h, &u.tensors[kWeight]});
         return conv_bn_act(h, u.tensors[kWeight], u.stride, u.padding, u.dilation, u.groups, norm.pair(), act,
-                           act_param, r, set.compute, set.gemm)
+                           act_param, r, set.compute, set.gemm, u.products)
             .contiguous(set.format);
     };
     Tensor summand = chain.start(x, residual, set.format);
@@ -206,7 +206,7 @@ struct Gradients {
             return conv_backward(dz, y, coef, start, inner ? of.norms[i - 1].triple() : TensorList(),
                                  inner ? previous.act : 0, inner ? previous.act_param : 0, u.tensors[kWeight], u.stride,
                                  u.padding, u.dilation, u.groups, need_start, need_weight,
-                                 add.defined() ? OptTensor(add) : std::nullopt, set.compute, set.gemm);
+                                 add.defined() ? OptTensor(add) : std::nullopt, set.compute, set.gemm, u.products);
         };
         auto [dx, dw, s0, s1] = convolve();
         if (dw.defined()) put(u, kWeight, dw);

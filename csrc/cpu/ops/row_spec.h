@@ -18,7 +18,7 @@ enum Param { kWeight, kBias, kGamma, kBeta, kMean, kVar, kParams };
 struct Unit {
     bool conv, batch_stats;
     std::array<int64_t, 2> stride, padding, dilation;
-    int64_t groups, act;
+    int64_t groups, products, act;  // products: ConvSpec's
     double act_param, eps;
     std::array<Tensor, kParams> tensors;
     std::array<int64_t, kParams> place;
@@ -27,6 +27,7 @@ struct Unit {
         conv = from.next();
         stride = from.pair(), padding = from.pair(), dilation = from.pair();
         groups = from.next();
+        products = from.next();
         const bool bias = from.next();
         act = from.next();
         batch_stats = from.next();
