@@ -150,7 +150,9 @@ def _unit(unit: UnitMatch, names: Names) -> UnitReport:
         w = signals.image(w)
         conv = ConvSpec.make(tuple(w.shape), **geometry, bias="bias" in unit.tensors)
     like = w if w is not None else x
-    last = not like.is_contiguous() or all(n == 1 for n in like.shape[2:])
+    start = value_of(unit.start)
+    # as rows run: signals and volumes in channels_last, images if they or the weight are
+    last = x.dim() != 4 or any(not t.is_contiguous() for t in (start, w) if t is not None)
     shape = tuple(map(int, w.shape)) if w is not None else ()
     return UnitReport(
         names.of(unit.norm),

@@ -18,7 +18,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
@@ -113,6 +113,15 @@ _known: dict[tuple[int, str], Measured] = {}
 _measuring = Lock()
 
 
+class _Thread(threading.local):
+    """``measures``: whether a measurement runs in this thread."""
+
+    measures = False
+
+
+_thread = _Thread()
+
+
 def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE) -> Measured:
     """The answer for a signature: from this process, from the planner's file, or measured now.
 
@@ -131,7 +140,9 @@ def faster(text: str, images: int, calls: Calls, call_s: float, tie: float = TIE
     if key not in _known:
         if plan() == "preference":
             return CHAINS
-        with _measuring.held():  # concurrent threads get one answer, and their timings do not overlap
+        # Concurrent threads get one answer, and their timings do not overlap. A measurement may ask for another one: of
+        # a convolution in a row that is timed. It may run in another thread than the one that holds the lock.
+        with nullcontext() if _thread.measures else _measuring.held():
             if key not in _known:
                 found = _kept(text) or _measured(partial(_timed, images, calls, call_s, tie))
                 if found is not None:
@@ -177,10 +188,13 @@ def _measured(timed: Callable[[], Measured]) -> Measured | None:
     found: list[Measured] = []
 
     def work() -> None:
+        before, _thread.measures = _thread.measures, True
         try:
             found.append(timed())
         except Exception:  # PyTorch's call raises: the caller's own call will report it
             pass
+        finally:
+            _thread.measures = before
 
     if not _watched():
         with torch.inference_mode(False):  # inference tensors can't require gradients
