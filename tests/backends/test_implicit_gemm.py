@@ -87,6 +87,17 @@ def parts(result: Any) -> list[Tensor]:
     return [] if result is None else [t for part in result for t in parts(part)]
 
 
+@pytest.mark.parametrize("stride", [(1, 3), (2, 1), (2, 2), (3, 3)], ids=str)
+def test_strided_pointwise_gradient(stride: tuple[int, int]) -> None:
+    """oneDNN's gradient of the weight is wrong here on a processor with AVX2 alone."""
+    x, weight, conv = random(2, 3, 17, 27), torch.randn(16, 3, 1, 1), ConvSpec(stride)
+    y = random(*conv.out_shape(x.shape, weight.shape))
+    pre, coef = Prologue(vectors(3), Act("relu")), DyCoefficients(*vectors(16))
+    call = ConvBackward(y, y, coef, x, pre, weight, conv, False, True, None)
+    exact = call.replace(**{name: double(value) for name, value in vars(call).items()}).on(aten.of)
+    assert_close("dw", parts(call.on(cpu.of))[0], parts(exact)[0], y.numel() // 16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     x, weight, conv = (
